@@ -1,0 +1,86 @@
+"""Checks of arguments, each failing with one line that names the argument and its value."""
+
+import difflib
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+
+class InputError(ValueError):
+    """An argument that cannot be used. Its message is one line fit for a user.
+
+    A subclass of ValueError, so that a command can report bad input in one line
+    without hiding the traceback of a defect.
+    """
+
+
+def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
+             open_high: bool = True) -> None:
+    """Raises InputError unless ``low <= value < high`` (either end open or closed)."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise InputError(f"Expected {name}={value} in {left}{low}, {high}{right}.")
+
+
+def one_of(name: str, value: str, valid: Iterable[str]) -> None:
+    """Raises InputError, naming the nearest valid value, unless ``value`` is valid."""
+    valid = list(valid)
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"Unknown {name} {value!r}.{hint} Expected one of: {', '.join(valid)}.")
+
+
+def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
+    """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
+
+    A dimension ``...`` at the end admits any further ones. Returns the size of each
+    named dimension. Raises InputError at the first argument that does not fit.
+    """
+    sizes: dict[str, int] = {}
+    for name, (array, spec) in arguments.items():
+        dims = spec.split()
+        rest = bool(dims) and dims[-1] == "..."
+        if rest:
+            dims = dims[:-1]
+        shape = array.shape
+        fits = len(shape) >= len(dims) if rest else len(shape) == len(dims)
+        if fits:
+            fits = all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape))
+        if not fits:
+            known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+            where = f" with {known}" if known else ""
+            raise InputError(
+                f"Expected {name} of shape [{', '.join(spec.split())}]{where}, got {shape}.")
+    return sizes
+
+
+def labels(name: str, value: np.ndarray, num_classes: int) -> None:
+    """Raises InputError unless ``value`` holds integers in [0, num_classes)."""
+    value = np.asarray(value)
+    if not np.issubdtype(value.dtype, np.integer):
+        raise InputError(f"Expected {name} of an integer dtype, got {value.dtype}.")
+    wrong = (value < 0) | (value >= num_classes)
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise InputError(f"Expected {name} in [0, {num_classes}), got {value.flat[first]} "
+                         f"at index {first} ({int(wrong.sum())} in all).")
+
+
+def images(name: str, value: np.ndarray) -> None:
+    """Raises InputError unless ``value`` is [N, H, W, channels], uint8 or float in [0, 1]."""
+    value = np.asarray(value)
+    if value.ndim != 4:
+        raise InputError(f"Expected {name} of shape [N, H, W, channels], got {value.shape}.")
+    if value.dtype == np.uint8:
+        return
+    if not np.issubdtype(value.dtype, np.floating):
+        raise InputError(f"Expected {name} of dtype uint8 or floating, got {value.dtype}.")
+    if np.isnan(value).any():
+        raise InputError(f"Expected {name} without NaN, got {int(np.isnan(value).sum())} of them.")
+    if value.size and (value.min() < 0 or value.max() > 1):
+        raise InputError(
+            f"Expected {name} with values in [0, 1], got [{value.min():.4g}, {value.max():.4g}].")

@@ -1,0 +1,113 @@
+"""Class centroids in feature space as an explicit state (Section 4.4 of the paper)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+
+
+class CentroidState(NamedTuple):
+    """What is remembered of the class centroids from one update to the next."""
+
+    mean: jax.Array  # shape=[C, d], dtype=float32; carries no gradient
+    seen: jax.Array  # shape=[C], dtype=bool; classes that have had an example
+
+
+class Centroids(NamedTuple):
+    """The centroids of one update; both kinds are differentiable in the features."""
+
+    current: jax.Array  # shape=[C, d]; means over this batch ("naive"), 0 where absent
+    running: jax.Array  # shape=[C, d]; with momentum
+    present: jax.Array  # shape=[C], dtype=bool; classes in this (global) batch
+
+
+def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> CentroidState:
+    """The state before any example was seen: zeros, no class seen.
+
+    Args:
+      num_classes: C, the number of classes.
+      dim: d, the number of feature dimensions.
+      dtype: in which the centroids, and the losses built on them, are computed.
+    """
+    _validate.in_range("num_classes", num_classes, 1)
+    _validate.in_range("dim", dim, 1)
+    return CentroidState(
+        mean=jnp.zeros((num_classes, dim), dtype), seen=jnp.zeros((num_classes,), bool))
+
+
+def one_hot(labels: jax.Array, num_classes: int, dtype) -> jax.Array:
+    """[B, C] indicator of the labels; a label outside [0, C) gives a row of zeros."""
+    return (labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)).astype(dtype)
+
+
+def class_sums(values: jax.Array, members: jax.Array, axis_name: str | None) -> jax.Array:
+    """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
+
+    A product with the one-hot ``members`` [B, C] rather than a scatter, because
+    scatter-add is not deterministic on GPUs; in full precision, because TPUs and GPUs
+    would otherwise round the factors.
+    """
+    sums = jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def update_centroids(
+    state: CentroidState,
+    features: jax.Array,
+    labels: jax.Array,
+    *,
+    momentum: float = 0.9,
+    axis_name: str | None = None,
+) -> tuple[Centroids, CentroidState]:
+    r"""The centroids of a batch, naive and with momentum, and the next state.
+
+    .. math::
+      m_c^{current} = \frac{1}{|C_c^B|} \sum_{x \in C_c^B} q(x), \qquad
+      m_c = \gamma\, m_c^{t-1} + (1 - \gamma)\, m_c^{current}
+
+    The stored :math:`m_c^{t-1}` is a constant: the gradient reaches ``running`` through
+    the batch's share :math:`1 - \gamma` alone. A class seen for the first time starts at
+    its batch mean; an absent class keeps its stored centroid, and takes no part in a loss.
+
+    Args:
+      state: what the last update returned, or :func:`init_centroids`.
+      features: [B, d], features q of *clean* images; cast to the dtype of ``state.mean``.
+      labels: [B], integers in [0, C); others count for no class.
+      momentum: gamma in [0, 1); 0 makes ``running`` equal ``current``.
+      axis_name: the device axis over which the batch is split, under ``pmap`` or
+        ``shard_map``. Sums and counts are added up before they are divided, so the
+        result is that of the whole batch.
+
+    Returns:
+      ``(centroids, new_state)``.
+
+    Raises:
+      InputError: (a ValueError) if shapes do not match or momentum is outside [0, 1).
+
+    >>> state = init_centroids(2, 1)
+    >>> features, labels = jnp.array([[1.0], [3.0]]), jnp.array([0, 0])
+    >>> centroids, state = update_centroids(state, features, labels)
+    >>> centroids.running.tolist(), centroids.present.tolist()
+    ([[2.0], [0.0]], [True, False])
+
+    Source: Section 4.4; what a class's first batch does follows the authors' release.
+    """
+    _validate.in_range("momentum", momentum, 0, 1)
+    _validate.shapes(features=(features, "B d"), labels=(labels, "B"),
+                     mean=(state.mean, "C d"), seen=(state.seen, "C"))
+    features = features.astype(state.mean.dtype)
+    members = one_hot(labels, state.mean.shape[0], state.mean.dtype)
+    sums = class_sums(features, members, axis_name)
+    counts = class_sums(jnp.ones_like(features[:, 0]), members, axis_name)
+
+    present = counts > 0
+    current = sums / jnp.maximum(counts, 1)[:, None]
+    stored = jax.lax.stop_gradient(state.mean)
+    moved = momentum * stored + (1 - momentum) * current
+    running = jnp.where(state.seen[:, None], moved, current)
+    running = jnp.where(present[:, None], running, stored)
+    new_state = CentroidState(
+        mean=jax.lax.stop_gradient(running), seen=state.seen | present)
+    return Centroids(current, running, present), new_state

@@ -1,0 +1,88 @@
+"""Augmentation on the device: uint8 images in, clean and noisy views in [0, 1] out."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+from jaxrobust.methods import Batch
+from jaxrobust.perturbations import Perturbation
+
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(key, image [H, W, channels]) -> image``, pixels in [0, 1]."""
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def random_crop(key: jax.Array, image: jax.Array, *, padding: int) -> jax.Array:
+    """A crop of the image's own size, at a random place of the image padded with 0 (black)."""
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    corner = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return jax.lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
+
+
+def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
+    """The image, mirrored left to right with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def standard_augmentation(*, padding: int = 4, flip: bool = True) -> Augmentation:
+    """Random crop, then horizontal flip, as in Appendix H.1 of the paper.
+
+    Args:
+      padding: of the crop, on every side, in pixels; 0 for none.
+      flip: not for images that a mirror gives another meaning, such as digits.
+
+    Raises:
+      InputError: (a ValueError) if padding < 0.
+    """
+    _validate.in_range("padding", padding, 0)
+
+    def augment(key, image):
+        crop_key, flip_key = jax.random.split(key)
+        image = random_crop(crop_key, image, padding=padding) if padding else image
+        return random_flip(flip_key, image) if flip else image
+
+    return augment
+
+
+def make_batch(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    augment: Augmentation,
+    perturb: Perturbation,
+    independent_views: bool = False,
+) -> Batch:
+    """Both views of a batch: augmented, and augmented and perturbed.
+
+    Each image's randomness comes from ``fold_in(key, its position in the batch)``.
+
+    Args:
+      key: a PRNG key.
+      images: [B, H, W, channels] uint8.
+      labels: [B] integers.
+      augment: of each image.
+      perturb: of the noisy view, on top of the augmentation.
+      independent_views: False for ``x`` and ``noised(x)`` of the same augmented x, as in
+        Eq. 12; True for an augmentation of its own, as in the authors' release.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+    """
+    _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"))
+
+    def views(position, image):
+        clean_key, noisy_key, noise_key = jax.random.split(jax.random.fold_in(key, position), 3)
+        clean = augment(clean_key, image)
+        other = augment(noisy_key, image) if independent_views else clean
+        return clean, perturb(noise_key, other[None])[0]
+
+    positions = jnp.arange(images.shape[0])
+    clean, noisy = jax.vmap(views)(positions, to_float(images))
+    return Batch(clean, noisy, labels)

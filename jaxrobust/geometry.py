@@ -1,0 +1,147 @@
+"""Feature-space geometry of a softmax classifier: boundaries, margins, dispersion, T_nu."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+
+
+def safe_norm(vectors: jax.Array) -> jax.Array:
+    """Euclidean norm over the last axis with gradient 0, instead of NaN, at 0."""
+    squared = jnp.sum(jnp.square(vectors), axis=-1)
+    positive = squared > 0
+    # The mask goes inside the root: masking its result would still differentiate sqrt(0).
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+
+
+def signed_boundary_distance(
+    points: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    r"""Signed distance of each point to the decision hyperplanes of its class.
+
+    With the logits :math:`z = W q + b` and the hyperplane :math:`P_{ci}` where the
+    logits of c and i are equal (Eq. 6),
+
+    .. math:: s_{ni} = \frac{z_{c}(q_n) - z_i(q_n)}{\|W_c - W_i\|}, \quad c = y_n,
+
+    which is Eq. 10 with the sign that Eq. 9 gives it: positive on the right side.
+
+    Args:
+      points: [N, d] features.
+      labels: [N] classes c of the points, in [0, C).
+      kernel: [d, C], the softmax layer's kernel, :math:`W^T`.
+      bias: [C].
+
+    Returns:
+      [N, C], in the units of the features; +inf at the own class. Where two classes have
+      the same row of W there is no hyperplane between them: the distance is 0 and has no
+      gradient.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+    """
+    _validate.shapes(points=(points, "N d"), labels=(labels, "N"), kernel=(kernel, "d C"),
+                     bias=(bias, "C"))
+    num_classes = bias.shape[0]
+    own = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
+    logits = jnp.dot(points, kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    gaps = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
+
+    rows = kernel.T
+    norms = safe_norm(rows[:, None, :] - rows[None, :, :])[labels]
+    separated = norms > 0
+    distances = jnp.where(separated, gaps / jnp.where(separated, norms, 1), 0)
+    return jnp.where(own, jnp.inf, distances)
+
+
+def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    r"""Definition 3.1: the largest distance between two examples of a class.
+
+    .. math:: \mathrm{dispersion}(c) = \max_{x_1, x_2 \in C_c} \|q(x_1) - q(x_2)\|
+
+    Args:
+      features: [N, d].
+      labels: [N], in [0, C).
+      num_classes: C.
+
+    Returns:
+      [C], in the units of the features; 0 for a class with fewer than two examples. Memory
+      is O(N d): one example is compared with all others at a time.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+    """
+    _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
+
+    def farthest(example):
+        feature, label = example
+        return jnp.max(jnp.where(labels == label, safe_norm(features - feature), 0))
+
+    distances = jax.lax.map(farthest, (features, labels))
+    return jnp.maximum(jax.ops.segment_max(distances, labels, num_classes), 0)
+
+
+def class_margin(
+    features: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    r"""Definition 5.1: the smallest distance of a class's examples to a decision boundary.
+
+    .. math:: \mathrm{margin}(c) = \min_{x \in C_c} \min_{i \ne c} d(q(x), P_{ci})
+
+    The distance is unsigned, as in the paper: a misclassified example counts with how far
+    it is on the wrong side. :func:`signed_boundary_distance` tells the sides apart.
+
+    Args:
+      features: [N, d].
+      labels: [N], in [0, C).
+      kernel: [d, C].
+      bias: [C].
+
+    Returns:
+      [C], in the units of the features; +inf for a class without examples.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+    """
+    distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
+    return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
+
+
+def rescale_head(
+    params: Mapping[str, Any], nu: float, *, feature_layer: str = "features", head: str = "head"
+) -> dict[str, Any]:
+    r"""The map T_nu of Proposition 5.3: same predictions, features scaled by nu.
+
+    .. math:: T_\nu : (\Theta_I, W^-, b^-, b) \mapsto (\Theta_I, \nu W^-, \nu b^-, \nu b)
+
+    The layer that produces the features (affine, with or without ReLU) and the softmax
+    layer's bias are multiplied by nu; W is not. Features, logits, class margins and
+    dispersions are then multiplied by nu, and :math:`T_\nu(\Theta) - \Theta = (\nu - 1) u`
+    with u depending on Theta alone (Corollary 5.1: growing the margins and shrinking the
+    dispersion are opposite directions).
+
+    Args:
+      params: the model's parameters, a dictionary of layers.
+      nu: the factor, > 0.
+      feature_layer: key of the layer that produces the features.
+      head: key of the softmax layer, a dictionary with a ``bias``.
+
+    Returns:
+      The parameters, rescaled; ``params`` is left as it is.
+
+    Raises:
+      InputError: (a ValueError) if nu <= 0, or a layer is not there.
+
+    Source: Proposition 5.3 and Appendix D.
+    """
+    _validate.in_range("nu", nu, 0, open_low=True)
+    _validate.one_of("feature_layer", feature_layer, params)
+    _validate.one_of("head", head, params)
+    return {
+        **params,
+        feature_layer: jax.tree.map(lambda value: nu * value, params[feature_layer]),
+        head: {**params[head], "bias": nu * params[head]["bias"]},
+    }

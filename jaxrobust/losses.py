@@ -1,0 +1,296 @@
+"""The discriminative loss of the paper, and the term of stability training.
+
+All functions act on features q, [B, d], of the penultimate layer. Under ``pmap`` or
+``shard_map`` give ``axis_name``: every term is then that of the whole batch, the same on
+every device, and gradients are to be averaged over the devices once.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+from jaxrobust.centroids import CentroidState, class_sums, one_hot, update_centroids
+from jaxrobust.geometry import safe_norm, signed_boundary_distance
+
+
+def mean_over_batch(values: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """Mean of per-example values [B], over all devices of ``axis_name``."""
+    mean = jnp.mean(values)
+    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+
+def _mean_over_present(values: jax.Array, present: jax.Array) -> jax.Array:
+    """Mean of per-class values [C] over the classes present; 0 if there are none."""
+    present = present.astype(values.dtype)
+    return jnp.sum(values * present) / jnp.maximum(jnp.sum(present), 1)
+
+
+def compactness_loss(
+    features: jax.Array,
+    labels: jax.Array,
+    centroids: jax.Array,
+    *,
+    delta_v: float,
+    squared: bool = True,
+    axis_name: str | None = None,
+) -> jax.Array:
+    r"""Pulls features into a ball of radius delta_v around their class centroid.
+
+    .. math::
+      L_{compact} = \frac{1}{|C_B|} \sum_{c \in C_B} \frac{1}{|C_c^B|}
+        \sum_{x \in C_c^B} [\|m_c - q(x)\| - \delta_v]_+^2
+
+    With features of noisy images, and the same centroids, this is the alignment loss
+    L_noisy (Eq. 12).
+
+    Args:
+      features: [B, d]; cast to the dtype of ``centroids``.
+      labels: [B], integers in [0, C); others count for no class.
+      centroids: [C, d], with momentum in the paper. The gradient flows into them.
+      delta_v: radius of the ball, in the units of the features, >= 0.
+      squared: whether the hinge is squared, as in the paper (Appendix A.1 discusses both).
+      axis_name: the device axis over which the batch is split, if any.
+
+    Returns:
+      The loss, []; 0 for a batch in which no label counts.
+
+    Raises:
+      InputError: (a ValueError) if shapes do not match or delta_v < 0.
+
+    >>> centroids = jnp.array([[0.0, 0.0]])
+    >>> compactness_loss(jnp.array([[3.0, 4.0]]), jnp.array([0]), centroids, delta_v=2.0).item()
+    9.0
+
+    Source: Eq. 8, after De Brabandere et al. (2017).
+    """
+    _validate.in_range("delta_v", delta_v, 0)
+    _validate.shapes(features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))
+    features = features.astype(centroids.dtype)
+    members = one_hot(labels, centroids.shape[0], centroids.dtype)
+    own = jnp.dot(members, centroids, precision=jax.lax.Precision.HIGHEST)
+    hinge = jax.nn.relu(safe_norm(own - features) - delta_v)
+    sums = class_sums(jnp.square(hinge) if squared else hinge, members, axis_name)
+    counts = class_sums(jnp.ones_like(hinge), members, axis_name)
+    return _mean_over_present(sums / jnp.maximum(counts, 1), counts > 0)
+
+
+def margin_loss(
+    centroids: jax.Array,
+    present: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    delta_d: float,
+    squared: bool = False,
+    boundaries: str = "max",
+) -> jax.Array:
+    r"""Pushes class centroids at least delta_d inside their decision boundaries.
+
+    .. math::
+      L_{margin} = \frac{1}{|C_B|} \sum_{c \in C_B} \max_{i \ne c}
+        [\delta_d + d(m_c, P_{ci})\, \mathrm{sign}(z(m_c)_i - z(m_c)_c)]_+
+
+    Written with :func:`~jaxrobust.geometry.signed_boundary_distance` s the hinge is
+    :math:`[\delta_d - s_{ci}]_+`. The two differ only for a centroid exactly on a boundary,
+    where the paper's sign(0) = 0 has no gradient and this one points to the right side.
+
+    Args:
+      centroids: [C, d]; of the batch alone ("naive") in the paper.
+      present: [C] bool, the classes the loss runs over.
+      kernel: [d, C], the softmax layer's, :math:`W^T`; it receives gradient, as does bias.
+      bias: [C].
+      delta_d: wanted distance, in the units of the features, >= 0.
+      squared: whether the hinge is squared; not in the paper (Appendix A.1).
+      boundaries: ``"max"`` for the worst boundary, as in the paper, or ``"mean"`` over all.
+
+    Returns:
+      The loss, []; 0 if no class is present.
+
+    Raises:
+      InputError: (a ValueError) if shapes do not match, there are fewer than two classes,
+        delta_d < 0, or ``boundaries`` is unknown.
+
+    >>> kernel, bias = jnp.array([[1.0, -1.0]]), jnp.zeros(2)  # the boundary is q = 0
+    >>> present = jnp.array([True, True])
+    >>> margin_loss(jnp.array([[3.0], [-9.0]]), present, kernel, bias, delta_d=5.0).item()
+    1.0
+
+    Source: Eq. 9 and 10, after Elsayed et al. (2018).
+    """
+    _validate.in_range("delta_d", delta_d, 0)
+    _validate.one_of("boundaries", boundaries, ("max", "mean"))
+    num_classes = _validate.shapes(
+        centroids=(centroids, "C d"), present=(present, "C"), kernel=(kernel, "d C"),
+        bias=(bias, "C"))["C"]
+    _validate.in_range("number of classes", num_classes, 2)
+    kernel, bias = kernel.astype(centroids.dtype), bias.astype(centroids.dtype)
+    classes = jnp.arange(num_classes)
+    hinge = jax.nn.relu(delta_d - signed_boundary_distance(centroids, classes, kernel, bias))
+    hinge = jnp.square(hinge) if squared else hinge
+    if boundaries == "max":
+        by_class = jnp.max(hinge, axis=1)
+    else:
+        by_class = jnp.sum(hinge, axis=1) / (num_classes - 1)
+    return _mean_over_present(by_class, present)
+
+
+def centroid_norm_loss(centroids: jax.Array, present: jax.Array) -> jax.Array:
+    r"""Keeps centroids from drifting away in cells that are not closed.
+
+    .. math:: L_{reg} = \frac{1}{|C_B|} \sum_{c \in C_B} \|m_c\|
+
+    Args:
+      centroids: [C, d].
+      present: [C] bool, the classes the loss runs over.
+
+    Returns:
+      The loss, [], in the units of the features. Its gradient at a centroid of 0 is 0.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+
+    Source: Eq. 11.
+    """
+    _validate.shapes(centroids=(centroids, "C d"), present=(present, "C"))
+    return _mean_over_present(safe_norm(centroids), present)
+
+
+def stability_loss(
+    features: jax.Array, noisy_features: jax.Array, *, axis_name: str | None = None
+) -> jax.Array:
+    r"""Distance between the features of an image and of its noisy version.
+
+    .. math:: L_{stability} = \frac{1}{B} \sum_x \|f(x) - f(x + \varepsilon)\|
+
+    Args:
+      features: [B, d]; cast to float32 if narrower.
+      noisy_features: [B, d], row by row of the same images.
+      axis_name: the device axis over which the batch is split, if any.
+
+    Returns:
+      The loss, [].
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+
+    Source: Zheng et al. (2016), as in Section 7.1: the distance is not squared.
+    """
+    _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"))
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    return mean_over_batch(
+        safe_norm(features.astype(dtype) - noisy_features.astype(dtype)), axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustLossConfig:
+    """Weights and options of :func:`robust_loss`; the defaults are the paper's."""
+
+    alpha: float = 1.0
+    """Weight of the compactness loss (Eq. 7), >= 0."""
+    beta: float = 1.0
+    """Weight of the margin loss (Eq. 7), >= 0."""
+    gamma_reg: float = 1e-3
+    """Weight of the centroid norm (Eq. 7), >= 0."""
+    lam: float = 1.0
+    """Weight of the alignment of noisy features (Eq. 13), >= 0."""
+    delta_v: float = 0.5
+    """Radius of a class's ball, in the units of the features, >= 0."""
+    delta_d: float = 5.0
+    """Distance of a centroid to its boundaries, in the units of the features, >= 0."""
+    momentum: float = 0.9
+    """gamma of Section 4.4: the share of the stored centroid, in [0, 1)."""
+    compact_squared: bool = True
+    """Whether the hinge of compactness and alignment is squared (Appendix A.1)."""
+    margin_squared: bool = False
+    """Whether the hinge of the margin is squared (Appendix A.1)."""
+    boundaries: str = "max"
+    """Over the boundaries of a class, the "max" or the "mean" of the hinge."""
+    compact_centroids: str = "momentum"
+    """Centroids of Eq. 8 and 12: "momentum" or "naive"."""
+    margin_centroids: str = "naive"
+    """Centroids of Eq. 9: "naive" (with the above: partial momentum) or "momentum"."""
+    norm_centroids: str = "momentum"
+    """Centroids of Eq. 11: "momentum" (the authors' release; the paper is silent) or "naive"."""
+
+    def __post_init__(self):
+        for name in ("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d"):
+            _validate.in_range(name, getattr(self, name), 0)
+        _validate.in_range("momentum", self.momentum, 0, 1)
+        _validate.one_of("boundaries", self.boundaries, ("max", "mean"))
+        for name in ("compact_centroids", "margin_centroids", "norm_centroids"):
+            _validate.one_of(name, getattr(self, name), ("momentum", "naive"))
+
+
+AUTHORS_RELEASE = RobustLossConfig(alpha=0.5, lam=0.5, momentum=0.99)
+"""What the authors' released code minimises: one mean over the clean and the noisy features
+of a class together, which is half of Eq. 8 plus Eq. 12, and a momentum of 0.99."""
+
+
+class RobustLossTerms(NamedTuple):
+    """The unweighted terms of :func:`robust_loss`, each []."""
+
+    compact: jax.Array  # Eq. 8
+    margin: jax.Array  # Eq. 9
+    norm: jax.Array  # Eq. 11
+    align: jax.Array  # Eq. 12
+
+
+def robust_loss(
+    features: jax.Array,
+    noisy_features: jax.Array,
+    labels: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    state: CentroidState,
+    config: RobustLossConfig,
+    *,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, RobustLossTerms, CentroidState]:
+    r"""The paper's loss on the features, without the softmax term that goes with it.
+
+    .. math::
+      L = \alpha L_{compact} + \beta L_{margin} + \gamma_{reg} L_{reg} + \lambda L_{noisy}
+
+    Centroids come from the clean features alone. By default compactness, alignment and the
+    norm use the momentum centroid and the margin the batch's own (partial momentum).
+
+    Args:
+      features: [B, d], of clean images.
+      noisy_features: [B, d], of noisy images of the same classes.
+      labels: [B], integers in [0, C).
+      kernel: [d, C], of the softmax layer.
+      bias: [C], of the softmax layer.
+      state: the centroids so far; its dtype is that of the loss.
+      config: weights and options.
+      axis_name: the device axis over which the batch is split, if any.
+
+    Returns:
+      ``(total, terms, new_state)``: the weighted sum, [], its terms, the next centroids.
+
+    Raises:
+      InputError: (a ValueError) if shapes do not match.
+
+    Source: Eq. 7 and 13, Section 4.4.
+    """
+    centroids, new_state = update_centroids(
+        state, features, labels, momentum=config.momentum, axis_name=axis_name)
+    chosen = {"momentum": centroids.running, "naive": centroids.current}
+    compact_centroids = chosen[config.compact_centroids]
+    terms = RobustLossTerms(
+        compact=compactness_loss(
+            features, labels, compact_centroids, delta_v=config.delta_v,
+            squared=config.compact_squared, axis_name=axis_name),
+        margin=margin_loss(
+            chosen[config.margin_centroids], centroids.present, kernel, bias,
+            delta_d=config.delta_d, squared=config.margin_squared, boundaries=config.boundaries),
+        norm=centroid_norm_loss(chosen[config.norm_centroids], centroids.present),
+        align=compactness_loss(
+            noisy_features, labels, compact_centroids, delta_v=config.delta_v,
+            squared=config.compact_squared, axis_name=axis_name),
+    )
+    total = (config.alpha * terms.compact + config.beta * terms.margin
+             + config.gamma_reg * terms.norm + config.lam * terms.align)
+    return total, terms, new_state

@@ -1,0 +1,45 @@
+"""Flax Linen classifiers that return logits, penultimate features and block outputs.
+
+Every model takes float images in [0, 1], [B, H, W, channels], normalises them itself with its
+``mean`` and ``std``, and keeps its feature layer under ``params["features"]`` and its softmax
+layer under ``params["head"]``.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+
+from jaxrobust import _validate
+from jaxrobust.models.common import Outputs, head_parameters
+from jaxrobust.models.resnet import ResNet18
+from jaxrobust.models.small_cnn import SmallCNN
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "small_cnn": SmallCNN}
+"""The models by name."""
+
+__all__ = ["MODELS", "Outputs", "ResNet18", "SmallCNN", "create_model", "head_parameters"]
+
+
+def create_model(
+    name: str, *, num_classes: int, num_features: int, width: int,
+    mean: Sequence[float], std: Sequence[float],
+) -> nn.Module:
+    """The model of that name.
+
+    Args:
+      name: a key of :data:`MODELS`.
+      num_classes: C.
+      num_features: d, the dimension of the penultimate layer.
+      width: channels of the first stage.
+      mean: per channel, of pixels in [0, 1], subtracted from the images.
+      std: per channel, by which they are then divided.
+
+    Raises:
+      InputError: (a ValueError) for an unknown name, or a size below 1.
+    """
+    _validate.one_of("model", name, MODELS)
+    _validate.in_range("num_classes", num_classes, 2)
+    _validate.in_range("num_features", num_features, 1)
+    _validate.in_range("width", width, 1)
+    return MODELS[name](num_classes=num_classes, num_features=num_features, width=width,
+                        mean=tuple(mean), std=tuple(std))

@@ -1,0 +1,84 @@
+"""ResNet18 for small images, with the feature layer of the paper's Appendix H.1."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut, which a 1x1 convolution projects if need be."""
+
+    channels: int
+    stride: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
+        def norm(x, name):
+            return batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype, name=name)
+
+        x = conv(self.channels, inputs, size=3, stride=self.stride, dtype=self.dtype, name="conv1")
+        x = nn.relu(norm(x, "bn1"))
+        x = conv(self.channels, x, size=3, dtype=self.dtype, name="conv2")
+        x = norm(x, "bn2")
+        shortcut = inputs
+        if inputs.shape[-1] != self.channels or self.stride != 1:
+            shortcut = conv(self.channels, inputs, size=1, stride=self.stride, dtype=self.dtype,
+                            name="shortcut_conv")
+            shortcut = norm(shortcut, "shortcut_bn")
+        return nn.relu(x + shortcut)
+
+
+class ResNet18(nn.Module):
+    """He et al. (2016) with a CIFAR stem (3x3, stride 1, no pooling) and a feature layer.
+
+    Global average pooling, ReLU, a fully connected layer to ``num_features`` (the feature
+    space), then the softmax layer. Initialised as PyTorch does by default.
+
+    Attributes:
+      num_classes: C.
+      mean: per channel, of pixels in [0, 1].
+      std: per channel.
+      num_features: d; 128 in the paper.
+      width: channels of the first of the four stages, doubled in each; 64 in the paper.
+      dtype: of the computation; parameters, statistics, features and logits stay float32.
+      axis_name: device axis over which training batch statistics are shared, if any.
+    """
+
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_features: int = 128
+    width: int = 64
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
+        """Classifies images [B, H, W, channels] in [0, 1].
+
+        With ``train`` batch norm uses and updates the statistics of this batch
+        (``mutable=["batch_stats"]``), without it the running ones.
+        """
+        x = normalise(images, self.mean, self.std, self.dtype)
+        x = conv(self.width, x, size=3, dtype=self.dtype, name="stem_conv")
+        x = nn.relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
+                               name="stem_bn"))
+        blocks = {}
+        for stage in range(4):
+            for index in range(2):
+                x = ResidualBlock(
+                    channels=self.width * 2**stage, stride=2 if stage > 0 and index == 0 else 1,
+                    dtype=self.dtype, axis_name=self.axis_name,
+                    name=f"block{stage + 1}_{index + 1}")(x, train=train)
+            blocks[f"block{stage + 1}"] = x
+        x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(jnp.promote_types(self.dtype, jnp.float32))
+        features = dense(self.num_features, x, name="features", dtype=x.dtype)
+        logits = dense(self.num_classes, features, name="head", dtype=x.dtype)
+        return Outputs(logits, features, blocks)

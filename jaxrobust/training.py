@@ -1,0 +1,144 @@
+"""The train state, the pure train step, and the paper's optimiser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrobust import _validate
+from jaxrobust.centroids import CentroidState, init_centroids
+from jaxrobust.methods import Batch, Method
+from jaxrobust.models.common import head_parameters
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes, and the key of its randomness, as one pytree."""
+
+    step: jax.Array  # shape=[], dtype=int32; updates done
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    centroids: CentroidState
+    key: jax.Array  # constant; randomness of step t comes from fold_in(key, t)
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def create_train_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, images: jax.Array
+) -> TrainState:
+    """A model's state before the first step.
+
+    Args:
+      model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
+      optimizer: as given to :func:`make_train_step`.
+      key: a PRNG key; determines the initial parameters and all randomness of training.
+      images: [B, H, W, channels], any images of the right size.
+    """
+    init_key, train_key = jax.random.split(key)
+    variables = model.init(init_key, images, train=False)
+    params = variables["params"]
+    kernel, _ = head_parameters(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params,
+        batch_stats=variables.get("batch_stats", {}), opt_state=optimizer.init(params),
+        centroids=init_centroids(kernel.shape[1], kernel.shape[0]), key=train_key)
+
+
+def make_train_step(
+    model: nn.Module,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+    constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
+) -> TrainStep:
+    """One update as a pure function ``(state, batch) -> (state, metrics)``.
+
+    Jit it, or map it over devices with the batch split and the state replicated.
+
+    Args:
+      model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
+      method: what is minimised.
+      optimizer: of the parameters.
+      axis_name: the device axis over which the batch is split, under ``pmap`` or
+        ``shard_map``; None if the batch is whole. Loss, centroids, gradients, metrics and
+        batch norm are those of the whole batch.
+      constraint_weight: factor, by step, of the terms that ``stability`` and ``robust`` add to
+        the softmax loss; 1 in the paper.
+
+    Returns:
+      The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
+      on the views, and the terms of the method.
+    """
+    model = model.clone(axis_name=axis_name)
+
+    def train_step(state, batch):
+        def objective(params):
+            def forward(batch_stats, images):
+                outputs, updated = model.apply(
+                    {"params": params, "batch_stats": batch_stats}, images, train=True,
+                    mutable=["batch_stats"])
+                return outputs, updated["batch_stats"]
+
+            return method.objective(
+                forward, head_parameters(params), state.batch_stats, state.centroids, batch,
+                weight=constraint_weight(state.step), axis_name=axis_name)
+
+        (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        if axis_name is not None:
+            gradients = jax.lax.pmean(gradients, axis_name)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
+        state = state.replace(
+            step=state.step + 1, params=optax.apply_updates(state.params, updates),
+            batch_stats=evaluated.batch_stats, opt_state=opt_state,
+            centroids=evaluated.centroids)
+        return state, metrics
+
+    return train_step
+
+
+def piecewise_schedule(
+    learning_rate: float, *, decay_steps: tuple[int, ...], decay_factor: float
+) -> optax.Schedule:
+    """A learning rate multiplied by ``decay_factor`` after each of ``decay_steps`` updates."""
+    return optax.schedules.piecewise_constant_schedule(
+        learning_rate, {step: decay_factor for step in decay_steps})
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum as PyTorch defines it; the defaults are the paper's (H.1).
+
+    Args:
+      learning_rate: a number or a schedule.
+      momentum: in [0, 1).
+      weight_decay: L2 penalty, added to the gradient of every parameter before the momentum.
+      clip_norm: the gradient is scaled down to this global norm before that, if given; > 0.
+
+    Raises:
+      InputError: (a ValueError) for a value out of range.
+    """
+    _validate.in_range("momentum", momentum, 0, 1)
+    _validate.in_range("weight_decay", weight_decay, 0)
+    if not callable(learning_rate):
+        _validate.in_range("learning_rate", learning_rate, 0, open_low=True)
+    clip = optax.identity()
+    if clip_norm is not None:
+        _validate.in_range("clip_norm", clip_norm, 0, open_low=True)
+        clip = optax.clip_by_global_norm(clip_norm)
+    return optax.chain(
+        clip, optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=True))
