@@ -48,8 +48,8 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
             dims = dims[:-1]
         shape = array.shape
         fits = len(shape) >= len(dims) if rest else len(shape) == len(dims)
-        if fits:
-            fits = all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape))
+        fits = fits and all(sizes.setdefault(dim, size) == size
+                            for dim, size in zip(dims, shape[:len(dims)], strict=True))
         if not fits:
             known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
             where = f" with {known}" if known else ""

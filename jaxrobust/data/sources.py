@@ -77,32 +77,32 @@ def load_dataset(name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR) -> 
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
 
 
-def split_off(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:
+def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
     """Splits off a stratified random share, such as a validation split.
 
     Args:
-      split: what to divide.
-      fraction: of the examples to split off, in (0, 1).
+      split: what to divide, N examples.
+      size: examples to split off, in [1, N).
       seed: of the choice.
 
     Returns:
       ``(the rest, the share)``, both in their original order.
 
     Raises:
-      InputError: (a ValueError) if the fraction is out of range or leaves a class without an
+      InputError: (a ValueError) if the size is out of range or leaves a class without an
         example on either side.
     """
     import sklearn.model_selection
 
-    _validate.in_range("fraction", fraction, 0, 1, open_low=True)
     positions = np.arange(len(split.labels))
+    _validate.in_range("size", size, 1, len(positions))
     try:
         kept, taken = sklearn.model_selection.train_test_split(
-            positions, test_size=fraction, random_state=seed, stratify=split.labels)
+            positions, test_size=size, random_state=seed, stratify=split.labels)
     except ValueError as error:
         raise _validate.InputError(
-            f"Expected fraction={fraction} to leave every class of {len(positions)} examples "
-            f"on both sides: {error}") from error
+            f"Expected size={size} to leave every class of {len(positions)} examples on both "
+            f"sides: {error}") from error
     kept, taken = np.sort(kept), np.sort(taken)
     return (Split(split.images[kept], split.labels[kept]),
             Split(split.images[taken], split.labels[taken]))
@@ -115,7 +115,7 @@ def _load_digits() -> Dataset:
     # The pixels are integers from 0 to 16.
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     everything = Split(images, digits.target.astype(np.int32))
-    train, test = split_off(everything, 0.2, seed=0)
+    train, test = split_off(everything, 360, seed=0)
     pixels = train.images / 255
     return Dataset(
         name="digits", train=train, test=test, class_names=tuple("0123456789"),

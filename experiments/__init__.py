@@ -1,0 +1,1 @@
+"""Commands that put jaxrobust's functions together into the paper's experiments."""

@@ -1,0 +1,217 @@
+"""``python -m experiments COMMAND --help``."""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import sys
+from typing import Annotated, Union
+
+import absl.logging
+import tyro
+
+from experiments import curvature, evaluation, prepare, report, reproduce, training
+from experiments.config import Evaluation, InputError, RunConfig, read_config
+from experiments.recipes import get_recipe
+from jaxrobust.data import load_dataset
+from jaxrobust.data.sources import DEFAULT_DATA_DIR
+
+Positional = tyro.conf.Positional
+DATA_DIR = pathlib.Path(DEFAULT_DATA_DIR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Train the rows of a recipe for all its seeds, test them, and write the report.
+
+    What is done already is left as it is; what was broken off goes on.
+    """
+
+    recipe: Positional[str]
+    """One of: digits, cifar10, svhn, cifar10_small."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/RECIPE if none is given."""
+    rows: tuple[str, ...] | None = None
+    """Rows to run; all if none is given."""
+    seeds: tuple[int, ...] | None = None
+    """Training seeds; the recipe's if none is given."""
+    jobs: int = 1
+    """Runs at a time, each a process on its share of the CPU cores."""
+    report: bool = True
+    """Whether to write the report at the end."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        recipe = get_recipe(self.recipe)
+        rows = list(self.rows or recipe.rows)
+        seeds = list(recipe.seeds if self.seeds is None else self.seeds)
+        for row in rows:
+            recipe.run(row, seeds[0])
+        folder = self.out or pathlib.Path("runs") / recipe.name
+        dataset = reproduce.load_recipe_dataset(recipe, self.data_dir)
+        reproduce.claim_study(
+            folder, reproduce.describe_study(recipe, seeds, list(dataset.class_names)))
+        if self.jobs > 1:
+            arguments = ["--data-dir", str(self.data_dir)]
+            arguments += [] if self.tensorboard else ["--no-tensorboard"]
+            failures = reproduce.run_study_in_parallel(
+                recipe, folder, rows=rows, seeds=seeds, jobs=self.jobs, arguments=arguments)
+        else:
+            failures = reproduce.run_study(
+                recipe, dataset, folder, rows=rows, seeds=seeds, tensorboard=self.tensorboard)
+        if self.report:
+            print(f"The report is in {report.write_report(folder)}")
+        if failures:
+            raise InputError("; ".join(failures))
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train one run: `train RECIPE/ROW`, with any of its settings changed.
+
+    The defaults shown are those of the recipe's row named first on the command line.
+    """
+
+    recipe: Positional[str]
+    """RECIPE, or RECIPE/ROW, such as cifar10/both; the row is "robust" if none is given."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out: pathlib.Path | None = None
+    """Folder of the run; runs/RECIPE-ROW-seedSEED if none is given."""
+    resume: bool = False
+    """Go on with a run begun before."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        name = self.recipe.replace("/", "-")
+        folder = self.out or pathlib.Path("runs") / f"{name}-seed{self.run.seed}"
+        dataset = load_dataset(self.run.dataset, self.data_dir)
+        if self.run.select == "test":
+            print("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
+                  "on them is then too high.", flush=True)
+        training.train(self.run, dataset, folder, resume=self.resume,
+                       tensorboard=self.tensorboard, label=name)
+        print(f"The run is in {folder}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnRuns:
+    runs: Positional[tuple[pathlib.Path, ...]]
+    """Folders of finished runs."""
+    settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
+        noise_levels=(0, 2, 4, 8, 16, 20))
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def _load(self):
+        if not self.runs:
+            raise InputError("Expected at least one folder of a run, got none.")
+        for folder in self.runs:
+            config = read_config(folder)
+            yield folder, training.load_run(
+                folder, config, load_dataset(config.dataset, self.data_dir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(_OnRuns):
+    """Test finished runs under Gaussian noise."""
+
+    def __call__(self) -> None:
+        for folder, run in self._load():
+            evaluation.evaluate_run(run, self.settings, folder, folder.name)
+            print(f"The accuracies are in {folder / 'evaluation.json'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature(_OnRuns):
+    """Measure the curvature of finished runs' loss at test images."""
+
+    def __call__(self) -> None:
+        for folder, run in self._load():
+            curvature.measure_curvature(run, self.settings, folder, folder.name)
+            print(f"The curvatures are in {folder / 'curvature.npz'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the report of a folder that `reproduce` made, from what is there."""
+
+    folder: Positional[pathlib.Path]
+    """Folder of the study."""
+
+    def __call__(self) -> None:
+        print(f"The report is in {report.write_report(self.folder)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download and prepare a data set."""
+
+    dataset: Positional[str]
+    """"cifar10" or "svhn_cropped"; "digits" needs none."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        print(prepare.prepare(self.dataset, self.data_dir.expanduser()))
+
+
+COMMANDS = {
+    "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
+    "report": Report, "prepare": Prepare,
+}
+
+
+def parse(arguments: list[str]):
+    """The command, from its words.
+
+    Raises:
+      InputError: (a ValueError) for an unknown recipe or row of ``train``, or a value that a
+        configuration refuses.
+      SystemExit: with status 2, for what tyro refuses.
+    """
+    # The defaults of `train` are those of the recipe that its first word names.
+    named = arguments[1] if arguments[:1] == ["train"] and arguments[1:] else "-"
+    recipe = "digits" if named.startswith("-") else named
+    name, _, row = recipe.partition("/")
+    train = Train(recipe=recipe, run=get_recipe(name).run(row or "robust", seed=0))
+    defaults = {"train": {"default": train}}
+    commands = tuple(
+        Annotated[kind, tyro.conf.subcommand(name, **defaults.get(name, {}))]
+        for name, kind in COMMANDS.items())
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Union[commands], prog="python -m experiments", args=arguments)  # noqa: UP007
+    except SystemExit as stop:
+        # tyro draws a box around what a configuration refuses; here that is one line.
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def main() -> None:
+    """Runs the command of the command line; bad input is one line and status 2."""
+    # Its warnings, such as that of a data set which is not there, have errors of their own here.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        parse(sys.argv[1:])()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What a run is: its configuration as a frozen dataclass, and as JSON."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+from jaxrobust import _validate
+from jaxrobust.data import DATASETS
+from jaxrobust.losses import RobustLossConfig
+from jaxrobust.methods import METHODS
+from jaxrobust.models import MODELS
+
+InputError = _validate.InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with Nesterov momentum; the defaults are the paper's (Appendix H.1)."""
+
+    learning_rate: float = 1e-3
+    """Initial (after warm-up) learning rate."""
+    schedule: str = "piecewise"
+    """"piecewise": multiplied by decay_factor after each of decay_epochs; "cosine": to 0."""
+    decay_epochs: tuple[int, ...] = (60, 120, 160)
+    """Of the piecewise schedule."""
+    decay_factor: float = 0.2
+    """Of the piecewise schedule."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear growth from 0, before a cosine schedule."""
+    momentum: float = 0.9
+    """Nesterov momentum, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """L2 penalty in the gradient of every parameter."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradient; none in the paper."""
+
+    def __post_init__(self):
+        _validate.in_range("learning_rate", self.learning_rate, 0, open_low=True)
+        _validate.one_of("schedule", self.schedule, ("piecewise", "cosine"))
+        _validate.in_range("warmup_epochs", self.warmup_epochs, 0)
+        if self.schedule == "piecewise" and self.warmup_epochs:
+            raise InputError(
+                f"Expected warmup_epochs=0 with schedule='piecewise', got {self.warmup_epochs}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training: a data set, a model, a method, a seed. Decides the result to the bit."""
+
+    dataset: str = "digits"
+    """"digits", "cifar10" or "svhn_cropped"."""
+    train_size: int | None = None
+    """Training images, drawn by class at random with seed 0; none for all that are left."""
+    validation_size: int = 0
+    """Images held out of the training split, by class at random with seed 0."""
+    select: str = "validation"
+    """Which epoch is kept: the best on the "validation" images, the "last", or the best on the
+    "test" images. The last of these is the paper's protocol; it leaks the test set."""
+    model: str = "resnet18"
+    """"resnet18" or "small_cnn"."""
+    width: int = 64
+    """Channels of the model's first stage."""
+    num_features: int = 128
+    """Dimension of the penultimate layer."""
+    method: str = "robust"
+    """"normal", "noisy", "both", "stability" or "robust"."""
+    robust: RobustLossConfig = RobustLossConfig()
+    """Of the method "robust"."""
+    stability_weight: float = 1.0
+    """Of the method "stability"."""
+    constraint_warmup_epochs: float = 0.0
+    """Epochs over which the terms beside the softmax loss grow linearly to their weight."""
+    noise_std: float = 0.06
+    """Standard deviation of the training noise, in pixel values of [0, 1]."""
+    crop_padding: int = 4
+    """Padding of the random crop, in pixels."""
+    independent_views: bool = False
+    """Whether the noisy view has a crop and flip of its own, as in the authors' release."""
+    epochs: int = 200
+    batch_size: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; at each the run is validated."""
+    seed: int = 0
+    """Of the initial parameters, the order, the augmentation and the noise."""
+
+    def __post_init__(self):
+        _validate.one_of("dataset", self.dataset, DATASETS)
+        _validate.one_of("model", self.model, MODELS)
+        _validate.one_of("method", self.method, METHODS)
+        _validate.one_of("select", self.select, ("validation", "test", "last"))
+        for name in ("width", "num_features", "epochs", "batch_size", "checkpoint_every"):
+            _validate.in_range(name, getattr(self, name), 1)
+        for name in ("validation_size", "crop_padding", "noise_std", "stability_weight",
+                     "constraint_warmup_epochs", "seed"):
+            _validate.in_range(name, getattr(self, name), 0)
+        if self.select == "validation" and self.validation_size == 0:
+            raise InputError("Expected validation_size=0 to be > 0 with select='validation'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How the runs of a recipe are tested."""
+
+    noise_levels: tuple[float, ...]
+    """Standard deviations of the Gaussian noise, in units of 1/255; 0 is the clean image."""
+    num_draws: int = 10
+    """Independent draws of the noise at each level."""
+    test_size: int | None = None
+    """Test images, drawn by class at random with seed 0; none for all."""
+    curvature_images: int = 256
+    """Of these, the first so many have their curvature measured."""
+    curvature_probes: int = 20
+    """Random directions for each image."""
+    tsne_images: int = 1000
+    """Of these, the first so many are shown in the t-SNE figure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A comparison of methods: one row of the tables for each run, over all seeds."""
+
+    name: str
+    title: str
+    rows: dict[str, RunConfig]
+    """By a name fit for a folder. The order is that of the tables."""
+    labels: dict[str, str]
+    """Of the rows, as shown."""
+    evaluation: Evaluation
+    seeds: tuple[int, ...] = (0,)
+    paper_table: str | None = None
+    """Key of the paper's table in :mod:`experiments.paper` that this recipe reproduces."""
+    paper_rows: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By row, the row of that table to be shown beside it."""
+    note: str = ""
+    """What a reader of the report must know, such as what differs from the paper."""
+
+    def run(self, row: str, seed: int) -> RunConfig:
+        """The configuration of one run.
+
+        Raises:
+          InputError: (a ValueError) for an unknown row; it names the nearest.
+        """
+        _validate.one_of("row", row, self.rows)
+        return dataclasses.replace(self.rows[row], seed=seed)
+
+
+METHOD_LABELS = {
+    "normal": "Normal training",
+    "noisy": "Training only on noisy images",
+    "both": "Training on both clean and noisy images",
+    "stability": "Stability training",
+    "robust": "Robust (the paper's method)",
+}
+"""The rows of the paper's tables."""
+
+
+def method_rows(base: RunConfig) -> dict[str, RunConfig]:
+    """A row for each of the five methods, alike in all else."""
+    return {method: dataclasses.replace(base, method=method) for method in METHODS}
+
+
+METHOD_PAPER_ROWS = {method: method for method in METHODS}
+"""Each method beside its own row of the paper's table."""
+
+
+def to_json(config) -> str:
+    """A configuration as JSON text, every field written out."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(cls, values: dict):
+    """The dataclass ``cls`` from what :func:`to_json` wrote.
+
+    Raises:
+      InputError: (a ValueError) for a field that ``cls`` does not have.
+    """
+    types = typing.get_type_hints(cls)
+    for name in values:
+        _validate.one_of(f"field of {cls.__name__}", name, types)
+
+    def convert(name, value):
+        if dataclasses.is_dataclass(types[name]):
+            return from_dict(types[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: convert(name, value) for name, value in values.items()})
+
+
+def read_config(folder: pathlib.Path) -> RunConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+      InputError: (a ValueError) if the folder holds no run.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"Expected a run in {folder}, found no config.json there.")
+    return from_dict(RunConfig, json.loads(path.read_text()))

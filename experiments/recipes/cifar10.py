@@ -1,0 +1,31 @@
+"""The paper's CIFAR-10 experiment (Table 1) to the letter of Appendix H.1.
+
+    python -m experiments reproduce cifar10
+
+ResNet18, 128 features, 200 epochs of 781 batches of 64 and one of 16, SGD with Nesterov
+momentum at 1e-3, noise of 0.06. It needs a GPU: on two CPU cores one epoch of one method takes
+over an hour. Expected by the paper: robust 92.67 % clean and 91.15 % at 16/255.
+
+The paper does not say which epoch it reports; the authors' release keeps the one that is best on
+the test set. Here 5,000 training images are held out for that choice; `--select test` with all
+50,000 is the paper's protocol, labelled as leaking.
+"""
+
+from experiments.config import (
+    METHOD_LABELS,
+    METHOD_PAPER_ROWS,
+    Evaluation,
+    Recipe,
+    RunConfig,
+    method_rows,
+)
+
+RECIPE = Recipe(
+    name="cifar10",
+    title="CIFAR-10, the paper's settings",
+    rows=method_rows(RunConfig(dataset="cifar10", validation_size=5000)),
+    labels=METHOD_LABELS,
+    evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20)),
+    paper_rows=METHOD_PAPER_ROWS,
+    paper_table="table1",
+)

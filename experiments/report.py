@@ -1,0 +1,866 @@
+"""The report of a comparison: reads a study's runs, writes tables, figures and one page.
+
+    study folder ─ load_study ─▶ Study ─ tables, summary, figures ─▶ report.html, .md, .csv, .json
+
+Accuracies are fractions in the files of the runs and per cent from here on. Nothing is random
+or dated: the same study gives the same bytes.
+"""
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+
+from experiments import figures
+from experiments.config import METHOD_LABELS, InputError, RunConfig, read_config
+from experiments.paper import TABLES, PaperTable
+
+PEERS = ("both", "stability")
+"""The methods that the method "robust" is compared with in words."""
+
+CURVATURES = ("frobenius_squared", "finite_difference")
+"""Of the curvature file; different quantities on a ReLU network."""
+
+
+PAPER_DRAWS = 10
+"""Noise draws behind a number of the paper."""
+
+
+class Accuracy(NamedTuple):
+    """Accuracy of one row at one noise level, over its finished seeds."""
+
+    mean: float  # per cent; over the seeds, of the mean over the noise draws
+    seed_means: tuple[float, ...]  # per cent
+    std_over_seeds: float | None  # per cent, ddof=1; None with one seed
+    std_over_draws: float | None  # per cent, ddof=1, averaged over the seeds; None with one draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is there of one training; None or empty where it is not (yet)."""
+
+    seed: int
+    config: RunConfig | None
+    provenance: dict
+    epochs: tuple[dict, ...]
+    evaluation: dict | None
+    curvature: dict | None
+    features: dict | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study folder in memory."""
+
+    name: str
+    title: str
+    note: str
+    command: str
+    commit: str
+    labels: dict[str, str]  # by row, in the order of the table
+    methods: dict[str, str]  # by row
+    seeds: tuple[int, ...]
+    paper: PaperTable | None
+    paper_rows: dict[str, str]  # by row, the key in the paper's table
+    class_names: dict[int, str]
+    runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
+
+    def finished(self, row: str) -> list[Run]:
+        """The evaluated runs of a row."""
+        return [run for run in self.runs[row] if run.evaluation]
+
+    def all_finished(self) -> list[Run]:
+        """The evaluated runs of all rows."""
+        return [run for row in self.labels for run in self.finished(row)]
+
+
+class Cell(NamedTuple):
+    """Of a table."""
+
+    text: str
+    bold: bool = False
+
+
+class TableRow(NamedTuple):
+    """Of a table; the paper's rows are muted."""
+
+    head: str
+    cells: tuple[Cell, ...]
+    muted: bool = False
+
+
+class Table(NamedTuple):
+    """As shown, in HTML and in Markdown alike."""
+
+    caption: str
+    columns: tuple[str, ...]  # the first heads the rows
+    rows: tuple[TableRow, ...]
+    note: str = ""
+    numeric: bool = True
+    folded: bool = False
+
+
+class Picture(NamedTuple):
+    """A figure as shown; its files are ``figures/<name>.svg`` and ``.png``."""
+
+    name: str
+    figure: figures.Figure
+    caption: str
+    alt: str
+    note: str
+
+
+class Section(NamedTuple):
+    """Of the page."""
+
+    anchor: str
+    heading: str
+    lead: str
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+def write_report(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the report of a study into its folder; returns the path of ``report.html``.
+
+    Raises:
+      InputError: (a ValueError) if the folder holds no study, or no finished run.
+    """
+    study = load_study(folder)
+    sections = _sections(study)
+    pictures = [picture for section in sections for picture in section.pictures]
+    (folder / "figures").mkdir(exist_ok=True)
+    for picture in pictures:
+        figures.save(picture.figure, folder / "figures" / picture.name)
+    images = {picture.name: _data_uri(folder / "figures" / f"{picture.name}.svg")
+              for picture in pictures}
+    _write(folder / "report.md", markdown(study, sections))
+    _write(folder / "report.csv", accuracy_csv(study))
+    _write(folder / "report.json", json.dumps(summary_json(study), indent=2, allow_nan=False,
+                                              ensure_ascii=False) + "\n")
+    page = folder / "report.html"
+    _write(page, html(study, sections, images))
+    return page
+
+
+# --- Reading ---------------------------------------------------------------------------------
+
+
+def load_study(folder: pathlib.Path) -> Study:
+    """Reads a study folder, whatever of its runs is there.
+
+    Raises:
+      InputError: (a ValueError) if the folder holds no study, or no finished run.
+    """
+    if not (folder / "study.json").is_file():
+        raise InputError(f"Expected a study in {folder}, found no study.json there.")
+    values = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    names = values.get("class_names") or []
+    study = Study(
+        name=values["name"], title=values["title"], note=values["note"],
+        command=values["command"], commit=values["commit"], labels=values["rows"],
+        methods=values["methods"], seeds=tuple(values["seeds"]),
+        paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
+        paper_rows=values["paper_rows"],
+        class_names={index: f"{index} {name}" for index, name in enumerate(names)},
+        runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
+              for row in values["rows"]})
+    if not study.all_finished():
+        raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
+    return study
+
+
+def _load_run(folder: pathlib.Path, seed: int) -> Run:
+    arrays, facts = _read_arrays(folder / "curvature.npz"), _read_json(folder / "curvature.json")
+    return Run(
+        seed=seed,
+        config=read_config(folder) if (folder / "config.json").is_file() else None,
+        provenance=_read_json(folder / "provenance.json") or {},
+        epochs=_read_epochs(folder / "metrics.jsonl"),
+        evaluation=_read_json(folder / "evaluation.json"),
+        curvature=arrays | facts if arrays and facts else None,
+        features=_read_arrays(folder / "features.npz"))
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _read_arrays(path: pathlib.Path) -> dict | None:
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
+    if not path.is_file():
+        return ()
+    # A run that was stopped may have left half a line, and one that was resumed an epoch twice.
+    whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    by_epoch = {line["epoch"]: line for line in map(json.loads, whole_lines)}
+    return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+
+def accuracies(runs: Sequence[Run]) -> dict[float, Accuracy]:
+    """Accuracy by noise level (std in units of 1/255) over the seeds of one row."""
+    draws: dict[float, list[np.ndarray]] = {}
+    for run in runs:
+        for level in run.evaluation["levels"]:
+            draws.setdefault(level["std_255"], []).append(100 * np.array(level["accuracies"]))
+    return {level: _accuracy(draws[level]) for level in sorted(draws)}
+
+
+def _accuracy(by_seed: Sequence[np.ndarray]) -> Accuracy:
+    means = tuple(float(np.mean(draws)) for draws in by_seed)
+    stds = [float(np.std(draws, ddof=1)) for draws in by_seed if len(draws) > 1]
+    return Accuracy(mean=statistics.fmean(means), seed_means=means,
+                    std_over_seeds=statistics.stdev(means) if len(means) > 1 else None,
+                    std_over_draws=statistics.fmean(stds) if stds else None)
+
+
+def levels_of(study: Study) -> list[float]:
+    """All noise levels of the finished runs, in units of 1/255, increasing."""
+    return sorted({level for row in study.labels for level in accuracies(study.finished(row))})
+
+
+def several_seeds(study: Study) -> bool:
+    """Whether the ± of the tables is the spread over trainings, not over noise draws."""
+    return any(len(study.finished(row)) > 1 for row in study.labels)
+
+
+def pooled_std(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pooled standard deviation (ddof=1) of two samples; None if both have one value only."""
+    freedom = len(first) + len(second) - 2
+    if freedom == 0:
+        return None
+    squares = sum((value - statistics.fmean(sample)) ** 2
+                  for sample in (first, second) for value in sample)
+    return math.sqrt(squares / freedom)
+
+
+def best_rows(study: Study) -> list[str]:
+    """A sentence each on the best row for clean images and at the strongest noise."""
+    levels = levels_of(study)
+    sentences = []
+    if levels[0] == 0:
+        sentences.append(f"Best on clean images: {_best(study, 0)}.")
+    if levels[-1] > 0:
+        sentences.append(f"Best at the strongest noise ({level_name(levels[-1])}): "
+                         f"{_best(study, levels[-1])}.")
+    return sentences
+
+
+def comparisons(study: Study) -> list[str]:
+    """A sentence or two on each row of the method "robust" against each of its peers."""
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    return [_comparison(study.labels[row], study.labels[peer], by_row[row], by_row[peer])
+            for row in study.labels if study.methods[row] == "robust" and by_row[row]
+            for peer in study.labels if study.methods[peer] in PEERS and by_row[peer]]
+
+
+def _best(study: Study, level: float) -> str:
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    means = {row: round(values[level].mean, 2) for row, values in by_row.items() if level in values}
+    best = max(means.values())
+    names = " and ".join(f"“{study.labels[row]}”" for row in means if means[row] == best)
+    return f"{names}, with {best:.2f} %"
+
+
+def _comparison(label: str, peer_label: str, own: dict[float, Accuracy],
+                peer: dict[float, Accuracy]) -> str:
+    """In words, at which levels a row is above, within the spread of, or below another."""
+    levels = [level for level in own if level in peer]
+    spreads = [pooled_std(own[level].seed_means, peer[level].seed_means) for level in levels]
+    known = None not in spreads
+    words = (("clearly better", "no clear difference", "clearly worse") if known else
+             ("higher", "equal", "lower"))
+    found = {word: [] for word in words}
+    for level, spread in zip(levels, spreads, strict=True):
+        difference = own[level].mean - peer[level].mean
+        threshold = spread or 0.0
+        index = 0 if difference > threshold else 2 if difference < -threshold else 1
+        after = f", spread {spread:.2f}" if known else ""
+        found[words[index]].append(f"{level_name(level).lower()} ({signed(difference)}{after})")
+    parts = [f"{word} at {len(where)} of {len(levels)} levels: {', '.join(where)}"
+             for word, where in found.items() if where]
+    end = "." if known else "; the spread over trainings is unknown."
+    return f"“{label}” against “{peer_label}”, in percentage points: {'; '.join(parts)}{end}"
+
+
+def missing_runs(study: Study) -> list[str]:
+    """The runs without an evaluation, and how far each has come."""
+    return [f"{study.labels[row]}, seed {run.seed}: {_progress(run)}"
+            for row in study.labels for run in study.runs[row] if not run.evaluation]
+
+
+def _progress(run: Run) -> str:
+    if not run.config or not run.epochs:
+        return "not trained"
+    done = run.epochs[-1]["epoch"]
+    if done < run.config.epochs:
+        return f"{done} of {run.config.epochs} epochs trained"
+    return "trained, not evaluated"
+
+
+def chosen_on_test(study: Study) -> list[str]:
+    """Labels of the rows whose epoch was chosen on the test images, which leaks them."""
+    return [study.labels[row] for row in study.labels
+            if any(run.evaluation["selected_on"] == "test" for run in study.finished(row))]
+
+
+# --- Words -----------------------------------------------------------------------------------
+
+
+def level_name(level: float) -> str:
+    """A noise level (std in units of 1/255) as the paper writes it."""
+    return f"{level:g}/255" if level else "Clean"
+
+
+def signed(points: float) -> str:
+    """A difference with its sign, two decimals."""
+    return f"{points:+.2f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units, as ``1 h 05 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours} h {minutes:02d} min" if hours else
+            f"{minutes} min {rest:02d} s" if minutes else f"{rest} s")
+
+
+def with_spread(mean: float, std: float | None) -> str:
+    """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def _listed(values: Iterable) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def paragraphs(note: str) -> list[str]:
+    """The paragraphs of a plain text, which blank lines separate."""
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", note) if part.strip()]
+
+
+def lead(study: Study) -> str:
+    """The summary's opening paragraph: what is best, and what the comparisons rest on."""
+    if several_seeds(study):
+        basis = ("Below, a difference between the means over the training seeds is called clear "
+                 "if it exceeds the seeds’ pooled standard deviation (“spread”): a rough guide "
+                 "with so few trainings, not a statistical test.")
+    else:
+        basis = ("Each method was trained once, so the spread over trainings is unknown: a small "
+                 "difference between rows may be chance.")
+    return " ".join([*best_rows(study), basis])
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def accuracy_table(study: Study) -> Table:
+    """Rows are methods, columns noise levels; the paper's row below ours where there is one."""
+    levels = levels_of(study)
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    best = {level: max(round(values[level].mean, 2) for values in by_row.values()
+                       if level in values) for level in levels}
+    rows = []
+    for row, values in by_row.items():
+        cells = [_accuracy_cell(values.get(level), best[level], several_seeds(study))
+                 for level in levels]
+        rows.append(TableRow(study.labels[row], (*cells, Cell(_training_time(study, row)))))
+        numbers = paper_numbers(study, row)
+        if any(level in numbers for level in levels):
+            cells = [Cell(with_spread(*numbers[level]) if level in numbers else "–")
+                     for level in levels]
+            key = study.paper_rows[row]
+            rows.append(TableRow(f"paper: {METHOD_LABELS.get(key, key)}", (*cells, Cell("–")),
+                                 muted=True))
+    return Table(_accuracy_caption(study), ("Method", *map(level_name, levels), "Training time"),
+                 tuple(rows), _accuracy_note(study))
+
+
+def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool) -> Cell:
+    if accuracy is None:
+        return Cell("–")
+    std = accuracy.std_over_seeds if seeds else accuracy.std_over_draws
+    return Cell(with_spread(accuracy.mean, std), bold=round(accuracy.mean, 2) == best)
+
+
+def _training_time(study: Study, row: str) -> str:
+    seconds = [run.provenance["seconds"] for run in study.finished(row) if run.provenance]
+    return duration(statistics.fmean(seconds)) if seconds else "–"
+
+
+def paper_numbers(study: Study, row: str) -> dict[float, tuple[float, float | None]]:
+    """The paper's (mean, std) in per cent by noise level, for a row of ours; empty if none."""
+    if study.paper is None or row not in study.paper_rows:
+        return {}
+    return dict(zip(study.paper.levels, study.paper.rows[study.paper_rows[row]], strict=True))
+
+
+def _accuracy_caption(study: Study) -> str:
+    evaluations = [run.evaluation for run in study.all_finished()]
+    seeds = _listed(run.seed for run in study.all_finished())
+    text = (f"Accuracy in % on {_listed(_count(e['num_images']) for e in evaluations)} "
+            f"{_listed(e['split'] for e in evaluations)} images, clean and under Gaussian noise; "
+            f"{_listed(e['num_draws'] for e in evaluations)} draws of the noise at each level; "
+            f"training seeds: {seeds}. ")
+    if several_seeds(study):
+        text += ("Mean over the training seeds of the mean over the noise draws, ± standard "
+                 "deviation over the training seeds. ")
+    else:
+        text += ("One training seed: mean ± standard deviation over the noise draws, as in the "
+                 "paper; the spread over trainings is unknown. ")
+    return text + _selection_sentence(study)
+
+
+def _selection_sentence(study: Study) -> str:
+    words = {
+        "validation": "the best on held-out validation images",
+        "last": "the last",
+        "test": "the best on the test images themselves (this leaks)",
+    }
+    used = sorted({run.evaluation["selected_on"] for run in study.all_finished()})
+    return f"Epoch kept: {', or '.join(words[name] for name in used)}."
+
+
+def _accuracy_note(study: Study) -> str:
+    text = ("How to read: columns are the standard deviation of the noise added to the test "
+            "images, in units of 1/255 of the pixel range; higher is better. Bold: the best of "
+            "our rows in the column.")
+    if several_seeds(study):
+        counts = {study.labels[row]: len(study.finished(row)) for row in study.labels}
+        fewer = [f"{label} ({count})" for label, count in counts.items()
+                 if 0 < count < max(counts.values())]
+        text += " Spread over the noise draws: in report.csv."
+        if fewer:
+            text += f" Fewer seeds finished in: {', '.join(fewer)}; no ± for one seed."
+    if any(paper_numbers(study, row) for row in study.labels):
+        text += (f" Rows in grey: the paper’s {study.paper.title}, ± standard deviation over "
+                 f"{PAPER_DRAWS} noise draws.")
+    return text + " Training time: mean over the seeds."
+
+
+def curvature_table(study: Study) -> Table:
+    """Medians and means of both curvatures over the images, by row."""
+    rows = []
+    for row, runs in _curvature_runs(study).items():
+        cells = [Cell(_over_seeds([_finite_statistic(statistic, run.curvature[key])
+                                   for run in runs]))
+                 for key in CURVATURES for statistic in (np.median, np.mean)]
+        hidden = [str(_not_positive(runs, key)) for key in CURVATURES]
+        rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
+    image_counts = _listed(run.curvature["num_images"]
+                           for runs in _curvature_runs(study).values() for run in runs)
+    return Table(
+        f"Curvature of the softmax loss in input space, over all of {image_counts} test images "
+        "for each run (not only the lowest 90 %).",
+        ("Method", "Exact Hessian: median", "mean", "Finite differences: median", "mean",
+         "Zero or less"), tuple(rows),
+        "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
+        "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
+        "[lowest to highest seed]. Last column: number of values that a logarithmic axis cannot "
+        "show (zero, negative or not finite), exact Hessian / finite differences.")
+
+
+def _finite_statistic(statistic: Callable, values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return float(statistic(finite)) if len(finite) else math.nan
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    text = f"{statistics.fmean(values):.3g}"
+    return text if len(values) == 1 else f"{text} [{min(values):.3g} to {max(values):.3g}]"
+
+
+def _not_positive(runs: Sequence[Run], key: str) -> int:
+    return sum(int((~(np.isfinite(run.curvature[key]) & (run.curvature[key] > 0))).sum())
+               for run in runs)
+
+
+def _curvature_runs(study: Study) -> dict[str, list[Run]]:
+    found = {row: [run for run in runs if run.curvature] for row, runs in study.runs.items()}
+    return {row: runs for row, runs in found.items() if runs}
+
+
+def _feature_runs(study: Study) -> dict[str, Run]:
+    """The first seed's run with features, by row."""
+    found = {row: [run for run in runs if run.features] for row, runs in study.runs.items()}
+    return {row: runs[0] for row, runs in found.items() if runs}
+
+
+def run_table(study: Study) -> Table:
+    """Every run: its seed, the epoch kept, and of its provenance what differs between runs."""
+    described = {(row, run.seed): _provenance(run) for row in study.labels
+                 for run in study.runs[row] if run.provenance}
+    fields = _differing(described.values())
+    rows = []
+    for row in study.labels:
+        for run in study.runs[row]:
+            values = described.get((row, run.seed), {})
+            kept = f"{run.evaluation['epoch']}" if run.evaluation else "–"
+            cells = [str(run.seed), kept, run.provenance.get("started", "–"),
+                     duration(run.provenance["seconds"]) if run.provenance else "–",
+                     *(values.get(field, "–") for field in fields)]
+            rows.append(TableRow(study.labels[row], tuple(map(Cell, cells))))
+    return Table("Runs: what made each number.",
+                 ("Method", "Seed", "Epoch kept", "Started", "Training time", *fields),
+                 tuple(rows), "How to read: a line for each training. A dash: not there.",
+                 numeric=False)
+
+
+def common_provenance_table(study: Study) -> Table:
+    """What is the same for all runs, and the study's own command and commit."""
+    described = [_provenance(run) for runs in study.runs.values() for run in runs
+                 if run.provenance]
+    differing = _differing(described)
+    common = {field: value for values in described[:1] for field, value in values.items()
+              if field not in differing}
+    for field, value in (("Command", study.command), ("Commit", study.commit)):
+        if common.get(field) != value:
+            common[f"{field} of the study"] = value
+    return Table("Common to all runs.", ("What", "Value"),
+                 tuple(TableRow(name, (Cell(value),)) for name, value in common.items()),
+                 numeric=False)
+
+
+def _provenance(run: Run) -> dict[str, str]:
+    versions = ", ".join(f"{name} {v}" for name, v in run.provenance["versions"].items())
+    return {"Command": run.provenance["command"], "Commit": run.provenance["commit"],
+            "Hardware": run.provenance["hardware"], "Platform": run.provenance["platform"],
+            "Versions": versions}
+
+
+def _differing(described: Iterable[dict[str, str]]) -> list[str]:
+    """The keys whose values are not the same everywhere, in the order of the first."""
+    described = list(described)
+    return [key for key in (described[0] if described else ())
+            if len({values[key] for values in described}) > 1]
+
+
+def configuration_tables(study: Study) -> tuple[Table, ...]:
+    """The fields in which rows differ, and those that they share."""
+    by_row = {row: _row_configuration(runs) for row, runs in study.runs.items()
+              if any(run.config for run in runs)}
+    differing = _differing(by_row.values())
+    rows = tuple(TableRow(study.labels[row], tuple(Cell(values[field]) for field in differing))
+                 for row, values in by_row.items())
+    first = next(iter(by_row.values()), {})
+    common = tuple(TableRow(field, (Cell(value),)) for field, value in first.items()
+                   if field not in differing)
+    return (
+        Table("Configuration: the fields in which the rows differ.", ("Method", *differing), rows,
+              "How to read: field names as in config.json of each run; the seed is left out.",
+              numeric=False),
+        Table("Configuration: the fields that all rows share.", ("Field", "Value"), common,
+              numeric=False, folded=True))
+
+
+def _row_configuration(runs: Sequence[Run]) -> dict[str, str]:
+    """Of all seeds of a row; where seeds differ in more than the seed, every value is given."""
+    flat = [_flatten(dataclasses.asdict(run.config)) for run in runs if run.config]
+    return {field: " / ".join(dict.fromkeys(values[field] for values in flat))
+            for field in flat[0] if field != "seed"}
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (tuple, list)):
+            flat[prefix + name] = ", ".join(map(str, value))
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+# --- Figures ---------------------------------------------------------------------------------
+
+
+def accuracy_picture(study: Study) -> Picture:
+    """Accuracy against the noise level."""
+    lines, paper, shown = [], [], set()
+    levels = levels_of(study)
+    for index, row in enumerate(study.labels):
+        style = figures.row_style(index)
+        values = accuracies(study.finished(row))
+        if values:
+            spread = "std_over_seeds" if several_seeds(study) else "std_over_draws"
+            lines.append(figures.AccuracyLine(
+                study.labels[row], style, np.array(list(values)),
+                np.array([value.mean for value in values.values()]),
+                np.array([getattr(value, spread) or 0.0 for value in values.values()])))
+        numbers = {level: mean for level, (mean, _) in paper_numbers(study, row).items()
+                   if level in levels}
+        if numbers and study.paper_rows[row] not in shown:
+            shown.add(study.paper_rows[row])
+            paper.append(figures.AccuracyLine(
+                study.labels[row], style, np.array(list(numbers)),
+                np.array(list(numbers.values())), np.zeros(len(numbers))))
+    over = "training seeds" if several_seeds(study) else "noise draws"
+    return Picture(
+        "accuracy", figures.accuracy_figure(lines, paper), "Accuracy against the test noise.",
+        f"Line chart of test accuracy in per cent against the noise level, a line for each of "
+        f"{len(lines)} methods. The accuracy table holds the numbers.",
+        f"How to read: mean accuracy; error bars: standard deviation over the {over} (often "
+        "smaller than the marker). A flat, high line is a robust classifier. In the enlarged "
+        "panel the markers of a level are set side by side."
+        + (f" Thin and dashed: the paper’s {study.paper.title}." if paper else ""))
+
+
+def training_picture(study: Study) -> Picture | None:
+    """Loss, and accuracy on the images for choosing the epoch; None without any metrics."""
+    logged = [(index, row, run) for index, row in enumerate(study.labels)
+              for run in study.runs[row] if run.epochs]
+    if not logged:
+        return None
+    key = "softmax" if all("softmax" in run.epochs[0] for *_, run in logged) else "loss"
+    name = {"softmax": "Softmax loss in training", "loss": "Loss in training"}[key]
+    curves = []
+    for index, row, run in logged:
+        selection = [line for line in run.epochs if line.get("selection_accuracy") is not None]
+        curves.append(figures.TrainingCurve(
+            study.labels[row], figures.row_style(index),
+            np.array([line["epoch"] for line in run.epochs]),
+            np.array([line[key] for line in run.epochs]),
+            np.array([line["epoch"] for line in selection]),
+            np.array([100 * line["selection_accuracy"] for line in selection]),
+            run.evaluation["epoch"] if run.evaluation else None))
+    return Picture(
+        "training", figures.training_figure(curves, name), "Training curves.",
+        f"Line charts against the epoch: {name.lower()} and, where measured, the accuracy on the "
+        f"images for choosing the epoch; {len(curves)} runs.",
+        "How to read: a thin line for each training run. Left: the loss as each method sees its "
+        "own training images (clean, noisy or both), on a logarithmic axis, so heights of "
+        "different methods do not compare directly. Right, where measured: the selection accuracy, by which "
+        "the epoch is chosen; a large marker is the epoch kept.")
+
+
+def curvature_picture(study: Study) -> Picture:
+    """Box plots of both curvatures."""
+    found = _curvature_runs(study)
+    # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
+    samples = [figures.CurvatureSample(
+        study.labels[row], figures.row_style(list(study.labels).index(row)),
+        *(np.concatenate([figures.lowest_share(run.curvature[key]) for run in runs])
+          for key in CURVATURES)) for row, runs in found.items()]
+    runs = [run for runs in found.values() for run in runs]
+    hidden = sum(int((~(values > 0)).sum()) for sample in samples
+                 for values in (sample.hessian, sample.differences))
+    total = sum(len(sample.hessian) + len(sample.differences) for sample in samples)
+    return Picture(
+        "curvature", figures.curvature_figure(samples, runs[0].curvature["step"]),
+        "Curvature of the softmax loss at clean test images: the lowest 90 % of each run, as in "
+        "the paper’s Fig. 10.",
+        f"Two panels of box plots on a logarithmic axis, one box for each of {len(samples)} "
+        "methods. The curvature table holds medians and means.",
+        f"How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
+        f"percentile. {hidden} of the {total} values are zero or negative and are not shown (they "
+        "lie beyond the left edge, but count for the boxes). The panels show different "
+        "quantities: left, the squared Frobenius norm of the Hessian at the image itself, from "
+        "exact Hessian-vector products; right, the paper’s Eq. 21, which also counts the kinks of "
+        "the ReLUs that its steps cross and differs by orders of magnitude. Do not compare "
+        f"the panels. {_listed(run.curvature['num_probes'] for run in runs)} random "
+        "probes for each image; derivatives with respect to "
+        f"{_listed(run.curvature['with_respect_to'] for run in runs)}.")
+
+
+def tsne_picture(study: Study) -> Picture | None:
+    """Clean and noisy features of the first seed, by row; None if none can be embedded."""
+    embeddings, left_out = [], []
+    for row, run in _feature_runs(study).items():
+        planes = figures.joint_tsne(run.features["clean"], run.features["noisy"])
+        if planes is None:
+            left_out.append(study.labels[row])
+            continue
+        embeddings.append(figures.Embedding(
+            f"{study.labels[row]}, seed {run.seed}", *planes, run.features["labels"],
+            float(run.features["noise_std_255"])))
+    if not embeddings:
+        return None
+    note = ("How to read: a point for each test image, colour and marker by its true class, the "
+            "number at the median of its class; the same image is in both panels of a method, "
+            "which share one embedding. Well separated clusters that stay in place under noise "
+            "are what robust training aims at. Directions, distances between clusters and sizes "
+            "have no meaning in t-SNE.")
+    if left_out:
+        note += f" Not shown, features not finite or all alike: {', '.join(left_out)}."
+    return Picture(
+        "tsne", figures.tsne_figure(embeddings, study.class_names),
+        "Features of the penultimate layer, by t-SNE, as in the paper’s Fig. 1.",
+        f"Scatter plots of clean and noisy features in the plane, two panels for each of "
+        f"{len(embeddings)} methods, coloured by class.", note)
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def _sections(study: Study) -> list[Section]:
+    sections = [Section("accuracy", "Accuracy", "", (accuracy_table(study),),
+                        (accuracy_picture(study),))]
+    training = training_picture(study)
+    if training:
+        sections.append(Section("training", "Training", "", (), (training,)))
+    if _curvature_runs(study):
+        sections.append(Section(
+            "curvature", "Curvature of the loss in input space",
+            "How fast the gradient of the loss turns when the image changes a little. The paper "
+            "argues that robustness to noise and low curvature go together.",
+            (curvature_table(study),), (curvature_picture(study),)))
+    tsne = tsne_picture(study)
+    if tsne:
+        sections.append(Section("features", "Features", "", (), (tsne,)))
+    sections.append(Section(
+        "provenance", "How these numbers were made", "",
+        (common_provenance_table(study), run_table(study), *configuration_tables(study))))
+    return sections
+
+
+def _warning(study: Study) -> str:
+    rows = chosen_on_test(study)
+    if not rows:
+        return ""
+    return ("Warning: the epoch was chosen on the test set, so the test set has leaked into the "
+            f"model and these accuracies are too high: {', '.join(rows)}.")
+
+
+def html(study: Study, sections: Sequence[Section], images: dict[str, str]) -> str:
+    """The page as one self-contained text; ``images`` holds a data URI for each picture."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True)
+    return environment.get_template("report.html.jinja").render(
+        study=study, note=paragraphs(study.note), lead=lead(study),
+        comparisons=comparisons(study), missing=missing_runs(study), warning=_warning(study),
+        sections=sections, images=images)
+
+
+def markdown(study: Study, sections: Sequence[Section]) -> str:
+    """The same content in Markdown, figures by reference."""
+    parts = [f"# {_md(study.title)}", *map(_md, paragraphs(study.note)), "## Summary"]
+    if _warning(study):
+        parts.append(f"> **{_md(_warning(study))}**")
+    if missing_runs(study):
+        parts += ["**Missing runs:**",
+                  "\n".join(f"- {_md(text)}" for text in missing_runs(study))]
+    parts.append(_md(lead(study)))
+    if comparisons(study):
+        parts.append("\n".join(f"- {_md(text)}" for text in comparisons(study)))
+    for section in sections:
+        parts.append(f"## {_md(section.heading)}")
+        if section.lead:
+            parts.append(_md(section.lead))
+        parts += [_md_table(table) for table in section.tables]
+        parts += [f"![{_md(picture.alt)}](figures/{picture.name}.png)\n\n"
+                  f"**{_md(picture.caption)}** {_md(picture.note)}"
+                  for picture in section.pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _md_table(table: Table) -> str:
+    align = "---:" if table.numeric else "---"
+    lines = [table.columns, ("---", *[align] * (len(table.columns) - 1))]
+    escaped = ["| " + " | ".join(map(_md, lines[0])) + " |", "| " + " | ".join(lines[1]) + " |"]
+    for row in table.rows:
+        head = f"*{_md(row.head)}*" if row.muted else _md(row.head)
+        cells = [f"**{_md(cell.text)}**" if cell.bold else _md(cell.text) for cell in row.cells]
+        escaped.append("| " + " | ".join([head, *cells]) + " |")
+    note = f"\n\n{_md(table.note)}" if table.note else ""
+    return f"**{_md(table.caption)}**\n\n" + "\n".join(escaped) + note
+
+
+def _md(text: str) -> str:
+    """Plain text with everything escaped that Markdown or HTML in it would take as markup."""
+    return re.sub(r"([\\`*_\[\]|<>&#~])", r"\\\1", " ".join(text.split()))
+
+
+def accuracy_csv(study: Study) -> str:
+    """A line for each row and noise level, ours and the paper's; accuracies in per cent."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["source", "row", "label", "noise_std_255", "mean_percent",
+                     "std_over_seeds_percent", "std_over_draws_percent", "num_seeds",
+                     "num_draws", "num_images"])
+    for row, label in study.labels.items():
+        runs = study.finished(row)
+        for level, value in accuracies(runs).items():
+            writer.writerow([
+                "ours", row, label, f"{level:g}", f"{value.mean:.4f}",
+                _number(value.std_over_seeds), _number(value.std_over_draws),
+                len(value.seed_means), _listed(run.evaluation["num_draws"] for run in runs),
+                _listed(run.evaluation["num_images"] for run in runs)])
+        for level, (mean, std) in paper_numbers(study, row).items():
+            writer.writerow(["paper", row, label, f"{level:g}", mean, "",
+                             "" if std is None else std, "", PAPER_DRAWS, ""])
+    return out.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def summary_json(study: Study) -> dict:
+    """All numbers of the report, for machines; accuracies in per cent."""
+    return {
+        "name": study.name,
+        "title": study.title,
+        "summary": [lead(study), *comparisons(study)],
+        "spread": "over training seeds" if several_seeds(study) else "over noise draws",
+        "missing": missing_runs(study),
+        "epoch_chosen_on_test": chosen_on_test(study),
+        "rows": [_row_json(study, row) for row in study.labels],
+    }
+
+
+def _row_json(study: Study, row: str) -> dict:
+    runs = study.finished(row)
+    return {
+        "row": row,
+        "label": study.labels[row],
+        "method": study.methods[row],
+        "seeds": [run.seed for run in runs],
+        "training_seconds": [run.provenance.get("seconds") for run in runs],
+        "epochs": [run.evaluation["epoch"] for run in runs],
+        "accuracy": [{"noise_std_255": level, **value._asdict()}
+                     for level, value in accuracies(runs).items()],
+        "paper": [{"noise_std_255": level, "mean": mean, "std_over_draws": std}
+                  for level, (mean, std) in paper_numbers(study, row).items()],
+        "curvature": [{"seed": run.seed, **_curvature_json(run.curvature)}
+                      for run in _curvature_runs(study).get(row, [])],
+    }
+
+
+def _curvature_json(curvature: dict) -> dict:
+    values = {f"{key}_{name}": _finite_statistic(statistic, curvature[key])
+              for key in CURVATURES for name, statistic in (("median", np.median),
+                                                            ("mean", np.mean))}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _data_uri(path: pathlib.Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,134 @@
+"""Trains, tests and compares the rows of a recipe."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from experiments import runs
+from experiments.config import InputError, Recipe
+from experiments.curvature import measure_curvature
+from experiments.evaluation import evaluate_run
+from experiments.training import Diverged, load_run, train
+from jaxrobust import _validate
+from jaxrobust.data import Dataset, load_dataset
+
+
+def run_folder(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
+    """Where a run of a study is."""
+    return study / f"{row}-seed{seed}"
+
+
+def describe_study(recipe: Recipe, seeds: list[int], class_names: list[str]) -> dict:
+    """What ``study.json`` holds: all that the report needs beside the runs."""
+    return {
+        "name": recipe.name, "title": recipe.title, "note": recipe.note,
+        "paper_table": recipe.paper_table, "seeds": seeds, "class_names": class_names,
+        "rows": {row: recipe.labels[row] for row in recipe.rows},
+        "methods": {row: config.method for row, config in recipe.rows.items()},
+        "paper_rows": dict(recipe.paper_rows),
+        "command": runs.command_line(), "commit": runs.commit(),
+    }
+
+
+def claim_study(folder: pathlib.Path, description: dict) -> None:
+    """Makes ``folder`` the place of a study, or adds seeds to the one that is there.
+
+    Raises:
+      InputError: (a ValueError) if it belongs to something else.
+    """
+    path = folder / "study.json"
+    variable = ("seeds", "command", "commit", "title", "note")
+    if path.is_file():
+        there = runs.read_json(path)
+        if any(there.get(name) != value for name, value in description.items()
+               if name not in variable):
+            raise InputError(f"{folder} holds another study (see study.json there). "
+                             "Choose another folder with --out, or remove that one.")
+        seeds = sorted({*there["seeds"], *description["seeds"]})
+        runs.write_json(path, {**description, "seeds": seeds})
+    else:
+        runs.claim(folder, "study.json", json.dumps(description, indent=2) + "\n")
+
+
+def run_study(
+    recipe: Recipe, dataset: Dataset, folder: pathlib.Path, *, rows: list[str], seeds: list[int],
+    tensorboard: bool = True,
+) -> list[str]:
+    """Trains and tests rows of a recipe for all seeds, one after the other.
+
+    What is done already is left as it is; what was broken off goes on.
+
+    Returns:
+      A line for each run that diverged.
+    """
+    failures = []
+    for seed in seeds:
+        for row in rows:
+            config = recipe.run(row, seed)
+            place = run_folder(folder, row, seed)
+            label = f"{row}, seed {seed}"
+            try:
+                train(config, dataset, place, resume=True, tensorboard=tensorboard, label=label)
+            except Diverged as error:
+                failures.append(str(error))
+                print(error, file=sys.stderr, flush=True)
+                continue
+            run = load_run(place, config, dataset)
+            evaluate_run(run, recipe.evaluation, place, label)
+            measure_curvature(run, recipe.evaluation, place, label)
+    return failures
+
+
+def run_study_in_parallel(
+    recipe: Recipe, folder: pathlib.Path, *, rows: list[str], seeds: list[int], jobs: int,
+    arguments: list[str],
+) -> list[str]:
+    """As :func:`run_study`, ``jobs`` runs at a time, each a process on cores of its own.
+
+    On a CPU two processes of one core each do half as much again as one process of two.
+
+    Args:
+      recipe: what to run.
+      folder: of the study.
+      rows: of the recipe.
+      seeds: of each row.
+      jobs: processes at a time.
+      arguments: for every process, beside the recipe, the folder, the row and the seed.
+
+    Returns:
+      The last line of what each failed process said.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
+    share = len(cores) // jobs
+    free = [set(cores[job * share : (job + 1) * share]) for job in range(jobs)]
+
+    def one(row_and_seed):
+        row, seed = row_and_seed
+        mine = free.pop()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "experiments", "reproduce", recipe.name, "--out",
+                 str(folder), "--rows", row, "--seeds", str(seed), "--no-report", *arguments],
+                stderr=subprocess.PIPE, text=True)
+            os.sched_setaffinity(process.pid, mine)
+            _, said = process.communicate()
+        finally:
+            free.append(mine)
+        if process.returncode == 0:
+            return None
+        lines = said.strip().splitlines() or [f"exit status {process.returncode}"]
+        return f"{row}, seed {seed}: {lines[-1]}"
+
+    tasks = [(row, seed) for seed in seeds for row in rows]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return [failure for failure in pool.map(one, tasks) if failure]
+
+
+def load_recipe_dataset(recipe: Recipe, data_dir: pathlib.Path) -> Dataset:
+    """The data set of a recipe; all its rows are of one."""
+    name, = {config.dataset for config in recipe.rows.values()}
+    return load_dataset(name, data_dir)

@@ -1,0 +1,210 @@
+"""Class centroids against Section 4.4, their gradients, and the batch split over devices."""
+
+import functools
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from absl.testing import parameterized
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
+
+NUM_CLASSES, DIM, BATCH = 4, 3, 6
+update = jax.jit(update_centroids, static_argnames=("momentum", "axis_name"))
+
+
+def random_features(seed, batch=BATCH):
+    return np.random.default_rng(seed).normal(size=(batch, DIM))
+
+
+def as_rows(centroids, otherwise):
+    """A dictionary of centroids as [C, d], with ``otherwise`` [C, d] where a class is missing."""
+    return np.stack([centroids.get(c, otherwise[c]) for c in range(NUM_CLASSES)])
+
+
+any_labels = st.lists(st.integers(-1, NUM_CLASSES), min_size=BATCH, max_size=BATCH)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.lists(any_labels, min_size=1, max_size=4), st.integers(0, 2**32 - 1),
+                  st.sampled_from([0.0, 0.9, 0.99]))
+def test_centroids_follow_section_4_4_over_any_sequence_of_batches(batches, seed, momentum):
+    zeros = np.zeros((NUM_CLASSES, DIM))
+    stored = {}
+    with jax.enable_x64(True):
+        state = init_centroids(NUM_CLASSES, DIM, dtype=jnp.float64)
+        for step, labels in enumerate(batches):
+            features, labels = random_features([seed, step]), np.array(labels)
+            centroids, state = update(state, features, labels, momentum=momentum)
+
+            naive = reference.naive_centroids(features, labels, NUM_CLASSES)
+            running = reference.momentum_centroids(features, labels, NUM_CLASSES, stored, momentum)
+            stored = reference.stored_centroids(features, labels, NUM_CLASSES, stored, momentum)
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+            close(centroids.current, as_rows(naive, zeros))
+            close(centroids.running, as_rows({**stored, **running}, zeros))
+            close(state.mean, as_rows(stored, zeros))
+            np.testing.assert_array_equal(centroids.present, [c in naive for c in range(4)])
+            np.testing.assert_array_equal(state.seen, [c in stored for c in range(4)])
+
+
+class CentroidsVariantsTest(chex.TestCase):
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.parameters(np.float32, np.float64)
+    def test_init_centroids(self, dtype):
+        with jax.enable_x64(dtype == np.float64):
+            # A function without arguments cannot be mapped.
+            state = self.variant(lambda _: init_centroids(5, 2, dtype=dtype))(jnp.zeros(1))
+            chex.assert_shape(state, [(5, 2), (5,)])
+            chex.assert_type(state, [dtype, bool])
+            assert not state.mean.any() and not state.seen.any()
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.parameters(0.0, 0.9)
+    def test_update_centroids(self, momentum):
+        features, labels = random_features(0), np.array([0, 2, 2, 0, 3, 0])
+        mean = random_features(1, NUM_CLASSES)
+        state = CentroidState(jnp.asarray(mean, jnp.float32),
+                              jnp.array([True, True, False, True]))
+        centroids, state = self.variant(functools.partial(update_centroids, momentum=momentum))(
+            state, jnp.asarray(features, jnp.float32), jnp.array(labels))
+        previous = {c: mean[c] for c in (0, 1, 3)}
+        stored = reference.stored_centroids(features, labels, NUM_CLASSES, previous, momentum)
+        naive = reference.naive_centroids(features, labels, NUM_CLASSES)
+        np.testing.assert_allclose(
+            centroids.current, as_rows(naive, np.zeros_like(mean)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(centroids.running, as_rows(stored, mean), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(state.mean, centroids.running)
+        np.testing.assert_array_equal(centroids.present, [True, False, True, True])
+        np.testing.assert_array_equal(state.seen, [True, True, True, True])
+
+
+def example_state(dtype=np.float32):
+    return CentroidState(jnp.asarray(random_features(1, NUM_CLASSES), dtype),
+                         jnp.array([True, True, False, True]))
+
+
+def test_models_side_by_side_are_updated_by_vmap():
+    features = jnp.asarray(np.stack([random_features(seed) for seed in range(3)]), jnp.float32)
+    labels = jnp.array([[0, 1, 2, 3, 0, 1], [1, 1, 1, 1, 1, 1], [-1, 2, 2, 0, 0, 0]])
+    state = example_state()
+    together = jax.vmap(update, in_axes=(None, 0, 0))(state, features, labels)
+    for index in range(3):
+        alone = update(state, features[index], labels[index])
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda value: value[index], together),  # noqa: B023
+            alone, rtol=1e-6)
+
+
+def test_a_class_starts_at_its_first_batch_mean_with_its_whole_gradient():
+    features, labels = jnp.array([[1.0], [3.0]]), jnp.array([0, 0])
+
+    def running(features):
+        return update(init_centroids(1, 1), features, labels, momentum=0.9)[0].running[0, 0]
+
+    value, gradient = jax.value_and_grad(running)(features)
+    assert value == 2.0
+    np.testing.assert_array_equal(gradient, [[0.5], [0.5]])
+
+
+def test_an_absent_class_keeps_its_state_bit_by_bit():
+    state = example_state()
+    features = jnp.asarray(random_features(2), jnp.float32)
+    centroids, new_state = update(state, features, jnp.zeros(BATCH, int))
+    np.testing.assert_array_equal(new_state.mean[1:], state.mean[1:])
+    np.testing.assert_array_equal(new_state.seen[1:], state.seen[1:])
+    np.testing.assert_array_equal(centroids.running[1:], state.mean[1:])
+    np.testing.assert_array_equal(centroids.current[1:], np.zeros((3, DIM)))
+    assert not centroids.present[1:].any()
+    assert np.any(new_state.mean[0] != state.mean[0])
+
+
+def test_a_batch_in_which_no_label_counts_changes_nothing():
+    state = example_state()
+    features = jnp.asarray(random_features(2), jnp.float32)
+    _, new_state = update(state, features, jnp.array([-1, NUM_CLASSES] * 3))
+    chex.assert_trees_all_equal(new_state, state)
+
+
+def test_without_momentum_the_running_centroid_is_the_batch_mean():
+    centroids, _ = update(example_state(), jnp.asarray(random_features(2), jnp.float32),
+                          jnp.array([0, 1, 3, 3, 0, 1]), momentum=0.0)
+    present = np.asarray(centroids.present)
+    np.testing.assert_array_equal(centroids.running[present], centroids.current[present])
+
+
+@pytest.mark.usefixtures("enable_x64")
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_running_centroid_lets_one_minus_momentum_of_the_gradient_through(momentum):
+    state, labels = example_state(np.float64), jnp.array([0, 1, 3, 3, 0, 1])
+    jacobian = jax.jit(jax.jacrev(
+        lambda features: update(state, features, labels, momentum=momentum)[0]._replace(
+            present=None)))(jnp.asarray(random_features(2)))
+    np.testing.assert_allclose(jacobian.running, (1 - momentum) * jacobian.current, rtol=1e-15)
+    # The mean of two examples: 1/2 each, of the same dimension alone.
+    expected = np.zeros((NUM_CLASSES, DIM, BATCH, DIM))
+    for example, label in enumerate(np.asarray(labels)):
+        expected[label, :, example] = np.eye(DIM) / 2
+    np.testing.assert_allclose(jacobian.current, expected, rtol=1e-15)
+
+
+def test_no_gradient_leaks_through_the_stored_mean_or_into_the_new_state():
+    features, labels = jnp.asarray(random_features(2), jnp.float32), jnp.array([0, 1, 3, 3, 0, 1])
+    state = example_state()
+
+    def everything(mean, features):
+        centroids, new_state = update(state._replace(mean=mean), features, labels)
+        return centroids.current, centroids.running, new_state.mean
+
+    jacobians = jax.jit(jax.jacrev(everything, (0, 1)))(state.mean, features)
+    for to_mean, _ in jacobians:
+        np.testing.assert_array_equal(to_mean, np.zeros_like(to_mean))
+    current, running, stored = (to_features for _, to_features in jacobians)
+    np.testing.assert_array_equal(stored, np.zeros_like(stored))
+    assert np.any(current != 0) and np.any(running != 0)
+
+
+def test_features_are_cast_to_the_dtype_of_the_state():
+    narrow = jnp.asarray(random_features(2), jnp.bfloat16)
+    labels, state = jnp.array([0, 1, 3, 3, 0, 1]), example_state()
+    of_narrow = update(state, narrow, labels)
+    chex.assert_trees_all_equal(of_narrow, update(state, narrow.astype(jnp.float32), labels))
+    assert of_narrow[0].current.dtype == of_narrow[1].mean.dtype == jnp.float32
+
+
+def over_pmap(state, features, labels):
+    result = jax.pmap(functools.partial(update_centroids, axis_name="devices"), "devices",
+                      in_axes=(None, 0, 0))(
+        state, features.reshape(8, 2, DIM), labels.reshape(8, 2))
+    for leaf in jax.tree.leaves(result):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    return jax.tree.map(lambda leaf: leaf[0], result)
+
+
+def over_shard_map(state, features, labels):
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(
+        functools.partial(update_centroids, axis_name="devices"), mesh=mesh,
+        in_specs=(P(), P("devices"), P("devices")), out_specs=P())(state, features, labels)
+
+
+@pytest.mark.parametrize("parallel", [over_pmap, over_shard_map])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("labels", [
+    [0, 1, 2, 3, 3, 1, 0, 0, 2, 2, 1, 3, 0, 2, 1, 1], [0] * 4 + [1] * 4 + [3] * 8, [2] * 16,
+    [-1] * 12 + [0, 0, 1, -1]], ids=["mixed", "one_class_a_device", "one_class", "few"])
+def test_centroids_over_devices_are_those_of_the_whole_batch(parallel, labels, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        features, labels = jnp.asarray(random_features(7, 16), dtype), jnp.array(labels)
+        whole = update(example_state(dtype), features, labels)
+        parts = parallel(example_state(dtype), features, labels)
+        tolerance = 1e-12 if dtype == np.float64 else 1e-6
+        chex.assert_trees_all_close(parts, whole, rtol=tolerance, atol=tolerance)
+        np.testing.assert_array_equal(parts[1].seen, whole[1].seen)

@@ -1,0 +1,29 @@
+"""Strict settings for every test: eight CPU devices, no silent promotion of rank or dtype."""
+
+import os
+
+# Before JAX is imported: it reads both at its start.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The same examples every time, however long the first one takes to compile.
+hypothesis.settings.register_profile(
+    "deterministic", deadline=None, derandomize=True, database=None, print_blob=False,
+    suppress_health_check=[hypothesis.HealthCheck.filter_too_much,
+                           hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def enable_x64():
+    """Runs the test in double precision; ``jax.enable_x64(True)`` inside hypothesis tests."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,623 @@
+"""The loss terms and their sum against the equations, over devices, and at their traps."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from absl.testing import parameterized
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxrobust import losses
+from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
+from jaxrobust.losses import AUTHORS_RELEASE, RobustLossConfig, robust_loss
+
+NUM_DEVICES = 8
+ARRAYS = (0, 1, 2, 3)  # features, noisy features, kernel, bias: what is differentiated
+
+
+class Problem(NamedTuple):
+    """A batch with everything the losses ask for; float64, kernel in Flax's layout."""
+
+    features: np.ndarray
+    noisy: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    seen: np.ndarray
+    labels: np.ndarray
+
+
+def random_problem(seed, labels, num_classes, dim, seen=None):
+    rng = np.random.default_rng(seed)
+    batch = len(labels)
+    features = 2 * rng.normal(size=(batch, dim))
+    return Problem(
+        features=features, noisy=features + rng.normal(size=(batch, dim)),
+        kernel=rng.normal(size=(dim, num_classes)), bias=rng.normal(size=num_classes),
+        mean=rng.normal(size=(num_classes, dim)),
+        seen=np.ones(num_classes, bool) if seen is None else np.array(seen),
+        labels=np.array(labels, np.int32))
+
+
+def config_of(momentum, delta_v, delta_d, **options):
+    return RobustLossConfig(alpha=0.7, beta=1.3, gamma_reg=0.2, lam=0.4, momentum=momentum,
+                            delta_v=delta_v, delta_d=delta_d, **options)
+
+
+# (batch, classes, dimensions), configuration. Every value of every option occurs; they come in
+# pairs because each pair is one compilation.
+CASES = (
+    ((1, 2, 1), config_of(0.9, 0.5, 5.0)),
+    ((4, 3, 2), config_of(0.9, 0.5, 1.0)),
+    ((5, 4, 3), config_of(0.5, 1.5, 0.5, margin_squared=True)),
+    ((8, 5, 2), config_of(0.0, 0.0, 2.0, boundaries="mean")),
+    ((9, 3, 4), config_of(0.9, 1.0, 1.0, compact_squared=False)),
+    ((6, 2, 3), config_of(0.5, 0.5, 0.0, compact_centroids="naive", norm_centroids="naive")),
+    ((7, 4, 1), config_of(0.99, 0.5, 2.0, margin_centroids="momentum")),
+    ((8, 3, 5), config_of(0.9, 0.2, 3.0, boundaries="mean", margin_squared=True,
+                          compact_squared=False, compact_centroids="naive",
+                          margin_centroids="momentum", norm_centroids="naive")),
+)
+
+
+@st.composite
+def problems(draw):
+    """Any labels: absent classes, classes of one example, and -1, which is no class."""
+    (batch, num_classes, dim), config = draw(st.sampled_from(CASES))
+    label = st.one_of(st.integers(0, num_classes - 1), st.integers(-1, num_classes - 1))
+    labels = draw(st.lists(label, min_size=batch, max_size=batch))
+    seen = draw(st.lists(st.booleans(), min_size=num_classes, max_size=num_classes))
+    problem = random_problem(draw(st.integers(0, 2**32 - 1)), labels, num_classes, dim, seen)
+    return problem, config
+
+
+def reference_centroids(features, problem, config):
+    """The centroids of Eq. 8 and 12, of Eq. 9, and of Eq. 11."""
+    num_classes = len(problem.bias)
+    previous = {c: problem.mean[c] for c in range(num_classes) if problem.seen[c]}
+    chosen = {
+        "naive": reference.naive_centroids(features, problem.labels, num_classes),
+        "momentum": reference.momentum_centroids(
+            features, problem.labels, num_classes, previous, config.momentum)}
+    return (chosen[config.compact_centroids], chosen[config.margin_centroids],
+            chosen[config.norm_centroids])
+
+
+def reference_terms(features, noisy, kernel, bias, problem, config):
+    """[total, compact, margin, norm, align, stability]."""
+    for_compact, for_margin, for_norm = reference_centroids(features, problem, config)
+    compact, align = (
+        reference.compactness(rows, problem.labels, for_compact, config.delta_v,
+                              config.compact_squared) for rows in (features, noisy))
+    margin = reference.margin(for_margin, kernel.T, bias, config.delta_d, config.margin_squared,
+                              config.boundaries)
+    norm = reference.centroid_norm(for_norm)
+    clean = reference.clean_loss(compact, margin, norm, config.alpha, config.beta,
+                                 config.gamma_reg)
+    return np.array([reference.our_loss(clean, align, config.lam), compact, margin, norm, align,
+                     reference.stability(features, noisy)])
+
+
+def reference_gradients(problem, config, step=1e-6):
+    """Central differences of :func:`reference_terms`, one [6, ...] array per input."""
+    inputs = [problem[index].copy() for index in ARRAYS]
+    gradients = []
+    for values in inputs:
+        gradient = np.zeros((6, *values.shape))
+        for index in np.ndindex(values.shape):
+            kept = values[index]
+            values[index] = kept + step
+            above = reference_terms(*inputs, problem, config)
+            values[index] = kept - step
+            below = reference_terms(*inputs, problem, config)
+            values[index] = kept
+            gradient[(slice(None), *index)] = (above - below) / (2 * step)
+        gradients.append(gradient)
+    return gradients
+
+
+def distance_to_kinks(problem, config):
+    """How far the problem is from where a term has no derivative, or a badly conditioned one."""
+    for_compact, for_margin, for_norm = reference_centroids(problem.features, problem, config)
+    rows, bias = problem.kernel.T, problem.bias
+    distances = [np.linalg.norm(q - noisy)
+                 for q, noisy in zip(problem.features, problem.noisy, strict=True)]
+    for q, noisy, label in zip(problem.features, problem.noisy, problem.labels, strict=True):
+        if label in for_compact:
+            lengths = [np.linalg.norm(for_compact[label] - row) for row in (q, noisy)]
+            distances += [abs(length - config.delta_v) for length in lengths]
+            distances += [length for length in lengths if length > config.delta_v]
+    for c, m in for_margin.items():
+        others = [i for i in range(len(bias)) if i != c]
+        distances += [np.linalg.norm(rows[c] - rows[i]) / 10 for i in others]
+        distances += [reference.boundary_distance(m, c, i, rows, bias) for i in others]
+        # The hinge before it is clipped, so that a tie is seen on either side of 0.
+        raw = sorted(reference.margin_hinges(m, c, rows, bias, config.delta_d + 1e6).values())
+        distances += [abs(value - 1e6) for value in raw]
+        distances += [raw[-1] - raw[-2]] if len(raw) > 1 else []
+    return min(distances + [np.linalg.norm(m) for m in for_norm.values()])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def terms_and_gradients(problem, config):
+    """The six values of :func:`reference_terms`, their gradients, and the next state."""
+    def terms(features, noisy, kernel, bias):
+        total, parts, state = robust_loss(
+            features, noisy, problem.labels, kernel, bias,
+            CentroidState(problem.mean, problem.seen), config)
+        values = jnp.stack([total, *parts, losses.stability_loss(features, noisy)])
+        return values, (values, state)
+
+    gradients, (values, state) = jax.jacrev(terms, ARRAYS, has_aux=True)(*problem[:4])
+    return values, gradients, state
+
+
+jitted_loss = jax.jit(robust_loss, static_argnames="config")
+
+
+def in_dtype(problem, dtype):
+    return Problem(*(jnp.asarray(value, dtype if value.dtype == np.float64 else None)
+                     for value in problem))
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(problems())
+def test_every_term_and_gradient_is_that_of_the_equations_in_float64(case):
+    problem, config = case
+    hypothesis.assume(distance_to_kinks(problem, config) > 1e-3)
+    with jax.enable_x64(True):
+        values, gradients, _ = terms_and_gradients(in_dtype(problem, np.float64), config)
+        assert values.dtype == np.float64
+    expected = reference_terms(*problem[:4], problem, config)
+    np.testing.assert_allclose(values, expected, rtol=1e-10, atol=1e-10)
+    for gradient, wanted in zip(gradients, reference_gradients(problem, config), strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(problems())
+def test_every_term_and_gradient_is_that_of_the_equations_in_float32(case):
+    problem, config = case
+    hypothesis.assume(distance_to_kinks(problem, config) > 1e-2)
+    values, gradients, _ = terms_and_gradients(in_dtype(problem, np.float32), config)
+    assert values.dtype == np.float32
+    expected = reference_terms(*problem[:4], problem, config)
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+    for gradient, wanted in zip(gradients, reference_gradients(problem, config), strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=2e-3, atol=2e-3)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(problems())
+def test_absent_classes_keep_their_state_and_take_no_part(case):
+    problem, config = case
+    absent = [c for c in range(len(problem.bias)) if c not in problem.labels]
+    hypothesis.assume(absent)
+    values, gradients, state = terms_and_gradients(in_dtype(problem, np.float32), config)
+    np.testing.assert_array_equal(state.mean[np.array(absent)],
+                                  problem.mean.astype(np.float32)[absent])
+    np.testing.assert_array_equal(state.seen[np.array(absent)], problem.seen[absent])
+    chex.assert_tree_all_finite(gradients)
+
+    moved = problem.mean.copy()
+    moved[absent] += 100
+    again, gradients_again, _ = terms_and_gradients(
+        in_dtype(problem._replace(mean=moved), np.float32), config)
+    np.testing.assert_array_equal(values, again)
+    chex.assert_trees_all_equal(gradients, gradients_again)
+
+
+# --- the variants of JAX ---------------------------------------------------------------------
+
+
+class LossesVariantsTest(chex.TestCase):
+    """Every function is right plain, under jit and replicated by pmap."""
+
+    def setUp(self):
+        super().setUp()
+        self.problem = random_problem(3, [0, 2, 2, 0, 0], 4, 3)
+        self.arrays = in_dtype(self.problem, np.float32)
+        self.centroids = {0: self.problem.mean[0], 2: self.problem.mean[2]}
+        self.present = jnp.array([True, False, True, False])
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.parameters(True, False)
+    def test_compactness_loss(self, squared):
+        loss = self.variant(functools.partial(
+            losses.compactness_loss, delta_v=0.5, squared=squared))(
+                self.arrays.features, self.arrays.labels, self.arrays.mean)
+        expected = reference.compactness(
+            self.problem.features, self.problem.labels, self.centroids, 0.5, squared)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.product(squared=(True, False), boundaries=("max", "mean"))
+    def test_margin_loss(self, squared, boundaries):
+        loss = self.variant(functools.partial(
+            losses.margin_loss, delta_d=2.0, squared=squared, boundaries=boundaries))(
+                self.arrays.mean, self.present, self.arrays.kernel, self.arrays.bias)
+        expected = reference.margin(self.centroids, self.problem.kernel.T, self.problem.bias, 2.0,
+                                    squared, boundaries)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_centroid_norm_loss(self):
+        loss = self.variant(losses.centroid_norm_loss)(self.arrays.mean, self.present)
+        np.testing.assert_allclose(loss, reference.centroid_norm(self.centroids), rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_stability_loss(self):
+        loss = self.variant(losses.stability_loss)(self.arrays.features, self.arrays.noisy)
+        expected = reference.stability(self.problem.features, self.problem.noisy)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_robust_loss(self):
+        config = config_of(0.9, 0.5, 2.0)
+        total, terms, state = self.variant(functools.partial(robust_loss, config=config))(
+            self.arrays.features, self.arrays.noisy, self.arrays.labels, self.arrays.kernel,
+            self.arrays.bias, CentroidState(self.arrays.mean, self.arrays.seen))
+        expected = reference_terms(*self.problem[:4], self.problem, config)
+        np.testing.assert_allclose(jnp.stack([total, *terms]), expected[:5], rtol=1e-5)
+        stored = reference.stored_centroids(
+            self.problem.features, self.problem.labels, 4, dict(enumerate(self.problem.mean)), 0.9)
+        np.testing.assert_allclose(state.mean, [stored[c] for c in range(4)], rtol=1e-5)
+
+
+def test_the_losses_map_over_batches_of_problems_with_vmap():
+    stacked = [random_problem(seed, labels, 3, 2)
+               for seed, labels in enumerate(([0, 1, 2, 1], [1, 1, 1, 1], [2, 0, -1, 0]))]
+    config = config_of(0.9, 0.5, 2.0)
+    batched = jax.tree.map(lambda *values: jnp.stack(values),
+                           *(in_dtype(problem, np.float32) for problem in stacked))
+    values, gradients, _ = jax.vmap(lambda one: terms_and_gradients(one, config))(batched)
+    for index, problem in enumerate(stacked):
+        alone, alone_gradients, _ = terms_and_gradients(in_dtype(problem, np.float32), config)
+        np.testing.assert_allclose(values[index], alone, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda value: value[index], gradients),  # noqa: B023
+            alone_gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_configuration_is_a_static_argument_of_jit():
+    problem = in_dtype(random_problem(0, [0, 1, 1], 2, 2), np.float32)
+    state = CentroidState(problem.mean, problem.seen)
+    small, large = (
+        jitted_loss(problem.features, problem.noisy, problem.labels, problem.kernel, problem.bias,
+                    state, config=RobustLossConfig(beta=beta))[0] for beta in (0.0, 1.0))
+    assert large > small
+
+
+# --- the batch split over devices ------------------------------------------------------------
+
+# 16 examples of classes 0 to 3 on 8 devices, two on each.
+SPLITS = {
+    "mixed": [0, 1, 2, 3, 3, 1, 0, 0, 2, 2, 1, 3, 0, 2, 1, 1],
+    "each_device_one_class": [0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1, 2, 2, 3, 3],
+    "classes_absent_on_most_devices": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3],
+    "a_class_absent_everywhere": [0, 2, 2, 0, 0, 2, 0, 0, 2, 2, 0, 0, 0, 2, 2, 2],
+    "one_class_alone": [1] * 16,
+    "devices_without_a_class": [-1, -1, -1, 0, 1, 2, -1, -1, 3, 3, 0, -1, -1, -1, 1, 0],
+}
+
+
+SPLIT_CONFIG = config_of(0.9, 0.5, 2.0)
+
+
+def value_terms_state_and_gradients(params, batch, state, axis_name):
+    """All terms as functions of replicated parameters, as in training."""
+    def loss(params):
+        features = batch["images"] @ params["weights"]
+        noisy = batch["noisy"] @ params["weights"]
+        total, terms, new_state = robust_loss(
+            features, noisy, batch["labels"], params["kernel"], params["bias"], state,
+            SPLIT_CONFIG, axis_name=axis_name)
+        stability = losses.stability_loss(features, noisy, axis_name=axis_name)
+        return total + stability, ((*terms, stability), new_state)
+
+    (value, (terms, new_state)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    if axis_name is not None:
+        gradients = jax.lax.pmean(gradients, axis_name)
+    return value, terms, new_state, gradients
+
+
+over_the_axis = functools.partial(value_terms_state_and_gradients, axis_name="devices")
+over_the_whole = functools.partial(value_terms_state_and_gradients, axis_name=None)
+jitted = jax.jit(over_the_whole)
+pmapped = jax.pmap(over_the_axis, "devices", in_axes=(None, 0, None))
+
+
+def linear_model_problem(labels, dtype):
+    rng = np.random.default_rng(5)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    params = {"weights": normal(5, 3), "kernel": normal(3, 4), "bias": normal(4)}
+    batch = {"images": normal(16, 5), "noisy": normal(16, 5), "labels": jnp.array(labels)}
+    state = CentroidState(normal(4, 3), jnp.array([True, False, True, True]))
+    return params, batch, state
+
+
+def with_pmap(params, batch, state):
+    batch = jax.tree.map(lambda value: value.reshape(NUM_DEVICES, -1, *value.shape[1:]), batch)
+    result = pmapped(params, batch, state)
+    for leaf in jax.tree.leaves(result):
+        for device in range(NUM_DEVICES):
+            np.testing.assert_array_equal(leaf[device], leaf[0])
+    return jax.tree.map(lambda leaf: leaf[0], result)
+
+
+@functools.cache
+def mesh_of(axis_type):
+    return jax.make_mesh((NUM_DEVICES,), ("devices",), axis_types=(axis_type,))
+
+
+def on_mesh(axis_type, params, batch, state):
+    """The arguments with the batch split over the mesh and the rest replicated."""
+    split, whole = (jax.NamedSharding(mesh_of(axis_type), spec) for spec in (P("devices"), P()))
+    params, state = jax.device_put((params, state), whole)
+    return params, jax.device_put(batch, split), state
+
+
+@functools.cache
+def shard_mapped():
+    # Replication is checked by default: P() out means provably the same on all devices.
+    return jax.jit(jax.shard_map(
+        over_the_axis, mesh=mesh_of(AxisType.Explicit), in_specs=(P(), P("devices"), P()),
+        out_specs=P()))
+
+
+def with_shard_map(*arguments):
+    return shard_mapped()(*on_mesh(AxisType.Explicit, *arguments))
+
+
+def with_jit_over_a_mesh(*arguments):
+    return jitted(*on_mesh(AxisType.Auto, *arguments))
+
+
+def assert_equal_up_to_rounding(whole, parts, tolerance):
+    """Relative to the size of each array: sums of another order differ by its rounding."""
+    for name, left, right in zip(("value", "terms", "state", "gradients"), whole, parts,
+                                 strict=True):
+        for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+            scale = max(1.0, float(np.max(np.abs(one))))
+            np.testing.assert_allclose(other, one, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("parallel", [with_pmap, with_shard_map, with_jit_over_a_mesh])
+def test_the_loss_over_devices_is_that_of_the_whole_batch(parallel, split, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        arguments = linear_model_problem(SPLITS[split], dtype)
+        whole = jitted(*arguments)
+        assert whole[0].dtype == dtype
+        for name in ("weights", "kernel"):
+            assert np.abs(whole[3][name]).max() > 1e-2
+        assert_equal_up_to_rounding(
+            whole, parallel(*arguments), 1e-12 if dtype == np.float64 else 1e-6)
+
+
+def test_the_loss_over_an_explicitly_sharded_mesh_is_that_of_the_whole_batch():
+    # jax.make_mesh makes such a mesh by default.
+    arguments = linear_model_problem(SPLITS["mixed"], np.float32)
+    parts = jitted(*on_mesh(AxisType.Explicit, *arguments))
+    assert_equal_up_to_rounding(jitted(*arguments), parts, 1e-6)
+
+
+def test_the_mean_over_the_batch_is_that_over_all_devices():
+    values = jnp.arange(16.0)
+    per_device = jax.pmap(functools.partial(losses.mean_over_batch, axis_name="devices"),
+                          "devices")(values.reshape(NUM_DEVICES, 2))
+    np.testing.assert_allclose(per_device, np.full(NUM_DEVICES, 7.5))
+    assert losses.mean_over_batch(values) == 7.5
+
+
+# --- traps -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients_of_robust_loss(config, features, labels, kernel, bias, state, noisy=None):
+    def loss(features, noisy, kernel, bias):
+        return robust_loss(features, noisy, labels, kernel, bias, state, config)[0]
+
+    return jax.grad(loss, ARRAYS)(features, features if noisy is None else noisy, kernel, bias)
+
+
+NAIVE = RobustLossConfig(compact_centroids="naive", norm_centroids="naive", delta_v=0.0,
+                         compact_squared=False, gamma_reg=1.0)
+
+
+def test_the_gradient_is_finite_for_a_class_of_one_example_under_the_naive_centroid():
+    features, labels = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.array([0, 1])
+    gradients = gradients_of_robust_loss(
+        NAIVE, features, labels, jnp.eye(2), jnp.zeros(2), init_centroids(2, 2))
+    chex.assert_tree_all_finite(gradients)
+    # The centroid is the feature itself: there is nothing to pull.
+    pull = jax.jit(jax.grad(lambda q: losses.compactness_loss(
+        q, labels, update_centroids(init_centroids(2, 2), q, labels)[0].current, delta_v=0.0,
+        squared=False)))(features)
+    np.testing.assert_array_equal(pull, np.zeros((2, 2)))
+
+
+def test_the_gradient_at_a_centroid_of_zero_is_finite_and_the_norms_is_zero():
+    features, labels = jnp.array([[1.0, 2.0], [-1.0, -2.0]]), jnp.array([0, 0])
+    gradients = gradients_of_robust_loss(
+        NAIVE, features, labels, jnp.eye(2), jnp.zeros(2), init_centroids(2, 2))
+    chex.assert_tree_all_finite(gradients)
+    at_zero = jax.grad(losses.centroid_norm_loss)(jnp.zeros((2, 3)), jnp.array([True, True]))
+    np.testing.assert_array_equal(at_zero, np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("boundaries", ["max", "mean"])
+@pytest.mark.parametrize("kernel", [
+    np.array([[1.0, 1.0, -1.0], [2.0, 2.0, 0.5]]), np.zeros((2, 3))], ids=["equal_rows", "zero"])
+def test_the_margin_and_its_gradient_are_finite_without_a_hyperplane(kernel, squared, boundaries):
+    loss, gradients = jax.jit(jax.value_and_grad(
+        functools.partial(losses.margin_loss, delta_d=2.0, squared=squared,
+                          boundaries=boundaries), (0, 2, 3)))(
+        jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]]), jnp.ones(3, bool),
+        jnp.asarray(kernel, jnp.float32), jnp.array([0.1, 0.2, 0.3]))
+    assert np.isfinite(loss) and loss > 0
+    chex.assert_tree_all_finite(gradients)
+    if not kernel.any():
+        assert loss == (4 if squared else 2)
+        chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
+
+
+def test_the_stability_loss_of_equal_features_has_gradient_zero():
+    features = jnp.ones((3, 2))
+    loss, gradients = jax.value_and_grad(losses.stability_loss, (0, 1))(features, features)
+    assert loss == 0
+    chex.assert_trees_all_equal(gradients, (jnp.zeros((3, 2)), jnp.zeros((3, 2))))
+
+
+def test_a_batch_in_which_no_label_counts_has_loss_and_gradient_zero():
+    features, labels = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([-1, 2])
+    state = CentroidState(jnp.ones((2, 2)), jnp.array([True, False]))
+    total, terms, new_state = jitted_loss(
+        features, features + 1, labels, jnp.eye(2), jnp.zeros(2), state, config=NAIVE)
+    assert total == 0 and all(term == 0 for term in terms)
+    chex.assert_trees_all_equal(new_state, state)
+    gradients = gradients_of_robust_loss(
+        NAIVE, features, labels, jnp.eye(2), jnp.zeros(2), state, features + 1)
+    chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
+
+
+def test_bfloat16_features_are_cast_to_the_dtype_of_the_state():
+    problem = in_dtype(random_problem(2, [0, 1, 1, 2], 3, 4), np.float32)
+    narrow = [problem.features.astype(jnp.bfloat16), problem.noisy.astype(jnp.bfloat16)]
+    wide = [value.astype(jnp.float32) for value in narrow]
+    state = CentroidState(problem.mean, problem.seen)
+    config = config_of(0.9, 0.1, 5.0)
+    results = [jitted_loss(*views, problem.labels, problem.kernel, problem.bias, state,
+                           config=config) for views in (narrow, wide)]
+    chex.assert_trees_all_equal(*results)
+    assert results[0][0].dtype == jnp.float32 and results[0][2].mean.dtype == jnp.float32
+    stability = losses.stability_loss(*narrow)
+    assert stability.dtype == jnp.float32
+    np.testing.assert_array_equal(stability, losses.stability_loss(*wide))
+
+
+def test_the_margin_gradient_with_momentum_is_one_minus_gamma_times_the_naive_one():
+    """Proposition 4.1, where both centroids have the same piece of max and hinge active."""
+    compared = 0
+    for seed in range(20):
+        problem = random_problem(seed, [0, 1, 1, 2, 2, 2], 3, 4)
+        # Stored centroids near the batch's, so that often the same pieces are active.
+        current = reference.naive_centroids(problem.features, problem.labels, 3)
+        mean = np.stack([current[c] for c in range(3)]) + 0.3 * problem.mean
+        problem = problem._replace(mean=mean)
+        pieces = []
+        for centroids in (current, reference.momentum_centroids(
+                problem.features, problem.labels, 3, dict(enumerate(mean)), 0.9)):
+            hinges = [reference.margin_hinges(m, c, problem.kernel.T, problem.bias, 1.0)
+                      for c, m in centroids.items()]
+            pieces.append([max(by_class, key=by_class.get) if max(by_class.values()) > 0 else None
+                           for by_class in hinges])
+        if pieces[0] != pieces[1] or pieces[0] == [None] * 3:
+            continue
+        compared += 1
+        with jax.enable_x64(True):
+            naive, momentum = (np.asarray(margin_gradient(in_dtype(problem, np.float64), kind))
+                               for kind in ("naive", "momentum"))
+        assert np.abs(naive).max() > 1e-3
+        np.testing.assert_allclose(momentum, (1 - 0.9) * naive, rtol=1e-9, atol=1e-12)
+    assert compared >= 5
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def margin_gradient(problem, kind):
+    """Gradient of the margin loss alone with respect to the features."""
+    config = RobustLossConfig(
+        alpha=0.0, lam=0.0, gamma_reg=0.0, momentum=0.9, delta_d=1.0, margin_centroids=kind)
+    return jax.grad(lambda features: robust_loss(
+        features, problem.noisy, problem.labels, problem.kernel, problem.bias,
+        CentroidState(problem.mean, problem.seen), config)[0])(problem.features)
+
+
+def test_a_centroid_on_a_boundary_is_pushed_to_its_own_side():
+    # sign(0) = 0 in Eq. 9 would leave it there.
+    gradient = jax.grad(losses.margin_loss)(
+        jnp.zeros((2, 1)), jnp.array([True, False]), jnp.array([[1.0, -1.0]]), jnp.zeros(2),
+        delta_d=1.0)
+    np.testing.assert_allclose(gradient, [[-1.0], [0.0]])
+
+
+def test_centroids_come_from_the_clean_features_alone():
+    problem = in_dtype(random_problem(4, [0, 1, 1], 2, 3), np.float32)
+    state = CentroidState(problem.mean, problem.seen)
+    results = [jitted_loss(problem.features, noisy, problem.labels, problem.kernel, problem.bias,
+                           state, config=RobustLossConfig())
+               for noisy in (problem.noisy, problem.noisy + 7)]
+    chex.assert_trees_all_equal(results[0][2], results[1][2])
+    for term in ("compact", "margin", "norm"):
+        assert getattr(results[0][1], term) == getattr(results[1][1], term)
+    assert results[0][1].align != results[1][1].align
+
+
+# --- the hinge, squared or not (Appendix A.1) -------------------------------------------------
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_the_compactness_gradient_has_norm_one_or_twice_the_excess(squared):
+    centroids, delta_v = jnp.array([[1.0, -1.0, 0.5]]), 0.5
+    feature = jnp.array([[2.0, 1.0, -1.0]])
+    excess = float(np.linalg.norm(feature - centroids)) - delta_v
+    gradient = jax.grad(losses.compactness_loss)(
+        feature, jnp.array([0]), centroids, delta_v=delta_v, squared=squared)
+    np.testing.assert_allclose(
+        np.linalg.norm(gradient), 2 * excess if squared else 1, rtol=1e-6)
+    # Downhill is towards the centroid.
+    assert np.vdot(-gradient, centroids - feature) > 0
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("point", [0.25, -2.0], ids=["right_side", "wrong_side"])
+def test_the_margin_gradient_has_norm_one_or_twice_the_hinge(squared, point):
+    kernel, bias = jnp.array([[1.0, -2.0], [0.5, 1.0]]), jnp.array([0.1, -0.4])
+    normal = np.array([3.0, -0.5]) / np.linalg.norm([3.0, -0.5])
+    offset = -0.5 / np.linalg.norm([3.0, -0.5])
+    centroid = (point + offset) * normal  # signed distance `point` to the only boundary
+    gradient = jax.grad(losses.margin_loss)(
+        jnp.asarray(np.stack([centroid, centroid]), jnp.float32), jnp.array([True, False]),
+        kernel, bias, delta_d=1.0, squared=squared)
+    np.testing.assert_allclose(
+        np.linalg.norm(gradient), 2 * (1 - point) if squared else 1, rtol=1e-5)
+
+
+def test_the_defaults_are_the_papers():
+    config = RobustLossConfig()
+    assert (config.alpha, config.beta, config.gamma_reg, config.lam) == (1, 1, 1e-3, 1)
+    assert (config.delta_v, config.delta_d, config.momentum) == (0.5, 5, 0.9)
+    assert config.compact_squared and not config.margin_squared and config.boundaries == "max"
+    assert (config.compact_centroids, config.margin_centroids) == ("momentum", "naive")
+
+
+def test_the_authors_release_is_one_mean_over_clean_and_noisy_features():
+    problem = random_problem(6, [0, 2, 2, 0, 0, 1], 4, 3)
+    centroids = reference.momentum_centroids(
+        problem.features, problem.labels, 4, dict(enumerate(problem.mean)), 0.99)
+    expected = reference.release_compactness(
+        problem.features, problem.noisy, problem.labels, centroids, AUTHORS_RELEASE.delta_v)
+    with jax.enable_x64(True):
+        values, _, _ = terms_and_gradients(in_dtype(problem, np.float64), AUTHORS_RELEASE)
+    _, compact, _, _, align, _ = np.asarray(values)
+    weighted = AUTHORS_RELEASE.alpha * compact + AUTHORS_RELEASE.lam * align
+    assert expected > 0.1
+    np.testing.assert_allclose(weighted, expected, rtol=1e-12)
+    changed = {"alpha", "lam", "momentum"}
+    for field in dataclasses.fields(RobustLossConfig):
+        if field.name not in changed:
+            assert getattr(AUTHORS_RELEASE, field.name) == field.default
