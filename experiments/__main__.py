@@ -28,7 +28,7 @@ class Reproduce:
     """
 
     recipe: Positional[str]
-    """One of: digits, cifar10, svhn, cifar10_small."""
+    """Name of a recipe, such as digits, cifar10_small, cifar10 or svhn."""
     out: pathlib.Path | None = None
     """Folder of the results; runs/RECIPE if none is given."""
     rows: tuple[str, ...] | None = None

@@ -5,13 +5,11 @@ import json
 import pathlib
 import typing
 
-from jaxrobust import _validate
+from jaxrobust import InputError, _validate
 from jaxrobust.data import DATASETS
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import METHODS
 from jaxrobust.models import MODELS
-
-InputError = _validate.InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,6 @@ def measure_curvature(
                 columns.setdefault(name, []).append(np.asarray(values))
             shown.advance(**{"squared Frobenius norm": float(
                 np.median(measured["frobenius_squared"]))})
-        shown.close()
     table = {name: np.concatenate(parts)[: len(labels)] for name, parts in columns.items()}
     np.savez(folder / "curvature.npz", index=np.arange(len(labels)), label=labels, **table)
     runs.write_json(path, {

@@ -77,7 +77,6 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
                 accuracies.append(float(correct.mean()))
                 shown.advance(**{f"accuracy at {level}/255": accuracies[-1]})
             levels.append({"std_255": level, "accuracies": accuracies})
-        shown.close()
     _write_features(run, split, settings.tsne_images, folder)
     runs.write_json(path, {
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",

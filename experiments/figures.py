@@ -145,14 +145,14 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
         top = max(float((line.mean + line.std).max()) for line in lines)
         margin = 0.05 * max(top - bottom, 1)
         axes[0].set_title("All" if not paper else "Ours and the paper's")
-        axes[1].set_title("Ours, enlarged, without the weakest's range")
+        axes[1].set_title("Ours, enlarged (the weakest cut off)")
         axes[1].set_ylim(bottom - margin, top + margin)
     handles = [Line2D([], [], color=line.style.color, marker=line.style.marker, linewidth=1.6,
                       label=_wrap(line.label)) for line in lines]
     if paper:
         handles.append(Line2D([], [], color="#595959", linestyle=(0, (4, 3)), linewidth=0.8,
                               marker="o", markersize=4, markerfacecolor="white",
-                              label="thin, dashed, open marker:\nthe paper's, in the same colour"))
+                              label="thin, dashed, open marker:\nthe paper's, same colour"))
     _legend(figure, handles)
     return figure
 
@@ -177,8 +177,10 @@ def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
                          color=curve.style.color, marker=curve.style.marker, markersize=9,
                          markeredgecolor="black", linestyle="none", zorder=3)
     axes[0].set_yscale("log")
-    for set_formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        set_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    # The default writes 6 x 10^-1 where a loss stays within one power of ten.
+    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel(f"{loss_name} [nats]")
     if selected:
         axes[1].set_ylabel("Selection accuracy [%]")
@@ -271,8 +273,8 @@ def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSa
     ends = [stat[end] for stat in stats for end in ("whislo", "q1", "med", "q3", "whishi")]
     positive = [float(end) for end in ends if end > 0]
     low, high = (min(positive), max(positive)) if positive else (1e-6, 1.0)
-    ax.set_xscale("log", nonpositive="clip")
     ax.set_xlim(low / 3, high * 3)
+    ax.set_xscale("log", nonpositive="clip")
     ax.set_axisbelow(True)
     ax.grid(axis="x", **_GRID)
     ax.spines[["top", "right"]].set_visible(False)

@@ -16,35 +16,40 @@ class Progress:
     def __init__(self, label: str, total: int, done: int):
         self._label, self._total, self._done, self._first = label, total, done, done
         self._start = self._last_line = time.monotonic()
+        self._values: dict[str, float] = {}
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
 
     def advance(self, count: int = 1, **values: float) -> None:
-        """Adds to the work done; ``values`` replace those shown."""
+        """Adds to the work done; ``values``, if any, replace those shown."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-            if values:
-                self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-        elif values and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line(values)
+        if values:
+            self.show(**values)
 
-    def close(self, **values: float) -> None:
-        """Shows the last values and ends the bar."""
+    def show(self, **values: float) -> None:
+        """Replaces the values shown."""
+        self._values = values
         if self._bar is not None:
-            if values:
-                self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def close(self) -> None:
+        """Ends the bar, or prints a last line."""
+        if self._bar is not None:
             self._bar.close()
         else:
-            self._line(values)
+            self._line()
 
-    def _line(self, values):
+    def _line(self):
         self._last_line = time.monotonic()
         spent = self._last_line - self._start
         done = max(self._done - self._first, 1)
         left = spent / done * (self._total - self._done)
-        shown = "".join(f", {name} {value:.4g}" for name, value in values.items())
+        shown = "".join(f", {name} {value:.4g}" for name, value in self._values.items())
         print(f"{self._label}: {self._done}/{self._total}{shown}, "
               f"{_clock(spent)} spent, {_clock(left)} left", flush=True)
 
@@ -60,7 +65,5 @@ def progress(label: str, total: int, *, done: int = 0) -> Iterator[Progress]:
     shown = Progress(label, total, done)
     try:
         yield shown
-    except BaseException:
-        if shown._bar is not None:
-            shown._bar.close()
-        raise
+    finally:
+        shown.close()

@@ -105,6 +105,7 @@ class Table(NamedTuple):
     caption: str
     columns: tuple[str, ...]  # the first heads the rows
     rows: tuple[TableRow, ...]
+    details: str = ""  # continues the caption
     note: str = ""
     numeric: bool = True
     folded: bool = False
@@ -172,7 +173,8 @@ def load_study(folder: pathlib.Path) -> Study:
         methods=values["methods"], seeds=tuple(values["seeds"]),
         paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
         paper_rows=values["paper_rows"],
-        class_names={index: f"{index} {name}" for index, name in enumerate(names)},
+        class_names={index: name if name == str(index) else f"{index} {name}"
+                     for index, name in enumerate(names)},
         runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
               for row in values["rows"]})
     if not study.all_finished():
@@ -181,24 +183,26 @@ def load_study(folder: pathlib.Path) -> Study:
 
 
 def _load_run(folder: pathlib.Path, seed: int) -> Run:
-    arrays, facts = _read_arrays(folder / "curvature.npz"), _read_json(folder / "curvature.json")
+    evaluation, curvature = (_read_json(folder / f"{name}.json")
+                             for name in ("evaluation", "curvature"))
     return Run(
         seed=seed,
         config=read_config(folder) if (folder / "config.json").is_file() else None,
         provenance=_read_json(folder / "provenance.json") or {},
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        evaluation=_read_json(folder / "evaluation.json"),
-        curvature=arrays | facts if arrays and facts else None,
-        features=_read_arrays(folder / "features.npz"))
+        evaluation=evaluation,
+        # Arrays are complete only once the JSON file beside them, written later, is there.
+        curvature=curvature and curvature | _read_arrays(folder / "curvature.npz"),
+        features=evaluation and _read_arrays(folder / "features.npz"))
 
 
 def _read_json(path: pathlib.Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _read_arrays(path: pathlib.Path) -> dict | None:
+def _read_arrays(path: pathlib.Path) -> dict:
     if not path.is_file():
-        return None
+        return {}
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -386,7 +390,7 @@ def accuracy_table(study: Study) -> Table:
     for row, values in by_row.items():
         cells = [_accuracy_cell(values.get(level), best[level], several_seeds(study))
                  for level in levels]
-        rows.append(TableRow(study.labels[row], (*cells, Cell(_training_time(study, row)))))
+        rows.append(TableRow(study.labels[row], (*cells, Cell(_mean_duration(study.finished(row))))))
         numbers = paper_numbers(study, row)
         if any(level in numbers for level in levels):
             cells = [Cell(with_spread(*numbers[level]) if level in numbers else "–")
@@ -394,8 +398,9 @@ def accuracy_table(study: Study) -> Table:
             key = study.paper_rows[row]
             rows.append(TableRow(f"paper: {METHOD_LABELS.get(key, key)}", (*cells, Cell("–")),
                                  muted=True))
-    return Table(_accuracy_caption(study), ("Method", *map(level_name, levels), "Training time"),
-                 tuple(rows), _accuracy_note(study))
+    return Table("Accuracy in %, clean and under Gaussian noise.",
+                 ("Method", *map(level_name, levels), "Training time"), tuple(rows),
+                 _accuracy_details(study), _accuracy_note(study))
 
 
 def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool) -> Cell:
@@ -405,8 +410,9 @@ def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool) -> Cell:
     return Cell(with_spread(accuracy.mean, std), bold=round(accuracy.mean, 2) == best)
 
 
-def _training_time(study: Study, row: str) -> str:
-    seconds = [run.provenance["seconds"] for run in study.finished(row) if run.provenance]
+def _mean_duration(runs: Iterable[Run]) -> str:
+    # A run that is not done has no training time yet.
+    seconds = [run.provenance["seconds"] for run in runs if "seconds" in run.provenance]
     return duration(statistics.fmean(seconds)) if seconds else "–"
 
 
@@ -417,13 +423,12 @@ def paper_numbers(study: Study, row: str) -> dict[float, tuple[float, float | No
     return dict(zip(study.paper.levels, study.paper.rows[study.paper_rows[row]], strict=True))
 
 
-def _accuracy_caption(study: Study) -> str:
+def _accuracy_details(study: Study) -> str:
     evaluations = [run.evaluation for run in study.all_finished()]
-    seeds = _listed(run.seed for run in study.all_finished())
-    text = (f"Accuracy in % on {_listed(_count(e['num_images']) for e in evaluations)} "
-            f"{_listed(e['split'] for e in evaluations)} images, clean and under Gaussian noise; "
+    text = (f"{_listed(_count(e['num_images']) for e in evaluations)} "
+            f"{_listed(e['split'] for e in evaluations)} images; "
             f"{_listed(e['num_draws'] for e in evaluations)} draws of the noise at each level; "
-            f"training seeds: {seeds}. ")
+            f"training seeds {_listed(run.seed for run in study.all_finished())}. ")
     if several_seeds(study):
         text += ("Mean over the training seeds of the mean over the noise draws, ± standard "
                  "deviation over the training seeds. ")
@@ -472,10 +477,10 @@ def curvature_table(study: Study) -> Table:
     image_counts = _listed(run.curvature["num_images"]
                            for runs in _curvature_runs(study).values() for run in runs)
     return Table(
-        f"Curvature of the softmax loss in input space, over all of {image_counts} test images "
-        "for each run (not only the lowest 90 %).",
+        "Curvature of the softmax loss in input space.",
         ("Method", "Exact Hessian: median", "mean", "Finite differences: median", "mean",
          "Zero or less"), tuple(rows),
+        f"All of the {image_counts} test images of each run, not only the lowest 90 %.",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
         "[lowest to highest seed]. Last column: number of values that a logarithmic axis cannot "
@@ -519,12 +524,12 @@ def run_table(study: Study) -> Table:
             values = described.get((row, run.seed), {})
             kept = f"{run.evaluation['epoch']}" if run.evaluation else "–"
             cells = [str(run.seed), kept, run.provenance.get("started", "–"),
-                     duration(run.provenance["seconds"]) if run.provenance else "–",
+                     _mean_duration([run]),
                      *(values.get(field, "–") for field in fields)]
             rows.append(TableRow(study.labels[row], tuple(map(Cell, cells))))
     return Table("Runs: what made each number.",
                  ("Method", "Seed", "Epoch kept", "Started", "Training time", *fields),
-                 tuple(rows), "How to read: a line for each training. A dash: not there.",
+                 tuple(rows), note="How to read: a line for each training. A dash: not there.",
                  numeric=False)
 
 
@@ -569,7 +574,7 @@ def configuration_tables(study: Study) -> tuple[Table, ...]:
                    if field not in differing)
     return (
         Table("Configuration: the fields in which the rows differ.", ("Method", *differing), rows,
-              "How to read: field names as in config.json of each run; the seed is left out.",
+              note="How to read: names as in config.json of each run; the seed is left out.",
               numeric=False),
         Table("Configuration: the fields that all rows share.", ("Field", "Value"), common,
               numeric=False, folded=True))
@@ -623,8 +628,9 @@ def accuracy_picture(study: Study) -> Picture:
         f"Line chart of test accuracy in per cent against the noise level, a line for each of "
         f"{len(lines)} methods. The accuracy table holds the numbers.",
         f"How to read: mean accuracy; error bars: standard deviation over the {over} (often "
-        "smaller than the marker). A flat, high line is a robust classifier. In the enlarged "
-        "panel the markers of a level are set side by side."
+        "smaller than the marker). A flat, high line is a robust classifier."
+        + (" In the enlarged panel the markers of a level are set side by side."
+           if len(lines) > 2 else "")
         + (f" Thin and dashed: the paper’s {study.paper.title}." if paper else ""))
 
 
@@ -652,8 +658,8 @@ def training_picture(study: Study) -> Picture | None:
         f"images for choosing the epoch; {len(curves)} runs.",
         "How to read: a thin line for each training run. Left: the loss as each method sees its "
         "own training images (clean, noisy or both), on a logarithmic axis, so heights of "
-        "different methods do not compare directly. Right, where measured: the selection accuracy, by which "
-        "the epoch is chosen; a large marker is the epoch kept.")
+        "different methods do not compare directly. Right, where measured: the selection "
+        "accuracy, on the images by which the epoch is chosen; a large marker is the epoch kept.")
 
 
 def curvature_picture(study: Study) -> Picture:
@@ -740,8 +746,9 @@ def _warning(study: Study) -> str:
     rows = chosen_on_test(study)
     if not rows:
         return ""
+    names = ", ".join(rows) if len(rows) < len(study.labels) else "all rows"
     return ("Warning: the epoch was chosen on the test set, so the test set has leaked into the "
-            f"model and these accuracies are too high: {', '.join(rows)}.")
+            f"choice and these accuracies are too high: {names}.")
 
 
 def html(study: Study, sections: Sequence[Section], images: dict[str, str]) -> str:
@@ -787,7 +794,8 @@ def _md_table(table: Table) -> str:
         cells = [f"**{_md(cell.text)}**" if cell.bold else _md(cell.text) for cell in row.cells]
         escaped.append("| " + " | ".join([head, *cells]) + " |")
     note = f"\n\n{_md(table.note)}" if table.note else ""
-    return f"**{_md(table.caption)}**\n\n" + "\n".join(escaped) + note
+    details = f" {_md(table.details)}" if table.details else ""
+    return f"**{_md(table.caption)}**{details}\n\n" + "\n".join(escaped) + note
 
 
 def _md(text: str) -> str:

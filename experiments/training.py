@@ -171,31 +171,14 @@ def train(
     if (folder / "done.json").is_file():
         return
     program = program_of(config, dataset, len(splits.train.labels))
-    state = initial_state(program, config, dataset)
-
     latest = checkpoints.open_checkpoints(folder / "checkpoints" / "latest", keep=2)
     best = checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)
     with contextlib.closing(latest), contextlib.closing(best):
-        skipped: list[str] = []
-        restored = checkpoints.restore_checkpoint(latest, state, skipped=skipped)
-        for line in skipped:
-            print(f"{folder}: {line}", flush=True)
-        done, state = restored if restored is not None else (0, state)
-        history = [row for row in runs.read_lines(folder / "metrics.jsonl")
-                   if row["epoch"] <= done]
-        runs.write_text(folder / "metrics.jsonl", _json_lines(history))
-        if done == 0:
-            runs.write_json(folder / "provenance.json", runs.provenance())
-
-        writer = _event_writer(folder, purge_step=done + 1) if tensorboard else None
-        images, labels = jnp.asarray(splits.train.images), jnp.asarray(splits.train.labels)
-        steps_per_epoch = -(-len(splits.train.labels) // config.batch_size)
-        with progress(label, config.epochs * steps_per_epoch,
-                      done=done * steps_per_epoch) as shown, open(
-                          folder / "metrics.jsonl", "a") as log:
-            for epoch in range(done + 1, config.epochs + 1):
-                state, row = _train_epoch(
-                    state, program, config, epoch, images, labels, shown)
+        done, begun = _begin_or_resume(folder, latest, initial_state(program, config, dataset))
+        history = runs.read_lines(folder / "metrics.jsonl")
+        with _metrics_writer(folder, tensorboard=tensorboard, done=done) as write:
+            for state, row in _epochs(program, config, splits.train, begun, done, label):
+                epoch = row["epoch"]
                 if not np.isfinite(row["loss"]):
                     raise Diverged(
                         f"The loss of {folder} is {row['loss']} in epoch {epoch}: the run has "
@@ -203,21 +186,62 @@ def train(
                 checkpoint = epoch % config.checkpoint_every == 0 or epoch == config.epochs
                 if checkpoint and splits.selection is not None:
                     row["selection_accuracy"] = accuracy(program.model, state, splits.selection)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+                write(row)
                 history.append(row)
-                for name, value in row.items() if writer is not None else ():
-                    writer.add_scalar(name, value, epoch)
                 if checkpoint:
                     if is_best(history):
                         checkpoints.save_checkpoint(best, epoch, state)
                     checkpoints.save_checkpoint(latest, epoch, state)
-            if writer is not None:
-                writer.close()
-            shown.close(**_shown(history[-1]))
-    seconds = sum(row["seconds"] for row in history)
+    runs.write_json(folder / "provenance.json", {
+        **runs.read_json(folder / "provenance.json"),
+        "seconds": sum(row["seconds"] for row in history)})
     runs.write_json(folder / "done.json", {
-        "epochs": config.epochs, "best_epoch": best_epoch(history), "train_seconds": seconds})
+        "epochs": config.epochs, "best_epoch": best_epoch(history)})
+
+
+def _begin_or_resume(folder, latest, state):
+    """The epochs done and the state after them; what was logged of later ones is dropped."""
+    skipped: list[str] = []
+    restored = checkpoints.restore_checkpoint(latest, state, skipped=skipped)
+    for line in skipped:
+        print(f"{folder}: {line}", flush=True)
+    done, state = (0, state) if restored is None else restored
+    kept = [row for row in runs.read_lines(folder / "metrics.jsonl") if row["epoch"] <= done]
+    runs.write_text(
+        folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    if done == 0:
+        runs.write_json(folder / "provenance.json", runs.provenance())
+    return done, state
+
+
+@contextlib.contextmanager
+def _metrics_writer(folder, *, tensorboard, done):
+    """A function that adds an epoch's row to ``metrics.jsonl`` and to TensorBoard's events."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
+        events = None
+        if tensorboard:
+            events = stack.enter_context(_event_writer(folder, purge_step=done + 1))
+
+        def write(row):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            if events is not None:
+                for name, value in row.items():
+                    events.add_scalar(name, value, row["epoch"])
+
+        yield write
+
+
+def _epochs(program, config, split, state, done, label):
+    """Trains the epochs after ``done``, yielding the state and the metrics after each."""
+    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+    steps_per_epoch = -(-len(split.labels) // config.batch_size)
+    with progress(label, config.epochs * steps_per_epoch, done=done * steps_per_epoch) as shown:
+        for epoch in range(done + 1, config.epochs + 1):
+            state, row = _train_epoch(state, program, config, epoch, images, labels, shown)
+            yield state, row
+            shown.show(**_shown(row))
 
 
 def _train_epoch(state, program, config, epoch, images, labels, shown):
@@ -245,10 +269,6 @@ def _shown(metrics) -> dict[str, float]:
     names = {"loss": "loss", "accuracy_clean": "accuracy", "accuracy_noisy": "noisy accuracy",
              "selection_accuracy": "held-out accuracy"}
     return {shown: float(metrics[name]) for name, shown in names.items() if name in metrics}
-
-
-def _json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _event_writer(folder: pathlib.Path, *, purge_step: int):

@@ -1,0 +1,61 @@
+"""Training image classifiers that keep their accuracy when inputs are noisy, in JAX.
+
+The names here need nothing but JAX; ``jaxrobust.models``, ``methods``, ``training``,
+``evaluation``, ``data`` and ``checkpoints`` bring in Flax, Optax and Orbax.
+"""
+
+from jaxrobust._validate import InputError
+from jaxrobust.centroids import Centroids, CentroidState, init_centroids, update_centroids
+from jaxrobust.curvature import (
+    Estimate,
+    finite_difference_curvature,
+    hvp,
+    squared_frobenius,
+)
+from jaxrobust.geometry import (
+    class_dispersion,
+    class_margin,
+    rescale_head,
+    signed_boundary_distance,
+)
+from jaxrobust.losses import (
+    AUTHORS_RELEASE,
+    RobustLossConfig,
+    RobustLossTerms,
+    centroid_norm_loss,
+    compactness_loss,
+    margin_loss,
+    robust_loss,
+    stability_loss,
+)
+from jaxrobust.perturbations import gaussian, identity, per_example, uniform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AUTHORS_RELEASE",
+    "CentroidState",
+    "Centroids",
+    "Estimate",
+    "InputError",
+    "RobustLossConfig",
+    "RobustLossTerms",
+    "centroid_norm_loss",
+    "class_dispersion",
+    "class_margin",
+    "compactness_loss",
+    "finite_difference_curvature",
+    "gaussian",
+    "hvp",
+    "identity",
+    "init_centroids",
+    "margin_loss",
+    "per_example",
+    "rescale_head",
+    "robust_loss",
+    "signed_boundary_distance",
+    "squared_frobenius",
+    "stability_loss",
+    "uniform",
+    "update_centroids",
+]

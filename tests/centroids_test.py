@@ -179,6 +179,13 @@ def test_features_are_cast_to_the_dtype_of_the_state():
     assert of_narrow[0].current.dtype == of_narrow[1].mean.dtype == jnp.float32
 
 
+def test_int64_labels_of_numpy_are_taken_without_a_warning():
+    features, labels = random_features(2).astype(np.float32), np.array([0, 1, 3, 3, 0, 1])
+    assert labels.dtype == np.int64
+    chex.assert_trees_all_equal(update_centroids(example_state(), features, labels),
+                                update_centroids(example_state(), features, jnp.array(labels)))
+
+
 def over_pmap(state, features, labels):
     result = jax.pmap(functools.partial(update_centroids, axis_name="devices"), "devices",
                       in_axes=(None, 0, 0))(

@@ -1,11 +1,13 @@
-"""The recipes: one small module each, with the constant ``RECIPE``."""
+"""The recipes: comparisons of methods, by name."""
 
 from experiments.config import Recipe
-from experiments.recipes import cifar10, cifar10_small, digits, svhn
+from experiments.recipes import authors_release, cifar10, cifar10_small, digits, svhn
 from jaxrobust import _validate
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (digits, cifar10, svhn, cifar10_small)
+    recipe.name: recipe
+    for recipe in (digits.RECIPE, cifar10.RECIPE, svhn.RECIPE, cifar10_small.RECIPE,
+                   authors_release.CIFAR10, authors_release.SVHN)
 }
 
 

@@ -1,0 +1,140 @@
+"""Data sets: digits, and CIFAR-10 and SVHN prepared by TFDS from small files in their format."""
+
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from jaxrobust import data
+from jaxrobust._validate import InputError
+from jaxrobust.data import sources
+
+
+def test_digits_are_the_1797_real_ones_divided_by_class():
+    dataset = data.load_dataset("digits")
+    assert (len(dataset.train.labels), len(dataset.test.labels)) == (1437, 360)
+    assert dataset.train.images.shape[1:] == (8, 8, 1)
+    assert dataset.train.images.max() == 255
+    shares = [np.bincount(split.labels) / len(split.labels)
+              for split in (dataset.train, dataset.test)]
+    np.testing.assert_allclose(*shares, atol=0.005)
+    pixels = dataset.train.images / 255
+    np.testing.assert_allclose((dataset.mean[0], dataset.std[0]), (pixels.mean(), pixels.std()))
+    assert not dataset.flip
+
+
+def test_splitting_off_divides_without_loss_and_by_seed():
+    split = data.load_dataset("digits").train
+    rest, share = data.split_off(split, 237, seed=0)
+    assert (len(rest.labels), len(share.labels)) == (1200, 237)
+    together = np.concatenate([rest.images, share.images]).reshape(1437, -1)
+    np.testing.assert_array_equal(
+        np.sort(together.sum(1)), np.sort(split.images.reshape(1437, -1).sum(1)))
+    again = data.split_off(split, 237, seed=0)[1]
+    other = data.split_off(split, 237, seed=1)[1]
+    np.testing.assert_array_equal(share.images, again.images)
+    assert not np.array_equal(share.images, other.images)
+
+
+@pytest.mark.parametrize("size", [0, 1437])
+def test_a_share_out_of_range_is_named(size):
+    split = data.load_dataset("digits").train
+    with pytest.raises(InputError, match=f"Expected size={size}"):
+        data.split_off(split, size, seed=0)
+
+
+def test_a_share_too_small_for_the_classes_is_named():
+    split = data.load_dataset("digits").train
+    with pytest.raises(InputError, match="Expected size=5 to leave every class"):
+        data.split_off(split, 5, seed=0)
+
+
+def test_labels_outside_the_classes_are_named():
+    good = data.Split(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1], np.int32))
+    bad = good._replace(labels=np.array([0, 3], np.int32))
+    with pytest.raises(InputError, match=r"Expected train labels in \[0, 3\), got 3 at index 1"):
+        data.Dataset("toy", bad, good, ("a", "b", "c"), (0.5,), (0.5,), flip=True)
+
+
+def test_an_unknown_data_set_names_the_nearest():
+    with pytest.raises(InputError, match="Did you mean 'cifar10'"):
+        data.load_dataset("cifar-10")
+
+
+def write_cifar10(folder, random):
+    """The binary batches of the CIFAR-10 site, with 3 images each."""
+    batches = folder / "cifar-10-batches-bin"
+    batches.mkdir(parents=True)
+    names = [f"data_batch_{index}.bin" for index in range(1, 6)] + ["test_batch.bin"]
+    images = random.integers(0, 256, (18, 32, 32, 3), np.uint8)
+    labels = (np.arange(18) % 10).astype(np.uint8)
+    for index, name in enumerate(names):
+        part = slice(3 * index, 3 * index + 3)
+        rows = np.concatenate(
+            [labels[part, None], images[part].transpose(0, 3, 1, 2).reshape(3, -1)], axis=1)
+        (batches / name).write_bytes(rows.tobytes())
+    (batches / "batches.meta.txt").write_text("\n".join(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()) + "\n")
+    return folder, (images[:15], labels[:15]), (images[15:], labels[15:])
+
+
+def write_svhn(folder, random):
+    """The MATLAB files of the SVHN site, with 5 and 4 images; label 10 is the digit 0."""
+    import scipy.io
+
+    folder.mkdir(parents=True)
+    written = {}
+    for name, size in (("train", 5), ("test", 4), ("extra", 1)):
+        images = random.integers(0, 256, (size, 32, 32, 3), np.uint8)
+        labels = np.arange(size, dtype=np.uint8)
+        scipy.io.savemat(folder / f"{name}_32x32.mat", {
+            "X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None]})
+        written[name] = images, labels
+    return folder, written["train"], written["test"]
+
+
+def prepare(name, raw, data_dir):
+    """Has TFDS itself prepare what lies in ``raw`` as if it had been downloaded."""
+    import tensorflow_datasets as tfds
+
+    def paths(_, urls):
+        if isinstance(urls, dict):
+            return {key: str(raw / url.rsplit("/", 1)[-1]) for key, url in urls.items()}
+        return raw
+
+    builder = sources.tfds_builder(name, data_dir)
+    manager = tfds.download.DownloadManager
+    with mock.patch.object(manager, "download_and_extract", paths), mock.patch.object(
+            manager, "download", paths):
+        builder.download_and_prepare()
+
+
+@pytest.mark.filterwarnings("default")  # TFDS and TensorFlow have warnings of their own.
+@pytest.mark.parametrize("name, write", [("cifar10", write_cifar10), ("svhn_cropped", write_svhn)])
+def test_what_tfds_prepared_is_read_back_to_the_bit(name, write, tmp_path):
+    raw, *expected = write(tmp_path / "raw", np.random.default_rng(0))
+    prepare(name, raw, tmp_path / "data")
+    dataset = data.load_dataset(name, tmp_path / "data")
+    for split, (images, labels) in zip((dataset.train, dataset.test), expected, strict=True):
+        # TFDS shuffles what it writes.
+        order = np.lexsort(split.images.reshape(len(split.labels), -1).T)
+        wanted = np.lexsort(images.reshape(len(labels), -1).T)
+        np.testing.assert_array_equal(split.images[order], images[wanted])
+        np.testing.assert_array_equal(split.labels[order], labels[wanted])
+    assert len(dataset.class_names) == 10 and dataset.flip
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_data_set_that_is_not_prepared_names_folder_and_command(tmp_path):
+    with pytest.raises(InputError) as error:
+        data.load_dataset("cifar10", tmp_path)
+    assert str(error.value) == (
+        f"The data set cifar10 is not prepared in {tmp_path}. Prepare it with: "
+        f"python -m experiments prepare cifar10 --data-dir {tmp_path}")
+
+
+def test_without_tfds_the_extra_to_install_is_named(tmp_path):
+    with mock.patch.dict(sys.modules, {"tensorflow_datasets": None}), pytest.raises(
+            InputError, match=r"pip install 'jaxrobust\[data\]'"):
+        data.load_dataset("svhn_cropped", tmp_path)

@@ -1,0 +1,250 @@
+"""The commands, end to end on a small recipe: results, resuming, and bad input."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from experiments import __main__ as cli
+from experiments import config, paper, prepare, reproduce, runs, training
+from experiments.config import InputError
+from experiments.recipes import RECIPES, get_recipe
+from jaxrobust import data
+from jaxrobust.methods import METHODS
+
+# TensorBoard's writer and Orbax warn about themselves.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TINY = dataclasses.replace(
+    RECIPES["digits"].rows["robust"], train_size=150, epochs=4, checkpoint_every=1, width=2,
+    num_features=4, optimizer=config.OptimizerConfig(
+        learning_rate=0.02, schedule="cosine", clip_norm=1.0))
+RECIPE = dataclasses.replace(
+    RECIPES["digits"], name="tiny", rows=config.method_rows(TINY), seeds=(0,),
+    evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
+                                 curvature_images=10, curvature_probes=2, tsne_images=40))
+
+
+@pytest.fixture(name="digits", scope="module")
+def _digits():
+    return data.load_dataset("digits")
+
+
+def call(*arguments):
+    """What a user's command line does: exit status 0 or that of SystemExit."""
+    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = previous
+    return 0
+
+
+def metrics_of(folder):
+    rows = runs.read_lines(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def best_state(folder, digits):
+    run = training.load_run(folder, config.read_config(folder), digits)
+    return run.epoch, run.state.replace(key=jax.random.key_data(run.state.key))
+
+
+@pytest.fixture(name="finished", scope="module")
+def _finished(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    training.train(TINY, digits, folder)
+    return folder
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing handles it."""
+
+
+@pytest.mark.parametrize("epochs_before", range(1, TINY.epochs))
+@pytest.mark.parametrize("when", ["before the checkpoint", "between the checkpoints"])
+def test_a_killed_run_resumes_to_the_same_bits(
+        epochs_before, when, finished, digits, tmp_path, monkeypatch):
+    save = training.checkpoints.save_checkpoint
+
+    def save_until_killed(manager, epoch, state):
+        is_latest = pathlib.Path(manager.directory).name == "latest"
+        if epoch > epochs_before and (is_latest or when == "before the checkpoint"):
+            raise Killed
+        save(manager, epoch, state)
+
+    monkeypatch.setattr(training.checkpoints, "save_checkpoint", save_until_killed)
+    with pytest.raises(Killed):
+        training.train(TINY, digits, tmp_path / "run")
+    monkeypatch.undo()
+    training.train(TINY, digits, tmp_path / "run", resume=True)
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+    chex.assert_trees_all_equal(
+        best_state(tmp_path / "run", digits), best_state(finished, digits))
+
+
+def test_the_same_run_twice_gives_the_same_bits(finished, digits, tmp_path):
+    training.train(TINY, digits, tmp_path / "again")
+    assert metrics_of(tmp_path / "again") == metrics_of(finished)
+    chex.assert_trees_all_equal(
+        best_state(tmp_path / "again", digits), best_state(finished, digits))
+
+
+def test_the_best_epoch_is_kept_the_later_of_equals():
+    history = [{"epoch": epoch, "selection_accuracy": accuracy}
+               for epoch, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.7))]
+    assert training.best_epoch(history) == 3
+    assert [training.is_best(history[:n]) for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert training.best_epoch([{"epoch": 1}, {"epoch": 2}]) == 2
+
+
+def test_a_run_records_where_it_came_from(finished):
+    provenance = runs.read_json(finished / "provenance.json")
+    assert provenance["versions"]["jax"] == jax.__version__
+    assert provenance["seconds"] > 0 and provenance["commit"] and provenance["hardware"]
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_configurations_survive_json():
+    for recipe in RECIPES.values():
+        for row in recipe.rows.values():
+            assert config.from_dict(config.RunConfig, json.loads(config.to_json(row))) == row
+
+
+@pytest.fixture(name="study", scope="module")
+def _study(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("study")
+    reproduce.claim_study(
+        folder, reproduce.describe_study(RECIPE, [0], list(digits.class_names)))
+    failures = reproduce.run_study(
+        RECIPE, digits, folder, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
+    assert failures == []
+    return folder
+
+
+def test_every_method_is_trained_tested_and_measured(study):
+    for row in METHODS:
+        folder = reproduce.run_folder(study, row, 0)
+        evaluation = runs.read_json(folder / "evaluation.json")
+        assert evaluation["num_images"] == 50
+        assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
+        curvature = np.load(folder / "curvature.npz")
+        assert curvature["frobenius_squared"].shape == (10,)
+        assert np.all(curvature["frobenius_squared"] >= 0)
+        assert np.load(folder / "features.npz")["noisy"].shape == (40, 4)
+
+
+def test_the_report_is_written(study):
+    assert call("report", study) == 0
+    page = (study / "report.html").read_text()
+    for label in RECIPE.labels.values():
+        assert label in page
+
+
+def test_what_is_done_is_not_done_again(study, digits):
+    paths = sorted(path for path in study.rglob("*") if path.is_file())
+    before = [path.stat().st_mtime_ns for path in paths]
+    reproduce.run_study(
+        RECIPE, digits, study, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
+    wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(
+        learning_rate=1e8, schedule="cosine"))
+    recipe = dataclasses.replace(RECIPE, rows={"wild": wild, "robust": TINY})
+    failures = reproduce.run_study(
+        recipe, digits, tmp_path, rows=["wild", "robust"], seeds=[0], tensorboard=False)
+    assert len(failures) == 1 and "has diverged" in failures[0]
+    assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
+
+
+def one_line(capsys):
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (("reproduce", "cifr10"), "error: Unknown recipe 'cifr10'. Did you mean 'cifar10'?"),
+    (("train", "digits/robst"), "error: Unknown row 'robst'. Did you mean 'robust'?"),
+    (("train", "digits", "--method", "stabilty"), "Did you mean 'stability'?"),
+    (("train", "digits", "--dataset", "digit"), "Did you mean 'digits'?"),
+    (("train", "digits", "--robust.delta-v", "-1"), "error: Expected delta_v=-1.0 in [0, inf)."),
+    (("train", "digits", "--robust.momentum", "1"), "error: Expected momentum=1.0 in [0, 1)."),
+    (("train", "digits", "--batch-size", "1201"), "error: Expected batch_size=1201 <= 1200"),
+    (("train", "digits", "--validation-size", "0"), "error: Expected validation_size=0 to be > 0"),
+    (("evaluate", "nowhere"), "error: Expected a run in nowhere"),
+    (("report", "nowhere"), "error: "),
+    (("reproduce", "digits", "--rows", "bath"), "Did you mean 'both'?"),
+])
+def test_bad_input_is_one_line_and_status_2(
+        arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    assert expected in one_line(capsys)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_data_set_that_cannot_be_downloaded_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare.SOURCES, "svhn_cropped", "http://127.0.0.1:9/")
+    assert call("prepare", "svhn_cropped", "--data-dir", tmp_path) == 2
+    assert f"is not prepared in {tmp_path} and cannot be downloaded" in one_line(capsys)
+
+
+def test_a_folder_of_another_run_is_left_alone(finished, digits, capsys):
+    before = metrics_of(finished)
+    with pytest.raises(InputError, match="holds a run already. Add --resume"):
+        training.train(TINY, digits, finished)
+    other = dataclasses.replace(TINY, seed=1)
+    with pytest.raises(InputError, match="holds another configuration"):
+        training.train(other, digits, finished, resume=True)
+    assert metrics_of(finished) == before
+
+
+def test_a_folder_with_something_else_is_left_alone(digits, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no config.json"):
+        training.train(TINY, digits, tmp_path)
+
+
+def test_results_with_other_settings_are_not_overwritten(study, digits):
+    other = dataclasses.replace(
+        RECIPE, evaluation=dataclasses.replace(RECIPE.evaluation, num_draws=4))
+    with pytest.raises(InputError, match="was made with num_draws=3, not 4"):
+        reproduce.run_study(other, digits, study, rows=["both"], seeds=[0], tensorboard=False)
+
+
+def test_the_papers_recipes_are_those_of_appendix_h1():
+    for name, dataset, noise, table in (
+            ("cifar10", "cifar10", 0.06, "table1"), ("svhn", "svhn_cropped", 0.15, "table2")):
+        recipe = get_recipe(name)
+        assert tuple(recipe.rows) == METHODS
+        assert recipe.evaluation.noise_levels == paper.TABLES[table].levels
+        assert recipe.evaluation.num_draws == 10
+        for method, run in recipe.rows.items():
+            assert (run.method, run.dataset, run.noise_std) == (method, dataset, noise)
+            assert (run.model, run.width, run.num_features) == ("resnet18", 64, 128)
+            assert (run.epochs, run.batch_size, run.crop_padding) == (200, 64, 4)
+            optimizer = run.optimizer
+            assert (optimizer.learning_rate, optimizer.momentum) == (1e-3, 0.9)
+            assert (optimizer.weight_decay, optimizer.clip_norm) == (5e-4, None)
+            assert (optimizer.decay_epochs, optimizer.decay_factor) == ((60, 120, 160), 0.2)
+            loss = run.robust
+            assert (loss.alpha, loss.beta, loss.gamma_reg, loss.lam) == (1, 1, 1e-3, 1)
+            assert (loss.delta_v, loss.delta_d, loss.momentum) == (0.5, 5, 0.9)
+            assert run.constraint_warmup_epochs == 0 and run.stability_weight == 1
+
+
+def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):
+    assert call("train", "digits", "--select", "test", "--epochs", "1", "--train-size", "100",
+                "--optimizer.clip-norm", "1", "--out", tmp_path / "run") == 0
+    assert "the epoch is chosen on the test images" in capsys.readouterr().out
+    assert config.read_config(tmp_path / "run").select == "test"

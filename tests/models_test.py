@@ -1,0 +1,116 @@
+"""The models: shapes, initialisation, normalisation, modes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrobust import models
+from jaxrobust._validate import InputError
+
+SMALL = {"num_classes": 10, "num_features": 7, "width": 4}
+
+
+def make(name, channels=3, **changes):
+    return models.create_model(
+        name, mean=(0.5,) * channels, std=(0.25,) * channels, **{**SMALL, **changes})
+
+
+def initialise(model, images):
+    return model.init(jax.random.key(0), images, train=False)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_outputs_are_logits_features_and_blocks(name):
+    images = jnp.full((2, 16, 16, 3), 0.5)
+    model = make(name)
+    variables = initialise(model, images)
+    outputs = model.apply(variables, images, train=False)
+    kernel, bias = models.head_parameters(variables["params"])
+    chex.assert_shape(outputs.logits, (2, 10))
+    chex.assert_shape(outputs.features, (2, 7))
+    chex.assert_trees_all_close(outputs.logits, outputs.features @ kernel + bias, rtol=1e-5)
+    assert all(block.ndim == 4 for block in outputs.blocks.values())
+
+
+def test_resnet18_has_the_blocks_and_parameters_of_appendix_h1():
+    images = jnp.zeros((1, 32, 32, 3))
+    model = make("resnet18", num_features=128, width=64)
+    shapes = jax.eval_shape(lambda: initialise(model, images))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
+    # 11,173,962 of the usual CIFAR ResNet18, less its 512 x 10 head, plus 512 x 128 and 128 x 10.
+    assert count == 11_173_962 - (512 * 10 + 10) + (512 * 128 + 128) + (128 * 10 + 10)
+    outputs = jax.eval_shape(lambda v: model.apply(v, images, train=False), shapes)
+    assert [outputs.blocks[f"block{i}"].shape[1:] for i in range(1, 5)] == [
+        (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)]
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_initialisation_is_pytorchs_uniform(name):
+    params = initialise(make(name, width=8, num_features=64), jnp.zeros((1, 16, 16, 3)))["params"]
+    checked = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [key.key for key in path]
+        if names[-1] == "kernel":
+            bound = np.prod(leaf.shape[:-1]) ** -0.5
+            assert np.abs(leaf).max() <= bound
+            if leaf.size > 500:
+                np.testing.assert_allclose(leaf.std(), bound / 3**0.5, rtol=0.1)
+                checked += 1
+    kernel, bias = models.head_parameters(params)
+    assert 0 < np.abs(bias).max() <= kernel.shape[0] ** -0.5
+    assert checked >= 2
+
+
+def test_images_are_normalised_inside():
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    inside = models.SmallCNN(**SMALL, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    outside = models.SmallCNN(**SMALL, mean=(0.0,) * 3, std=(1.0,) * 3)
+    variables = initialise(inside, images)
+    normalised = (images - np.array([0.1, 0.2, 0.3])[None, None, None].astype(np.float32)
+                  ) / np.array([0.5, 0.25, 2.0])[None, None, None].astype(np.float32)
+    chex.assert_trees_all_close(
+        inside.apply(variables, images, train=False).logits,
+        outside.apply(variables, normalised, train=False).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_in_evaluation_an_image_does_not_see_its_batch(name):
+    images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
+    model = make(name)
+    variables = initialise(model, images)
+    together = model.apply(variables, images, train=False).logits
+    alone = model.apply(variables, images[:1], train=False).logits
+    chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_training_normalises_by_the_batch_and_moves_the_running_statistics(name):
+    images = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
+    model = make(name)
+    variables = initialise(model, images)
+    outputs, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    first = sorted(updated["batch_stats"])[-1]
+    assert not np.allclose(
+        jax.tree.leaves(updated["batch_stats"][first])[0],
+        jax.tree.leaves(variables["batch_stats"][first])[0])
+    assert not np.allclose(outputs.logits, model.apply(variables, images, train=False).logits)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_bfloat16_keeps_parameters_features_and_logits_in_float32(name):
+    images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
+    model = make(name).clone(dtype=jnp.bfloat16)
+    variables = initialise(model, images)
+    outputs = model.apply(variables, images, train=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    assert outputs.logits.dtype == outputs.features.dtype == jnp.float32
+    assert all(block.dtype == jnp.bfloat16 for block in outputs.blocks.values())
+    full = make(name).apply(variables, images, train=False)
+    chex.assert_trees_all_close(outputs.logits, full.logits, atol=0.05)
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(InputError, match="Unknown model 'resnet81'. Did you mean 'resnet18'"):
+        make("resnet81")

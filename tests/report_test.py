@@ -1,0 +1,309 @@
+"""The report of a study: its numbers, its words, and that it is one file and reproducible."""
+
+import csv
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments import figures, report
+from experiments.config import InputError, RunConfig, to_json
+
+LABELS = {"both": "Training on both", "robust": "Robust <&> |method|"}
+LEVELS = (0, 2)
+ONE_SEED = {
+    ("both", 0): ([0.90], [0.80, 0.84]),
+    ("robust", 0): ([0.89], [0.85, 0.87]),
+}
+THREE_SEEDS = {
+    ("both", 0): ([0.90], [0.70, 0.72]), ("robust", 0): ([0.92], [0.70, 0.74]),
+    ("both", 1): ([0.90], [0.72, 0.74]), ("robust", 1): ([0.94], [0.73, 0.75]),
+    ("both", 2): ([0.90], [0.74, 0.76]), ("robust", 2): ([0.96], [0.70, 0.72]),
+}
+
+
+def write_study(folder, accuracies, *, seeds, selected_on="last", **changes):
+    """A study of two rows; ``accuracies`` by (row, seed): the draws at each of LEVELS."""
+    folder.mkdir()
+    study = {
+        "name": "toy", "title": "Toy <study>", "note": "First & foremost.\n\nSecond paragraph.",
+        "paper_table": "table1", "seeds": seeds, "rows": LABELS,
+        "methods": {row: row for row in LABELS}, "paper_rows": {"robust": "robust"},
+        "evaluation": {}, "command": "python -m experiments reproduce toy", "commit": "abc"}
+    (folder / "study.json").write_text(json.dumps(study | changes))
+    for (row, seed), draws in accuracies.items():
+        write_run(folder / f"{row}-seed{seed}", row, seed, draws, selected_on)
+
+
+def write_run(run, row, seed, draws, selected_on):
+    rng = np.random.default_rng([seed, len(row)])
+    run.mkdir()
+    (run / "config.json").write_text(to_json(
+        RunConfig(method=row, seed=seed, epochs=2, select="last")))
+    write_json(run / "provenance.json", {
+        "command": "python -m experiments reproduce toy", "commit": "abc",
+        "started": "2026-01-02T03:04:05", "seconds": 65.0, "hardware": f"machine {seed}",
+        "versions": {"jax": "0.10.2"}, "platform": "cpu"})
+    (run / "metrics.jsonl").write_text(
+        '{"epoch": 1, "loss": 2.0, "softmax": 1.0, "selection_accuracy": 0.5}\n'
+        '{"epoch": 2, "loss": 1.0, "softmax": 0.5, "selection_accuracy": 0.6}\n'
+        '{"epoch": 3, "lo')
+    write_json(run / "evaluation.json", {
+        "epoch": 2, "selected_on": selected_on, "split": "test", "num_images": 500,
+        "num_draws": 2, "levels": [{"std_255": level, "accuracies": list(values)}
+                                   for level, values in zip(LEVELS, draws, strict=True)]})
+    np.savez(run / "curvature.npz", frobenius_squared=np.array([0.0, 1.0, 3.0, 100.0]),
+             finite_difference=np.array([10.0, 20.0, 30.0, 40.0]))
+    write_json(run / "curvature.json", {"num_images": 4, "num_probes": 20, "step": 1e-2,
+                                        "with_respect_to": "pixels in [0, 1]"})
+    np.savez(run / "features.npz", clean=rng.normal(size=(12, 5)), noisy=rng.normal(size=(12, 5)),
+             labels=np.arange(12) % 3, noise_std_255=np.float64(2))
+
+
+def write_json(path, values):
+    path.write_text(json.dumps(values))
+
+
+class Page(html.parser.HTMLParser):
+    """Collects the rows of the tables, the tags and attributes, and the text in bold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.attributes, self.tags, self.bold, self.text = [], [], [], [], ""
+        self._in_cell = self._in_bold = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+        self._in_bold = tag == "strong"
+
+    def handle_endtag(self, tag):
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+        self._in_bold = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self._in_cell:
+            self.rows[-1][-1] += data.strip()
+        if self._in_bold:
+            self.bold.append(data)
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "study"
+    write_study(folder, ONE_SEED, seeds=[0])
+    return folder, report.write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def three_seeds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three") / "study"
+    write_study(folder, THREE_SEEDS, seeds=[0, 1, 2])
+    return folder, report.write_report(folder).read_text(encoding="utf-8")
+
+
+def table_rows(page, head):
+    return [row for row in Page(page).rows if row[0] == head]
+
+
+def test_one_seed_gives_mean_and_spread_over_draws(one_seed):
+    _, page = one_seed
+    # std of (80, 84) with ddof=1: sqrt(8); a single clean evaluation has none.
+    assert table_rows(page, LABELS["both"])[0] == [
+        LABELS["both"], "90.00", "82.00 ± 2.83", "1 min 05 s"]
+    assert table_rows(page, LABELS["robust"])[0][1:3] == ["89.00", "86.00 ± 1.41"]
+    assert "standard deviation over the noise draws" in page
+    assert "spread over trainings is unknown" in page
+
+
+def test_three_seeds_give_mean_and_spread_over_trainings(three_seeds):
+    folder, page = three_seeds
+    # robust, clean: 92, 94, 96; at 2/255 the means over draws 72, 74, 71 (std sqrt(7/3)).
+    assert table_rows(page, LABELS["robust"])[0][1:3] == ["94.00 ± 2.00", "72.33 ± 1.53"]
+    assert table_rows(page, LABELS["both"])[0][1:3] == ["90.00 ± 0.00", "73.00 ± 2.00"]
+    with (folder / "report.csv").open() as file:
+        line = next(line for line in csv.DictReader(file)
+                    if (line["source"], line["row"], line["noise_std_255"]) == ("ours", "robust",
+                                                                              "2"))
+    # stds over draws: 2 sqrt(2), sqrt(2), sqrt(2).
+    assert float(line["std_over_draws_percent"]) == pytest.approx(4 * 2**0.5 / 3, abs=1e-4)
+    assert float(line["std_over_seeds_percent"]) == pytest.approx((7 / 3) ** 0.5, abs=1e-4)
+    assert line["num_seeds"] == "3"
+
+
+def test_summary_says_where_the_difference_exceeds_the_spread(three_seeds):
+    folder, _ = three_seeds
+    best_and_basis, comparison = json.loads((folder / "report.json").read_text())["summary"]
+    assert "Best on clean images: “Robust <&> |method|”, with 94.00 %." in best_and_basis
+    assert "Best at the strongest noise (2/255): “Training on both”, with 73.00 %" in best_and_basis
+    # Pooled: sqrt((0 + 4) / 2) = 1.41 < 4, and sqrt((4 + 7/3) / 2) = 1.78 > 0.67.
+    assert "clearly better at 1 of 2 levels: clean (+4.00, spread 1.41)" in comparison
+    assert "no clear difference at 1 of 2 levels: 2/255 (−0.67, spread 1.78)" in comparison
+
+
+def test_summary_of_one_seed_does_not_claim_a_clear_difference(one_seed):
+    folder, _ = one_seed
+    _, comparison = json.loads((folder / "report.json").read_text())["summary"]
+    assert "higher at 1 of 2 levels: 2/255 (+4.00)" in comparison
+    assert "lower at 1 of 2 levels: clean (−1.00)" in comparison
+    assert "unknown" in comparison and "clear" not in comparison
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [((1.0,), (5.0,), None), ((0.0, 2.0), (5.0,), 2**0.5), ((0.0, 2.0), (4.0, 8.0), 5**0.5)])
+def test_pooled_std_is_that_of_the_textbook(first, second, expected):
+    assert report.pooled_std(first, second) == (expected and pytest.approx(expected))
+
+
+def test_paper_row_follows_ours_at_the_same_levels(one_seed):
+    rows = Page(one_seed[1]).rows
+    below = rows[rows.index(table_rows(one_seed[1], LABELS["robust"])[0]) + 1]
+    assert below == ["paper: Robust (the paper's method)", "92.67", "92.70 ± 0.05", "–"]
+    assert not table_rows(one_seed[1], "paper: Training on both clean and noisy images")
+
+
+def test_no_paper_row_without_a_paper_table(tmp_path):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0], paper_table=None)
+    assert "paper: " not in report.write_report(tmp_path / "study").read_text()
+
+
+def test_bold_marks_the_best_of_each_column(one_seed):
+    folder, page = one_seed
+    bold = Page(page).bold
+    assert "90.00" in bold and "86.00 ± 1.41" in bold
+    assert "89.00" not in bold and "82.00 ± 2.83" not in bold
+    assert "**86.00 ± 1.41**" in (folder / "report.md").read_text()
+
+
+def test_missing_runs_are_named(tmp_path):
+    folder = tmp_path / "study"
+    write_study(folder, {key: THREE_SEEDS[key] for key in THREE_SEEDS if key[1] < 2},
+                seeds=[0, 1, 2])
+    (folder / "robust-seed1" / "evaluation.json").unlink()
+    page = Page(report.write_report(folder).read_text())
+    assert "Robust <&> |method|, seed 2: not trained" in page.text
+    assert "Robust <&> |method|, seed 1: trained, not evaluated" in page.text
+    assert "Training on both, seed 2: not trained" in page.text
+    assert "Training on both, seed 1" not in page.text
+    # The only finished seed has no spread over trainings.
+    assert ["92.00", "72.00"] in [row[1:3] for row in page.rows]
+
+
+def test_complete_study_names_no_missing_run(one_seed):
+    assert "Missing" not in one_seed[1]
+
+
+def test_an_epoch_chosen_on_the_test_set_is_warned_of(tmp_path, one_seed):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0], selected_on="test")
+    warned = report.write_report(tmp_path / "study").read_text()
+    assert "Warning: the epoch was chosen on the test set" in warned
+    assert "Warning" not in one_seed[1]
+
+
+def test_two_reports_of_a_study_are_the_same_bytes(one_seed, tmp_path):
+    folder, _ = one_seed
+    write_study(tmp_path / "other", ONE_SEED, seeds=[0])
+    report.write_report(tmp_path / "other")
+    names = [f"report.{ending}" for ending in ("html", "md", "csv", "json")]
+    names += [f"figures/{name}.{ending}" for name in ("accuracy", "training", "curvature", "tsne")
+              for ending in ("png", "svg")]
+    for name in names:
+        assert (tmp_path / "other" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_page_is_self_contained_and_escaped(one_seed):
+    page = Page(one_seed[1])
+    references = [value for name, value in page.attributes if name in ("src", "href")]
+    assert references and all(value.startswith(("data:", "#")) for value in references)
+    assert "script" not in page.tags and "link" not in page.tags and "study" not in page.tags
+    assert not re.search(r"url\(|@import", one_seed[1])
+    assert "Toy &lt;study&gt;" in one_seed[1] and "Robust &lt;&amp;&gt;" in one_seed[1]
+    assert page.tags.count("img") == 4 == sum(name == "alt" and bool(value)
+                                              for name, value in page.attributes)
+    assert page.tags.count("caption") == page.tags.count("table")
+
+
+def test_markdown_is_escaped(one_seed):
+    text = (one_seed[0] / "report.md").read_text()
+    assert "Robust \\<\\&\\> \\|method\\|" in text and "<study>" not in text
+    assert "](figures/accuracy.png)" in text
+
+
+def test_provenance_lists_what_differs_between_runs_only(three_seeds):
+    page = three_seeds[1]
+    rows = table_rows(page, LABELS["both"])
+    run = [LABELS["both"], "0", "2", "2026-01-02T03:04:05", "1 min 05 s", "machine 0"]
+    assert run in rows
+    assert table_rows(page, "Versions") == [["Versions", "jax 0.10.2"]]
+    assert table_rows(page, "Commit") == [["Commit", "abc"]]
+    assert table_rows(page, "method") == [] and table_rows(page, "epochs") == [["epochs", "2"]]
+    assert [LABELS["both"], "both"] in rows
+
+
+def test_curvature_with_zeros_counts_what_the_axis_cannot_show(one_seed):
+    rows = table_rows(one_seed[1], LABELS["both"])
+    # Of 0, 1, 3, 100 and 10, 20, 30, 40.
+    assert [LABELS["both"], "2", "26", "25", "25", "1 / 0"] in rows
+    assert "2 of the 16 values are zero or negative" in one_seed[1]
+
+
+def test_curvature_figure_bears_zeros_alone_and_values_that_are_not_finite(tmp_path):
+    style = figures.row_style(0)
+    samples = [figures.CurvatureSample("zeros", style, np.zeros(5), np.zeros(5)),
+               figures.CurvatureSample("nan", style, np.full(5, np.nan), np.zeros(5))]
+    figures.save(figures.curvature_figure(samples, 1e-2), tmp_path / "figure")
+    assert (tmp_path / "figure.png").stat().st_size
+
+
+def test_lowest_share_keeps_nine_in_ten():
+    values = np.array([10.0, np.nan, *range(9), np.inf])
+    np.testing.assert_array_equal(figures.lowest_share(values), np.arange(9))
+
+
+def test_features_of_a_diverged_run_are_left_out_and_named(tmp_path):
+    folder = tmp_path / "study"
+    write_study(folder, ONE_SEED, seeds=[0])
+    np.savez(folder / "both-seed0" / "features.npz", clean=np.full((12, 5), np.nan),
+             noisy=np.zeros((12, 5)), labels=np.arange(12) % 3, noise_std_255=np.float64(2))
+    page = report.write_report(folder).read_text()
+    assert "Not shown, features not finite or all alike: Training on both." in page
+
+
+def test_without_curvature_and_features_their_sections_are_absent(tmp_path):
+    folder = tmp_path / "study"
+    write_study(folder, ONE_SEED, seeds=[0])
+    for row in LABELS:
+        (folder / f"{row}-seed0" / "curvature.npz").unlink()
+        (folder / f"{row}-seed0" / "features.npz").unlink()
+    page = report.write_report(folder).read_text()
+    assert 'id="accuracy"' in page and 'id="curvature"' not in page and 'id="features"' not in page
+
+
+def test_class_names_are_shown_in_the_legend(tmp_path):
+    write_study(tmp_path / "study", {}, seeds=[0], class_names=["cat", "dog"])
+    with pytest.raises(InputError):
+        report.load_study(tmp_path / "study")
+    write_run(tmp_path / "study" / "both-seed0", "both", 0, ONE_SEED["both", 0], "last")
+    assert report.load_study(tmp_path / "study").class_names == {0: "0 cat", 1: "1 dog"}
+
+
+def test_no_study_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="no study.json"):
+        report.write_report(tmp_path)
+
+
+def test_no_finished_run_is_an_input_error_of_one_line(tmp_path):
+    write_study(tmp_path / "study", {}, seeds=[0])
+    with pytest.raises(InputError, match="no evaluation.json") as error:
+        report.write_report(tmp_path / "study")
+    assert "\n" not in str(error.value)

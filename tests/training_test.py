@@ -1,0 +1,162 @@
+"""The train step: determinism, device counts, the optimiser as PyTorch defines it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+from jaxrobust import methods, models, training
+from jaxrobust._validate import InputError
+from jaxrobust.losses import RobustLossConfig
+from jaxrobust.methods import Batch
+
+CLASSES = 4
+
+
+def make_model():
+    return models.SmallCNN(num_classes=CLASSES, mean=(0.5,), std=(0.25,), num_features=6, width=3)
+
+
+def make_batch(seed=0, size=16, labels=None):
+    clean_key, noise_key, label_key = jax.random.split(jax.random.key(seed), 3)
+    clean = jax.random.uniform(clean_key, (size, 8, 8, 1))
+    noisy = jnp.clip(clean + 0.1 * jax.random.normal(noise_key, clean.shape), 0, 1)
+    if labels is None:
+        labels = jax.random.randint(label_key, (size,), 0, CLASSES)
+    return Batch(clean, noisy, labels)
+
+
+def make_step(name="robust", axis_name=None, optimizer=None, **changes):
+    optimizer = training.sgd(0.01, clip_norm=1.0) if optimizer is None else optimizer
+    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0))
+    model = make_model()
+    step = training.make_train_step(model, method, optimizer, axis_name=axis_name, **changes)
+    state = training.create_train_state(
+        model, optimizer, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    return step, state
+
+
+class TrainStepVariants(chex.TestCase):
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*methods.METHODS)
+    def test_a_step_updates_everything_and_leaves_its_input(self, name):
+        step, state = make_step(name)
+        before = jax.tree.map(np.array, state.params)
+        new_state, metrics = self.variant(step)(state, make_batch())
+        assert int(new_state.step) == 1
+        chex.assert_trees_all_equal(state.params, before)
+        for part in ("params", "batch_stats", "opt_state"):
+            old, new = getattr(state, part), getattr(new_state, part)
+            assert any(not np.array_equal(a, b) for a, b in zip(
+                jax.tree.leaves(old), jax.tree.leaves(new), strict=True)), part
+        assert new_state.centroids.seen.any()
+        assert all(np.isfinite(value) and value.shape == () for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_pmap_gives_the_result_of_the_whole_batch(name, devices):
+    # Sorted labels: every shard holds a class or two and lacks the others.
+    labels = jnp.sort(make_batch().labels)
+    batches = [make_batch(seed, labels=labels) for seed in range(3)]
+    whole_step, whole = make_step(name)
+    whole_step = jax.jit(whole_step)
+    split_step, split = make_step(name, axis_name="devices")
+    split_step = jax.pmap(
+        split_step, axis_name="devices", in_axes=(None, 0), out_axes=None,
+        devices=jax.devices()[:devices])
+    for batch in batches:
+        whole, whole_metrics = whole_step(whole, batch)
+        shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        split, split_metrics = split_step(split, shards)
+    comparable = (whole.params, whole.batch_stats, whole.centroids, whole_metrics)
+    chex.assert_trees_all_close(
+        (split.params, split.batch_stats, split.centroids, split_metrics), comparable,
+        rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    def final(seed):
+        optimizer = training.sgd(0.01, clip_norm=1.0)
+        step, _ = make_step(optimizer=optimizer)
+        state = training.create_train_state(
+            make_model(), optimizer, jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))
+        for batch_seed in range(3):
+            state, _ = jax.jit(step)(state, make_batch(batch_seed))
+        return state.params
+
+    chex.assert_trees_all_equal(final(1), final(1))
+    assert not np.array_equal(*(models.head_parameters(final(seed))[0] for seed in (1, 2)))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_loss_goes_down(name):
+    step, state = make_step(name)
+    step = jax.jit(step)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, make_batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_nothing_is_compiled_again_after_the_first_step():
+    step, state = make_step()
+    step = jax.jit(chex.assert_max_traces(step, n=1))
+    for seed in range(3):
+        state, _ = step(state, make_batch(seed))
+
+
+def test_the_constraint_weight_scales_what_is_added_to_the_softmax_loss():
+    for weight in (0.0, 0.25):
+        step, state = make_step(constraint_weight=lambda step, weight=weight: weight)
+        _, metrics = jax.jit(step)(state, make_batch())
+        ours = (metrics["compact"] + metrics["margin"] + 1e-3 * metrics["norm"]
+                + metrics["align"])
+        np.testing.assert_allclose(
+            metrics["loss"], metrics["softmax"] + weight * ours, rtol=1e-5)
+
+
+def pytorch_sgd(parameters, gradients, *, learning_rates, momentum, weight_decay):
+    """SGD with Nesterov momentum, in the words of PyTorch's documentation."""
+    buffer = None
+    for gradient, learning_rate in zip(gradients, learning_rates, strict=True):
+        gradient = gradient + weight_decay * parameters
+        buffer = gradient if buffer is None else momentum * buffer + gradient
+        parameters = parameters - learning_rate * (gradient + momentum * buffer)
+    return parameters
+
+
+def test_sgd_is_pytorchs_nesterov_with_l2_in_the_gradient():
+    random = np.random.default_rng(0)
+    start, gradients = random.normal(size=3), random.normal(size=(5, 3))
+    schedule = training.piecewise_schedule(0.1, decay_steps=(2, 4), decay_factor=0.2)
+    optimizer = training.sgd(schedule, momentum=0.9, weight_decay=5e-4)
+    parameters = jnp.asarray(start, jnp.float32)
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    expected = pytorch_sgd(start, gradients, learning_rates=(0.1, 0.1, 0.02, 0.02, 0.004),
+                           momentum=0.9, weight_decay=5e-4)
+    np.testing.assert_allclose(parameters, expected, rtol=1e-5)
+
+
+def test_clipping_comes_before_the_weight_decay():
+    optimizer = training.sgd(1.0, momentum=0.0, weight_decay=0.5, clip_norm=1.0)
+    parameters = jnp.array([2.0, 0.0])
+    updates, _ = optimizer.update(jnp.array([30.0, 40.0]), optimizer.init(parameters), parameters)
+    # The gradient (30, 40) is scaled to norm 1, then half of the parameters is added.
+    np.testing.assert_allclose(-updates, np.array([0.6 + 1.0, 0.8]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("momentum", 1.0), ("weight_decay", -1.0), ("clip_norm", 0.0), ("learning_rate", 0.0)])
+def test_a_value_out_of_range_is_named(argument, value):
+    arguments = {"learning_rate": 0.1, argument: value}
+    with pytest.raises(InputError, match=f"Expected {argument}={value}"):
+        training.sgd(**arguments)
