@@ -177,8 +177,11 @@ def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
                          color=curve.style.color, marker=curve.style.marker, markersize=9,
                          markeredgecolor="black", linestyle="none", zorder=3)
     axes[0].set_yscale("log")
-    # The default writes 6 x 10^-1 where a loss stays within one power of ten.
-    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    losses = np.concatenate([curve.loss for curve in curves])
+    losses = losses[np.isfinite(losses) & (losses > 0)]
+    # The default labels powers of ten only, of which a well-behaved loss may cross none.
+    if losses.size and losses.max() < 1000 * losses.min():
+        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel(f"{loss_name} [nats]")
@@ -267,6 +270,10 @@ def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSa
         ax.bxp([stat], positions=[index], orientation="horizontal", widths=0.55, showfliers=False,
                patch_artist=True, boxprops={"facecolor": sample.style.color, "alpha": 0.55},
                medianprops={"color": "black", "linewidth": 1.8}, manage_ticks=False)
+        if not stat["whishi"] > 0:
+            words = "no finite value" if np.isnan(stat["whishi"]) else "zero to the 95th percentile"
+            ax.text(0.5, index, words, transform=ax.get_yaxis_transform(), ha="center",
+                    va="center", style="italic")
         if stat["med"] > 0:
             ax.plot(stat["med"], index, marker=sample.style.marker, color="black", markersize=6,
                     markeredgecolor="white", markeredgewidth=0.6)

@@ -183,26 +183,28 @@ def load_study(folder: pathlib.Path) -> Study:
 
 
 def _load_run(folder: pathlib.Path, seed: int) -> Run:
-    evaluation, curvature = (_read_json(folder / f"{name}.json")
-                             for name in ("evaluation", "curvature"))
+    # Arrays are whole only once the JSON file beside them is there: it is written after them.
+    evaluation, facts = (_read_json(folder / f"{name}.json")
+                         for name in ("evaluation", "curvature"))
+    features = _read_arrays(folder / "features.npz") if evaluation else None
+    curvature = _read_arrays(folder / "curvature.npz") if facts else None
     return Run(
         seed=seed,
         config=read_config(folder) if (folder / "config.json").is_file() else None,
         provenance=_read_json(folder / "provenance.json") or {},
         epochs=_read_epochs(folder / "metrics.jsonl"),
         evaluation=evaluation,
-        # Arrays are complete only once the JSON file beside them, written later, is there.
-        curvature=curvature and curvature | _read_arrays(folder / "curvature.npz"),
-        features=evaluation and _read_arrays(folder / "features.npz"))
+        curvature=facts | curvature if curvature else None,
+        features=features)
 
 
 def _read_json(path: pathlib.Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _read_arrays(path: pathlib.Path) -> dict:
+def _read_arrays(path: pathlib.Path) -> dict | None:
     if not path.is_file():
-        return {}
+        return None
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -347,6 +349,15 @@ def duration(seconds: float) -> str:
             f"{minutes} min {rest:02d} s" if minutes else f"{rest} s")
 
 
+def significant(value: float) -> str:
+    """Three significant digits, written out between 0.001 and 100,000; a dash for NaN."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0 or not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
 def with_spread(mean: float, std: float | None) -> str:
     """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
@@ -390,7 +401,8 @@ def accuracy_table(study: Study) -> Table:
     for row, values in by_row.items():
         cells = [_accuracy_cell(values.get(level), best[level], several_seeds(study))
                  for level in levels]
-        rows.append(TableRow(study.labels[row], (*cells, Cell(_mean_duration(study.finished(row))))))
+        time = Cell(_mean_duration(study.finished(row)))
+        rows.append(TableRow(study.labels[row], (*cells, time)))
         numbers = paper_numbers(study, row)
         if any(level in numbers for level in levels):
             cells = [Cell(with_spread(*numbers[level]) if level in numbers else "–")
@@ -483,7 +495,7 @@ def curvature_table(study: Study) -> Table:
         f"All of the {image_counts} test images of each run, not only the lowest 90 %.",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
-        "[lowest to highest seed]. Last column: number of values that a logarithmic axis cannot "
+        "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
         "show (zero, negative or not finite), exact Hessian / finite differences.")
 
 
@@ -493,8 +505,9 @@ def _finite_statistic(statistic: Callable, values: np.ndarray) -> float:
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    text = f"{statistics.fmean(values):.3g}"
-    return text if len(values) == 1 else f"{text} [{min(values):.3g} to {max(values):.3g}]"
+    text = significant(statistics.fmean(values))
+    return (text if len(values) == 1 else
+            f"{text} [{significant(min(values))}–{significant(max(values))}]")
 
 
 def _not_positive(runs: Sequence[Run], key: str) -> int:
@@ -685,7 +698,7 @@ def curvature_picture(study: Study) -> Picture:
         "lie beyond the left edge, but count for the boxes). The panels show different "
         "quantities: left, the squared Frobenius norm of the Hessian at the image itself, from "
         "exact Hessian-vector products; right, the paper’s Eq. 21, which also counts the kinks of "
-        "the ReLUs that its steps cross and differs by orders of magnitude. Do not compare "
+        "the ReLUs that its steps cross and may differ by orders of magnitude. Do not compare "
         f"the panels. {_listed(run.curvature['num_probes'] for run in runs)} random "
         "probes for each image; derivatives with respect to "
         f"{_listed(run.curvature['with_respect_to'] for run in runs)}.")

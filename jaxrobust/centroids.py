@@ -37,16 +37,11 @@ def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> Centroid
         mean=jnp.zeros((num_classes, dim), dtype), seen=jnp.zeros((num_classes,), bool))
 
 
-def one_hot(labels: jax.Array, num_classes: int, dtype) -> jax.Array:
-    """[B, C] indicator of the labels; a label outside [0, C) gives a row of zeros."""
-    return (labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)).astype(dtype)
-
-
 def class_sums(values: jax.Array, members: jax.Array, axis_name: str | None) -> jax.Array:
     """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
 
-    A product with the one-hot ``members`` [B, C] rather than a scatter, because
-    scatter-add is not deterministic on GPUs; in full precision, because TPUs and GPUs
+    A product with the one-hot ``members`` [B, C] (a row of zeros for a label outside
+    [0, C)) rather than a scatter, because scatter-add is not deterministic on GPUs; in full precision, because TPUs and GPUs
     would otherwise round the factors.
     """
     sums = jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
@@ -98,7 +93,7 @@ def update_centroids(
     _validate.shapes(features=(features, "B d"), labels=(labels, "B"),
                      mean=(state.mean, "C d"), seen=(state.seen, "C"))
     features = features.astype(state.mean.dtype)
-    members = one_hot(labels, state.mean.shape[0], state.mean.dtype)
+    members = jax.nn.one_hot(labels, state.mean.shape[0], dtype=state.mean.dtype)
     sums = class_sums(features, members, axis_name)
     counts = class_sums(jnp.ones_like(features[:, 0]), members, axis_name)
 

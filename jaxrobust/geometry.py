@@ -45,9 +45,8 @@ def signed_boundary_distance(
     """
     _validate.shapes(points=(points, "N d"), labels=(labels, "N"), kernel=(kernel, "d C"),
                      bias=(bias, "C"))
-    num_classes = bias.shape[0]
-    own = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)
-    logits = jnp.dot(points, kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    own = jax.nn.one_hot(labels, bias.shape[0], dtype=bool)
+    logits = jnp.dot(points, kernel, precision=jax.lax.Precision.HIGHEST) + bias[None]
     gaps = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
 
     rows = kernel.T
@@ -78,7 +77,7 @@ def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -
 
     def farthest(example):
         feature, label = example
-        return jnp.max(jnp.where(labels == label, safe_norm(features - feature), 0))
+        return jnp.max(jnp.where(labels == label, safe_norm(features - feature[None]), 0))
 
     distances = jax.lax.map(farthest, (features, labels))
     return jnp.maximum(jax.ops.segment_max(distances, labels, num_classes), 0)

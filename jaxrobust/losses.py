@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
-from jaxrobust.centroids import CentroidState, class_sums, one_hot, update_centroids
+from jaxrobust.centroids import CentroidState, class_sums, update_centroids
 from jaxrobust.geometry import safe_norm, signed_boundary_distance
 
 
@@ -69,7 +69,7 @@ def compactness_loss(
     _validate.in_range("delta_v", delta_v, 0)
     _validate.shapes(features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))
     features = features.astype(centroids.dtype)
-    members = one_hot(labels, centroids.shape[0], centroids.dtype)
+    members = jax.nn.one_hot(labels, centroids.shape[0], dtype=centroids.dtype)
     own = jnp.dot(members, centroids, precision=jax.lax.Precision.HIGHEST)
     hinge = jax.nn.relu(safe_norm(own - features) - delta_v)
     sums = class_sums(jnp.square(hinge) if squared else hinge, members, axis_name)

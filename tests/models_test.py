@@ -30,7 +30,7 @@ def test_outputs_are_logits_features_and_blocks(name):
     kernel, bias = models.head_parameters(variables["params"])
     chex.assert_shape(outputs.logits, (2, 10))
     chex.assert_shape(outputs.features, (2, 7))
-    chex.assert_trees_all_close(outputs.logits, outputs.features @ kernel + bias, rtol=1e-5)
+    chex.assert_trees_all_close(outputs.logits, outputs.features @ kernel + bias[None], rtol=1e-5)
     assert all(block.ndim == 4 for block in outputs.blocks.values())
 
 

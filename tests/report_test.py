@@ -190,6 +190,9 @@ def test_missing_runs_are_named(tmp_path):
     write_study(folder, {key: THREE_SEEDS[key] for key in THREE_SEEDS if key[1] < 2},
                 seeds=[0, 1, 2])
     (folder / "robust-seed1" / "evaluation.json").unlink()
+    provenance = json.loads((folder / "robust-seed1" / "provenance.json").read_text())
+    del provenance["seconds"]  # as in a run that is not done
+    write_json(folder / "robust-seed1" / "provenance.json", provenance)
     page = Page(report.write_report(folder).read_text())
     assert "Robust <&> |method|, seed 2: not trained" in page.text
     assert "Robust <&> |method|, seed 1: trained, not evaluated" in page.text
@@ -253,8 +256,16 @@ def test_provenance_lists_what_differs_between_runs_only(three_seeds):
 def test_curvature_with_zeros_counts_what_the_axis_cannot_show(one_seed):
     rows = table_rows(one_seed[1], LABELS["both"])
     # Of 0, 1, 3, 100 and 10, 20, 30, 40.
-    assert [LABELS["both"], "2", "26", "25", "25", "1 / 0"] in rows
+    assert [LABELS["both"], "2.00", "26.0", "25.0", "25.0", "1 / 0"] in rows
     assert "2 of the 16 values are zero or negative" in one_seed[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (2333.4, "2333"), (12.34, "12.3"), (0.012344, "0.0123"), (1.234e-5, "1.23e-05"),
+     (float("nan"), "–")])
+def test_significant_keeps_three_digits(value, text):
+    assert report.significant(value) == text
 
 
 def test_curvature_figure_bears_zeros_alone_and_values_that_are_not_finite(tmp_path):

@@ -61,5 +61,5 @@ def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype) -> jax.Array:
     """(images - mean) / std per channel."""
-    mean, std = (jnp.asarray(value, images.dtype) for value in (mean, std))
+    mean, std = (jnp.asarray(value, images.dtype)[None, None, None] for value in (mean, std))
     return ((images - mean) / std).astype(dtype)
