@@ -67,6 +67,9 @@ class RunConfig:
     """Of the method "robust"."""
     stability_weight: float = 1.0
     """Of the method "stability"."""
+    one_pass: bool = False
+    """Of "stability" and "robust": whether clean and noisy images share a forward pass, and with
+    it batch norm's statistics, as they always do in "both"."""
     constraint_warmup_epochs: float = 0.0
     """Epochs over which the terms beside the softmax loss grow linearly to their weight."""
     noise_std: float = 0.06

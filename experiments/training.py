@@ -110,7 +110,8 @@ def _program(config: RunConfig, model: nn.Module, steps_per_epoch: int, flip: bo
         learning_rate, momentum=optimizer_config.momentum,
         weight_decay=optimizer_config.weight_decay, clip_norm=optimizer_config.clip_norm)
     method = make_method(
-        config.method, robust=config.robust, stability_weight=config.stability_weight)
+        config.method, robust=config.robust, stability_weight=config.stability_weight,
+        one_pass=config.one_pass)
     train_step = training.make_train_step(
         model, method, optimizer, constraint_weight=constraint_schedule(config, steps_per_epoch))
     augment = data.standard_augmentation(padding=config.crop_padding, flip=flip)

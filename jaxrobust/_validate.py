@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
+import chex
 import jax
 import numpy as np
 
@@ -43,18 +44,17 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, (array, spec) in arguments.items():
         dims = spec.split()
-        rest = bool(dims) and dims[-1] == "..."
-        if rest:
-            dims = dims[:-1]
-        shape = array.shape
-        fits = len(shape) >= len(dims) if rest else len(shape) == len(dims)
-        fits = fits and all(sizes.setdefault(dim, size) == size
-                            for dim, size in zip(dims, shape[:len(dims)], strict=True))
-        if not fits:
+        expected = [... if dim == "..." else sizes.get(dim) for dim in dims]
+        try:
+            chex.assert_shape(array, expected)
+        except AssertionError as error:
             known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
             where = f" with {known}" if known else ""
             raise InputError(
-                f"Expected {name} of shape [{', '.join(spec.split())}]{where}, got {shape}.")
+                f"Expected {name} of shape [{', '.join(dims)}]{where}, got {array.shape}."
+            ) from error
+        sizes.update(
+            (dim, size) for dim, size in zip(dims, array.shape, strict=False) if dim != "...")
     return sizes
 
 

@@ -52,15 +52,18 @@ def correct_predictions(
 @functools.partial(jax.jit, static_argnames="model")
 def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
     """The outputs, in evaluation mode, for images [B, H, W, channels], uint8 or in [0, 1]."""
-    images = to_float(images) if images.dtype == jnp.uint8 else images
-    return model.apply(variables, images, train=False)
+    return model.apply(variables, _as_float(images), train=False)
+
+
+def _as_float(images: jax.Array) -> jax.Array:
+    return to_float(images) if images.dtype == jnp.uint8 else images
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _correct(model, variables, images, labels, indices, perturb, key):
     return correct_predictions(
         lambda inputs: model.apply(variables, inputs, train=False).logits,
-        to_float(images), labels, perturb=perturb, key=key, indices=indices)
+        _as_float(images), labels, perturb=perturb, key=key, indices=indices)
 
 
 def evaluate(
@@ -82,7 +85,7 @@ def evaluate(
     Args:
       model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
       variables: its parameters and batch statistics.
-      images: [N, H, W, channels] uint8.
+      images: [N, H, W, channels], uint8, or floats in [0, 1].
       labels: [N] integers.
       perturb: the perturbation; None for the images as they are.
       key: a PRNG key; draw k perturbs image n with ``fold_in(fold_in(key, k), n)``.
@@ -93,9 +96,11 @@ def evaluate(
       For each draw, [N] bool; its mean is the accuracy of the draw.
 
     Raises:
-      InputError: (a ValueError) if shapes do not match, or there is no image.
+      InputError: (a ValueError) if shapes do not match, there is no image, or pixels are NaN
+        or outside [0, 1].
     """
-    size = _validate.shapes(images=(images, "N H W channels"), labels=(labels, "N"))["N"]
+    _validate.images("images", images)
+    size = _validate.shapes(images=(images, "N ..."), labels=(labels, "N"))["N"]
     _validate.in_range("number of images", size, 1)
     _validate.in_range("num_draws", num_draws, 1)
     _validate.in_range("batch_size", batch_size, 1)

@@ -91,59 +91,72 @@ def _track(centroids, features, labels, axis_name):
                             axis_name=axis_name)[1]
 
 
-def _both_objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
-    """The softmax loss on clean and noisy images, concatenated in one pass."""
-    del head, weight
+def _both_views(
+    forward: Forward, batch_stats: BatchStats, batch: Batch, *, one_pass: bool
+) -> tuple[Outputs, Outputs, BatchStats]:
+    """The outputs for clean and for noisy images.
+
+    In one pass batch norm sees both together. In two it sees, and is updated by, the clean
+    images and then the noisy ones, so that its running statistics, used in evaluation, lie
+    between those of either pass.
+    """
+    if not one_pass:
+        clean, batch_stats = forward(batch_stats, batch.clean)
+        noisy, batch_stats = forward(batch_stats, batch.noisy)
+        return clean, noisy, batch_stats
     size = batch.labels.shape[0]
-    labels = jnp.concatenate([batch.labels, batch.labels])
     outputs, batch_stats = forward(batch_stats, jnp.concatenate([batch.clean, batch.noisy]))
-    loss = softmax_loss(outputs.logits, labels, axis_name=axis_name)
-    centroids = _track(centroids, outputs.features[:size], batch.labels, axis_name)
-    metrics = {"softmax": loss,
-               "accuracy_clean": _accuracy(outputs.logits[:size], batch.labels, axis_name),
-               "accuracy_noisy": _accuracy(outputs.logits[size:], batch.labels, axis_name)}
-    return loss, Evaluated(batch_stats, centroids, metrics)
+    return (jax.tree.map(lambda x: x[:size], outputs), jax.tree.map(lambda x: x[size:], outputs),
+            batch_stats)
 
 
-def _two_passes(forward, batch_stats, batch, axis_name):
-    """Clean, then noisy: batch norm sees, and is updated by, one after the other."""
-    clean, batch_stats = forward(batch_stats, batch.clean)
-    noisy, batch_stats = forward(batch_stats, batch.noisy)
-    loss = softmax_loss(clean.logits, batch.labels, axis_name=axis_name)
-    metrics = {"softmax": loss,
-               "accuracy_clean": _accuracy(clean.logits, batch.labels, axis_name),
-               "accuracy_noisy": _accuracy(noisy.logits, batch.labels, axis_name)}
-    return clean, noisy, batch_stats, loss, metrics
+def _two_views(
+    add: Callable[..., tuple[jax.Array, CentroidState, dict[str, jax.Array]]],
+    *, one_pass: bool, softmax_on_noisy: bool = False,
+) -> Objective:
+    """The softmax loss plus what ``add`` makes of both views' features.
 
-
-def _stability(stability_weight: float) -> Objective:
-    """The softmax loss on clean images plus the distance of noisy from clean features."""
+    ``add(clean, noisy, labels, head, centroids, axis_name)`` returns the added loss, the next
+    centroids and its terms.
+    """
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
+        clean, noisy, batch_stats = _both_views(forward, batch_stats, batch, one_pass=one_pass)
+        loss = softmax_loss(clean.logits, batch.labels, axis_name=axis_name)
+        if softmax_on_noisy:
+            loss = (loss + softmax_loss(noisy.logits, batch.labels, axis_name=axis_name)) / 2
+        added, centroids, terms = add(
+            clean.features, noisy.features, batch.labels, head, centroids, axis_name)
+        metrics = {"softmax": loss,
+                   "accuracy_clean": _accuracy(clean.logits, batch.labels, axis_name),
+                   "accuracy_noisy": _accuracy(noisy.logits, batch.labels, axis_name), **terms}
+        return loss + weight * added, Evaluated(batch_stats, centroids, metrics)
+
+    return objective
+
+
+def _nothing(clean, noisy, labels, head, centroids, axis_name):
+    del noisy, head
+    return 0.0, _track(centroids, clean, labels, axis_name), {}
+
+
+def _stability(stability_weight: float):
+    def add(clean, noisy, labels, head, centroids, axis_name):
         del head
-        clean, noisy, batch_stats, loss, metrics = _two_passes(
-            forward, batch_stats, batch, axis_name)
-        distance = stability_loss(clean.features, noisy.features, axis_name=axis_name)
-        centroids = _track(centroids, clean.features, batch.labels, axis_name)
-        return (loss + weight * stability_weight * distance,
-                Evaluated(batch_stats, centroids, {**metrics, "stability": distance}))
+        distance = stability_loss(clean, noisy, axis_name=axis_name)
+        return (stability_weight * distance, _track(centroids, clean, labels, axis_name),
+                {"stability": distance})
 
-    return objective
+    return add
 
 
-def _robust(config: RobustLossConfig) -> Objective:
-    """The softmax loss on clean images plus the paper's loss on both views' features."""
-
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
-        clean, noisy, batch_stats, loss, metrics = _two_passes(
-            forward, batch_stats, batch, axis_name)
+def _robust(config: RobustLossConfig):
+    def add(clean, noisy, labels, head, centroids, axis_name):
         ours, terms, centroids = robust_loss(
-            clean.features, noisy.features, batch.labels, *head, centroids, config,
-            axis_name=axis_name)
-        return (loss + weight * ours,
-                Evaluated(batch_stats, centroids, {**metrics, **terms._asdict()}))
+            clean, noisy, labels, *head, centroids, config, axis_name=axis_name)
+        return ours, centroids, terms._asdict()
 
-    return objective
+    return add
 
 
 METHODS = ("normal", "noisy", "both", "stability", "robust")
@@ -155,6 +168,7 @@ def make_method(
     *,
     robust: RobustLossConfig = RobustLossConfig(),
     stability_weight: float = 1.0,
+    one_pass: bool = False,
 ) -> Method:
     """The method of that name.
 
@@ -166,6 +180,8 @@ def make_method(
       name: one of :data:`METHODS`.
       robust: of ``robust`` alone.
       stability_weight: of ``stability`` alone, >= 0.
+      one_pass: of ``stability`` and ``robust``, whether clean and noisy images go through the
+        network together, as they always do for ``both``, or one after the other, as in the paper.
 
     Raises:
       InputError: (a ValueError) for an unknown name or a negative weight.
@@ -177,8 +193,8 @@ def make_method(
     objectives = {
         "normal": _one_view("clean"),
         "noisy": _one_view("noisy"),
-        "both": _both_objective,
-        "stability": _stability(stability_weight),
-        "robust": _robust(robust),
+        "both": _two_views(_nothing, one_pass=True, softmax_on_noisy=True),
+        "stability": _two_views(_stability(stability_weight), one_pass=one_pass),
+        "robust": _two_views(_robust(robust), one_pass=one_pass),
     }
     return Method(name, objectives[name])
