@@ -40,9 +40,9 @@ def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> Centroid
 def class_sums(values: jax.Array, members: jax.Array, axis_name: str | None) -> jax.Array:
     """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
 
-    A product with the one-hot ``members`` [B, C] (a row of zeros for a label outside
-    [0, C)) rather than a scatter, because scatter-add is not deterministic on GPUs; in full precision, because TPUs and GPUs
-    would otherwise round the factors.
+    A product with the one-hot ``members`` [B, C] (a row of zeros for a label outside [0, C))
+    rather than a scatter, because scatter-add is not deterministic on GPUs; in full precision,
+    because TPUs and GPUs would otherwise round the factors.
     """
     sums = jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
@@ -90,8 +90,8 @@ def update_centroids(
     Source: Section 4.4; what a class's first batch does follows the authors' release.
     """
     _validate.in_range("momentum", momentum, 0, 1)
-    _validate.shapes(features=(features, "B d"), labels=(labels, "B"),
-                     mean=(state.mean, "C d"), seen=(state.seen, "C"))
+    _validate.shapes(**{"features": (features, "B d"), "labels": (labels, "B"),
+                        "state.mean": (state.mean, "C d"), "state.seen": (state.seen, "C")})
     features = features.astype(state.mean.dtype)
     members = jax.nn.one_hot(labels, state.mean.shape[0], dtype=state.mean.dtype)
     sums = class_sums(features, members, axis_name)

@@ -52,18 +52,14 @@ def correct_predictions(
 @functools.partial(jax.jit, static_argnames="model")
 def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
     """The outputs, in evaluation mode, for images [B, H, W, channels], uint8 or in [0, 1]."""
-    return model.apply(variables, _as_float(images), train=False)
-
-
-def _as_float(images: jax.Array) -> jax.Array:
-    return to_float(images) if images.dtype == jnp.uint8 else images
+    return model.apply(variables, to_float(images), train=False)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _correct(model, variables, images, labels, indices, perturb, key):
     return correct_predictions(
         lambda inputs: model.apply(variables, inputs, train=False).logits,
-        _as_float(images), labels, perturb=perturb, key=key, indices=indices)
+        to_float(images), labels, perturb=perturb, key=key, indices=indices)
 
 
 def evaluate(

@@ -105,6 +105,7 @@ def class_margin(
     Raises:
       InputError: (a ValueError) if the shapes do not match.
     """
+    _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
     distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
     return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, class_sums, update_centroids
@@ -179,7 +180,7 @@ def stability_loss(
     Source: Zheng et al. (2016), as in Section 7.1: the distance is not squared.
     """
     _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"))
-    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    dtype = np.promote_types(features.dtype, jnp.float32)
     return mean_over_batch(
         safe_norm(features.astype(dtype) - noisy_features.astype(dtype)), axis_name)
 
@@ -275,6 +276,7 @@ def robust_loss(
 
     Source: Eq. 7 and 13, Section 4.4.
     """
+    _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"))
     centroids, new_state = update_centroids(
         state, features, labels, momentum=config.momentum, axis_name=axis_name)
     chosen = {"momentum": centroids.running, "naive": centroids.current}

@@ -85,7 +85,7 @@ def make_train_step(
                 outputs, updated = model.apply(
                     {"params": params, "batch_stats": batch_stats}, images, train=True,
                     mutable=["batch_stats"])
-                return outputs, updated["batch_stats"]
+                return outputs, updated.get("batch_stats", batch_stats)
 
             return method.objective(
                 forward, head_parameters(params), state.batch_stats, state.centroids, batch,

@@ -408,13 +408,6 @@ def test_the_loss_over_devices_is_that_of_the_whole_batch(parallel, split, dtype
             whole, parallel(*arguments), 1e-12 if dtype == np.float64 else 1e-6)
 
 
-def test_the_loss_over_an_explicitly_sharded_mesh_is_that_of_the_whole_batch():
-    # jax.make_mesh makes such a mesh by default.
-    arguments = linear_model_problem(SPLITS["mixed"], np.float32)
-    parts = jitted(*on_mesh(AxisType.Explicit, *arguments))
-    assert_equal_up_to_rounding(jitted(*arguments), parts, 1e-6)
-
-
 def test_the_mean_over_the_batch_is_that_over_all_devices():
     values = jnp.arange(16.0)
     per_device = jax.pmap(functools.partial(losses.mean_over_batch, axis_name="devices"),

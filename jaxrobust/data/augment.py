@@ -14,8 +14,8 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
+    """Images as floats in [0, 1]: uint8 ones divided by 255, others as they are."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def random_crop(key: jax.Array, image: jax.Array, *, padding: int) -> jax.Array:
@@ -65,7 +65,7 @@ def make_batch(
 
     Args:
       key: a PRNG key.
-      images: [B, H, W, channels] uint8.
+      images: [B, H, W, channels], uint8, or floats in [0, 1].
       labels: [B] integers.
       augment: of each image.
       perturb: of the noisy view, on top of the augmentation.

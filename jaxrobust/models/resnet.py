@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
 
@@ -78,7 +79,7 @@ class ResNet18(nn.Module):
                     dtype=self.dtype, axis_name=self.axis_name,
                     name=f"block{stage + 1}_{index + 1}")(x, train=train)
             blocks[f"block{stage + 1}"] = x
-        x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(jnp.promote_types(self.dtype, jnp.float32))
+        x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(np.promote_types(self.dtype, jnp.float32))
         features = dense(self.num_features, x, name="features", dtype=x.dtype)
         logits = dense(self.num_classes, features, name="head", dtype=x.dtype)
         return Outputs(logits, features, blocks)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
 
@@ -44,7 +45,7 @@ class SmallCNN(nn.Module):
             x = self.activation(batch_norm(x, train=train, axis_name=self.axis_name,
                                            dtype=self.dtype, name=f"bn{stage + 1}"))
             blocks[f"block{stage + 1}"] = x
-        x = x.reshape(x.shape[0], -1).astype(jnp.promote_types(self.dtype, jnp.float32))
+        x = x.reshape(x.shape[0], -1).astype(np.promote_types(self.dtype, jnp.float32))
         features = dense(self.num_features, x, name="features", dtype=x.dtype)
         logits = dense(self.num_classes, features, name="head", dtype=x.dtype)
         return Outputs(logits, features, blocks)
