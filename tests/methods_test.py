@@ -105,11 +105,12 @@ def by_hand(params, batch, state, name, weight, stability_weight=1.0):
     return softmax["clean"] + weight * ours
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 @pytest.mark.parametrize("name", METHODS)
-def test_an_objective_is_the_sum_computed_by_hand(name, weight):
+def test_an_objective_is_the_sum_computed_by_hand(name, weight, one_pass):
     params, batch, state = linear_problem()
-    method = make_method(name, robust=CONFIG, stability_weight=3.0)
+    method = make_method(name, robust=CONFIG, stability_weight=3.0, one_pass=one_pass)
     loss, _ = evaluate(method, params, batch, state, weight)
     np.testing.assert_allclose(loss, by_hand(params, batch, state, name, weight, 3.0), rtol=1e-5)
     assert method.name == name
@@ -125,6 +126,16 @@ def test_batch_statistics_see_the_views_in_the_order_of_the_paper(name, passes, 
     means = [float(jnp.mean(getattr(batch, view))) for view in views]
     trace = means[0] / 2 + means[1] if passes == 2 else np.mean(means)
     np.testing.assert_allclose(evaluated.batch_stats["trace"], trace, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stability", "robust"])
+def test_in_one_pass_batch_statistics_see_both_views_together(name):
+    params, batch, state = linear_problem()
+    _, evaluated = evaluate(make_method(name, one_pass=True), params, batch, state)
+    assert evaluated.batch_stats["passes"] == 1
+    np.testing.assert_allclose(
+        evaluated.batch_stats["trace"], jnp.mean(jnp.stack([batch.clean, batch.noisy])),
+        rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,20 +1,63 @@
-"""Placeholder."""
+"""Real CIFAR-10 with a narrow ResNet18, in under an hour on two CPU cores.
+
+    python -m experiments reproduce cifar10_small --jobs 2
+
+10,240 training images, 2,000 held out to choose the epoch, 5,000 test images; ResNet18 of width 8
+(the paper's: 64) with 32 features (128); 30 epochs of 160 steps with a cosine schedule from 0.05.
+
+The paper trains 156,000 steps at a rate of 1e-3; here there are 4,800. Plain training bears a rate
+of 0.05, the paper's loss does not: the curvature of the squared compactness in the weights of the
+feature layer grows with their inputs' squared norm, and at weight 1 the step diverges. At a rate it
+bears, or with gradients clipped to norm 1, the margin is never reached and accuracy stays far
+behind. What works, found on the held-out images with 8 to 12 epochs, is the paper's loss with small
+weights, so that the softmax loss shapes the features and the constraints lean on them:
+
+    alpha 0.01, beta 0.05, lambda 0.05 (each 1 in the paper), gradients clipped to norm 5
+
+The row `robust_paper` keeps the paper's weights, rate, and absence of clipping, with its schedule
+scaled to 30 epochs.
+"""
+
+import dataclasses
 
 from experiments.config import (
     METHOD_LABELS,
     METHOD_PAPER_ROWS,
     Evaluation,
+    OptimizerConfig,
     Recipe,
     RunConfig,
     method_rows,
 )
+from jaxrobust.losses import RobustLossConfig
+
+BASE = RunConfig(
+    dataset="cifar10", validation_size=2000, train_size=10_240, width=8, num_features=32,
+    epochs=30, robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05),
+    optimizer=OptimizerConfig(
+        learning_rate=0.05, schedule="cosine", warmup_epochs=1.0, clip_norm=5.0))
 
 RECIPE = Recipe(
     name="cifar10_small",
-    title="CIFAR-10, a narrow ResNet18",
-    rows=method_rows(RunConfig(dataset="cifar10", validation_size=2000, train_size=10240, width=8, num_features=32)),
-    labels=METHOD_LABELS,
-    evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20)),
-    paper_rows=METHOD_PAPER_ROWS,
+    title="CIFAR-10, 10,240 images, a narrow ResNet18",
+    rows={
+        **method_rows(BASE),
+        "robust_paper": dataclasses.replace(
+            BASE, robust=RobustLossConfig(), optimizer=OptimizerConfig(decay_epochs=(9, 18, 24))),
+    },
+    labels={
+        **METHOD_LABELS,
+        "robust": "Robust, short-schedule settings",
+        "robust_paper": "Robust, the paper's settings",
+    },
+    evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20), test_size=5000),
+    paper_rows={**METHOD_PAPER_ROWS, "robust_paper": "robust"},
     paper_table="table1",
+    note="A narrow network, a fifth of the training images and 4,800 steps instead of 156,000: "
+         "compare the rows with each other, not with the paper's.\n\n"
+         "“Robust, short-schedule settings” changes the weights of the paper's loss (alpha 0.01, "
+         "beta 0.05, lambda 0.05; each 1 in the paper) and, like the baselines, trains at 0.05 "
+         "with a cosine schedule and gradients clipped to norm 5. “Robust, the paper's settings” "
+         "keeps the paper's weights and rate of 1e-3 without clipping, its decays scaled to 30 "
+         "epochs.",
 )
