@@ -83,9 +83,11 @@ WRONG_SHAPES = {
     "update_features": (lambda: update_centroids(STATE, FEATURES[0], LABELS),
                         "features of shape [B, d]", "(3,)"),
     "update_mean": (lambda: update_centroids(
-        CentroidState(CENTROIDS[:, :2], PRESENT), FEATURES, LABELS), "state.mean of shape", "(2, 2)"),
+        CentroidState(CENTROIDS[:, :2], PRESENT), FEATURES, LABELS),
+        "state.mean of shape", "(2, 2)"),
     "update_seen": (lambda: update_centroids(
-        CentroidState(CENTROIDS, PRESENT[:1]), FEATURES, LABELS), "state.seen of shape [C]", "(1,)"),
+        CentroidState(CENTROIDS, PRESENT[:1]), FEATURES, LABELS),
+        "state.seen of shape [C]", "(1,)"),
     "compactness_centroids": (lambda: compactness(centroids=CENTROIDS[:, :2]),
                               "centroids of shape [C, d]", "(2, 2)"),
     "compactness_labels": (lambda: compactness(labels=LABELS[:, None]),
