@@ -12,7 +12,11 @@ bears, or with gradients clipped to norm 1, the margin is never reached and accu
 behind. What works, found on the held-out images with 8 to 12 epochs, is the paper's loss with small
 weights, so that the softmax loss shapes the features and the constraints lean on them:
 
-    alpha 0.01, beta 0.05, lambda 0.05 (each 1 in the paper), gradients clipped to norm 5
+    alpha 0.01, beta 0.05, lambda 0.05 (each 1 in the paper), delta_v 0 (0.5 in the paper),
+    gradients clipped to norm 5
+
+After 8 epochs these gave 61.0 % clean and 57.1 % at 16/255 on the held-out images, with the paper's
+delta_v 59.7 % and 55.3 %, `both` 57.6 % and 56.6 % (one seed; standard error about 1.1 points).
 
 The row `robust_paper` keeps the paper's weights, rate, and absence of clipping, with its schedule
 scaled to 30 epochs.
@@ -33,7 +37,7 @@ from jaxrobust.losses import RobustLossConfig
 
 BASE = RunConfig(
     dataset="cifar10", validation_size=2000, train_size=10_240, width=8, num_features=32,
-    epochs=30, robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05),
+    epochs=30, robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0),
     optimizer=OptimizerConfig(
         learning_rate=0.05, schedule="cosine", warmup_epochs=1.0, clip_norm=5.0))
 
@@ -56,8 +60,8 @@ RECIPE = Recipe(
     note="A narrow network, a fifth of the training images and 4,800 steps instead of 156,000: "
          "compare the rows with each other, not with the paper's.\n\n"
          "“Robust, short-schedule settings” changes the weights of the paper's loss (alpha 0.01, "
-         "beta 0.05, lambda 0.05; each 1 in the paper) and, like the baselines, trains at 0.05 "
-         "with a cosine schedule and gradients clipped to norm 5. “Robust, the paper's settings” "
-         "keeps the paper's weights and rate of 1e-3 without clipping, its decays scaled to 30 "
-         "epochs.",
+         "beta 0.05, lambda 0.05; each 1 in the paper) and delta_v (0; 0.5 in the paper) and, like "
+         "the baselines, trains at 0.05 with a cosine schedule and gradients clipped to norm 5. "
+         "“Robust, the paper's settings” keeps the paper's loss and its rate of 1e-3 without "
+         "clipping, its decays scaled to 30 epochs.",
 )
