@@ -47,7 +47,7 @@ class Reproduce:
     def __call__(self) -> None:
         recipe = get_recipe(self.recipe)
         rows = list(self.rows or recipe.rows)
-        seeds = list(recipe.seeds if self.seeds is None else self.seeds)
+        seeds = list(self.seeds or recipe.seeds)
         for row in rows:
             recipe.run(row, seeds[0])
         folder = self.out or pathlib.Path("runs") / recipe.name

@@ -162,6 +162,9 @@ def method_rows(base: RunConfig) -> dict[str, RunConfig]:
     return {method: dataclasses.replace(base, method=method) for method in METHODS}
 
 
+SHORT_SCHEDULE_LABELS = {**METHOD_LABELS, "robust": "Robust, short-schedule settings"}
+"""For recipes in which the paper's method does not have the paper's settings."""
+
 METHOD_PAPER_ROWS = {method: method for method in METHODS}
 """Each method beside its own row of the paper's table."""
 

@@ -257,8 +257,9 @@ def _train_epoch(state, program, config, epoch, images, labels, shown):
         values = _shown(jax.device_get(metrics)) if len(collected) % 20 == 0 else {}
         shown.advance(**values)
     collected = jax.device_get(collected)
-    row = {"epoch": epoch, "step": int(state.step),
-           "learning_rate": float(program.learning_rate(state.step - 1)),
+    step = int(state.step)
+    row = {"epoch": epoch, "step": step,
+           "learning_rate": float(program.learning_rate(jnp.float32(step - 1))),
            **{name: float(np.mean([metrics[name] for metrics in collected]))
               for name in collected[0]},
            "seconds": time.monotonic() - start}

@@ -89,7 +89,7 @@ def make_train_step(
 
             return method.objective(
                 forward, head_parameters(params), state.batch_stats, state.centroids, batch,
-                weight=constraint_weight(state.step), axis_name=axis_name)
+                weight=_of_float(constraint_weight)(state.step), axis_name=axis_name)
 
         (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         if axis_name is not None:
@@ -103,6 +103,14 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _of_float(schedule: optax.Schedule) -> optax.Schedule:
+    """A schedule given its step as float32, since Optax's mix the integer with floats.
+
+    Under strict dtype promotion that is an error. float32 counts exactly to 16 million.
+    """
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def piecewise_schedule(
@@ -133,7 +141,9 @@ def sgd(
     """
     _validate.in_range("momentum", momentum, 0, 1)
     _validate.in_range("weight_decay", weight_decay, 0)
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        learning_rate = _of_float(learning_rate)
+    else:
         _validate.in_range("learning_rate", learning_rate, 0, open_low=True)
     clip = optax.identity()
     if clip_norm is not None:

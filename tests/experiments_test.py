@@ -1,6 +1,7 @@
 """The commands, end to end on a small recipe: results, resuming, and bad input."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import sys
@@ -145,7 +146,7 @@ def test_the_report_is_written(study):
     assert call("report", study) == 0
     page = (study / "report.html").read_text()
     for label in RECIPE.labels.values():
-        assert label in page
+        assert html.escape(label, quote=True) in page
 
 
 def test_what_is_done_is_not_done_again(study, digits):

@@ -57,26 +57,29 @@ class TrainStepVariants(chex.TestCase):
         assert all(np.isfinite(value) and value.shape == () for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_pmap_gives_the_result_of_the_whole_batch(name, devices):
-    # Sorted labels: every shard holds a class or two and lacks the others.
+def three_updates(step, state, shape):
+    """Parameters, statistics, centroids and metrics after three batches of sorted labels.
+
+    Sorted, so that every shard holds a class or two and lacks the others.
+    """
     labels = jnp.sort(make_batch().labels)
-    batches = [make_batch(seed, labels=labels) for seed in range(3)]
-    whole_step, whole = make_step(name)
-    whole_step = jax.jit(whole_step)
-    split_step, split = make_step(name, axis_name="devices")
-    split_step = jax.pmap(
-        split_step, axis_name="devices", in_axes=(None, 0), out_axes=None,
-        devices=jax.devices()[:devices])
-    for batch in batches:
-        whole, whole_metrics = whole_step(whole, batch)
-        shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
-        split, split_metrics = split_step(split, shards)
-    comparable = (whole.params, whole.batch_stats, whole.centroids, whole_metrics)
-    chex.assert_trees_all_close(
-        (split.params, split.batch_stats, split.centroids, split_metrics), comparable,
-        rtol=1e-4, atol=1e-5)
+    for seed in range(3):
+        batch = make_batch(seed, labels=labels)
+        state, metrics = step(
+            state, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch))
+    return state.params, state.batch_stats, state.centroids, metrics
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_pmap_over_1_2_and_8_devices_gives_the_result_of_the_whole_batch(name):
+    step, state = make_step(name)
+    whole = three_updates(jax.jit(step), state, (-1,))
+    step, state = make_step(name, axis_name="devices")
+    for devices in (1, 2, 8):
+        mapped = jax.pmap(step, axis_name="devices", in_axes=(None, 0), out_axes=None,
+                          devices=jax.devices()[:devices])
+        split = three_updates(mapped, state, (devices, -1))
+        chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():

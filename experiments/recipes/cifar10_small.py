@@ -25,8 +25,8 @@ scaled to 30 epochs.
 import dataclasses
 
 from experiments.config import (
-    METHOD_LABELS,
     METHOD_PAPER_ROWS,
+    SHORT_SCHEDULE_LABELS,
     Evaluation,
     OptimizerConfig,
     Recipe,
@@ -50,8 +50,7 @@ RECIPE = Recipe(
             BASE, robust=RobustLossConfig(), optimizer=OptimizerConfig(decay_epochs=(9, 18, 24))),
     },
     labels={
-        **METHOD_LABELS,
-        "robust": "Robust, short-schedule settings",
+        **SHORT_SCHEDULE_LABELS,
         "robust_paper": "Robust, the paper's settings",
     },
     evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20), test_size=5000),

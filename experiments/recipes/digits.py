@@ -11,7 +11,7 @@ down as in `cifar10_small`, which says why; the settings were found on the held-
 """
 
 from experiments.config import (
-    METHOD_LABELS,
+    SHORT_SCHEDULE_LABELS,
     Evaluation,
     OptimizerConfig,
     Recipe,
@@ -29,7 +29,7 @@ RECIPE = Recipe(
         robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05),
         optimizer=OptimizerConfig(
             learning_rate=0.01, schedule="cosine", warmup_epochs=2.0, clip_norm=5.0))),
-    labels=METHOD_LABELS,
+    labels=SHORT_SCHEDULE_LABELS,
     evaluation=Evaluation(
         noise_levels=(0, 16, 32, 48, 64), curvature_images=360, tsne_images=360),
     seeds=(0, 1, 2),
