@@ -40,17 +40,18 @@ def claim_study(folder: pathlib.Path, description: dict) -> None:
       InputError: (a ValueError) if it belongs to something else.
     """
     path = folder / "study.json"
-    variable = ("seeds", "command", "commit", "title", "note")
-    if path.is_file():
-        there = runs.read_json(path)
-        if any(there.get(name) != value for name, value in description.items()
-               if name not in variable):
-            raise InputError(f"{folder} holds another study (see study.json there). "
-                             "Choose another folder with --out, or remove that one.")
-        seeds = sorted({*there["seeds"], *description["seeds"]})
-        runs.write_json(path, {**description, "seeds": seeds})
-    else:
+    if not path.is_file():
         runs.claim(folder, "study.json", json.dumps(description, indent=2) + "\n")
+        return
+    there = runs.read_json(path)
+    # Words may be bettered; the command and commit stay those that began the study.
+    signed = ("command", "commit")
+    if any(there.get(name) != value for name, value in description.items()
+           if name not in ("seeds", "title", "note", *signed)):
+        raise InputError(f"{folder} holds another study (see study.json there). "
+                         "Choose another folder with --out, or remove that one.")
+    runs.write_json(path, {**description, **{name: there[name] for name in signed},
+                           "seeds": sorted({*there["seeds"], *description["seeds"]})})
 
 
 def run_study(
@@ -100,7 +101,13 @@ def run_study_in_parallel(
 
     Returns:
       The last line of what each failed process said.
+
+    Raises:
+      InputError: (a ValueError) for more jobs than cores.
     """
+    if not hasattr(os, "sched_getaffinity"):
+        raise InputError(f"Expected jobs=1 on this system, which cannot bind a process to a core, "
+                         f"got {jobs}.")
     cores = sorted(os.sched_getaffinity(0))
     _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
     share = len(cores) // jobs
