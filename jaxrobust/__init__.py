@@ -10,6 +10,7 @@ from jaxrobust.curvature import (
     Estimate,
     finite_difference_curvature,
     hvp,
+    piecewise_linear_spectrum,
     squared_frobenius,
 )
 from jaxrobust.geometry import (
@@ -51,6 +52,7 @@ __all__ = [
     "init_centroids",
     "margin_loss",
     "per_example",
+    "piecewise_linear_spectrum",
     "rescale_head",
     "robust_loss",
     "signed_boundary_distance",

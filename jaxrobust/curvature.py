@@ -19,6 +19,10 @@ Loss = Callable[[jax.Array], jax.Array]
 """``images [B, ...] -> [B]``, row i depending on image i alone."""
 
 
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> logits [B, C]``, row i depending on image i alone."""
+
+
 class Estimate(NamedTuple):
     """A mean over random probes, for each image."""
 
@@ -129,6 +133,60 @@ def finite_difference_curvature(
         return _squared_norm((gradient(x + step * v) - at_x) / step)
 
     return _mean_over_probes(probe, x, key, num_probes)
+
+
+def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
+    r"""All non-zero eigenvalues of each image's Hessian of the softmax loss, without sampling.
+
+    Where the logits are affine in x around a point (ReLU, max-pooling, batch norm in
+    evaluation) the Hessian of the softmax loss there is exactly
+
+    .. math:: H = J^T S J, \qquad S = \mathrm{diag}(p) - p p^T,
+
+    with J the Jacobian of the logits and p the softmax; it has rank at most C - 1 and does not
+    depend on the label. With :math:`u = \sqrt{p}` and :math:`A = \mathrm{diag}(u) (I - u u^T)`,
+    :math:`S = A A^T`, so its non-zero eigenvalues are those of the C x C matrix
+    :math:`A^T J J^T A`. For other networks this is the Gauss-Newton part of the Hessian.
+
+    The squared Frobenius norm is the sum of the squared eigenvalues, the trace their sum, the
+    spectral norm the largest. Costs C - 1 vector-Jacobian products, done at once.
+
+    Args:
+      logits_fn: images [B, ...] -> logits [B, C], row i depending on image i alone.
+      x: [B, ...].
+
+    Returns:
+      [B, C], increasing, at least one of them 0; all non-negative up to rounding.
+
+    >>> kernel = jnp.array([[1.0, -1.0]])  # two classes, one pixel: p = 1/2 at 0
+    >>> spectrum = piecewise_linear_spectrum(lambda x: x @ kernel, jnp.zeros((1, 1)))
+    >>> spectrum.round(6).tolist()
+    [[0.0, 1.0]]
+
+    Source: Section 6.1; the Gauss-Newton decomposition (Schraudolph, 2002).
+    """
+    logits, pullback = jax.vjp(logits_fn, x)
+    batch, num_classes = logits.shape
+    # A^T 1 = 0: only differences of logits count, and C - 1 of them span all. Taking them before
+    # the products also spares the digits that a large common part of the rows of J would cost.
+    differences = jnp.eye(num_classes, dtype=logits.dtype)[:-1].at[:, -1].set(-1)
+    cotangents = jnp.broadcast_to(
+        differences[:, None], (num_classes - 1, batch, num_classes))
+    jacobian, = jax.vmap(pullback)(cotangents)
+    jacobian = jacobian.reshape(num_classes - 1, batch, -1)
+    gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
+    gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
+
+    p = jax.nn.softmax(logits)
+    u = jnp.sqrt(p)
+    # 1 - p_i as the sum of the others: exact also where p_i rounds to 1.
+    others = jnp.dot(p, 1 - jnp.eye(num_classes, dtype=p.dtype),
+                     precision=jax.lax.Precision.HIGHEST)
+    projector = jnp.where(jnp.eye(num_classes, dtype=bool)[None], others[:, :, None],
+                          -u[:, :, None] * u[:, None, :])
+    a = u[:, :, None] * projector
+    return jnp.linalg.eigvalsh(jnp.einsum(
+        "bic,bij,bjd->bcd", a, gram, a, precision=jax.lax.Precision.HIGHEST))
 
 
 def _gradient(loss: Loss) -> Callable[[jax.Array], jax.Array]:

@@ -1,7 +1,7 @@
 """Accuracy under perturbations, image by image and draw by draw."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust.curvature import LogitsFn
 from jaxrobust.data.augment import to_float
 from jaxrobust.models.common import Outputs
 from jaxrobust.perturbations import Perturbation, identity, per_example
-
-LogitsFn = Callable[[jax.Array], jax.Array]
-"""``images [B, H, W, channels] in [0, 1] -> logits [B, C]``."""
 
 
 def correct_predictions(

@@ -16,8 +16,8 @@ from jaxrobust._validate import InputError
 BATCH, SIDE = 3, 4
 
 
-def make_loss(activation, dtype=jnp.float64):
-    """Softmax loss of a small network with batch norm in evaluation mode; and images."""
+def make_logits(activation, dtype=jnp.float64):
+    """Logits of a small network with batch norm in evaluation mode; and images."""
     model = models.SmallCNN(num_classes=3, mean=(0.5,), std=(0.25,), num_features=4, width=2,
                             activation=activation, dtype=dtype)
     images = jax.random.uniform(jax.random.key(0), (BATCH, SIDE, SIDE, 1), dtype)
@@ -25,11 +25,16 @@ def make_loss(activation, dtype=jnp.float64):
     with jax.numpy_dtype_promotion("standard"):
         variables = model.init(jax.random.key(1), images, train=False)
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-    labels = jnp.arange(BATCH)
+    return lambda images: 3 * model.apply(variables, images, train=False).logits, images
+
+
+def make_loss(activation, dtype=jnp.float64):
+    """Softmax loss of that network; and images."""
+    logits_fn, images = make_logits(activation, dtype)
 
     def loss(images):
-        logits = model.apply(variables, images, train=False).logits
-        return optax.losses.softmax_cross_entropy_with_integer_labels(3 * logits, labels)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits_fn(images), jnp.arange(BATCH))
 
     return loss, images
 
@@ -125,6 +130,55 @@ class CurvatureVariants(chex.TestCase):
         x, v = jnp.array([[1.0, -2.0], [3.0, 0.5]]), jnp.array([[1.0, 1.0], [2.0, -4.0]])
         product = self.variant(functools.partial(curvature.hvp, loss))(x, v)
         np.testing.assert_allclose(product, 6 * x * v, rtol=1e-6)
+
+
+def test_the_spectrum_of_a_relu_network_is_that_of_its_hessian():
+    with jax.enable_x64(True):
+        logits_fn, images = make_logits(jax.nn.relu)
+        loss, _ = make_loss(jax.nn.relu)
+        expected = np.linalg.eigvalsh(dense_hessians(loss, images))
+        spectrum = jax.jit(functools.partial(
+            curvature.piecewise_linear_spectrum, logits_fn))(images)
+        # The Hessian has 16 eigenvalues, all but two of them 0.
+        np.testing.assert_allclose(spectrum, expected[:, -3:], rtol=1e-9, atol=1e-12)
+        assert np.all(expected[:, -2:] > 1e-6)
+
+
+def test_for_a_smooth_network_the_spectrum_is_not_that_of_the_hessian():
+    with jax.enable_x64(True):
+        logits_fn, images = make_logits(jax.nn.gelu)
+        loss, _ = make_loss(jax.nn.gelu)
+        exact = np.sum(dense_hessians(loss, images) ** 2, axis=(1, 2))
+        gauss_newton = np.sum(
+            curvature.piecewise_linear_spectrum(logits_fn, images) ** 2, axis=1)
+        assert np.all(np.abs(gauss_newton / exact - 1) > 1e-3)
+
+
+@pytest.mark.parametrize("confidence", [1.0, 10.0, 30.0])
+def test_the_spectrum_keeps_its_digits_for_confident_images(confidence):
+    kernel = np.random.default_rng(0).normal(size=(5, 4))
+    x = np.random.default_rng(1).normal(size=(6, 5))
+    offset = confidence * np.eye(4)[np.arange(6) % 4]
+
+    def spectrum(dtype):
+        return curvature.piecewise_linear_spectrum(
+            lambda x: x @ jnp.asarray(kernel, dtype) + jnp.asarray(offset, dtype),
+            jnp.asarray(x, dtype))
+
+    single = spectrum(jnp.float32)
+    with jax.enable_x64(True):
+        double = spectrum(jnp.float64)
+    np.testing.assert_allclose(single[:, -1], double[:, -1], rtol=2e-5)
+
+
+class SpectrumVariants(chex.TestCase):
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_a_linear_classifier(self):
+        kernel = jnp.array([[1.0, -1.0]])
+        spectrum = self.variant(functools.partial(
+            curvature.piecewise_linear_spectrum, lambda x: x @ kernel))(jnp.zeros((3, 1)))
+        np.testing.assert_allclose(spectrum, np.tile([0.0, 1.0], (3, 1)), atol=1e-6)
 
 
 def test_one_probe_has_no_standard_error():
