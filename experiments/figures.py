@@ -233,7 +233,7 @@ def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) ->
         noisy.set_title(f"noisy, std {embedding.noise_std:g}/255")
     _legend(figure, [Line2D([], [], color=_class_look(c)[0], marker=_class_look(c)[1],
                             linestyle="none", label=class_names.get(c, str(c)))
-                     for c in sorted({int(c) for e in embeddings for c in e.classes})], columns=10)
+                     for c in sorted({int(c) for e in embeddings for c in e.classes})], columns=5)
     return figure
 
 

@@ -34,7 +34,7 @@ def describe_study(recipe: Recipe, seeds: list[int], class_names: list[str]) -> 
 
 
 def claim_study(folder: pathlib.Path, description: dict) -> None:
-    """Makes ``folder`` the place of a study, or adds seeds to the one that is there.
+    """Makes ``folder`` the place of a study, or adds seeds and rows to the one that is there.
 
     Raises:
       InputError: (a ValueError) if it belongs to something else.
@@ -46,8 +46,11 @@ def claim_study(folder: pathlib.Path, description: dict) -> None:
     there = runs.read_json(path)
     # Words may be bettered; the command and commit stay those that began the study.
     signed = ("command", "commit")
-    if any(there.get(name) != value for name, value in description.items()
-           if name not in ("seeds", "title", "note", *signed)):
+    same = all(there[name] == description[name]
+               for name in ("name", "paper_table", "class_names"))
+    kept = all(there[name].items() <= description[name].items()
+               for name in ("rows", "methods", "paper_rows"))
+    if not (same and kept):
         raise InputError(f"{folder} holds another study (see study.json there). "
                          "Choose another folder with --out, or remove that one.")
     runs.write_json(path, {**description, **{name: there[name] for name in signed},
