@@ -96,6 +96,7 @@ class RunConfig:
         for name in ("validation_size", "crop_padding", "noise_std", "stability_weight",
                      "constraint_warmup_epochs", "seed"):
             _validate.in_range(name, getattr(self, name), 0)
+        _validate.in_range("warmup_epochs", self.optimizer.warmup_epochs, 0, self.epochs)
         if self.select == "validation" and self.validation_size == 0:
             raise InputError("Expected validation_size=0 to be > 0 with select='validation'.")
 

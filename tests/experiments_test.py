@@ -205,6 +205,7 @@ def one_line(capsys):
     (("train", "digits", "--robust.momentum", "1"), "error: Expected momentum=1.0 in [0, 1)."),
     (("train", "digits", "--batch-size", "1201"), "error: Expected batch_size=1201 <= 1200"),
     (("train", "digits", "--validation-size", "0"), "error: Expected validation_size=0 to be > 0"),
+    (("train", "digits", "--epochs", "2"), "error: Expected warmup_epochs=2.0 in [0, 2)."),
     (("evaluate", "nowhere"), "error: Expected a run in nowhere"),
     (("report", "nowhere"), "error: "),
     (("reproduce", "digits", "--rows", "bath"), "Did you mean 'both'?"),
@@ -269,6 +270,6 @@ def test_the_papers_recipes_are_those_of_appendix_h1():
 
 def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):
     assert call("train", "digits", "--select", "test", "--epochs", "1", "--train-size", "100",
-                "--optimizer.clip-norm", "1", "--out", tmp_path / "run") == 0
+                "--optimizer.warmup-epochs", "0", "--out", tmp_path / "run") == 0
     assert "the epoch is chosen on the test images" in capsys.readouterr().out
     assert config.read_config(tmp_path / "run").select == "test"
