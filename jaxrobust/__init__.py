@@ -1,6 +1,6 @@
 """Training image classifiers that keep their accuracy when inputs are noisy, in JAX.
 
-The names here need nothing but JAX; ``jaxrobust.models``, ``methods``, ``training``,
+The names here need nothing but JAX and chex; ``jaxrobust.models``, ``methods``, ``training``,
 ``evaluation``, ``data`` and ``checkpoints`` bring in Flax, Optax and Orbax.
 """
 
