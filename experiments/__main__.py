@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import pathlib
 import sys
@@ -111,10 +112,11 @@ class _OnRuns:
     def _load(self):
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
+        load = functools.cache(load_dataset)  # Runs of one study share their data set.
         for folder in self.runs:
             config = read_config(folder)
             yield folder, training.load_run(
-                folder, config, load_dataset(config.dataset, self.data_dir))
+                folder, config, load(config.dataset, self.data_dir))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_losses
 
 from experiments import runs
 from experiments.config import Evaluation
@@ -14,6 +14,7 @@ from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, curvature, evaluation
+from jaxrobust.data.augment import to_float
 
 PROBE_SEED = 0
 STEP = 1e-2
@@ -50,7 +51,7 @@ def measure_curvature(
     with progress(f"{label}, curvature", -(-len(labels) // batch_size)) as shown:
         for rows in evaluation.padded_batches(len(labels), batch_size):
             measured = _measure(
-                run.model, variables, jnp.asarray(images[rows], jnp.float32) / 255,
+                run.model, variables, to_float(jnp.asarray(images[rows])),
                 jnp.asarray(labels[rows]), settings.curvature_probes)
             for name, values in measured.items():
                 columns.setdefault(name, []).append(np.asarray(values))
@@ -67,7 +68,7 @@ def measure_curvature(
 
 def _measure(model, variables, images, labels, num_probes):
     """One batch's columns. A call a probe: XLA's convolutions in loops are slow on CPUs."""
-    loss, correct = _loss_and_correct(model, variables, images, labels)
+    logits = evaluation.predict(model, variables, images).logits
     key = jax.random.key(PROBE_SEED)
     samples = [
         _probe(model, variables, images, labels, jax.random.fold_in(key, index))
@@ -76,7 +77,8 @@ def _measure(model, variables, images, labels, num_probes):
     frobenius, difference = (
         curvature.mean_estimate(jnp.stack(values)) for values in zip(*samples, strict=True))
     return {
-        "loss": loss, "correct": correct,
+        "loss": _softmax_losses(logits, labels),
+        "correct": jnp.argmax(logits, axis=-1) == labels,
         "frobenius_squared": frobenius.value,
         "frobenius_squared_standard_error": frobenius.standard_error,
         "finite_difference": difference.value,
@@ -84,22 +86,12 @@ def _measure(model, variables, images, labels, num_probes):
     }
 
 
-def _losses(model, variables, labels, images):
-    logits = model.apply(variables, images, train=False).logits
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _loss_and_correct(model, variables, images, labels):
-    logits = model.apply(variables, images, train=False).logits
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, jnp.argmax(logits, axis=-1) == labels
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def _probe(model, variables, images, labels, key):
     """One sample of either curvature, with the same random direction."""
-    loss = functools.partial(_losses, model, variables, labels)
+    def loss(images):
+        return _softmax_losses(model.apply(variables, images, train=False).logits, labels)
+
     return (curvature.squared_frobenius(loss, images, key, num_probes=1).value,
             curvature.finite_difference_curvature(
                 loss, images, key, step=STEP, num_probes=1).value)

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
@@ -12,6 +13,7 @@ from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, data, evaluation, perturbations
 from jaxrobust.data import Dataset, Split
+from jaxrobust.data.augment import to_float
 
 NOISE_SEED = 0
 """Of the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
@@ -87,11 +89,11 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
 def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.Path) -> None:
     """Features of the first test images, clean and with the training noise."""
     images = split.images[:count]
-    clean = images.astype(np.float32) / 255
+    clean = to_float(jnp.asarray(images))
     noisy = perturbations.per_example(
         perturbations.gaussian(run.config.noise_std), jax.random.key(NOISE_SEED), clean,
         np.arange(len(images)))
-    clean, noisy = (features_of(run, view) for view in (clean, np.asarray(noisy)))
+    clean, noisy = (features_of(run, np.asarray(view)) for view in (clean, noisy))
     np.savez(folder / "features.npz", clean=clean, noisy=noisy, labels=split.labels[:count],
              noise_std_255=run.config.noise_std * 255)
 

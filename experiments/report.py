@@ -24,6 +24,7 @@ import numpy as np
 from experiments import figures
 from experiments.config import METHOD_LABELS, InputError, RunConfig, read_config
 from experiments.paper import TABLES, PaperTable
+from experiments.runs import read_json, read_lines
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
@@ -165,7 +166,7 @@ def load_study(folder: pathlib.Path) -> Study:
     """
     if not (folder / "study.json").is_file():
         raise InputError(f"Expected a study in {folder}, found no study.json there.")
-    values = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "study.json")
     names = values.get("class_names") or []
     study = Study(
         name=values["name"], title=values["title"], note=values["note"],
@@ -199,7 +200,7 @@ def _load_run(folder: pathlib.Path, seed: int) -> Run:
 
 
 def _read_json(path: pathlib.Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _read_arrays(path: pathlib.Path) -> dict | None:
@@ -210,11 +211,7 @@ def _read_arrays(path: pathlib.Path) -> dict | None:
 
 
 def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
-    if not path.is_file():
-        return ()
-    # A run that was stopped may have left half a line, and one that was resumed an epoch twice.
-    whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    by_epoch = {line["epoch"]: line for line in map(json.loads, whole_lines)}
+    by_epoch = {line["epoch"]: line for line in read_lines(path)}
     return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
 
 

@@ -60,8 +60,14 @@ def read_json(path: pathlib.Path):
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The objects of a JSON-lines file; none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The objects of a JSON-lines file; none if it is not there.
+
+    A last line without its end, which a kill may leave, does not count.
+    """
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")]
 
 
 def provenance() -> dict:

@@ -91,6 +91,12 @@ def test_a_killed_run_resumes_to_the_same_bits(
         best_state(tmp_path / "run", digits), best_state(finished, digits))
 
 
+def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    assert runs.read_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
+    assert runs.read_lines(tmp_path / "nothing.jsonl") == []
+
+
 def test_the_same_run_twice_gives_the_same_bits(finished, digits, tmp_path):
     training.train(TINY, digits, tmp_path / "again")
     assert metrics_of(tmp_path / "again") == metrics_of(finished)
