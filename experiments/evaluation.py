@@ -100,8 +100,7 @@ def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.P
 
 def features_of(run: TrainedRun, images: np.ndarray) -> np.ndarray:
     """Penultimate features [N, d] of images [N, H, W, channels]."""
-    batches = [
-        evaluation.predict(run.model, variables_of(run.state), images[rows]).features
-        for rows in evaluation.padded_batches(len(images), min(BATCH_SIZE, len(images)))
-    ]
-    return np.concatenate(batches)[: len(images)]
+    variables = variables_of(run.state)
+    return evaluation.map_batches(
+        lambda rows: evaluation.predict(run.model, variables, rows).features, images,
+        batch_size=BATCH_SIZE)

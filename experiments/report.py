@@ -22,16 +22,29 @@ import jinja2
 import numpy as np
 
 from experiments import figures
-from experiments.config import METHOD_LABELS, InputError, RunConfig, read_config
-from experiments.paper import TABLES, PaperTable
-from experiments.runs import read_json, read_lines
+from experiments.config import METHOD_LABELS
+from experiments.page import (
+    Cell,
+    Picture,
+    Section,
+    Table,
+    TableRow,
+    count,
+    duration,
+    level_name,
+    listed,
+    paragraphs,
+    signed,
+    significant,
+    with_spread,
+)
+from experiments.study import Run, Study, load_study
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
 
 CURVATURES = ("frobenius_squared", "finite_difference")
 """Of the curvature file; different quantities on a ReLU network."""
-
 
 PAPER_DRAWS = 10
 """Noise draws behind a number of the paper."""
@@ -44,92 +57,6 @@ class Accuracy(NamedTuple):
     seed_means: tuple[float, ...]  # per cent
     std_over_seeds: float | None  # per cent, ddof=1; None with one seed
     std_over_draws: float | None  # per cent, ddof=1, averaged over the seeds; None with one draw
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What is there of one training; None or empty where it is not (yet)."""
-
-    seed: int
-    config: RunConfig | None
-    provenance: dict
-    epochs: tuple[dict, ...]
-    evaluation: dict | None
-    curvature: dict | None
-    features: dict | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """A study folder in memory."""
-
-    name: str
-    title: str
-    note: str
-    command: str
-    commit: str
-    labels: dict[str, str]  # by row, in the order of the table
-    methods: dict[str, str]  # by row
-    seeds: tuple[int, ...]
-    paper: PaperTable | None
-    paper_rows: dict[str, str]  # by row, the key in the paper's table
-    class_names: dict[int, str]
-    runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
-
-    def finished(self, row: str) -> list[Run]:
-        """The evaluated runs of a row."""
-        return [run for run in self.runs[row] if run.evaluation]
-
-    def all_finished(self) -> list[Run]:
-        """The evaluated runs of all rows."""
-        return [run for row in self.labels for run in self.finished(row)]
-
-
-class Cell(NamedTuple):
-    """Of a table."""
-
-    text: str
-    bold: bool = False
-
-
-class TableRow(NamedTuple):
-    """Of a table; the paper's rows are muted."""
-
-    head: str
-    cells: tuple[Cell, ...]
-    muted: bool = False
-
-
-class Table(NamedTuple):
-    """As shown, in HTML and in Markdown alike."""
-
-    caption: str
-    columns: tuple[str, ...]  # the first heads the rows
-    rows: tuple[TableRow, ...]
-    details: str = ""  # continues the caption
-    note: str = ""
-    numeric: bool = True
-    folded: bool = False
-
-
-class Picture(NamedTuple):
-    """A figure as shown; its files are ``figures/<name>.svg`` and ``.png``."""
-
-    name: str
-    figure: figures.Figure
-    caption: str
-    alt: str
-    note: str
-
-
-class Section(NamedTuple):
-    """Of the page."""
-
-    anchor: str
-    heading: str
-    lead: str
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
@@ -153,66 +80,6 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     page = folder / "report.html"
     _write(page, html(study, sections, images))
     return page
-
-
-# --- Reading ---------------------------------------------------------------------------------
-
-
-def load_study(folder: pathlib.Path) -> Study:
-    """Reads a study folder, whatever of its runs is there.
-
-    Raises:
-      InputError: (a ValueError) if the folder holds no study, or no finished run.
-    """
-    if not (folder / "study.json").is_file():
-        raise InputError(f"Expected a study in {folder}, found no study.json there.")
-    values = read_json(folder / "study.json")
-    names = values.get("class_names") or []
-    study = Study(
-        name=values["name"], title=values["title"], note=values["note"],
-        command=values["command"], commit=values["commit"], labels=values["rows"],
-        methods=values["methods"], seeds=tuple(values["seeds"]),
-        paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
-        paper_rows=values["paper_rows"],
-        class_names={index: name if name == str(index) else f"{index} {name}"
-                     for index, name in enumerate(names)},
-        runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
-              for row in values["rows"]})
-    if not study.all_finished():
-        raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
-    return study
-
-
-def _load_run(folder: pathlib.Path, seed: int) -> Run:
-    # Arrays are whole only once the JSON file beside them is there: it is written after them.
-    evaluation, facts = (_read_json(folder / f"{name}.json")
-                         for name in ("evaluation", "curvature"))
-    features = _read_arrays(folder / "features.npz") if evaluation else None
-    curvature = _read_arrays(folder / "curvature.npz") if facts else None
-    return Run(
-        seed=seed,
-        config=read_config(folder) if (folder / "config.json").is_file() else None,
-        provenance=_read_json(folder / "provenance.json") or {},
-        epochs=_read_epochs(folder / "metrics.jsonl"),
-        evaluation=evaluation,
-        curvature=facts | curvature if curvature else None,
-        features=features)
-
-
-def _read_json(path: pathlib.Path) -> dict | None:
-    return read_json(path) if path.is_file() else None
-
-
-def _read_arrays(path: pathlib.Path) -> dict | None:
-    if not path.is_file():
-        return None
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
-    by_epoch = {line["epoch"]: line for line in read_lines(path)}
-    return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
 
 
 # --- Numbers ---------------------------------------------------------------------------------
@@ -328,51 +195,6 @@ def chosen_on_test(study: Study) -> list[str]:
 # --- Words -----------------------------------------------------------------------------------
 
 
-def level_name(level: float) -> str:
-    """A noise level (std in units of 1/255) as the paper writes it."""
-    return f"{level:g}/255" if level else "Clean"
-
-
-def signed(points: float) -> str:
-    """A difference with its sign, two decimals."""
-    return f"{points:+.2f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """A time in the two largest units, as ``1 h 05 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"{hours} h {minutes:02d} min" if hours else
-            f"{minutes} min {rest:02d} s" if minutes else f"{rest} s")
-
-
-def significant(value: float) -> str:
-    """Three significant digits, written out between 0.001 and 100,000; a dash for NaN."""
-    if not math.isfinite(value):
-        return "–"
-    if value == 0 or not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.3g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def with_spread(mean: float, std: float | None) -> str:
-    """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
-
-
-def _listed(values: Iterable) -> str:
-    return ", ".join(str(value) for value in sorted(set(values)))
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
-
-
-def paragraphs(note: str) -> list[str]:
-    """The paragraphs of a plain text, which blank lines separate."""
-    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", note) if part.strip()]
-
-
 def lead(study: Study) -> str:
     """The summary's opening paragraph: what is best, and what the comparisons rest on."""
     if several_seeds(study):
@@ -434,10 +256,10 @@ def paper_numbers(study: Study, row: str) -> dict[float, tuple[float, float | No
 
 def _accuracy_details(study: Study) -> str:
     evaluations = [run.evaluation for run in study.all_finished()]
-    text = (f"{_listed(_count(e['num_images']) for e in evaluations)} "
-            f"{_listed(e['split'] for e in evaluations)} images; "
-            f"{_listed(e['num_draws'] for e in evaluations)} draws of the noise at each level; "
-            f"training seeds {_listed(run.seed for run in study.all_finished())}. ")
+    text = (f"{listed(count(e['num_images']) for e in evaluations)} "
+            f"{listed(e['split'] for e in evaluations)} images; "
+            f"{listed(e['num_draws'] for e in evaluations)} draws of the noise at each level; "
+            f"training seeds {listed(run.seed for run in study.all_finished())}. ")
     if several_seeds(study):
         text += ("Mean over the training seeds of the mean over the noise draws, ± standard "
                  "deviation over the training seeds. ")
@@ -483,7 +305,7 @@ def curvature_table(study: Study) -> Table:
                  for key in CURVATURES for statistic in (np.median, np.mean)]
         hidden = [str(_not_positive(runs, key)) for key in CURVATURES]
         rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
-    image_counts = _listed(run.curvature["num_images"]
+    image_counts = listed(run.curvature["num_images"]
                            for runs in _curvature_runs(study).values() for run in runs)
     return Table(
         "Curvature of the softmax loss in input space.",
@@ -696,9 +518,9 @@ def curvature_picture(study: Study) -> Picture:
         "quantities: left, the squared Frobenius norm of the Hessian at the image itself, from "
         "exact Hessian-vector products; right, the paper’s Eq. 21, which also counts the kinks of "
         "the ReLUs that its steps cross and may differ by orders of magnitude. Do not compare "
-        f"the panels. {_listed(run.curvature['num_probes'] for run in runs)} random "
+        f"the panels. {listed(run.curvature['num_probes'] for run in runs)} random "
         "probes for each image; derivatives with respect to "
-        f"{_listed(run.curvature['with_respect_to'] for run in runs)}.")
+        f"{listed(run.curvature['with_respect_to'] for run in runs)}.")
 
 
 def tsne_picture(study: Study) -> Picture | None:
@@ -826,8 +648,8 @@ def accuracy_csv(study: Study) -> str:
             writer.writerow([
                 "ours", row, label, f"{level:g}", f"{value.mean:.4f}",
                 _number(value.std_over_seeds), _number(value.std_over_draws),
-                len(value.seed_means), _listed(run.evaluation["num_draws"] for run in runs),
-                _listed(run.evaluation["num_images"] for run in runs)])
+                len(value.seed_means), listed(run.evaluation["num_draws"] for run in runs),
+                listed(run.evaluation["num_images"] for run in runs)])
         for level, (mean, std) in paper_numbers(study, row).items():
             writer.writerow(["paper", row, label, f"{level:g}", mean, "",
                              "" if std is None else std, "", PAPER_DRAWS, ""])

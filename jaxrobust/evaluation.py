@@ -1,7 +1,7 @@
 """Accuracy under perturbations, image by image and draw by draw."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -113,3 +113,21 @@ def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
     """Positions 0 .. size - 1 in batches of one size; the last repeats the last position."""
     for first in range(0, size, batch_size):
         yield np.minimum(np.arange(first, first + batch_size), size - 1)
+
+
+def map_batches(function: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> Any:
+    """What ``function`` gives for the rows of ``arrays``, a batch at a time.
+
+    Args:
+      function: takes ``batch_size`` rows of each array; returns a pytree of arrays [B, ...].
+      *arrays: [N, ...] each.
+      batch_size: rows at a time; the last batch repeats the last row, and drops it again.
+
+    Returns:
+      The pytree, of NumPy arrays [N, ...].
+    """
+    size = _validate.shapes(**{f"array {i}": (array, "N ...") for i, array in enumerate(arrays)})[
+        "N"]
+    parts = [jax.tree.map(np.asarray, function(*(array[rows] for array in arrays)))
+             for rows in padded_batches(size, min(batch_size, size))]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:size], *parts)

@@ -1,0 +1,117 @@
+"""A study's folder in memory."""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+
+from experiments.config import InputError, RunConfig, read_config
+from experiments.paper import TABLES, PaperTable
+from experiments.runs import read_json, read_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is there of one training; None or empty where it is not (yet)."""
+
+    folder: pathlib.Path
+    seed: int
+    config: RunConfig | None
+    provenance: dict
+    epochs: tuple[dict, ...]
+    evaluation: dict | None
+
+    @functools.cached_property
+    def curvature(self) -> dict | None:
+        """What the command ``curvature`` measured, image by image."""
+        return self.result("curvature")
+
+    @functools.cached_property
+    def features(self) -> dict | None:
+        """Penultimate features of the first test images."""
+        return _read_arrays(self.folder / "features.npz") if self.evaluation else None
+
+    def result(self, name: str) -> dict | None:
+        """The facts of ``name.json`` and the arrays of ``name.npz`` together, if they are there."""
+        # Arrays are whole only once the JSON file beside them is there: it is written after them.
+        facts = _read_json(self.folder / f"{name}.json")
+        arrays = _read_arrays(self.folder / f"{name}.npz") if facts else None
+        return facts | arrays if arrays else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study folder in memory."""
+
+    name: str
+    title: str
+    note: str
+    command: str
+    commit: str
+    labels: dict[str, str]  # by row, in the order of the table
+    methods: dict[str, str]  # by row
+    seeds: tuple[int, ...]
+    paper: PaperTable | None
+    paper_rows: dict[str, str]  # by row, the key in the paper's table
+    class_names: dict[int, str]
+    runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
+
+    def finished(self, row: str) -> list[Run]:
+        """The evaluated runs of a row."""
+        return [run for run in self.runs[row] if run.evaluation]
+
+    def all_finished(self) -> list[Run]:
+        """The evaluated runs of all rows."""
+        return [run for row in self.labels for run in self.finished(row)]
+
+
+def load_study(folder: pathlib.Path) -> Study:
+    """Reads a study folder, whatever of its runs is there.
+
+    Raises:
+      InputError: (a ValueError) if the folder holds no study, or no finished run.
+    """
+    if not (folder / "study.json").is_file():
+        raise InputError(f"Expected a study in {folder}, found no study.json there.")
+    values = read_json(folder / "study.json")
+    names = values.get("class_names") or []
+    study = Study(
+        name=values["name"], title=values["title"], note=values["note"],
+        command=values["command"], commit=values["commit"], labels=values["rows"],
+        methods=values["methods"], seeds=tuple(values["seeds"]),
+        paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
+        paper_rows=values["paper_rows"],
+        class_names={index: name if name == str(index) else f"{index} {name}"
+                     for index, name in enumerate(names)},
+        runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
+              for row in values["rows"]})
+    if not study.all_finished():
+        raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
+    return study
+
+
+def _load_run(folder: pathlib.Path, seed: int) -> Run:
+    return Run(
+        folder=folder,
+        seed=seed,
+        config=read_config(folder) if (folder / "config.json").is_file() else None,
+        provenance=_read_json(folder / "provenance.json") or {},
+        epochs=_read_epochs(folder / "metrics.jsonl"),
+        evaluation=_read_json(folder / "evaluation.json"))
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    return read_json(path) if path.is_file() else None
+
+
+def _read_arrays(path: pathlib.Path) -> dict | None:
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
+    by_epoch = {line["epoch"]: line for line in read_lines(path)}
+    return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
