@@ -12,7 +12,7 @@ import absl.logging
 import tyro
 
 from experiments import curvature, evaluation, prepare, report, reproduce, training
-from experiments.config import Evaluation, InputError, RunConfig, read_config
+from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
@@ -104,8 +104,6 @@ class Train:
 class _OnRuns:
     runs: Positional[tuple[pathlib.Path, ...]]
     """Folders of finished runs."""
-    settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
-        noise_levels=(0, 2, 4, 8, 16, 20))
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
 
@@ -123,6 +121,9 @@ class _OnRuns:
 class Evaluate(_OnRuns):
     """Test finished runs under Gaussian noise."""
 
+    settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
+        noise_levels=(0, 2, 4, 8, 16, 20))
+
     def __call__(self) -> None:
         for folder, run in self._load():
             evaluation.evaluate_run(run, self.settings, folder, folder.name)
@@ -131,11 +132,20 @@ class Evaluate(_OnRuns):
 
 @dataclasses.dataclass(frozen=True)
 class Curvature(_OnRuns):
-    """Measure the curvature of finished runs' loss at test images."""
+    """Measure the curvature of finished runs' loss at test images.
+
+    What is done already is left as it is; what was broken off goes on.
+    """
+
+    settings: Annotated[CurvatureConfig, tyro.conf.arg(name="")] = CurvatureConfig()
+    test_size: int | None = None
+    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
+    all, in their order."""
 
     def __call__(self) -> None:
         for folder, run in self._load():
-            curvature.measure_curvature(run, self.settings, folder, folder.name)
+            curvature.measure_curvature(
+                run, self.settings, folder, folder.name, test_size=self.test_size)
             print(f"The curvatures are in {folder / 'curvature.npz'}")
 
 

@@ -102,6 +102,38 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CurvatureConfig:
+    """What of the curvature of a run's loss is measured, and how."""
+
+    num_images: int = 256
+    """Test images: the first so many."""
+    num_probes: int = 20
+    """Random directions for each image: K of Eq. 21, and of the exact products where the network
+    is not piecewise linear."""
+    step: float = 1e-2
+    """t of Eq. 21, in units of the inputs."""
+    smoothing: float | None = None
+    """Standard deviation of the noise that the smoothed curvature averages over, in units of the
+    inputs; none for that of the training noise."""
+    smoothing_draws: int = 32
+    """Pairs of noisy images, for each image."""
+    inputs: str = "pixels"
+    """What the derivatives are with respect to: "pixels" in [0, 1], or "normalised" images, as
+    in the paper."""
+    batch_size: int = 32
+    """Images at once. It changes the memory and the time, not the values."""
+
+    def __post_init__(self):
+        _validate.one_of("inputs", self.inputs, ("pixels", "normalised"))
+        for name, least in (("num_images", 1), ("num_probes", 2), ("smoothing_draws", 3),
+                            ("batch_size", 1)):
+            _validate.in_range(name, getattr(self, name), least)
+        _validate.in_range("step", self.step, 0, open_low=True)
+        if self.smoothing is not None:
+            _validate.in_range("smoothing", self.smoothing, 0, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How the runs of a recipe are tested."""
 
@@ -111,10 +143,6 @@ class Evaluation:
     """Independent draws of the noise at each level."""
     test_size: int | None = None
     """Test images, drawn by class at random with seed 0; none for all."""
-    curvature_images: int = 256
-    """Of these, the first so many have their curvature measured."""
-    curvature_probes: int = 20
-    """Random directions for each image."""
     tsne_images: int = 1000
     """Of these, the first so many are shown in the t-SNE figure."""
 
@@ -130,6 +158,7 @@ class Recipe:
     labels: dict[str, str]
     """Of the rows, as shown."""
     evaluation: Evaluation
+    curvature: CurvatureConfig = CurvatureConfig()
     seeds: tuple[int, ...] = (0,)
     paper_table: str | None = None
     """Key of the paper's table in :mod:`experiments.paper` that this recipe reproduces."""

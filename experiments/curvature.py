@@ -1,6 +1,8 @@
 """Measures the curvature of finished runs' loss at test images."""
 
+import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -9,89 +11,172 @@ import numpy as np
 from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_losses
 
 from experiments import runs
-from experiments.config import Evaluation
+from experiments.config import CurvatureConfig, InputError
 from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
-from jaxrobust import _validate, curvature, evaluation
+from jaxrobust import _validate, curvature
 from jaxrobust.data.augment import to_float
 
 PROBE_SEED = 0
-STEP = 1e-2
-"""t of Eq. 21, in pixel values of [0, 1]."""
-BATCH_SIZE = 64
+"""Of all random directions."""
+
+PIECEWISE_LINEAR_GAP = 1e-2
+"""Median of :func:`jaxrobust.curvature.gauss_newton_gap` below which the network is taken to be
+made of affine pieces. Rounding in float32 is below 1e-3 for most images; GELU gives about 1."""
+
+
+PROBES_AT_ONCE = 4
+"""Random directions side by side: compiles faster than one, at the same speed."""
 
 
 def measure_curvature(
-    run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str
+    run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path, label: str, *,
+    test_size: int | None = None,
 ) -> None:
-    """Writes ``curvature.npz``, image by image, and its summary ``curvature.json``.
+    """Writes ``curvature.npz``, a column for each quantity, and its summary ``curvature.json``.
 
-    For the first ``curvature_images`` test images: the softmax loss, whether the image is
-    classified correctly, the squared Frobenius norm of the loss's Hessian (exact products,
-    Hutchinson) and Eq. 21, each with its standard error; with respect to pixels in [0, 1]. Does
-    nothing if they are there already, with the same settings.
+    For the first ``num_images`` test images: the softmax loss and its squared gradient, whether
+    the image is classified correctly, the squared Frobenius norm, trace and spectral norm of the
+    Hessian, all C eigenvalues of its Gauss-Newton part, Eq. 21 and the smoothed curvature, each
+    with its standard error (0 where it is exact). On networks of affine pieces, which the gap
+    between Hessian and Gauss-Newton part tells, the norms are exact; on others they are
+    estimated with exact products. Goes on where it was broken off; does nothing if all is there,
+    with the same settings.
 
     Raises:
       InputError: (a ValueError) if there is a measurement with other settings.
     """
-    asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
-             "step": STEP, "test_size": settings.test_size}
+    if settings.smoothing is None:
+        scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
+        settings = dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
+    asked = {name: value for name, value in dataclasses.asdict(settings).items()
+             if name != "batch_size"} | {"test_size": test_size}
     path = folder / "curvature.json"
     if keep_result(path, asked):
         return
-    split = make_test_split(run.dataset, settings.test_size)
-    _validate.in_range("curvature_images", settings.curvature_images, 1, len(split.labels),
-                       open_high=False)
-    images = split.images[: settings.curvature_images]
-    labels = split.labels[: settings.curvature_images]
-    variables = variables_of(run.state)
-    columns: dict[str, list[np.ndarray]] = {}
-    batch_size = min(BATCH_SIZE, len(labels))
-    with progress(f"{label}, curvature", -(-len(labels) // batch_size)) as shown:
-        for rows in evaluation.padded_batches(len(labels), batch_size):
-            measured = _measure(
-                run.model, variables, to_float(jnp.asarray(images[rows])),
-                jnp.asarray(labels[rows]), settings.curvature_probes)
-            for name, values in measured.items():
-                columns.setdefault(name, []).append(np.asarray(values))
-            shown.advance(**{"squared Frobenius norm": float(
-                np.median(measured["frobenius_squared"]))})
-    table = {name: np.concatenate(parts)[: len(labels)] for name, parts in columns.items()}
-    np.savez(folder / "curvature.npz", index=np.arange(len(labels)), label=labels, **table)
+    split = make_test_split(run.dataset, test_size)
+    count = settings.num_images
+    _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
+    images, labels = split.images[:count], split.labels[:count]
+    size = min(settings.batch_size, count)
+    partial = _Partial(folder / "curvature.partial.npz", asked)
+    linear = partial.facts.get("piecewise_linear")
+    with progress(f"{label}, curvature", count, done=partial.done) as shown:
+        for first in range(partial.done, count, size):
+            rows = np.minimum(np.arange(first, first + size), count - 1)
+            batch = (run.model, variables_of(run.state), to_float(jnp.asarray(images[rows])),
+                     jnp.asarray(labels[rows]), jnp.asarray(rows))
+            if linear is None:
+                gap = float(np.median(_gap(*batch)))
+                linear = gap < PIECEWISE_LINEAR_GAP
+                partial.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
+            kept = min(size, count - first)
+            table = {name: np.asarray(values)[:kept]
+                     for name, values in _measure(*batch, settings, linear).items()}
+            partial.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
+            shown.advance(kept, **{"squared Frobenius norm": float(
+                np.median(table["frobenius_squared"]))})
+    table = partial.table
+    runs.write_arrays(folder / "curvature.npz", table)
     runs.write_json(path, {
-        **asked, "with_respect_to": "pixels in [0, 1]",
-        "median": {name: float(np.median(table[name]))
-                   for name in ("frobenius_squared", "finite_difference")},
+        **asked, **partial.facts, "with_respect_to": {
+            "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
+        "median": {name: float(np.median(table[name])) for name in (
+            "frobenius_squared", "finite_difference", "smoothed_frobenius_squared")},
         "settings": asked, "provenance": runs.provenance()})
+    partial.path.unlink()
 
 
-def _measure(model, variables, images, labels, num_probes):
-    """One batch's columns. A call a probe: XLA's convolutions in loops are slow on CPUs."""
-    logits = evaluation.predict(model, variables, images).logits
-    key = jax.random.key(PROBE_SEED)
-    samples = [
-        _probe(model, variables, images, labels, jax.random.fold_in(key, index))
-        for index in range(num_probes)
-    ]
-    frobenius, difference = (
-        curvature.mean_estimate(jnp.stack(values)) for values in zip(*samples, strict=True))
-    return {
-        "loss": _softmax_losses(logits, labels),
-        "correct": jnp.argmax(logits, axis=-1) == labels,
-        "frobenius_squared": frobenius.value,
-        "frobenius_squared_standard_error": frobenius.standard_error,
-        "finite_difference": difference.value,
-        "finite_difference_standard_error": difference.standard_error,
-    }
+class _Partial:
+    """The table so far, in a file that a kill leaves whole."""
+
+    def __init__(self, path: pathlib.Path, settings: dict):
+        self.path, self._settings = path, json.dumps(settings, sort_keys=True)
+        self.table: dict[str, np.ndarray] = {}
+        self.facts: dict = {}
+        if not path.is_file():
+            return
+        with np.load(path) as arrays:
+            table = dict(arrays)
+        settings, facts = (str(table.pop(name)) for name in ("settings", "facts"))
+        if settings != self._settings:
+            raise InputError(f"{path} was begun with other settings: {settings}. "
+                             "Remove it first if it is to be made anew.")
+        self.table, self.facts = table, json.loads(facts)
+
+    @property
+    def done(self) -> int:
+        """Images measured."""
+        return len(self.table.get("index", ()))
+
+    def add(self, table: dict[str, np.ndarray]) -> None:
+        """Adds rows, and writes the file."""
+        self.table = {name: np.concatenate([self.table[name], values]) if self.table else values
+                      for name, values in table.items()}
+        runs.write_arrays(self.path, {
+            **self.table, "settings": self._settings, "facts": json.dumps(self.facts)})
+
+
+def losses_of(model, variables, labels):
+    """The loss and the logits, as functions of images, that the curvature functions take."""
+    def logits(images):
+        return model.apply(variables, images, train=False).logits
+
+    return lambda images: _softmax_losses(logits(images), labels), logits
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _probe(model, variables, images, labels, key):
-    """One sample of either curvature, with the same random direction."""
-    def loss(images):
-        return _softmax_losses(model.apply(variables, images, train=False).logits, labels)
+def _gap(model, variables, images, labels, indices):
+    loss, logits = losses_of(model, variables, labels)
+    return curvature.gauss_newton_gap(
+        loss, logits, images, jax.random.key(PROBE_SEED), indices=indices)
 
-    return (curvature.squared_frobenius(loss, images, key, num_probes=1).value,
-            curvature.finite_difference_curvature(
-                loss, images, key, step=STEP, num_probes=1).value)
+
+@functools.partial(jax.jit, static_argnames=("model", "settings", "linear"))
+def _measure(model, variables, images, labels, indices, settings: CurvatureConfig, linear: bool):
+    """One batch's columns."""
+    key = jax.random.key(PROBE_SEED)
+    loss, logits = losses_of(model, variables, labels)
+    table = {"loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == labels}
+    if settings.inputs == "normalised":
+        loss, logits = (curvature.normalised_inputs(function, model.mean, model.std)
+                        for function in (loss, logits))
+        images = (images - _channels(model.mean)) / _channels(model.std)
+    gradient = jax.grad(lambda inputs: jnp.sum(loss(inputs)))(images)
+    table["gradient_squared"] = jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
+    spectrum = curvature.piecewise_linear_spectrum(logits, images)
+    if linear:
+        exact = jnp.zeros(len(images))
+        estimates = {
+            "frobenius_squared": (jnp.sum(jnp.square(spectrum), axis=1), exact),
+            "trace": (jnp.sum(spectrum, axis=1), exact),
+            "spectral_norm": (jnp.max(jnp.abs(spectrum), axis=1), exact)}
+    else:
+        ritz = curvature.ritz_values(
+            loss, images, key, num_products=settings.num_probes, indices=indices)
+        largest = jnp.argmax(jnp.abs(ritz.value), axis=1, keepdims=True)
+        estimates = {
+            "frobenius_squared": curvature.leave_one_out_squared_frobenius(
+                loss, images, key, num_probes=settings.num_probes, indices=indices),
+            "trace": curvature.hessian_trace(
+                loss, images, key, num_probes=settings.num_probes, indices=indices),
+            "spectral_norm": (jnp.take_along_axis(jnp.abs(values), largest, axis=1)[:, 0]
+                              for values in (ritz.value, ritz.residual))}
+    estimates["finite_difference"] = curvature.finite_difference_curvature(
+        loss, images, key, step=settings.step, num_probes=settings.num_probes,
+        chunk_size=PROBES_AT_ONCE, indices=indices)
+    # A key of its own: the same directions would correlate the two.
+    smoothed = curvature.smoothed_curvature(
+        loss, images, jax.random.fold_in(key, 1), sigma=settings.smoothing,
+        num_draws=settings.smoothing_draws, chunk_size=PROBES_AT_ONCE, indices=indices)
+    estimates |= {"smoothed_frobenius_squared": smoothed.squared_frobenius,
+                  "smoothed_trace": smoothed.trace}
+    for name, (value, standard_error) in estimates.items():
+        table |= {name: value, f"{name}_standard_error": standard_error}
+    return table | {f"gauss_newton_eigenvalue_{rank}": spectrum[:, -rank]
+                    for rank in range(1, spectrum.shape[1] + 1)}
+
+
+def _channels(values):
+    return jnp.asarray(values, jnp.float32)[None, None, None]

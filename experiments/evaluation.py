@@ -56,8 +56,7 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
       InputError: (a ValueError) if there is an evaluation with other settings.
     """
     asked = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dataclasses.asdict(settings).items()
-             if not name.startswith("curvature")}
+             for name, value in dataclasses.asdict(settings).items()}
     path = folder / "evaluation.json"
     if keep_result(path, asked):
         return

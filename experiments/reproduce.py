@@ -82,7 +82,8 @@ def run_study(
                 continue
             run = load_run(place, config, dataset)
             evaluate_run(run, recipe.evaluation, place, label)
-            measure_curvature(run, recipe.evaluation, place, label)
+            measure_curvature(run, recipe.curvature, place, label,
+                              test_size=recipe.evaluation.test_size)
     return failures
 
 

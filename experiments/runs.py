@@ -11,6 +11,7 @@ import sys
 from importlib import metadata
 
 import jax
+import numpy as np
 
 from experiments.config import InputError, RunConfig, to_json
 
@@ -46,6 +47,14 @@ def write_text(path: pathlib.Path, content: str) -> None:
     """Replaces a file as a whole, so that a kill leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(content)
+    os.replace(partial, path)
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """As :func:`write_text`, for an ``.npz`` file."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
     os.replace(partial, path)
 
 

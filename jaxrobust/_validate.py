@@ -18,7 +18,12 @@ class InputError(ValueError):
 
 def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
              open_high: bool = True) -> None:
-    """Raises InputError unless ``low <= value < high`` (either end open or closed)."""
+    """Raises InputError unless ``low <= value < high`` (either end open or closed).
+
+    A value that is traced by a JAX transformation is not known yet, and passes.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):

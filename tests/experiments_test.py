@@ -28,7 +28,8 @@ TINY = dataclasses.replace(
 RECIPE = dataclasses.replace(
     RECIPES["digits"], name="tiny", rows=config.method_rows(TINY), seeds=(0,),
     evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
-                                 curvature_images=10, curvature_probes=2, tsne_images=40))
+                                 tsne_images=40),
+    curvature=config.CurvatureConfig(num_images=10, num_probes=2, smoothing_draws=3))
 
 
 @pytest.fixture(name="digits", scope="module")

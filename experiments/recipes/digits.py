@@ -12,6 +12,7 @@ down as in `cifar10_small`, which says why; the settings were found on the held-
 
 from experiments.config import (
     SHORT_SCHEDULE_LABELS,
+    CurvatureConfig,
     Evaluation,
     OptimizerConfig,
     Recipe,
@@ -30,8 +31,8 @@ RECIPE = Recipe(
         optimizer=OptimizerConfig(
             learning_rate=0.01, schedule="cosine", warmup_epochs=2.0, clip_norm=5.0))),
     labels=SHORT_SCHEDULE_LABELS,
-    evaluation=Evaluation(
-        noise_levels=(0, 16, 32, 48, 64), curvature_images=360, tsne_images=360),
+    evaluation=Evaluation(noise_levels=(0, 16, 32, 48, 64), tsne_images=360),
+    curvature=CurvatureConfig(num_images=360),
     seeds=(0, 1, 2),
     note="In so short a schedule the robust method keeps the paper's loss and distances, with "
          "smaller weights (alpha 0.01, beta 0.05, lambda 0.05), gradients clipped to norm 5, and "
