@@ -11,7 +11,15 @@ from typing import Annotated, Union
 import absl.logging
 import tyro
 
-from experiments import curvature, evaluation, prepare, report, reproduce, training
+from experiments import (
+    curvature,
+    evaluation,
+    prepare,
+    report,
+    reproduce,
+    robustness,
+    training,
+)
 from experiments.config import Evaluation, InputError, RunConfig, read_config
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
@@ -113,8 +121,9 @@ class _OnRuns:
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         load = functools.cache(load_dataset)  # Runs of one study share their data set.
-        for folder in self.runs:
-            config = read_config(folder)
+        # All before the first is measured, which takes long.
+        configs = [read_config(folder) for folder in self.runs]
+        for folder, config in zip(self.runs, configs, strict=True):
             yield folder, training.load_run(
                 folder, config, load(config.dataset, self.data_dir))
 
@@ -137,6 +146,28 @@ class Curvature(_OnRuns):
         for folder, run in self._load():
             curvature.measure_curvature(run, self.settings, folder, folder.name)
             print(f"The curvatures are in {folder / 'curvature.npz'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures(_OnRuns):
+    """Make the paper's Fig. 8 to 13 of finished runs: curvature and robustness, loss surfaces,
+    features of the blocks.
+
+    Measures what is missing, then writes the report of the study that the runs belong to anew.
+    """
+
+    settings: Annotated[robustness.FigureSettings, tyro.conf.arg(name="")] = (
+        robustness.FigureSettings())
+    out: pathlib.Path | None = None
+    """Folder of the figures of runs that belong to no study; "figures" beside the first of them
+    if none is given."""
+
+    def __call__(self) -> None:
+        report.group_by_study(self.runs)  # Says what is wrong with a study before hours of work.
+        for folder, run in self._load():
+            robustness.measure_robustness(run, self.settings, folder, folder.name)
+        for path in report.write_figures(self.runs, self.out):
+            print(f"The figures are in {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +196,7 @@ class Prepare:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "report": Report, "prepare": Prepare,
+    "figures": Figures, "report": Report, "prepare": Prepare,
 }
 
 
