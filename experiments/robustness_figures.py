@@ -31,8 +31,8 @@ class Line(NamedTuple):
 class Panel(NamedTuple):
     """One kind of noise and one measure of the curvature."""
 
-    noise: str  # heads its row of panels
-    measure: str  # heads its column of panels
+    noise: str  # the same along a row of panels
+    measure: str  # the same along a column
     lines: tuple[Line, ...]
 
 
@@ -63,7 +63,7 @@ def kept_share_figure(panels: Sequence[Panel]) -> Figure:
                     linestyle=line.style.dashes, linewidth=1.3, markersize=5,
                     markeredgecolor="white", markeredgewidth=0.5)
         ax.set_xlabel("Images kept, lowest curvature first [%]")
-        ax.set_ylabel(f"Accuracy, {panel.noise} [%]")
+        ax.set_ylabel("Accuracy under noise [%]")
         ax.label_outer()
     add_legend(figure, _line_handles(panels))
     return figure
@@ -76,12 +76,12 @@ def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]
     images. Means of zero or less are not shown. ``units`` gives the axis label by measure.
     """
     figure, grid = _grid(panels, sharey="col")
+    shown = {panel.measure: [] for panel in panels}
     for ax, panel in grid:
-        shown = []
         for line in panel.lines:
             on = np.isfinite(line.y) & (line.y > 0)
             x, y, sizes = line.x[on], line.y[on], line.sizes[on]
-            shown += y.tolist()
+            shown[panel.measure] += y.tolist()
             ax.plot(x, y, color=line.style.color, linestyle=line.style.dashes, linewidth=1.1)
             for many in (True, False):
                 of_kind = (sizes >= FEW) == many
@@ -89,16 +89,24 @@ def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]
                     sizes[of_kind] / max(1, line.sizes.sum())), marker=line.style.marker,
                     facecolor=line.style.color if many else "white", linewidths=1,
                     edgecolor="white" if many else line.style.color, zorder=3)
+    for ax, panel in grid:
+        values = shown[panel.measure]
+        if not values:
+            _say(ax, "no mean above zero")
         ax.set_yscale("log")
+        ax.set_ylim(*((min(values) / 2, max(values) * 2) if values else (1e-6, 1)))
         # The default labels powers of ten only, of which flat lines may cross none.
-        if shown and max(shown) < 30 * min(shown):
+        if values and max(values) < 30 * min(values):
             ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_xlim(-0.04 * num_draws, 1.04 * num_draws)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=11))
-        ax.set_xlabel(f"Correct predictions in {num_draws} draws, {panel.noise}")
+        ax.set_xlabel(f"Correct predictions in {num_draws} draws")
         ax.set_ylabel(units[panel.measure])
+    for ax in figure.axes:
+        if not ax.get_subplotspec().is_last_row():
+            ax.set_xlabel("")
     add_legend(figure, _line_handles(panels))
     return figure
 
@@ -113,9 +121,10 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str],
       planes: by row of the table.
     """
     columns = 1 + len(planes)
-    figure = new_figure(2.2 + 1.7 * columns, 0.9 + 1.75 * len(images))
+    figure = new_figure(1.6 + 1.5 * columns, 0.9 + 1.6 * len(images))
     grid = figure.subplots(len(images), columns, squeeze=False)
     for number, (line, image, name) in enumerate(zip(grid, images, names, strict=True)):
+        last = number == len(images) - 1
         channels = image[..., 0] if image.shape[-1] == 1 else image
         line[0].imshow(channels, cmap="gray", interpolation="nearest")
         line[0].set_title(name, fontsize=9)
@@ -123,19 +132,21 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str],
         values = [-plane.values[number] for plane in planes]
         finite = np.concatenate([value[np.isfinite(value)] for value in values])
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        levels = ticker.MaxNLocator(10).tick_values(low, high if high > low else low + 1)
+        levels = ticker.MaxNLocator(12, steps=(1, 2, 5, 10)).tick_values(
+            low, high if high > low else low + 1)
         for ax, plane, value in zip(line[1:], planes, values, strict=True):
             filled = _contours(ax, plane.offsets, value, levels)
             if number == 0:
                 ax.set_title(wrap(plane.label, 17), fontsize=9)
-            ax.tick_params(labelsize=8)
-            ax.label_outer()
-        line[1].set_ylabel("along the gradient", fontsize=8)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(ticker.MaxNLocator(4, steps=(1, 2, 5, 10)))
+            ax.tick_params(labelsize=8, labelleft=ax is line[1], labelbottom=last)
+        line[1].set_ylabel("along the gradient\n[pixel units]", fontsize=8)
         bar = figure.colorbar(filled, ax=line[1:].tolist(), pad=0.01, aspect=14)
-        bar.set_label("−loss [nats]", fontsize=8)
+        bar.set_label("−loss [nats]", fontsize=8, labelpad=6)
         bar.ax.tick_params(labelsize=8)
     for ax in grid[-1, 1:]:
-        ax.set_xlabel("random direction", fontsize=8)
+        ax.set_xlabel("random direction\n[pixel units]", fontsize=8)
     return figure
 
 
@@ -173,10 +184,11 @@ def _grid(panels: Sequence[Panel], sharey: bool | str = True):
         (panel.noise for panel in panels), (panel.measure for panel in panels)))
     figure = new_figure(max(7, 5.5 * len(measures)), 1.2 + 3.0 * len(noises))
     axes = figure.subplots(len(noises), len(measures), squeeze=False, sharex=True, sharey=sharey)
-    for ax, measure in zip(axes[0], measures, strict=True):
-        ax.set_title(measure, fontweight="bold", fontsize=11)
-    return figure, [(axes[noises.index(panel.noise), measures.index(panel.measure)], panel)
-                    for panel in panels]
+    grid = [(axes[noises.index(panel.noise), measures.index(panel.measure)], panel)
+            for panel in panels]
+    for ax, panel in grid:
+        ax.set_title(f"{panel.measure}, {panel.noise}", fontsize=11)
+    return figure, grid
 
 
 def _line_handles(panels: Sequence[Panel]) -> list[Line2D]:
@@ -192,7 +204,8 @@ def _contours(ax: Axes, offsets: np.ndarray, values: np.ndarray, levels: np.ndar
     # Without a level within its values, a set of lines warns.
     inside = levels[(levels > masked.min()) & (levels < masked.max())] if masked.count() else ()
     if len(inside):
-        ax.contour(offsets, offsets, masked, levels=inside, colors="white", linewidths=0.4)
+        ax.contour(offsets, offsets, masked, levels=inside, colors="white", linewidths=0.5,
+                   linestyles="solid")
     if masked.mask.any():
         _say(ax, "not finite")
     ax.plot(0, 0, "o", color="black", markersize=5, markeredgecolor="white", markeredgewidth=0.8)

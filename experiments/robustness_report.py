@@ -184,54 +184,59 @@ def _measures(found: dict[str, list[Counted]]) -> dict[str, Measure]:
 # --- Words -----------------------------------------------------------------------------------
 
 
-def relation(coefficients: Sequence[tuple[float, int]]) -> str:
-    """In words, how curvature goes with misclassification, from (Spearman, images) by method.
+def relation(coefficients: Sequence[tuple[str, float, int]]) -> str:
+    """In words, how curvature goes with misclassification, from (method, Spearman, images).
 
-    A coefficient is called clear if it is beyond 1.96 / sqrt(images - 1), which chance alone
-    exceeds once in 20 times.
+    A coefficient counts if it is beyond 1.96 / sqrt(images - 1), which chance alone exceeds once
+    in 20 times.
     """
-    known = [(value, size) for value, size in coefficients if math.isfinite(value)]
-    if not known:
-        return "no coefficient can be computed"
-    clear = [abs(value) > 1.96 / math.sqrt(size - 1) for value, size in known]
-    more = sum(value < 0 and sure for (value, _), sure in zip(known, clear, strict=True))
-    less = sum(value > 0 and sure for (value, _), sure in zip(known, clear, strict=True))
-    total = len(known)
-    values = sorted(value for value, _ in known)
-    span = (f"(Spearman {signed(values[0])})" if total == 1 else
-            f"(Spearman {signed(values[0])} to {signed(values[-1])})")
-    if total in (more, less):
-        often = "more" if more else "less"
-        each = "in the one method" if total == 1 else f"within each of the {total} methods"
-        return f"images of higher curvature are misclassified {often} often {each} {span}"
-    parts = [f"{words} in {number}" for words, number in (
-        ("misclassified more often", more), ("misclassified less often", less),
-        ("without a clear relation", total - more - less)) if number]
-    return f"of {total} methods, images of higher curvature are {', '.join(parts)} {span}"
+    found = {"misclassified more often": [], "misclassified less often": [],
+             "neither more nor less often misclassified, beyond chance,": []}
+    more, less, neither = found.values()
+    for method, value, size in coefficients:
+        if math.isfinite(value):
+            clear = abs(value) > 1.96 / math.sqrt(size - 1)
+            (neither if not clear else more if value < 0 else less).append((method, value))
+    total = sum(map(len, found.values()))
+    if not total:
+        return "no method has a coefficient"
+    parts = [f"{words} {_within(methods, total)}" for words, methods in sorted(
+        found.items(), key=lambda item: -len(item[1])) if methods]
+    return f"images of higher curvature are {'; '.join(parts)}"
 
 
-def _lead(found: dict[str, list[Counted]]) -> str:
-    sentences = ["Are images at which the loss curves more the ones that noise turns wrong?"]
+def _within(methods: Sequence[tuple[str, float]], total: int) -> str:
+    values = sorted(value for _, value in methods)
+    span = " to ".join(dict.fromkeys((signed(values[0]), signed(values[-1]))))
+    where = ("in every method" if len(methods) == total > 1 else
+             f"in {len(methods)} of {total} methods" if len(methods) > 2 else
+             f"in {' and '.join(f'“{method}”' for method, _ in methods)}")
+    return f"{where} (Spearman {span})"
+
+
+def _statements(study: Study, found: dict[str, list[Counted]], noise: str) -> str:
+    """A sentence for each measure."""
+    sentences = []
     for key, measure in _measures(found).items():
-        for noise, name in NOISES.items():
-            by_row = [_over_runs(runs, key, noise) for runs in found.values()]
-            gains = [gain for runs in found.values()
-                     if math.isfinite(gain := _gain_of_half(runs, key, noise))]
-            words = relation([(np.mean([one.spearman for one in ones]), ones[0].num_images)
-                              for ones in by_row])
-            gain = ""
-            if gains:
-                span = " to ".join(dict.fromkeys(signed(g) for g in (min(gains), max(gains))))
-                gain = ("; accuracy on the half of lowest curvature differs from that on all "
-                        f"images by {span} points")
-            sentences.append(f"{measure.title}, {name}: {words}{gain}.")
+        by_row = {row: _over_runs(runs, key, noise) for row, runs in found.items()}
+        words = relation([
+            (study.labels[row], float(np.mean([one.spearman for one in ones])), ones[0].num_images)
+            for row, ones in by_row.items()])
+        sentences.append(f"{measure.title}: {words}.")
     return " ".join(sentences)
 
 
-def _gain_of_half(runs: Sequence[Counted], key: str, noise: str) -> float:
-    """Accuracy on the half of lowest curvature less that on all, in points."""
-    return float(np.mean([100 * (half - whole) for half, whole in (
+def _gain_of_half(found: dict[str, list[Counted]]) -> str:
+    """A sentence on how much better the flatter half of the images does."""
+    gains = [100 * float(np.mean([half - whole for half, whole in (
         kept_accuracy(one.curvature[key], one.correct(noise), (0.5, 1))[0] for one in runs)]))
+        for key in _measures(found) for noise in NOISES for runs in found.values()]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    if not gains:
+        return ""
+    return (f" The half of lowest curvature is classified more accurately than all images in "
+            f"{sum(gain > 0 for gain in gains)} of the {len(gains)} lines: by "
+            f"{' to '.join(dict.fromkeys(map(signed, (min(gains), max(gains)))))} points.")
 
 
 def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[Correlation]:
@@ -256,14 +261,15 @@ def correlation_table(study: Study, found: dict[str, list[Counted]], noise: str)
         "Spearman, right when clean")]
     return Table(
         f"Curvature and the number of correct predictions under {NOISES[noise]}.",
-        ("Method", *columns), tuple(rows), _counted_details(found),
+        ("Method", *columns), tuple(rows),
+        f"{_statements(study, found, noise)} {_counted_details(found)}",
         "How to read: −1 means that higher curvature always goes with fewer correct predictions, "
         "0 that they are unrelated. Pearson, groups: between k and the mean curvature of the "
         "images with k correct predictions, as the paper does; it rests on at most "
         f"{_num_draws(found) + 1} means, of which some rest on few images (see the figure). "
         "Spearman: rank correlation over the images, all or those that are correctly classified "
-        "without noise; called clear above if it is further from 0 than chance alone takes it "
-        "once in 20 times. With several seeds the mean over the seeds [lowest to highest].")
+        "without noise; beyond chance: further from 0 than unrelated numbers come once in 20 "
+        "times. With several seeds the mean over the seeds [lowest to highest].")
 
 
 def sizes_table(study: Study, found: dict[str, list[Counted]]) -> Table:
@@ -355,6 +361,7 @@ def kept_share_picture(study: Study, found: dict[str, list[Counted]]) -> Picture
         "right end is all images. A line that falls says that noise spares the images of low "
         "curvature. Each method ranks the images by its own curvature. The leftmost points rest "
         f"on {listed(fewest)} images of each run: small wiggles there are chance."
+        + _gain_of_half(found)
         + _shown_measures(found) + _not_finite(found))
 
 
@@ -470,7 +477,8 @@ def sections(study: Study) -> list[Section]:
     found, left_out = _counted_runs(study)
     if found:
         tables = [correlation_table(study, found, noise) for noise in NOISES]
-        lead = _lead(found)
+        lead = ("Are images at which the loss curves more the ones that noise turns wrong? Each "
+                "with the exact measure and with the paper’s finite differences.")
         if left_out:
             lead += (" Not shown, measured with other images or draws: "
                      f"{'; '.join(left_out)}.")
