@@ -119,14 +119,15 @@ def group_by_study(folders: Sequence[pathlib.Path]
     """
     studies: dict[pathlib.Path, set[str]] = {}
     alone = []
+    folders = [folder.resolve() for folder in folders]
     for folder in folders:
-        parent = folder.resolve().parent
+        parent = folder.parent
         if parent not in studies and (parent / "study.json").is_file():
             studies[parent] = {run.folder.name for runs in load_study(parent).runs.values()
                                for run in runs}
-        if folder.resolve().name not in studies.get(parent, ()):
+        if folder.name not in studies.get(parent, ()):
             alone.append(folder)
-    members = {folder.resolve().parent for folder in folders if folder not in alone}
+    members = {folder.parent for folder in folders if folder not in alone}
     return [parent for parent in studies if parent in members], alone
 
 

@@ -235,7 +235,7 @@ def _gain_of_half(found: dict[str, list[Counted]]) -> str:
     if not gains:
         return ""
     return (f" The half of lowest curvature is classified more accurately than all images in "
-            f"{sum(gain > 0 for gain in gains)} of the {len(gains)} lines: by "
+            f"{sum(gain > 0 for gain in gains)} of the {len(gains)} lines; the difference is "
             f"{' to '.join(dict.fromkeys(map(signed, (min(gains), max(gains)))))} points.")
 
 
@@ -263,13 +263,16 @@ def correlation_table(study: Study, found: dict[str, list[Counted]], noise: str)
         f"Curvature and the number of correct predictions under {NOISES[noise]}.",
         ("Method", *columns), tuple(rows),
         f"{_statements(study, found, noise)} {_counted_details(found)}",
-        "How to read: −1 means that higher curvature always goes with fewer correct predictions, "
-        "0 that they are unrelated. Pearson, groups: between k and the mean curvature of the "
-        "images with k correct predictions, as the paper does; it rests on at most "
-        f"{_num_draws(found) + 1} means, of which some rest on few images (see the figure). "
-        "Spearman: rank correlation over the images, all or those that are correctly classified "
-        "without noise; beyond chance: further from 0 than unrelated numbers come once in 20 "
-        "times. With several seeds the mean over the seeds [lowest to highest].")
+        _CORRELATION_NOTE if noise == next(iter(NOISES)) else "How to read: as the table above.")
+
+
+_CORRELATION_NOTE = (
+    "How to read: −1 means that higher curvature always goes with fewer correct predictions, 0 "
+    "that they are unrelated. Pearson, groups: between k and the mean curvature of the images "
+    "with k correct predictions, as the paper does; some of these means rest on few images (see "
+    "the figure). Spearman: rank correlation over the images, all or those that are correctly "
+    "classified without noise; beyond chance: further from 0 than unrelated numbers come once in "
+    "20 times. With several seeds the mean over the seeds [lowest to highest].")
 
 
 def sizes_table(study: Study, found: dict[str, list[Counted]]) -> Table:

@@ -92,10 +92,13 @@ def load_study(folder: pathlib.Path) -> Study:
 
 
 def study_of_runs(folders: Sequence[pathlib.Path]) -> Study:
-    """Runs that belong to no study, each a row of its own with its folder's name."""
+    """Runs that belong to no study, each a row of its own with its folder's name.
+
+    Where two have the same name, that of the folder above is before it.
+    """
     names = [folder.name for folder in folders]
-    labels = {str(folder): folder.name if names.count(folder.name) == 1 else str(folder)
-              for folder in folders}
+    labels = {str(folder): folder.name if names.count(folder.name) == 1 else
+              f"{folder.parent.name}/{folder.name}" for folder in folders}
     runs = {str(folder): (_load_run(folder, read_config(folder).seed),) for folder in folders}
     return Study(
         name="runs", title="Runs", note="", command="", commit="", labels=labels,

@@ -195,15 +195,25 @@ def test_runs_of_no_study_have_their_figures_beside_them(study, tmp_path):
     assert "robust-seed0" not in (tmp_path / "out" / "figures.md").read_text()
 
 
-def test_a_run_counted_on_other_images_than_its_curvature_is_left_out(study, tmp_path):
+def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_path):
     shutil.copytree(study, tmp_path / "study")
-    path = tmp_path / "study" / "normal-seed0" / "curvature.json"
-    facts = runs.read_json(path)
-    facts["settings"]["num_images"] = 10
-    path.write_text(json.dumps(facts))
+    shutil.copytree(study / "robust-seed0", tmp_path / "study" / "robust-seed1")
+    for path, change in ((tmp_path / "study" / "study.json", {"seeds": [0, 1]}),
+                         (tmp_path / "study" / "normal-seed0" / "curvature.json",
+                          {"settings": {"num_images": 10, "test_size": 50}})):
+        path.write_text(json.dumps(runs.read_json(path) | change))
     assert call("report", tmp_path / "study") == 0
-    page = (tmp_path / "study" / "report.html").read_text()
+    page = (tmp_path / "study" / "report.md").read_text()
     assert "measured with other images or draws: Normal training, seed 0" in page
+    label = RECIPE.labels["robust"]
+    with np.load(study / "robust-seed0" / "noise_counts.npz") as counts:
+        sizes = 2 * np.bincount(counts["gaussian"].sum(axis=0), minlength=4)
+    assert f"| {label}, Gaussian noise | {' | '.join(map(str, sizes))} |" in page
+    row = next(line for line in page.splitlines() if line.startswith(f"| {label} |")
+               and " to " in line)
+    means, spreads = zip(*(cell.split(maxsplit=1) for cell in row.split(" | ")[1:]
+                           if " to " in cell), strict=True)
+    assert all(f"{mean} to {mean}" in spread for mean, spread in zip(means, spreads, strict=True))
 
 
 def test_a_run_without_training_noise_is_refused(tmp_path, capsys):
