@@ -11,7 +11,15 @@ from typing import Annotated, Union
 import absl.logging
 import tyro
 
-from experiments import curvature, evaluation, prepare, report, reproduce, training
+from experiments import (
+    curvature,
+    evaluation,
+    prepare,
+    report,
+    reproduce,
+    robustness,
+    training,
+)
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
@@ -111,8 +119,9 @@ class _OnRuns:
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         load = functools.cache(load_dataset)  # Runs of one study share their data set.
-        for folder in self.runs:
-            config = read_config(folder)
+        # All before the first is measured, which takes long.
+        configs = [read_config(folder) for folder in self.runs]
+        for folder, config in zip(self.runs, configs, strict=True):
             yield folder, training.load_run(
                 folder, config, load(config.dataset, self.data_dir))
 
@@ -150,6 +159,28 @@ class Curvature(_OnRuns):
 
 
 @dataclasses.dataclass(frozen=True)
+class Figures(_OnRuns):
+    """Make the paper's Fig. 8 to 13 of finished runs: curvature and robustness, loss surfaces,
+    features of the blocks.
+
+    Measures what is missing, then writes the report of the study that the runs belong to anew.
+    """
+
+    settings: Annotated[robustness.FigureSettings, tyro.conf.arg(name="")] = (
+        robustness.FigureSettings())
+    out: pathlib.Path | None = None
+    """Folder of the figures of runs that belong to no study; "figures" beside the first of them
+    if none is given."""
+
+    def __call__(self) -> None:
+        report.group_by_study(self.runs)  # Says what is wrong with a study before hours of work.
+        for folder, run in self._load():
+            robustness.measure_robustness(run, self.settings, folder, folder.name)
+        for path in report.write_figures(self.runs, self.out):
+            print(f"The figures are in {path}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write the report of a folder that `reproduce` made, from what is there."""
 
@@ -175,7 +206,7 @@ class Prepare:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "report": Report, "prepare": Prepare,
+    "figures": Figures, "report": Report, "prepare": Prepare,
 }
 
 

@@ -8,7 +8,7 @@ pyplot, whose figures are global state.
 import math
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -124,7 +124,7 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     weakest row reaches, and with the markers of a level side by side.
     """
     zoomed = len(lines) > 2
-    figure = _figure(11 if zoomed else 7, 5.6)
+    figure = new_figure(11 if zoomed else 7, 5.6)
     axes = figure.subplots(1, 2 if zoomed else 1, squeeze=False)[0]
     levels = sorted({float(level) for line in lines for level in line.levels})
     for line in paper:
@@ -148,12 +148,12 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
         axes[1].set_title("Ours, enlarged (the weakest cut off)")
         axes[1].set_ylim(bottom - margin, top + margin)
     handles = [Line2D([], [], color=line.style.color, marker=line.style.marker, linewidth=1.6,
-                      label=_wrap(line.label)) for line in lines]
+                      label=wrap(line.label)) for line in lines]
     if paper:
         handles.append(Line2D([], [], color="#595959", linestyle=(0, (4, 3)), linewidth=0.8,
                               marker="o", markersize=4, markerfacecolor="white",
                               label="thin, dashed, open marker:\nthe paper's, same colour"))
-    _legend(figure, handles)
+    add_legend(figure, handles)
     return figure
 
 
@@ -163,7 +163,7 @@ def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
     A thin line for each run; a large marker at the chosen epoch.
     """
     selected = any(len(curve.selection_epochs) for curve in curves)
-    figure = _figure(11 if selected else 7, 5.2)
+    figure = new_figure(11 if selected else 7, 5.2)
     axes = figure.subplots(1, 2 if selected else 1, squeeze=False)[0]
     for curve in curves:
         look = {"color": curve.style.color, "linestyle": curve.style.dashes, "linewidth": 1.0,
@@ -191,9 +191,9 @@ def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
         ax.set_xlabel("Epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     styles = {curve.label: curve.style for curve in curves}
-    _legend(figure, [Line2D([], [], color=style.color, marker=style.marker, markersize=5,
-                            linestyle=style.dashes, label=_wrap(label))
-                     for label, style in styles.items()])
+    add_legend(figure, [Line2D([], [], color=style.color, marker=style.marker, markersize=5,
+                               linestyle=style.dashes, label=wrap(label))
+                        for label, style in styles.items()])
     return figure
 
 
@@ -203,7 +203,7 @@ def curvature_figure(samples: Sequence[CurvatureSample], step: float) -> Figure:
     Boxes: quartiles; whiskers: the 5th and 95th percentile of what is shown. Values of zero or
     less lie beyond the left edge.
     """
-    figure = _figure(11, 1.9 + 0.6 * len(samples))
+    figure = new_figure(11, 1.9 + 0.6 * len(samples))
     left, right = figure.subplots(1, 2, sharey=True)
     _boxes(left, [sample.hessian for sample in samples], samples)
     left.set_title("Exact Hessian at the image")
@@ -211,7 +211,7 @@ def curvature_figure(samples: Sequence[CurvatureSample], step: float) -> Figure:
     _boxes(right, [sample.differences for sample in samples], samples)
     right.set_title("Finite differences around the image")
     right.set_xlabel(f"$\\Lambda$ of Eq. 21 at $t$ = {step:g}\n[1/pixel$^4$]")
-    left.set_yticks(range(len(samples)), [_wrap(sample.label) for sample in samples])
+    left.set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
     left.invert_yaxis()
     right.tick_params(axis="y", left=False)
     return figure
@@ -221,19 +221,18 @@ def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) ->
     """Clean and noisy features side by side, two rows of the table on a line."""
     columns = min(2, len(embeddings))
     lines = math.ceil(len(embeddings) / columns)
-    figure = _figure(5.7 * columns, 0.8 + 3.2 * lines)
+    figure = new_figure(5.7 * columns, 0.8 + 3.2 * lines)
     parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.04, hspace=0.04).flat
     for part, embedding in zip(parts, embeddings, strict=False):
-        part.suptitle(_wrap(embedding.label, 60), fontsize=11, fontweight="bold")
+        part.suptitle(wrap(embedding.label, 60), fontsize=11, fontweight="bold")
         clean, noisy = part.subplots(1, 2, sharex=True, sharey=True)
-        _scatter(clean, embedding.clean, embedding.classes)
+        scatter(clean, embedding.clean, embedding.classes)
         clean.set_title("clean")
         clean.set_ylabel("t-SNE 2 (no unit)")
-        _scatter(noisy, embedding.noisy, embedding.classes)
+        scatter(noisy, embedding.noisy, embedding.classes)
         noisy.set_title(f"noisy, std {embedding.noise_std:g}/255")
-    _legend(figure, [Line2D([], [], color=_class_look(c)[0], marker=_class_look(c)[1],
-                            linestyle="none", label=class_names.get(c, str(c)))
-                     for c in sorted({int(c) for e in embeddings for c in e.classes})], columns=5)
+    add_legend(figure, class_handles((int(c) for e in embeddings for c in e.classes),
+                                     class_names), columns=5)
     return figure
 
 
@@ -244,17 +243,20 @@ def save(figure: Figure, stem: pathlib.Path) -> None:
     figure.savefig(stem.with_suffix(".png"), dpi=DPI)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose parts make room for each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
 
-def _wrap(label: str, width: int = 30) -> str:
+def wrap(label: str, width: int = 30) -> str:
+    """A label over as many lines as it needs."""
     return textwrap.fill(label, width)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
+    """One legend below all panels, which get their grid and lose their upper right spines."""
     for ax in figure.axes:
         ax.set_axisbelow(True)
         if ax.get_xticks().size:
@@ -287,18 +289,27 @@ def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSa
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _class_look(index: int) -> tuple[str, str]:
+def class_look(index: int) -> tuple[str, str]:
+    """Colour and marker of a class."""
     return (_CLASS_COLORS[index % len(_CLASS_COLORS)],
             _CLASS_MARKERS[index % len(_CLASS_MARKERS)])
 
 
-def _scatter(ax: Axes, points: np.ndarray, classes: np.ndarray) -> None:
+def class_handles(classes: Iterable[int], class_names: dict[int, str]) -> list[Line2D]:
+    """The legend of a scatter plot by class."""
+    return [Line2D([], [], color=class_look(c)[0], marker=class_look(c)[1], linestyle="none",
+                   label=class_names.get(c, str(c))) for c in sorted(set(classes))]
+
+
+def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 9,
+            numbers: bool = True) -> None:
+    """Points of the plane [n, 2] by class, with the number of each class at its median."""
     for c in np.unique(classes):
-        color, marker = _class_look(int(c))
+        color, marker = class_look(int(c))
         # As an image: thousands of markers would make the SVG file, and the page, slow.
-        ax.scatter(*points[classes == c].T, s=9, color=color, marker=marker, linewidths=0,
+        ax.scatter(*points[classes == c].T, s=size, color=color, marker=marker, linewidths=0,
                    rasterized=True)
-    for c in np.unique(classes):
+    for c in np.unique(classes) if numbers else ():
         ax.annotate(str(c), np.median(points[classes == c], axis=0), ha="center", va="center",
                     fontsize=10, fontweight="bold",
                     path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")])

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import figures
+from experiments import figures, robustness_report
 from experiments.config import METHOD_LABELS
 from experiments.page import (
     Cell,
@@ -38,7 +38,7 @@ from experiments.page import (
     significant,
     with_spread,
 )
-from experiments.study import Run, Study, load_study
+from experiments.study import Run, Study, load_study, study_of_runs
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
@@ -80,6 +80,55 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     page = folder / "report.html"
     _write(page, html(study, sections, images))
     return page
+
+
+def write_figures(folders: Sequence[pathlib.Path], out: pathlib.Path | None) -> list[pathlib.Path]:
+    """Shows what the command ``figures`` measured of the runs in these folders.
+
+    The report of each study that runs belong to is written anew. Runs of no study are shown
+    together: PNG and SVG files, and ``figures.md`` with the tables and how to read them.
+
+    Args:
+      folders: of runs.
+      out: where the figures of runs of no study go; ``figures`` beside the first if None.
+
+    Returns:
+      Paths of the reports and of ``figures.md``.
+    """
+    studies, alone = group_by_study(folders)
+    written = [write_report(folder) for folder in studies]
+    if alone:
+        out = out or alone[0].parent / "figures"
+        sections = robustness_report.sections(study_of_runs(alone))
+        out.mkdir(parents=True, exist_ok=True)
+        for section in sections:
+            for picture in section.pictures:
+                figures.save(picture.figure, out / picture.name)
+        _write(out / "figures.md", "\n\n".join(
+            part for section in sections for part in _md_section(section, "")) + "\n")
+        written.append(out / "figures.md")
+    return written
+
+
+def group_by_study(folders: Sequence[pathlib.Path]
+                   ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The folders of the studies that these runs belong to, and the runs that belong to none.
+
+    Raises:
+      InputError: (a ValueError) if a study has no finished run.
+    """
+    studies: dict[pathlib.Path, set[str]] = {}
+    alone = []
+    folders = [folder.resolve() for folder in folders]
+    for folder in folders:
+        parent = folder.parent
+        if parent not in studies and (parent / "study.json").is_file():
+            studies[parent] = {run.folder.name for runs in load_study(parent).runs.values()
+                               for run in runs}
+        if folder.name not in studies.get(parent, ()):
+            alone.append(folder)
+    members = {folder.parent for folder in folders if folder not in alone}
+    return [parent for parent in studies if parent in members], alone
 
 
 # --- Numbers ---------------------------------------------------------------------------------
@@ -568,6 +617,7 @@ def _sections(study: Study) -> list[Section]:
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
+    sections += robustness_report.sections(study)
     sections.append(Section(
         "provenance", "How these numbers were made", "",
         (common_provenance_table(study), run_table(study), *configuration_tables(study))))
@@ -607,14 +657,16 @@ def markdown(study: Study, sections: Sequence[Section]) -> str:
     if comparisons(study):
         parts.append("\n".join(f"- {_md(text)}" for text in comparisons(study)))
     for section in sections:
-        parts.append(f"## {_md(section.heading)}")
-        if section.lead:
-            parts.append(_md(section.lead))
-        parts += [_md_table(table) for table in section.tables]
-        parts += [f"![{_md(picture.alt)}](figures/{picture.name}.png)\n\n"
-                  f"**{_md(picture.caption)}** {_md(picture.note)}"
-                  for picture in section.pictures]
+        parts += _md_section(section, "figures/")
     return "\n\n".join(parts) + "\n"
+
+
+def _md_section(section: Section, folder: str) -> list[str]:
+    """The paragraphs of a section whose figures are in ``folder``."""
+    return [f"## {_md(section.heading)}", *([_md(section.lead)] if section.lead else []),
+            *map(_md_table, section.tables),
+            *(f"![{_md(picture.alt)}]({folder}{picture.name}.png)\n\n"
+              f"**{_md(picture.caption)}** {_md(picture.note)}" for picture in section.pictures)]
 
 
 def _md_table(table: Table) -> str:

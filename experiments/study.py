@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -82,13 +83,34 @@ def load_study(folder: pathlib.Path) -> Study:
         methods=values["methods"], seeds=tuple(values["seeds"]),
         paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
         paper_rows=values["paper_rows"],
-        class_names={index: name if name == str(index) else f"{index} {name}"
-                     for index, name in enumerate(names)},
+        class_names=class_labels(names),
         runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
               for row in values["rows"]})
     if not study.all_finished():
         raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
     return study
+
+
+def study_of_runs(folders: Sequence[pathlib.Path]) -> Study:
+    """Runs that belong to no study, each a row of its own with its folder's name.
+
+    Where two have the same name, that of the folder above is before it.
+    """
+    names = [folder.name for folder in folders]
+    labels = {str(folder): folder.name if names.count(folder.name) == 1 else
+              f"{folder.parent.name}/{folder.name}" for folder in folders}
+    runs = {str(folder): (_load_run(folder, read_config(folder).seed),) for folder in folders}
+    return Study(
+        name="runs", title="Runs", note="", command="", commit="", labels=labels,
+        methods={row: run.config.method for row, (run,) in runs.items()},
+        seeds=tuple(sorted({run.seed for run, in runs.values()})), paper=None, paper_rows={},
+        class_names={}, runs=runs)
+
+
+def class_labels(names: Sequence[str]) -> dict[int, str]:
+    """Number and name of each class; the number alone where it is the name."""
+    return {index: name if name == str(index) else f"{index} {name}"
+            for index, name in enumerate(names)}
 
 
 def _load_run(folder: pathlib.Path, seed: int) -> Run:
