@@ -18,6 +18,7 @@ from experiments import (
     report,
     reproduce,
     robustness,
+    steps,
     training,
 )
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
@@ -181,6 +182,18 @@ class Figures(_OnRuns):
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps(_OnRuns):
+    """Study how Eq. 21 depends on its step, in float32 and float64."""
+
+    settings: Annotated[steps.StepSettings, tyro.conf.arg(name="")] = steps.StepSettings()
+
+    def __call__(self) -> None:
+        for folder, run in self._load():
+            steps.study_steps(run, self.settings, folder, folder.name)
+            print(f"The study is in {folder / 'steps.npz'}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write the report of a folder that `reproduce` made, from what is there."""
 
@@ -206,7 +219,7 @@ class Prepare:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "figures": Figures, "report": Report, "prepare": Prepare,
+    "steps": Steps, "figures": Figures, "report": Report, "prepare": Prepare,
 }
 
 

@@ -70,8 +70,7 @@ class CurvatureSample(NamedTuple):
 
     label: str
     style: Style
-    hessian: np.ndarray  # [n]; squared Frobenius norm of the pointwise Hessian
-    differences: np.ndarray  # [n]; Eq. 21
+    values: dict[str, np.ndarray]  # by measure, [n]
 
 
 class Embedding(NamedTuple):
@@ -197,23 +196,21 @@ def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
     return figure
 
 
-def curvature_figure(samples: Sequence[CurvatureSample], step: float) -> Figure:
+def curvature_figure(samples: Sequence[CurvatureSample], measures: dict[str, str]) -> Figure:
     """Box plots on a logarithmic axis of the lowest 90 % of each row's curvatures.
 
-    Boxes: quartiles; whiskers: the 5th and 95th percentile of what is shown. Values of zero or
-    less lie beyond the left edge.
+    A panel for each of ``measures``, whose words head it. Boxes: quartiles; whiskers: the 5th and
+    95th percentile of what is shown. Values of zero or less lie beyond the left edge.
     """
-    figure = new_figure(11, 1.9 + 0.6 * len(samples))
-    left, right = figure.subplots(1, 2, sharey=True)
-    _boxes(left, [sample.hessian for sample in samples], samples)
-    left.set_title("Exact Hessian at the image")
-    left.set_xlabel("Squared Frobenius norm $\\Vert H\\Vert_F^2$\n[1/pixel$^4$], Hutchinson")
-    _boxes(right, [sample.differences for sample in samples], samples)
-    right.set_title("Finite differences around the image")
-    right.set_xlabel(f"$\\Lambda$ of Eq. 21 at $t$ = {step:g}\n[1/pixel$^4$]")
-    left.set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
-    left.invert_yaxis()
-    right.tick_params(axis="y", left=False)
+    figure = new_figure(3 + 4 * len(measures), 1.9 + 0.6 * len(samples))
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for ax, (name, words) in zip(axes, measures.items(), strict=True):
+        _boxes(ax, [sample.values[name] for sample in samples], samples)
+        ax.set_title(words)
+        ax.set_xlabel("[1/pixel$^4$]")
+        ax.tick_params(axis="y", left=ax is axes[0])
+    axes[0].set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
+    axes[0].invert_yaxis()
     return figure
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import figures, robustness_report
+from experiments import figures, robustness_report, steps
 from experiments.config import METHOD_LABELS
 from experiments.page import (
     Cell,
@@ -43,8 +43,12 @@ from experiments.study import Run, Study, load_study, study_of_runs
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
 
-CURVATURES = ("frobenius_squared", "finite_difference")
-"""Of the curvature file; different quantities on a ReLU network."""
+CURVATURES = {
+    "frobenius_squared": "Exact Hessian",
+    "finite_difference": "Finite differences",
+    "smoothed_frobenius_squared": "Noise-averaged loss",
+}
+"""Columns of the curvature file; different quantities on a ReLU network."""
 
 PAPER_DRAWS = 10
 """Noise draws behind a number of the paper."""
@@ -346,25 +350,32 @@ def _accuracy_note(study: Study) -> str:
 
 
 def curvature_table(study: Study) -> Table:
-    """Medians and means of both curvatures over the images, by row."""
-    rows = []
+    """Medians and means of the curvatures over the images, by row."""
+    rows, measures = [], _measures(study)
     for row, runs in _curvature_runs(study).items():
         cells = [Cell(_over_seeds([_finite_statistic(statistic, run.curvature[key])
                                    for run in runs]))
-                 for key in CURVATURES for statistic in (np.median, np.mean)]
-        hidden = [str(_not_positive(runs, key)) for key in CURVATURES]
+                 for key in measures for statistic in (np.median, np.mean)]
+        hidden = [str(_not_positive(runs, key)) for key in measures]
         rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
     image_counts = listed(run.curvature["num_images"]
-                           for runs in _curvature_runs(study).values() for run in runs)
+                          for runs in _curvature_runs(study).values() for run in runs)
     return Table(
         "Curvature of the softmax loss in input space.",
-        ("Method", "Exact Hessian: median", "mean", "Finite differences: median", "mean",
+        ("Method", *(head for name in measures.values() for head in (f"{name}: median", "mean")),
          "Zero or less"), tuple(rows),
         f"All of the {image_counts} test images of each run, not only the lowest 90 %.",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
         "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
-        "show (zero, negative or not finite), exact Hessian / finite differences.")
+        f"show (zero, negative or not finite), {' / '.join(measures.values()).lower()}.")
+
+
+def _measures(study: Study) -> dict[str, str]:
+    """Those of CURVATURES that every run has."""
+    return {key: name for key, name in CURVATURES.items()
+            if all(key in run.curvature
+                   for runs in _curvature_runs(study).values() for run in runs)}
 
 
 def _finite_statistic(statistic: Callable, values: np.ndarray) -> float:
@@ -544,32 +555,39 @@ def training_picture(study: Study) -> Picture | None:
 
 
 def curvature_picture(study: Study) -> Picture:
-    """Box plots of both curvatures."""
-    found = _curvature_runs(study)
+    """Box plots of the curvatures."""
+    found, measures = _curvature_runs(study), _measures(study)
     # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
     samples = [figures.CurvatureSample(
         study.labels[row], figures.row_style(list(study.labels).index(row)),
-        *(np.concatenate([figures.lowest_share(run.curvature[key]) for run in runs])
-          for key in CURVATURES)) for row, runs in found.items()]
-    runs = [run for runs in found.values() for run in runs]
-    hidden = sum(int((~(values > 0)).sum()) for sample in samples
-                 for values in (sample.hessian, sample.differences))
-    total = sum(len(sample.hessian) + len(sample.differences) for sample in samples)
+        {key: np.concatenate([figures.lowest_share(run.curvature[key]) for run in runs])
+         for key in measures}) for row, runs in found.items()]
+    shown = [values for sample in samples for values in sample.values.values()]
+    hidden = sum(int((~(values > 0)).sum()) for values in shown)
+    facts = [run.curvature for runs in found.values() for run in runs]
+    step = listed(f"{one['step']:g}" for one in facts)
+    titles = {"frobenius_squared": "$\\Vert H\\Vert_F^2$ of the exact Hessian",
+              "finite_difference": f"$\\Lambda$ of Eq. 21 at $t$ = {step}"}
+    explained = ("the squared Frobenius norm of the Hessian at the image itself; the paper’s "
+                 "Eq. 21, which also counts the kinks of the ReLUs that its steps cross and may "
+                 "differ by orders of magnitude")
+    if "smoothed_frobenius_squared" in measures:
+        sigma = listed(f"{one['smoothing']:g}" for one in facts)
+        titles["smoothed_frobenius_squared"] = (
+            f"$\\Vert H_\\sigma\\Vert_F^2$ of the loss\naveraged over noise, $\\sigma$ = {sigma}")
+        explained += ("; and the squared Frobenius norm of the Hessian of the loss averaged over "
+                      "noise, in which jumps of the gradient to and fro cancel")
     return Picture(
-        "curvature", figures.curvature_figure(samples, runs[0].curvature["step"]),
+        "curvature", figures.curvature_figure(samples, titles),
         "Curvature of the softmax loss at clean test images: the lowest 90 % of each run, as in "
         "the paper’s Fig. 10.",
-        f"Two panels of box plots on a logarithmic axis, one box for each of {len(samples)} "
-        "methods. The curvature table holds medians and means.",
+        f"{len(measures)} panels of box plots on a logarithmic axis, one box for each of "
+        f"{len(samples)} methods. The curvature table holds medians and means.",
         f"How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
-        f"percentile. {hidden} of the {total} values are zero or negative and are not shown (they "
-        "lie beyond the left edge, but count for the boxes). The panels show different "
-        "quantities: left, the squared Frobenius norm of the Hessian at the image itself, from "
-        "exact Hessian-vector products; right, the paper’s Eq. 21, which also counts the kinks of "
-        "the ReLUs that its steps cross and may differ by orders of magnitude. Do not compare "
-        f"the panels. {listed(run.curvature['num_probes'] for run in runs)} random "
-        "probes for each image; derivatives with respect to "
-        f"{listed(run.curvature['with_respect_to'] for run in runs)}.")
+        f"percentile. {hidden} of the {sum(map(len, shown))} values are zero or negative and are "
+        "not shown (they lie beyond the left edge, but count for the boxes). The panels show "
+        f"different quantities, from left to right: {explained}. Do not compare the panels. "
+        f"Derivatives with respect to {listed(one['with_respect_to'] for one in facts)}.")
 
 
 def tsne_picture(study: Study) -> Picture | None:
@@ -617,6 +635,7 @@ def _sections(study: Study) -> list[Section]:
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
+    sections += [section for section in (steps.section(study),) if section]
     sections += robustness_report.sections(study)
     sections.append(Section(
         "provenance", "How these numbers were made", "",
@@ -745,8 +764,8 @@ def _row_json(study: Study, row: str) -> dict:
 
 def _curvature_json(curvature: dict) -> dict:
     values = {f"{key}_{name}": _finite_statistic(statistic, curvature[key])
-              for key in CURVATURES for name, statistic in (("median", np.median),
-                                                            ("mean", np.mean))}
+              for key in CURVATURES if key in curvature
+              for name, statistic in (("median", np.median), ("mean", np.mean))}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

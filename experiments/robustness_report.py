@@ -42,6 +42,8 @@ MEASURES = {
         "Exact Hessian", "Mean $\\Vert H\\Vert_F^2$ [1/pixel$^4$]"),
     "finite_difference": Measure(
         "Eq. 21 (finite differences)", "Mean $\\Lambda$ of Eq. 21 [1/pixel$^4$]"),
+    "smoothed_frobenius_squared": Measure(
+        "Noise-averaged loss", "Mean $\\Vert H_\\sigma\\Vert_F^2$ [1/pixel$^4$]"),
 }
 """Different quantities on a ReLU network."""
 

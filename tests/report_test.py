@@ -270,9 +270,10 @@ def test_significant_keeps_three_digits(value, text):
 
 def test_curvature_figure_bears_zeros_alone_and_values_that_are_not_finite(tmp_path):
     style = figures.row_style(0)
-    samples = [figures.CurvatureSample("zeros", style, np.zeros(5), np.zeros(5)),
-               figures.CurvatureSample("nan", style, np.full(5, np.nan), np.zeros(5))]
-    figures.save(figures.curvature_figure(samples, 1e-2), tmp_path / "figure")
+    samples = [figures.CurvatureSample(name, style, {"exact": values, "other": np.zeros(5)})
+               for name, values in (("zeros", np.zeros(5)), ("nan", np.full(5, np.nan)))]
+    titles = {"exact": "Exact", "other": "Other"}
+    figures.save(figures.curvature_figure(samples, titles), tmp_path / "figure")
     assert (tmp_path / "figure.png").stat().st_size
 
 
