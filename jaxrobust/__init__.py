@@ -1,22 +1,30 @@
 """Training image classifiers that keep their accuracy when inputs are noisy, in JAX.
 
-The names here need nothing but JAX and chex; ``jaxrobust.models``, ``methods``, ``training``,
-``evaluation``, ``data`` and ``checkpoints`` bring in Flax, Optax and Orbax.
+The names here need nothing but JAX, chex and matfree; ``jaxrobust.models``, ``methods``,
+``training``, ``evaluation``, ``data`` and ``checkpoints`` bring in Flax, Optax and Orbax.
 """
 
 from jaxrobust._validate import InputError
 from jaxrobust.centroids import Centroids, CentroidState, init_centroids, update_centroids
 from jaxrobust.curvature import (
     Estimate,
+    RitzValues,
     SmoothedCurvature,
+    SpectralDensity,
     Surface,
     finite_difference_curvature,
+    gauss_newton_gap,
+    hessian_trace,
     hvp,
+    leave_one_out_squared_frobenius,
     loss_surface,
     normalised_inputs,
     piecewise_linear_spectrum,
+    ritz_values,
     smoothed_curvature,
+    spectral_density,
     squared_frobenius,
+    top_eigenvalues,
 )
 from jaxrobust.geometry import (
     class_dispersion,
@@ -44,30 +52,38 @@ __all__ = [
     "Centroids",
     "Estimate",
     "InputError",
+    "RitzValues",
     "RobustLossConfig",
     "RobustLossTerms",
     "SmoothedCurvature",
+    "SpectralDensity",
     "Surface",
     "centroid_norm_loss",
     "class_dispersion",
     "class_margin",
     "compactness_loss",
     "finite_difference_curvature",
+    "gauss_newton_gap",
     "gaussian",
+    "hessian_trace",
     "hvp",
     "identity",
     "init_centroids",
+    "leave_one_out_squared_frobenius",
     "loss_surface",
     "margin_loss",
     "normalised_inputs",
     "per_example",
     "piecewise_linear_spectrum",
     "rescale_head",
+    "ritz_values",
     "robust_loss",
     "signed_boundary_distance",
     "smoothed_curvature",
+    "spectral_density",
     "squared_frobenius",
     "stability_loss",
+    "top_eigenvalues",
     "uniform",
     "update_centroids",
 ]

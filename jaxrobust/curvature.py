@@ -328,7 +328,7 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     def row(c):
         return pullback(jnp.broadcast_to(differences[c], logits.shape))[0].reshape(batch, -1)
 
-    jacobian = _stacked(row, num_classes - 1, 1)
+    jacobian = _stacked(row, num_classes - 1, -(-(num_classes - 1) // _UNROLLED))
     gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
     gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
 
@@ -727,9 +727,14 @@ def _stacked(function: Callable[[jax.Array], Any], length: int, chunk_size: int)
 
     numbers = jnp.arange(length)
     whole = iterations * chunk_size
-    zero, parts = jax.lax.scan(step, jnp.zeros((), numbers.dtype),
-                               numbers[:whole].reshape(-1, chunk_size), unroll=written_out)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), parts)
+    zero = jnp.zeros((), numbers.dtype)
+    if iterations == 1:
+        # A loop of one iteration is not written out, and as slow as any.
+        zero, stacked = step(zero, numbers[:whole])
+    else:
+        zero, parts = jax.lax.scan(step, zero, numbers[:whole].reshape(-1, chunk_size),
+                                   unroll=written_out)
+        stacked = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), parts)
     if whole == length:
         return stacked
     rest = jax.vmap(function)(numbers[whole:] + zero)
