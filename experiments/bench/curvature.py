@@ -3,8 +3,8 @@
     python -m experiments bench curvature
 
 Times are compared as ratios within one run: every contender computes the same quantity for the
-same images with the same weights, in turn. The network is a ResNet18 at its initialisation; no
-time depends on the weights.
+same images with the same weights, in turn. The network is a ResNet18 with random weights; no time
+depends on them.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ class Settings:
     large_batch_size: int = 16  # of networks wider than ``width`` or images larger than usual
 
 
-QUICK = Settings(num_probes=2, rounds=2, compared_widths=(4,), num_classes=3, image_size=16,
-                 width=4, classes=(2, 3), image_sizes=(16,), widths=(4,), memory_probes=(1, 2),
+QUICK = Settings(num_probes=2, rounds=2, compared_widths=(8,), num_classes=3, image_size=32,
+                 width=8, classes=(2, 3), image_sizes=(32,), widths=(8,), memory_probes=(1, 2),
                  batch_size=2, large_batch_size=2)
 """Shows that everything works, and nothing else."""
 
@@ -136,19 +136,28 @@ def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
 
 @functools.cache
 def make_problem(case: Case) -> Problem:
-    """A ResNet18 at its initialisation, and uniform noise as images."""
+    """A ResNet18 with random weights, and uniform noise as images."""
     model = create_model("resnet18", num_classes=case.num_classes, num_features=128,
                          width=case.width, mean=(0.5,) * 3, std=(0.25,) * 3)
-    images = jax.random.uniform(
-        jax.random.key(1), (case.batch_size, case.image_size, case.image_size, 3))
-    initialise = jax.jit(functools.partial(model.init, train=False))
-    return Problem(model, initialise(jax.random.key(0), images[:1]), images,
+    shape = (case.batch_size, case.image_size, case.image_size, 3)
+    draw = np.random.default_rng(0)
+
+    def weights(path, leaf):
+        if path[-1].key == "kernel":
+            bound = np.prod(leaf.shape[:-1])**-0.5
+            return jnp.asarray(draw.uniform(-bound, bound, leaf.shape), leaf.dtype)
+        return jnp.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
+
+    # Drawn here, as the model itself does: to compile that would take longer than most cases.
+    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0),
+                            jax.ShapeDtypeStruct(shape, jnp.float32))
+    return Problem(model, jax.tree_util.tree_map_with_path(weights, shapes),
+                   jnp.asarray(draw.uniform(size=shape), jnp.float32),
                    jnp.arange(case.batch_size) % case.num_classes)
 
 
-@functools.cache
-def make_program(case: Case, contender: str, num_probes: int) -> Program:
-    """Compiles a contender of this library: "spectrum", "eq21" or "frobenius"."""
+def lower(case: Case, contender: str, num_probes: int) -> tuple[jax.stages.Lowered, tuple]:
+    """A contender of this library, "spectrum", "eq21" or "frobenius", and its arguments."""
     problem = make_problem(case)
 
     def compute(variables, images, labels, key):
@@ -166,8 +175,15 @@ def make_program(case: Case, contender: str, num_probes: int) -> Program:
         return curvature.squared_frobenius(loss, images, key, num_probes=num_probes)
 
     arguments = (problem.variables, problem.images, problem.labels, jax.random.key(2))
+    return jax.jit(compute).lower(*arguments), arguments
+
+
+@functools.cache
+def make_program(case: Case, contender: str, num_probes: int) -> Program:
+    """Compiles a contender of this library."""
     start = time.perf_counter()
-    compiled = jax.jit(compute).lower(*arguments).compile()
+    lowered, arguments = lower(case, contender, num_probes)
+    compiled = lowered.compile()
     return Program(lambda: jax.block_until_ready(compiled(*arguments)),
                    time.perf_counter() - start,
                    compiled.memory_analysis().temp_size_in_bytes)
@@ -191,20 +207,30 @@ def _torch():
 
 def make_torch_call(case: Case, num_probes: int, *, channels_last: bool
                     ) -> Callable[[], object]:
-    """Eq. 21 in PyTorch for the same weights and images, on as many cores as JAX uses."""
+    """Eq. 21 in PyTorch for the same weights and images.
+
+    On as many threads as JAX has cores, or on one if that is faster: PyTorch's wait for each
+    other by spinning, which makes it many times slower where cores are shared with others.
+    """
     from experiments.bench import torch_peer
 
     torch = _torch()
     problem = make_problem(case)
-    torch.set_num_threads(timing.cores())
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module = torch_peer.convert(problem.model, problem.variables).to(device, memory_format=layout)
     images = torch_peer.to_torch(np.asarray(problem.images)).to(device, memory_format=layout)
     labels = torch.from_numpy(np.asarray(problem.labels, np.int64)).to(device)
-    return lambda: torch_peer.finite_difference_curvature(
-        module, images, labels, lambda _: torch.randn_like(images), step=STEP,
-        num_probes=num_probes).cpu()
+    def compute(num_threads, num_probes):
+        torch.set_num_threads(num_threads)
+        return torch_peer.finite_difference_curvature(
+            module, images, labels, lambda _: torch.randn_like(images), step=STEP,
+            num_probes=num_probes).cpu()
+
+    trials = {number: functools.partial(compute, number, 1) for number in {1, timing.cores()}}
+    seconds = timing.in_turn(trials, 1)
+    num_threads = min(trials, key=lambda number: seconds[number])
+    return functools.partial(compute, num_threads, num_probes)
 
 
 def crossover(classes: Sequence[int], exact: Sequence[float], sampled: Sequence[float]
@@ -290,6 +316,8 @@ def _measure_case(case: Case, settings: Settings, names: Sequence[str],
         **case._asdict(),
         "ms_per_image": {name: {**timing.summarise(values)._asdict(), "rounds": values}
                          for name, values in times.items()},
+        "torch_threads": {name: call.args[0] for name, call in calls.items()
+                          if name.startswith("torch")},
         "compile_seconds": {name: p.compile_seconds for name, p in programs.items()},
         "temp_bytes": {name: p.temp_bytes for name, p in programs.items()},
     }

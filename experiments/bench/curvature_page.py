@@ -1,5 +1,6 @@
 """The tables and figures of ``bench curvature``, from its numbers."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib import ticker
@@ -43,7 +44,7 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
     load = provenance["load_average"]
     parts = [
         "# Curvature: time and memory",
-        "ResNet18 (128 features, weights at initialisation, batch norm in evaluation mode) on "
+        "ResNet18 (128 features, random weights, batch norm in evaluation mode) on "
         f"{settings['image_size']} x {settings['image_size']} x 3 images, "
         f"C = {settings['num_classes']}, K = {settings['num_probes']} probes, unless a table says "
         f"otherwise. Times: {settings['rounds']} rounds, every contender in turn in each, after "
@@ -56,7 +57,7 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
         f"largest ratio of a single round. PyTorch: {result['torch']}.",
         "## Times of the comparison",
         _comparison(result),
-        "Milliseconds per image: median [quartiles].",
+        "Milliseconds per image: median [quartiles]." + _threads_text(result),
         "## Cost against C, image size and width",
         "![Three panels with logarithmic axes: milliseconds per image against the number of "
         "classes, the image size and the width of the network, a line each for the exact "
@@ -110,12 +111,13 @@ def cost_figure(swept: Mapping[str, Sequence[Mapping]]) -> Figure:
             _line(ax, index, sizes, [time["median"] for time in times], yerr=[
                 [time["median"] - time["lower_quartile"] for time in times],
                 [time["upper_quartile"] - time["median"] for time in times]])
-        ax.set_xscale("log")
         ax.set_yscale("log")
         _ticks(ax, sizes)
         ax.set_xlabel(SIZES[name])
         ax.set_title(_fixed(name, cases), fontsize=10)
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     panels[0].set_ylabel("Time [ms per image]")
     _legend(figure, panels[0])
     return figure
@@ -129,7 +131,6 @@ def memory_figure(memory: Sequence[Mapping]) -> Figure:
     for index, contender in enumerate(CONTENDERS):
         if contender in memory[0]:
             _line(ax, index, probes, [row[contender] / _MIB for row in memory])
-    ax.set_xscale("log")
     _ticks(ax, probes)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("Number of probes K")
@@ -144,6 +145,12 @@ def _comparison(result: Mapping) -> str:
     return _table(
         ("Contender", *(f"Width {case['width']}, {case['batch_size']} images" for case in cases)),
         [(LABELS[name], *(_time(case, name) for case in cases)) for name in names])
+
+
+def _threads_text(result: Mapping) -> str:
+    threads = sorted({number for case in result["cases"]
+                      for number in case["torch_threads"].values()})
+    return f" PyTorch ran on {' or '.join(map(str, threads))} thread(s)." if threads else ""
 
 
 def _sweep(name: str, cases: Sequence[Mapping]) -> str:
@@ -180,12 +187,13 @@ def _memory(memory: Sequence[Mapping]) -> str:
 
 def _memory_text(result: Mapping) -> str:
     memory = result["memory"]
-    growth = ", ".join(
-        f"{LABELS[name]} {memory[-1][name] / memory[0][name]:.2f}"
-        for name in CONTENDERS if name in memory[0])
-    return ("Working memory of the compiled program, images and weights not counted. From "
-            f"{memory[0]['num_probes']} to {memory[-1]['num_probes']} probes it grows by a factor "
-            f"of: {growth}.")
+    growth = "; ".join(
+        f"from {first['num_probes']} to {last['num_probes']} probes " + ", ".join(
+            f"{LABELS[name]} × {last[name] / first[name]:.2f}"
+            for name in CONTENDERS if name in first)
+        for first, last in itertools.pairwise(memory))
+    return ("Working memory of the compiled program, images and weights not counted. It grows "
+            f"{growth}.")
 
 
 def _time(case: Mapping, contender: str) -> str:
@@ -219,7 +227,12 @@ def _line(ax: Axes, index: int, x: Sequence[float], y: Sequence[float], yerr=Non
 
 
 def _ticks(ax: Axes, values: Sequence[int]) -> None:
-    ax.set_xticks(values, [str(value) for value in values])
+    """A logarithmic axis that names the values measured, but not two that would overlap."""
+    ax.set_xscale("log")
+    ax.set_xlim(values[0] / 1.25, values[-1] * 1.25)
+    named = [values[0]]
+    named += [value for before, value in itertools.pairwise(values) if value > 1.2 * before]
+    ax.set_xticks(named, [str(value) for value in named])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.set_axisbelow(True)
     ax.grid(color="#D9D9D9", linewidth=0.6)

@@ -39,8 +39,9 @@ class ResNet18(nn.Module):
     def __init__(self, *, num_classes: int, mean: Sequence[float], std: Sequence[float],
                  num_features: int, width: int):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(
+                name, torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1))
         self.stem_conv = nn.Conv2d(len(mean), width, 3, 1, 1, bias=False)
         self.stem_bn = nn.BatchNorm2d(width)
         self.blocks = []
@@ -84,7 +85,7 @@ def convert(model: Any, variables: Mapping[str, Any]) -> ResNet18:
     for name, buffer in module.named_buffers():
         if name in ("mean", "std") or name.endswith("num_batches_tracked"):
             state[name] = buffer
-    module.load_state_dict(state)
+    module.to(state["head.weight"].dtype).load_state_dict(state)
     return module.eval().requires_grad_(False)
 
 
