@@ -42,7 +42,7 @@ def test_pytorch_computes_the_same_logits_and_eq_21():
     # Biases, scales and statistics as of a trained network: before, they are 0 or 1 throughout.
     draw = np.random.default_rng(1)
     variables = jax.tree.map(
-        lambda leaf: jnp.asarray(np.float64(leaf) + draw.uniform(-0.3, 0.3, leaf.shape)),
+        lambda leaf: jnp.asarray(np.float64(leaf) + draw.uniform(-0.1, 0.1, leaf.shape)),
         problem.variables)
     images, labels = problem.images.astype(jnp.float64), problem.labels
 
