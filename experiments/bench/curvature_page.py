@@ -57,12 +57,14 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
         f"largest ratio of a single round. PyTorch: {result['torch']}.",
         "## Times of the comparison",
         _comparison(result),
+        _load_text(provenance),
         "Milliseconds per image: median [quartiles]." + _threads_text(result),
         "## Cost against C, image size and width",
         "![Three panels with logarithmic axes: milliseconds per image against the number of "
         "classes, the image size and the width of the network, a line each for the exact "
         "spectrum, Eq. 21 and exact products. The tables hold the numbers.](cost.png)",
         *(_sweep(name, cases) for name, cases in swept.items()),
+        _loop_text(result, swept["num_classes"]),
         _crossover_text(result),
         "## Memory against the number of probes",
         "![Working memory in MiB against the number of probes, a line each for exact products "
@@ -81,7 +83,7 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
             ("Versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())),
         ]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def ratio_table(result: Mapping) -> str:
@@ -147,6 +149,14 @@ def _comparison(result: Mapping) -> str:
         [(LABELS[name], *(_time(case, name) for case in cases)) for name in names])
 
 
+def _load_text(provenance: Mapping) -> str:
+    before = provenance["load_average"][0]
+    if before is None or before <= provenance["cores"] / 2:
+        return ""
+    return (f"**The machine was busy before it began (load {before:g} on {provenance['cores']} "
+            "cores): these times are disturbed.**")
+
+
 def _threads_text(result: Mapping) -> str:
     threads = sorted({number for case in result["cases"]
                       for number in case["torch_threads"].values()})
@@ -161,6 +171,16 @@ def _sweep(name: str, cases: Sequence[Mapping]) -> str:
          *(significant(case["temp_bytes"][c] / _MIB) for c in CONTENDERS),
          f"{case['compile_seconds']['spectrum']:.1f}")
         for case in cases])
+
+
+def _loop_text(result: Mapping, cases: Sequence[Mapping]) -> str:
+    """On the number of classes where loops are no longer written out on CPUs, if measured."""
+    times = {case["num_classes"]: case["ms_per_image"]["spectrum"]["median"] for case in cases}
+    if result["provenance"]["platform"] != "cpu" or not {65, 66} <= times.keys():
+        return ""
+    return ("On CPUs loops of up to 64 iterations are written out, and XLA runs convolutions in "
+            "longer ones slowly: the exact spectrum takes "
+            f"{times[66] / times[65]:.1f} times as long at C = 66 as at C = 65.")
 
 
 def _crossover_text(result: Mapping) -> str:
@@ -192,7 +212,7 @@ def _memory_text(result: Mapping) -> str:
             f"{LABELS[name]} × {last[name] / first[name]:.2f}"
             for name in CONTENDERS if name in first)
         for first, last in itertools.pairwise(memory))
-    return ("Working memory of the compiled program, images and weights not counted. It grows "
+    return ("Working memory of the compiled program, images and weights not counted. It changes "
             f"{growth}.")
 
 
@@ -230,8 +250,10 @@ def _ticks(ax: Axes, values: Sequence[int]) -> None:
     """A logarithmic axis that names the values measured, but not two that would overlap."""
     ax.set_xscale("log")
     ax.set_xlim(values[0] / 1.25, values[-1] * 1.25)
-    named = [values[0]]
-    named += [value for before, value in itertools.pairwise(values) if value > 1.2 * before]
+    named = values[:1]
+    for value in values[1:]:
+        if value > 1.35 * named[-1]:
+            named = [*named, value]
     ax.set_xticks(named, [str(value) for value in named])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
     ax.set_axisbelow(True)
