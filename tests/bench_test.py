@@ -46,6 +46,7 @@ def test_pytorch_computes_the_same_logits_and_eq_21():
         problem.variables)
     images, labels = problem.images.astype(jnp.float64), problem.labels
 
+    @jax.jit
     def logits(x):
         return model.apply(variables, x, train=False).logits
 
@@ -55,9 +56,9 @@ def test_pytorch_computes_the_same_logits_and_eq_21():
     np.testing.assert_allclose(module(converted).numpy(), logits(images), rtol=1e-10)
 
     key, num_probes = jax.random.key(2), 3
-    ours = curvature.finite_difference_curvature(
+    ours = jax.jit(lambda images: curvature.finite_difference_curvature(
         lambda x: softmax_cross_entropy_with_integer_labels(logits(x), labels), images, key,
-        step=STEP, num_probes=num_probes).value
+        step=STEP, num_probes=num_probes).value)(images)
     # The probes as the documentation of `squared_frobenius` says they are drawn.
     probes = [jnp.stack([jax.random.normal(
         jax.random.fold_in(jax.random.fold_in(key, k), i), images.shape[1:], images.dtype)
