@@ -12,6 +12,7 @@ import absl.logging
 import tyro
 
 from experiments import (
+    bench,
     curvature,
     evaluation,
     prepare,
@@ -217,9 +218,27 @@ class Prepare:
         print(prepare.prepare(self.dataset, self.data_dir.expanduser()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure the library's speed and memory as ratios, all in one run on this machine."""
+
+    benchmark: Positional[str]
+    """"curvature"."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/bench-BENCHMARK if none is given."""
+    quick: bool = False
+    """Only show that it works: tiny networks and two rounds, whose numbers say nothing."""
+
+    def __call__(self) -> None:
+        bench.check_name(self.benchmark)
+        folder = self.out or pathlib.Path("runs") / f"bench-{self.benchmark}"
+        print(bench.run(self.benchmark, folder, quick=self.quick))
+        print(f"The results are in {folder}")
+
+
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "steps": Steps, "figures": Figures, "report": Report, "prepare": Prepare,
+    "steps": Steps, "figures": Figures, "report": Report, "prepare": Prepare, "bench": Bench,
 }
 
 

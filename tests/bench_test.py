@@ -1,0 +1,181 @@
+"""The benchmarks: what they compare computes the same, and their numbers are what they say."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax.losses import softmax_cross_entropy_with_integer_labels
+
+from experiments import __main__ as cli
+from experiments import bench, runs
+from experiments.bench import curvature as curvature_bench
+from experiments.bench import timing
+from jaxrobust import curvature
+
+STEP = 1e-2
+
+
+def call(*arguments):
+    """What a user's command line does: exit status 0 or that of SystemExit."""
+    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = previous
+    return 0
+
+
+@pytest.mark.usefixtures("enable_x64")
+def test_pytorch_computes_the_same_logits_and_eq_21():
+    torch = pytest.importorskip("torch")
+    from experiments.bench import torch_peer
+
+    torch.set_num_threads(1)
+    problem = curvature_bench.make_problem(
+        curvature_bench.Case(num_classes=3, image_size=16, width=4, batch_size=2))
+    model = problem.model.clone(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), dtype=jnp.float64)
+    # Biases, scales and statistics as of a trained network: before, they are 0 or 1 throughout.
+    draw = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(np.float64(leaf) + draw.uniform(-0.1, 0.1, leaf.shape)),
+        problem.variables)
+    images, labels = problem.images.astype(jnp.float64), problem.labels
+
+    @jax.jit
+    def logits(x):
+        return model.apply(variables, x, train=False).logits
+
+    module = torch_peer.convert(model, variables)
+    assert not module.training and module.head.weight.dtype == torch.float64
+    converted = torch_peer.to_torch(np.asarray(images))
+    np.testing.assert_allclose(module(converted).numpy(), logits(images), rtol=1e-10)
+
+    key, num_probes = jax.random.key(2), 3
+    ours = jax.jit(lambda images: curvature.finite_difference_curvature(
+        lambda x: softmax_cross_entropy_with_integer_labels(logits(x), labels), images, key,
+        step=STEP, num_probes=num_probes).value)(images)
+    # The probes as the documentation of `squared_frobenius` says they are drawn.
+    probes = [jnp.stack([jax.random.normal(
+        jax.random.fold_in(jax.random.fold_in(key, k), i), images.shape[1:], images.dtype)
+        for i in range(len(images))]) for k in range(num_probes)]
+    theirs = torch_peer.finite_difference_curvature(
+        module, converted, torch.tensor(np.asarray(labels)),
+        lambda k: torch_peer.to_torch(np.asarray(probes[k])), step=STEP, num_probes=num_probes)
+    assert np.all(ours > 1e-6)
+    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-8)
+
+
+@pytest.mark.parametrize("contender", ["frobenius", "eq21"])
+def test_memory_does_not_grow_with_the_probes(contender):
+    case = curvature_bench.Case(num_classes=3, image_size=32, width=16, batch_size=8)
+    # Machine code that is not optimised is made in half the time and needs the same memory.
+    few, many = (
+        curvature_bench.lower(case, contender, number)[0]
+        .compile({"xla_backend_optimization_level": 0}).memory_analysis().temp_size_in_bytes
+        for number in (2, 20))
+    assert 0 < many <= 1.3 * few
+
+
+@pytest.fixture(name="measured", scope="module", params=["as installed", "without PyTorch"])
+def _measured(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "curvature"
+    with pytest.MonkeyPatch.context() as patch:
+        # Its threads wait for each other by spinning, for seconds where cores are shared.
+        patch.setattr(timing, "cores", lambda: 1)
+        if request.param == "without PyTorch":
+            patch.setattr(curvature_bench.importlib.util, "find_spec", lambda name: None)
+        assert call("bench", "curvature", "--quick", "--out", folder) == 0
+    return folder, runs.read_json(folder / "bench.json")
+
+
+def test_ratios_are_the_quotients_of_the_times(measured):
+    _, result = measured
+    by_width = {(case["width"], case["num_classes"]): case["ms_per_image"]
+                for case in result["cases"]}
+    checked = 0
+    for row in result["ratios"]:
+        if "not_measured" in row:
+            continue
+        times = by_width[row["width"], result["settings"]["num_classes"]]
+        above, below = (times[row[side]] for side in ("numerator", "denominator"))
+        assert row["numerator_ms"] == above["median"] == np.median(above["rounds"])
+        assert row["denominator_ms"] == below["median"] == np.median(below["rounds"])
+        np.testing.assert_allclose(row["ratio"], row["numerator_ms"] / row["denominator_ms"])
+        by_round = np.divide(above["rounds"], below["rounds"])
+        assert (row["smallest"], row["largest"]) == (by_round.min(), by_round.max())
+        assert row["met"] == {"at least": row["ratio"] >= row["target"],
+                              "at most": row["ratio"] <= row["target"]}[row["bound"]]
+        checked += 1
+    assert checked >= 4
+
+
+def test_a_further_probe_is_the_rest_of_the_time_shared_out(measured):
+    _, result = measured
+    times = result["cases"][0]["ms_per_image"]
+    for name in ("eq21", "frobenius"):
+        shared = np.subtract(times[name]["rounds"], times[f"{name}_one"]["rounds"])
+        np.testing.assert_allclose(times[f"{name}_marginal"]["rounds"],
+                                   shared / (result["settings"]["num_probes"] - 1))
+
+
+def test_pytorch_is_compared_with_where_it_is_and_named_where_it_is_not(measured):
+    folder, result = measured
+    peers = [row for row in result["ratios"] if row["numerator"].startswith("torch")]
+    assert len(peers) == 2
+    page = (folder / "bench.md").read_text()
+    if result["torch"] == "measured":
+        assert all(row["ratio"] > 0 for row in peers)
+        assert "torch" in result["provenance"]["versions"]
+    else:
+        assert [row["not_measured"] for row in peers] == [result["torch"]] * 2
+        assert "not measured" in page and "PyTorch is not installed" in page
+
+
+def test_the_page_and_its_figures_are_written_with_their_origin(measured):
+    folder, result = measured
+    page = (folder / "bench.md").read_text()
+    assert result["provenance"]["commit"] in page and jax.__version__ in page
+    for row in result["ratios"]:
+        assert "not_measured" in row or f"| {row['ratio']:.2f} |" in page
+    for name in ("cost", "memory"):
+        assert f"({name}.png)" in page
+        assert (folder / f"{name}.png").is_file() and (folder / f"{name}.svg").is_file()
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert call("bench", "curvature", "--quick", "--out", tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unknown_benchmark_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("bench", "curvatur") == 2
+    assert capsys.readouterr().err == (
+        "error: Unknown benchmark 'curvatur'. Did you mean 'curvature'? "
+        f"Expected one of: {', '.join(bench.BENCHMARKS)}.\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_contenders_take_turns_and_another_one_begins_each_round():
+    order = []
+    times = timing.in_turn({name: functools.partial(order.append, name) for name in "abc"}, 2)
+    calls = {name: (order.count(name) - 1) // 2 for name in "abc"}
+    # An untimed call of each, then two rounds; so short a call is made many times in its turn.
+    assert min(calls.values()) > 1
+    assert order == list("abc") + [name for name in "abcbca" for _ in range(calls[name])]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_the_crossover_is_where_the_two_times_meet():
+    # As powers of C: the exact form's times are C, the sampled one's always 30.
+    assert curvature_bench.crossover((10, 20, 50, 100), (10, 20, 50, 100), (30,) * 4) == (
+        pytest.approx(30))
+    assert curvature_bench.crossover((10, 20), (10, 20), (30, 30)) is None
+    assert curvature_bench.crossover((10, 20), (40, 80), (30, 30)) == 10
