@@ -16,6 +16,7 @@ from experiments.recipes import RECIPES
 from experiments.study import Run, Study
 from jaxrobust import curvature as measures
 from jaxrobust import data
+from jaxrobust.data.augment import to_float
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -67,7 +68,7 @@ def images_and_functions(run, count=10):
     split = run.dataset.test
     loss, logits = curvature.losses_of(
         run.model, training.variables_of(run.state), jnp.asarray(split.labels[:count]))
-    return jnp.asarray(split.images[:count], jnp.float32), loss, logits
+    return to_float(jnp.asarray(split.images[:count])), loss, logits
 
 
 def test_the_columns_are_the_curvatures_of_each_image(run, table):
