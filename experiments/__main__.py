@@ -11,7 +11,7 @@ from typing import Annotated, Union
 import absl.logging
 import tyro
 
-from experiments import curvature, evaluation, prepare, report, reproduce, training
+from experiments import curvature, evaluation, prepare, report, reproduce, theory, training
 from experiments.config import Evaluation, InputError, RunConfig, read_config
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
@@ -140,6 +140,19 @@ class Curvature(_OnRuns):
 
 
 @dataclasses.dataclass(frozen=True)
+class Theory(_OnRuns):
+    """Check the paper's propositions and theorems on finished runs, and print what was found."""
+
+    settings: Annotated[theory.TheorySettings, tyro.conf.arg(name="")] = theory.TheorySettings()
+
+    def __call__(self) -> None:
+        for folder, run in self._load():
+            claims = theory.measure_theory(run, self.settings, folder, folder.name)
+            print(theory.table_text(claims))
+            print(f"This and more is in {folder / 'theory.json'}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write the report of a folder that `reproduce` made, from what is there."""
 
@@ -165,7 +178,7 @@ class Prepare:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "report": Report, "prepare": Prepare,
+    "theory": Theory, "report": Report, "prepare": Prepare,
 }
 
 
