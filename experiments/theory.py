@@ -40,6 +40,8 @@ SEED = 0
 BATCH_SIZE = 64
 """Of what takes derivatives."""
 FORWARD_BATCH_SIZE = 250
+_SMOOTHED_GROUP = 8
+"""Pairs of draws in one call: compiling more of them takes minutes on CPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,8 @@ class TheorySettings:
     """Of the test images, the first so many have Theorem 6.1 checked, image by image."""
     num_draws: int = 100
     """Draws of the noise for each image: eta, l_out and the change of the loss."""
-    smoothed_draws: int = 32
-    """Pairs of draws for each image: curvature of the noise-averaged loss."""
+    smoothed_draws: int = 64
+    """Pairs of draws for each image, a multiple of 8: curvature of the noise-averaged loss."""
     test_size: int | None = None
     """Test images, drawn by class at random with seed 0; none for all."""
     train_size: int | None = 5000
@@ -71,7 +73,10 @@ class TheorySettings:
 
     def __post_init__(self):
         _validate.in_range("num_draws", self.num_draws, 2)
-        _validate.in_range("smoothed_draws", self.smoothed_draws, 3)
+        _validate.in_range("smoothed_draws", self.smoothed_draws, _SMOOTHED_GROUP)
+        if self.smoothed_draws % _SMOOTHED_GROUP:
+            raise InputError(f"Expected smoothed_draws={self.smoothed_draws} to be a multiple of "
+                             f"{_SMOOTHED_GROUP}.")
         for name in ("nus", "radii", "rho_shares"):
             if not getattr(self, name):
                 raise InputError(f"Expected {name} to hold at least one number.")
@@ -125,7 +130,8 @@ def measure_theory(
                        open_high=False)
     train_split = _training_images(run, settings.train_size)
     batches = -(-settings.num_images // BATCH_SIZE)
-    with progress(f"{label}, theory", batches * (settings.num_draws + 3) + 5) as shown:
+    with progress(f"{label}, theory", batches * (
+            settings.num_draws + settings.smoothed_draws + 1) + 5) as shown:
         train, test = _layers_of(run, train_split), _layers_of(run, test_split)
         shown.advance()
         claims: list[Claim] = []
@@ -366,21 +372,26 @@ def _pointwise(model, variables, images, labels):
         "largest_logit": jnp.max(jnp.abs(logits), axis=1)}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sigma", "num_draws"))
-def _smoothed(model, variables, images, labels, key, indices, *, sigma, num_draws):
-    """Hessian and gradient of the noise-averaged loss."""
+@functools.partial(jax.jit, static_argnames=("model", "sigma"))
+def _smoothed(model, variables, images, labels, key, indices, *, sigma):
+    """Hessian and gradient of the noise-averaged loss, from one group of draws."""
     def loss(x):
         return _softmax_losses(model.apply(variables, x, train=False).logits, labels)
 
-    settings = {"sigma": sigma, "num_draws": num_draws, "indices": indices}
+    settings = {"sigma": sigma, "num_draws": _SMOOTHED_GROUP, "indices": indices}
     smooth = curvature.smoothed_curvature(loss, images, key, **settings)
     gradient = theory.smoothed_gradient_norm_squared(loss, images, key, **settings)
-    return {
-        "smoothed_hessian": smooth.squared_frobenius.value,
-        "smoothed_hessian_standard_error": smooth.squared_frobenius.standard_error,
-        "smoothed_hessian_trace": smooth.trace.value,
-        "smoothed_gradient_norm_squared": gradient.value,
-        "smoothed_gradient_norm_squared_standard_error": gradient.standard_error}
+    return {"smoothed_hessian": smooth.squared_frobenius, "smoothed_hessian_trace": smooth.trace,
+            "smoothed_gradient_norm_squared": gradient}
+
+
+def _mean_of_groups(groups: Sequence[dict[str, curvature.Estimate]]) -> dict[str, np.ndarray]:
+    """The mean of independent estimates, with its standard error."""
+    mean = {name: np.mean([group[name].value for group in groups], axis=0) for name in groups[0]}
+    errors = {f"{name}_standard_error": np.sqrt(np.sum(
+        [np.square(group[name].standard_error) for group in groups], axis=0)) / len(groups)
+        for name in groups[0]}
+    return mean | errors
 
 
 def _curvature_columns(run, split, settings, shown):
@@ -397,9 +408,13 @@ def _curvature_columns(run, split, settings, shown):
         batch = to_float(jnp.asarray(images[rows])), jnp.asarray(labels[rows])
         measured = _pointwise(run.model, variables, *batch)
         shown.advance()
-        measured |= _smoothed(run.model, variables, *batch, smooth_key, jnp.asarray(rows),
-                              sigma=sigma, num_draws=settings.smoothed_draws)
-        shown.advance(2)
+        groups = []
+        for number in range(settings.smoothed_draws // _SMOOTHED_GROUP):
+            groups.append(jax.device_get(_smoothed(
+                run.model, variables, *batch, jax.random.fold_in(smooth_key, number),
+                jnp.asarray(rows), sigma=sigma)))
+            shown.advance(_SMOOTHED_GROUP)
+        measured |= _mean_of_groups(groups)
         for name, values in measured.items():
             columns.setdefault(name, []).append(np.asarray(values))
         # A call a draw: XLA's convolutions in loops are slow on CPUs.
