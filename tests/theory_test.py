@@ -51,7 +51,7 @@ def kinky_loss():
                             dtype=jnp.float64)
     images = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), jnp.float64)
     with jax.numpy_dtype_promotion("standard"):
-        variables = model.init(jax.random.key(1), images, train=False)
+        variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
     variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
 
     def loss(images):
@@ -223,18 +223,17 @@ def test_the_hermite_inequality_holds_at_a_kink_in_closed_form():
 
 def test_the_hermite_inequality_holds_on_a_network_with_kinks(enable_x64):
     loss, images = kinky_loss()
-    for sigma in (0.1, 0.5):
-        settings = {"sigma": sigma, "num_draws": 1000, "chunk_size": 1000}
-        smooth = curvature.smoothed_curvature(loss, images, jax.random.key(1), **settings)
-        slope = theory.smoothed_gradient_norm_squared(loss, images, jax.random.key(2), **settings)
-        found = theory.feature_stability(
-            lambda x: x.reshape(3, -1), loss, images, jax.random.key(3), sigma=sigma, delta=1.0,
-            num_draws=20_000, chunk_size=20_000)
-        bound = theory.smoothed_curvature_bound(found.variance.value, sigma, slope.value)
-        assert np.all(smooth.squared_frobenius.value < 1.02 * bound)
-        # What Eq. 15 uses is the weaker one, without the gradient.
-        assert np.all(smooth.squared_frobenius.value
-                      < 2 / sigma**4 * found.squared_change.value)
+    sigma = 0.3
+    settings = {"sigma": sigma, "num_draws": 300, "chunk_size": 300}
+    smooth = curvature.smoothed_curvature(loss, images, jax.random.key(1), **settings)
+    slope = theory.smoothed_gradient_norm_squared(loss, images, jax.random.key(2), **settings)
+    found = theory.feature_stability(
+        lambda x: x.reshape(3, -1), loss, images, jax.random.key(3), sigma=sigma, delta=1.0,
+        num_draws=4000, chunk_size=4000)
+    bound = theory.smoothed_curvature_bound(found.variance.value, sigma, slope.value)
+    assert np.all(smooth.squared_frobenius.value
+                  < bound + 4 * smooth.squared_frobenius.standard_error)
+    assert np.all(bound < 2 / sigma**4 * found.squared_change.value)
 
 
 def test_the_pointwise_hessian_can_be_above_what_only_the_smoothed_one_cannot(enable_x64):
@@ -444,7 +443,7 @@ def test_propositions_51_and_52_where_both_losses_are_trained_to_zero():
     delta_v, delta_d, num_classes = 0.5, 2.0, 3  # delta_d > 2 delta_v
     labels = jnp.arange(18) % num_classes
     keys = jax.random.split(jax.random.key(0), 2)
-    parameters = (2 * jax.random.normal(keys[0], (18, 2)), jax.random.normal(keys[1], (2, 3)),
+    parameters = (2 * jax.random.normal(keys[0], (18, 4)), jax.random.normal(keys[1], (4, 3)),
                   jnp.zeros(3))
     members = jax.nn.one_hot(labels, num_classes).T / 6
 
@@ -456,14 +455,12 @@ def test_propositions_51_and_52_where_both_losses_are_trained_to_zero():
         return (losses.compactness_loss(features, labels, means, delta_v=delta_v - 0.02),
                 losses.margin_loss(means, present, kernel, bias, delta_d=delta_d + 0.1))
 
-    @jax.jit
-    def step(parameters):
+    def step(_, parameters):
         gradient = jax.grad(lambda p: 6 * terms(p)[0] + terms(p)[1])(parameters)
         return jax.tree.map(lambda p, g: p - 0.05 * g, parameters, gradient)
 
-    for _ in range(600):
-        parameters = step(parameters)
-    features, kernel, bias = parameters
+    features, kernel, bias = jax.jit(
+        lambda parameters: jax.lax.fori_loop(0, 2000, step, parameters))(parameters)
     means = jnp.dot(members, features)
     assert losses.compactness_loss(features, labels, means, delta_v=delta_v) == 0
     assert losses.margin_loss(means, jnp.ones(3, bool), kernel, bias, delta_d=delta_d) == 0
