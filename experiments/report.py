@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import figures
+from experiments import figures, theory_report
 from experiments.config import METHOD_LABELS
 from experiments.page import (
     Cell,
@@ -565,6 +565,7 @@ def _sections(study: Study) -> list[Section]:
             "How fast the gradient of the loss turns when the image changes a little. The paper "
             "argues that robustness to noise and low curvature go together.",
             (curvature_table(study),), (curvature_picture(study),)))
+    sections += filter(None, [theory_report.section(study)])
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
