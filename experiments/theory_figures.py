@@ -81,7 +81,7 @@ def mapping_figure(curves: Sequence[MappingCurves]) -> Figure:
     columns = min(3, len(curves))
     lines = math.ceil(len(curves) / columns)
     figure = _figure(3.9 * columns, 1.3 + 2.7 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     names = list(curves[0].values)
     for index, ax in enumerate(axes.flat):
         if index >= len(curves):
@@ -101,7 +101,6 @@ def mapping_figure(curves: Sequence[MappingCurves]) -> Figure:
             ax.set_ylabel("Share outside the ball")
         if index + columns >= len(curves):
             ax.set_xlabel("Radius / median distance")
-            ax.tick_params(labelbottom=True)
     _legend(figure, [Line2D([], [], color=row_style(number).color, marker=row_style(number).marker,
                             markersize=5, linestyle=row_style(number).dashes, label=_wrap(name, 44))
                      for number, name in enumerate(names)], columns=2)
@@ -122,7 +121,7 @@ def separation_figure(lines: Sequence[SeparationLine]) -> Figure:
             ax.plot(len(line.layers) + np.arange(len(line.bounds)) + shift,
                     [values[panel] for values in line.bounds.values()], linestyle="none", **look)
         ticks = [*lines[0].layers, *lines[0].bounds]
-        ax.set_xticks(range(len(ticks)), [tick.replace(" ", "\n", 1) for tick in ticks])
+        ax.set_xticks(range(len(ticks)), ["\n".join(tick.rsplit(" ", 1)) for tick in ticks])
         ax.axvline(len(lines[0].layers) - 0.5, color="#7F7F7F", linewidth=0.8)
         ax.axhline(math.log(2), color="#7F7F7F", linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_title(f"{name.capitalize()} over the pairs of classes")
