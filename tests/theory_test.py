@@ -68,7 +68,8 @@ def test_feature_stability_is_that_of_a_loop_over_the_draws(enable_x64):
     x = jax.random.normal(jax.random.key(1), (2, 3), jnp.float64)
     key, sigma, delta, num_draws = jax.random.key(2), 0.3, 0.4, 20
     found = theory.feature_stability(
-        *linear_softmax(), x, key, sigma=sigma, delta=delta, num_draws=num_draws)
+        *linear_softmax(), x, key, sigma=sigma, delta=delta, num_draws=num_draws,
+        chunk_size=num_draws)
 
     @jax.jit
     def normal(k, i):
@@ -109,7 +110,7 @@ def test_no_draw_outside_gives_no_loss_outside():
 def test_an_image_has_the_same_draws_in_whatever_batch_it_comes():
     features_fn, loss = (lambda x: x), (lambda x: jnp.sum(jnp.square(x), axis=-1))
     x = jax.random.normal(jax.random.key(1), (4, 3))
-    settings = {"sigma": 0.3, "num_draws": 5, "with_quadratic": True}
+    settings = {"sigma": 0.3, "num_draws": 3, "with_quadratic": True}
     whole = theory.noise_draws(features_fn, loss, x, jax.random.key(0), **settings)
     part = theory.noise_draws(features_fn, loss, x[2:3], jax.random.key(0), chunk_size=2,
                               indices=jnp.array([2]), **settings)
@@ -120,7 +121,7 @@ def test_the_variance_is_unbiased_and_its_standard_error_honest():
     def measure(key):
         return theory.feature_stability(
             lambda x: x, lambda x: x[:, 0], jnp.zeros((500, 1)), key,
-            sigma=2.0, delta=1.0, num_draws=20)
+            sigma=2.0, delta=1.0, num_draws=20, chunk_size=20)
 
     found = jax.jit(measure)(jax.random.key(0))
     for estimate in (found.variance, found.squared_change):
@@ -216,9 +217,9 @@ def test_the_hermite_inequality_holds_at_a_kink_in_closed_form():
     assert second**2 <= bound.item() <= 1.2 * second**2
     smooth = curvature.smoothed_curvature(
         lambda x: jnp.abs(x[:, 0]), jnp.zeros((1, 1)), jax.random.key(0), sigma=sigma,
-        num_draws=1000, chunk_size=1000)
+        num_draws=300, chunk_size=300)
     found, error = smooth.squared_frobenius
-    assert np.all(np.abs(found - second**2) < 4 * error) and np.all(error < 0.2 * second**2)
+    assert np.all(np.abs(found - second**2) < 4 * error) and np.all(error < 0.3 * second**2)
 
 
 def test_the_hermite_inequality_holds_on_a_network_with_kinks(enable_x64):
@@ -248,7 +249,7 @@ def test_the_pointwise_hessian_can_be_above_what_only_the_smoothed_one_cannot(en
     bound = 2 / sigma**4 * found.squared_change.value
     pointwise = curvature.hvp(loss, x, jnp.ones_like(x))[:, 0] ** 2
     smooth = curvature.smoothed_curvature(
-        loss, x, jax.random.key(1), sigma=sigma, num_draws=2000, chunk_size=2000)
+        loss, x, jax.random.key(1), sigma=sigma, num_draws=300, chunk_size=300)
     assert np.all(pointwise > 1e5 * bound)
     assert np.all(smooth.squared_frobenius.value < bound)
 
