@@ -20,6 +20,7 @@ from experiments import (
     reproduce,
     robustness,
     steps,
+    theory,
     training,
 )
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
@@ -195,6 +196,19 @@ class Steps(_OnRuns):
 
 
 @dataclasses.dataclass(frozen=True)
+class Theory(_OnRuns):
+    """Check the paper's propositions and theorems on finished runs, and print what was found."""
+
+    settings: Annotated[theory.TheorySettings, tyro.conf.arg(name="")] = theory.TheorySettings()
+
+    def __call__(self) -> None:
+        for folder, run in self._load():
+            claims = theory.measure_theory(run, self.settings, folder, folder.name)
+            print(theory.table_text(claims))
+            print(f"This and more is in {folder / 'theory.json'}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Write the report of a folder that `reproduce` made, from what is there."""
 
@@ -238,7 +252,8 @@ class Bench:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "steps": Steps, "figures": Figures, "report": Report, "prepare": Prepare, "bench": Bench,
+    "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
+    "prepare": Prepare, "bench": Bench,
 }
 
 

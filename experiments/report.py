@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import figures, robustness_report, steps
+from experiments import figures, robustness_report, steps, theory_report
 from experiments.config import METHOD_LABELS
 from experiments.page import (
     Cell,
@@ -632,11 +632,12 @@ def _sections(study: Study) -> list[Section]:
             "How fast the gradient of the loss turns when the image changes a little. The paper "
             "argues that robustness to noise and low curvature go together.",
             (curvature_table(study),), (curvature_picture(study),)))
+    sections += filter(None, [steps.section(study)])
+    sections += robustness_report.sections(study)
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
-    sections += [section for section in (steps.section(study),) if section]
-    sections += robustness_report.sections(study)
+    sections += filter(None, [theory_report.section(study)])
     sections.append(Section(
         "provenance", "How these numbers were made", "",
         (common_provenance_table(study), run_table(study), *configuration_tables(study))))

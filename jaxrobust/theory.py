@@ -1,0 +1,706 @@
+"""What Theorems 6.1 to 6.3 bound, and their bounds.
+
+A ``loss`` is a function ``images [B, ...] -> [B]`` and a ``features_fn`` one to ``[B, d]``, row i
+depending on image i alone, as in :mod:`jaxrobust.curvature`. Losses and divergences are in nats,
+sigma in the units of the images, delta and radii in those of the features.
+
+The paper proves its bounds on the curvature for the pointwise Hessian H under the assumption that
+the loss is quadratic at the scale of the noise (Eq. 14). For the Hessian :math:`H_\\sigma` of the
+noise-averaged loss the upper one needs no assumption: with the Hermite expansion of
+:math:`e \\mapsto l(x + \\sigma e)`,
+
+.. math:: \\mathrm{Var}\\, l(x + \\varepsilon) = \\sigma^2 \\|\\nabla l_\\sigma\\|^2
+  + \\frac{\\sigma^4}{2} \\|H_\\sigma\\|_F^2 + \\text{(terms of order three and more)}
+
+in which every term is a square. The lower one (Eq. 16) keeps its assumption: it needs those further
+terms to vanish. ``docs/theory.md`` has the proofs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+from jaxrobust.curvature import Estimate, Loss, _draw, _gradient, _stacked, mean_estimate
+from jaxrobust.geometry import safe_norm
+
+FeaturesFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
+
+
+# --- Section 6.1: stability and curvature ------------------------------------------------------
+
+
+def gaussian_noise(
+    key: jax.Array, draw: int | jax.Array, x: jax.Array, *, sigma: float,
+    indices: jax.Array | None = None,
+) -> jax.Array:
+    r"""Noise number ``draw`` of each image, :math:`\varepsilon \sim N(0, \sigma^2 I)`.
+
+    Args:
+      key: a PRNG key; image i's is drawn with ``fold_in(fold_in(key, draw), indices[i])``.
+      draw: its number.
+      x: [B, ...]; its shape and dtype count.
+      sigma: standard deviation, > 0, in the units of x.
+      indices: [B] integers that name the images; their positions in x if none are given.
+
+    Returns:
+      Like x; not clipped.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0.
+    """
+    _validate.in_range("sigma", sigma, 0, open_low=True)
+    return sigma * _draw(key, draw, x, indices, "normal")
+
+
+class NoiseDraws(NamedTuple):
+    """What became of each image under each draw of the noise."""
+
+    displacement: jax.Array  # shape=[K, B]; ||f(x + eps) - f(x)||, in the units of the features
+    loss: jax.Array  # shape=[K, B]; l(x + eps), in nats
+    quadratic: jax.Array | None  # shape=[K, B]; the right side of Eq. 14, if it was asked for
+
+
+def noise_draws(
+    features_fn: FeaturesFn,
+    loss: Loss,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    sigma: float,
+    num_draws: int,
+    with_quadratic: bool = False,
+    chunk_size: int = 1,
+    indices: jax.Array | None = None,
+) -> NoiseDraws:
+    r"""Features' displacements and losses at :math:`x + \varepsilon`, the noise not clipped.
+
+    Args:
+      features_fn: images [B, ...] -> features [B, d].
+      loss: images [B, ...] -> [B].
+      x: [B, ...].
+      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
+      sigma: standard deviation of the noise, > 0, in the units of x.
+      num_draws: K >= 1. On CPUs, call this with 1 and a key of its own for each draw: XLA's
+        convolutions in loops are slow there.
+      with_quadratic: whether to evaluate the quadratic model too, about four times the work.
+      chunk_size: draws at once; the result does not depend on it.
+      indices: [B] integers that name the images.
+
+    Returns:
+      The draws.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0, num_draws < 1 or chunk_size < 1.
+
+    Source: Definition 6.1.
+    """
+    _validate.in_range("num_draws", num_draws, 1)
+    clean = features_fn(x)
+
+    def draw(index):
+        noise = gaussian_noise(key, index, x, sigma=sigma, indices=indices)
+        noisy = x + noise
+        model = quadratic_model(loss, x, noise) if with_quadratic else None
+        values = safe_norm(features_fn(noisy) - clean), loss(noisy)
+        return values if model is None else (*values, model)
+
+    values = _stacked(draw, num_draws, chunk_size)
+    return NoiseDraws(*values) if with_quadratic else NoiseDraws(*values, None)
+
+
+def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
+    r"""The right side of Eq. 14 at :math:`x + v`.
+
+    .. math:: l(x) + \nabla l(x)^T v + \frac{1}{2} v^T H(x) v
+
+    by two nested directional derivatives, exact also on a ReLU network (whose kinks have no
+    share in H(x)).
+
+    Args:
+      loss: images [B, ...] -> [B].
+      x: [B, ...].
+      v: like x.
+
+    Returns:
+      [B], in nats.
+
+    Raises:
+      InputError: (a ValueError) if x and v differ in shape.
+
+    >>> quadratic_model(lambda x: x[:, 0] ** 3, jnp.array([[1.0]]), jnp.array([[1.0]])).tolist()
+    [7.0]
+
+    Source: Eq. 14.
+    """
+    if x.shape != v.shape:
+        raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
+
+    def value_and_slope(x):
+        return jax.jvp(loss, (x,), (v,))
+
+    (value, slope), (_, bend) = jax.jvp(value_and_slope, (x,), (v,))
+    return value + slope + bend / 2
+
+
+class FeatureStability(NamedTuple):
+    """Definition 6.1 by Monte Carlo, and the moments of the loss over the same draws."""
+
+    eta: jax.Array  # shape=[B]; share of the draws that keep the features within delta
+    loss_outside: jax.Array  # shape=[B]; mean loss over the others, l_out; NaN if there are none
+    squared_change: Estimate  # E[(l(x + eps) - l(x))^2]
+    variance: Estimate  # Var(l(x + eps)), unbiased; NaN for a single draw
+
+
+def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> FeatureStability:
+    r"""What Definition 6.1 and Theorem 6.1 need, from given draws.
+
+    .. math:: \eta = P_\varepsilon(\|f(x + \varepsilon) - f(x)\| \le \delta), \qquad
+      l_{out} = E_\varepsilon[l(x + \varepsilon) \mid \|f(x + \varepsilon) - f(x)\| > \delta]
+
+    Args:
+      draws: K of them.
+      clean_loss: [B], l(x).
+      delta: radius, >= 0, in the units of the features.
+
+    Returns:
+      The estimates. The standard error of eta is :math:`\sqrt{\eta (1 - \eta) / K}`.
+
+    Raises:
+      InputError: (a ValueError) if delta < 0 or the shapes do not match.
+
+    Source: Definition 6.1 and Eq. 22.
+    """
+    _validate.in_range("delta", delta, 0)
+    count = _validate.shapes(displacement=(draws.displacement, "K B"), loss=(draws.loss, "K B"),
+                             clean_loss=(clean_loss, "B"))["K"]
+    outside = (draws.displacement > delta).astype(draws.loss.dtype)
+    num_outside = jnp.sum(outside, axis=0)
+    total = jnp.sum(outside * draws.loss, axis=0)
+    loss_outside = jnp.where(num_outside > 0, total / jnp.maximum(num_outside, 1), jnp.nan)
+    deviations = jnp.square(draws.loss - jnp.mean(draws.loss, axis=0, keepdims=True))
+    # From the mean of the draws themselves, which is too close to them by K - 1 in K.
+    correction = count / (count - 1) if count > 1 else jnp.nan
+    variance = jax.tree.map(lambda value: value * correction, mean_estimate(deviations))
+    return FeatureStability(
+        1 - num_outside / count, loss_outside,
+        mean_estimate(jnp.square(draws.loss - clean_loss[None])), variance)
+
+
+def feature_stability(
+    features_fn: FeaturesFn,
+    loss: Loss,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    sigma: float,
+    delta: float,
+    num_draws: int,
+    chunk_size: int = 1,
+    indices: jax.Array | None = None,
+) -> FeatureStability:
+    """Definition 6.1: :func:`stability_of` for :func:`noise_draws`.
+
+    Args:
+      features_fn: images [B, ...] -> features [B, d].
+      loss: images [B, ...] -> [B].
+      x: [B, ...].
+      key: a PRNG key; draw k of image i uses ``fold_in(fold_in(key, k), indices[i])``.
+      sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
+      delta: radius, >= 0, in the units of the features; the paper takes 2 delta_v.
+      num_draws: K >= 1.
+      chunk_size: draws at once.
+      indices: [B] integers that name the images.
+
+    Returns:
+      The estimates, each [B].
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0, delta < 0, num_draws < 1 or chunk_size < 1.
+
+    Source: Definition 6.1.
+    """
+    _validate.in_range("delta", delta, 0)
+    draws = noise_draws(features_fn, loss, x, key, sigma=sigma, num_draws=num_draws,
+                        chunk_size=chunk_size, indices=indices)
+    return stability_of(draws, loss(x), delta=delta)
+
+
+def curvature_upper_bound(
+    eta: jax.Array, delta: float, sigma: float, kernel: jax.Array, k_max: float
+) -> jax.Array:
+    r"""The upper bound on the squared Frobenius norm of the Hessian, Eq. 15.
+
+    .. math:: \sum_i \lambda_i^2 \le \frac{8}{\sigma^4}
+      (\eta \|W\|_{2,\infty}^2 \delta^2 + 4 (1 - \eta) K_{max}^2)
+
+    It is :math:`2 / \sigma^4` times a bound on :math:`E[(l(x + \varepsilon) - l(x))^2]` that
+    always holds. That the curvature is below the latter is assumed for H (Eq. 14) and a theorem
+    for the smoothed :math:`H_\sigma`.
+
+    Args:
+      eta: [B], of :func:`stability_of` with this delta.
+      delta: >= 0, in the units of the features.
+      sigma: > 0, in the units of the images.
+      kernel: [d, C], the softmax layer's, :math:`W^T`.
+      k_max: the largest absolute logit at all x and x + eps, >= 0.
+
+    Returns:
+      [B], in nats^2 per unit of the images to the fourth.
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range or the shapes do not match.
+
+    Source: Theorem 6.1, statement 1.
+    """
+    _validate.in_range("delta", delta, 0)
+    _validate.in_range("sigma", sigma, 0, open_low=True)
+    _validate.in_range("k_max", k_max, 0)
+    _validate.shapes(eta=(eta, "B"), kernel=(kernel, "d C"))
+    largest_row = jnp.max(safe_norm(kernel.T))
+    return 8 / sigma**4 * (eta * (largest_row * delta) ** 2 + 4 * (1 - eta) * k_max**2)
+
+
+def curvature_lower_bound(
+    eta: jax.Array, loss_outside: jax.Array, loss: jax.Array, gradient_norm_squared: jax.Array,
+    sigma: float,
+) -> jax.Array:
+    r"""The lower bound on :math:`2 \sum_i \lambda_i^2 + (\sum_i |\lambda_i|)^2`, Eq. 16.
+
+    .. math:: \frac{4}{\sigma^4} ((1 - \eta)(l_{out} - l(x))^2 - \sigma^2 \|\nabla l(x)\|^2)
+
+    Args:
+      eta: [B].
+      loss_outside: [B], l_out; where eta is 1 it is not looked at.
+      loss: [B], l(x).
+      gradient_norm_squared: [B], of the loss at x.
+      sigma: > 0, in the units of the images.
+
+    Returns:
+      [B], in nats^2 per unit of the images to the fourth; says nothing where it is negative.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0 or the shapes do not match.
+
+    Source: Theorem 6.1, statement 2.
+    """
+    _validate.in_range("sigma", sigma, 0, open_low=True)
+    _validate.shapes(eta=(eta, "B"), loss_outside=(loss_outside, "B"), loss=(loss, "B"),
+                     gradient_norm_squared=(gradient_norm_squared, "B"))
+    change = jnp.where(eta < 1, loss_outside, loss) - loss
+    return 4 / sigma**4 * ((1 - eta) * change**2 - sigma**2 * gradient_norm_squared)
+
+
+def quadratic_squared_change(
+    gradient_norm_squared: jax.Array, squared_frobenius: jax.Array, trace: jax.Array, sigma: float
+) -> jax.Array:
+    r"""What :math:`E[(l(x + \varepsilon) - l(x))^2]` is for a quadratic loss, Eq. 22.
+
+    .. math:: \sigma^2 \|\nabla l\|^2 + \frac{\sigma^4}{4} (2 \|H\|_F^2 + (\mathrm{tr} H)^2)
+
+    Over the measured one it tells how much of the loss's change Eq. 14 can account for.
+
+    Args:
+      gradient_norm_squared: [B].
+      squared_frobenius: [B].
+      trace: [B].
+      sigma: > 0, in the units of the images.
+
+    Returns:
+      [B], in nats^2.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0 or the shapes do not match.
+
+    Source: Eq. 22, Lemmas E.2 and E.3.
+    """
+    _validate.in_range("sigma", sigma, 0, open_low=True)
+    _validate.shapes(gradient_norm_squared=(gradient_norm_squared, "B"),
+                     squared_frobenius=(squared_frobenius, "B"), trace=(trace, "B"))
+    return (sigma**2 * gradient_norm_squared
+            + sigma**4 / 4 * (2 * squared_frobenius + jnp.square(trace)))
+
+
+def quadratic_residual(draws: NoiseDraws, clean_loss: jax.Array) -> jax.Array:
+    r"""How far Eq. 14 is from the loss at the scale of the noise.
+
+    .. math:: \frac{E[(l(x + \varepsilon) - \text{Eq. 14})^2]}{E[(l(x + \varepsilon) - l(x))^2]}
+
+    Args:
+      draws: with their ``quadratic``.
+      clean_loss: [B], l(x).
+
+    Returns:
+      [B]: 0 for a quadratic loss; 1 is no better than taking the loss as constant; NaN where
+      no draw changes the loss.
+
+    Raises:
+      InputError: (a ValueError) if the draws have no ``quadratic`` or shapes do not match.
+
+    Source: Eq. 14.
+    """
+    if draws.quadratic is None:
+        raise _validate.InputError("Expected draws made with with_quadratic=True.")
+    _validate.shapes(loss=(draws.loss, "K B"), quadratic=(draws.quadratic, "K B"),
+                     clean_loss=(clean_loss, "B"))
+    change = jnp.mean(jnp.square(draws.loss - clean_loss[None]), axis=0)
+    missed = jnp.mean(jnp.square(draws.loss - draws.quadratic), axis=0)
+    return jnp.where(change > 0, missed / jnp.where(change > 0, change, 1), jnp.nan)
+
+
+def smoothed_gradient_norm_squared(
+    loss: Loss,
+    x: jax.Array,
+    key: jax.Array,
+    *,
+    sigma: float,
+    num_draws: int,
+    chunk_size: int = 1,
+    indices: jax.Array | None = None,
+) -> Estimate:
+    r"""Squared norm of the gradient of the noise-averaged loss.
+
+    .. math:: \|\nabla l_\sigma(x)\|^2 = E[\nabla l(x + \varepsilon_i) \cdot
+      \nabla l(x + \varepsilon_j)] \quad (i \ne j)
+
+    as the mean over all pairs of antithetic draws
+    :math:`(\nabla l(x + \varepsilon) + \nabla l(x - \varepsilon)) / 2`.
+
+    Args:
+      loss: images [B, ...] -> [B].
+      x: [B, ...].
+      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
+      sigma: > 0, in the units of x.
+      num_draws: pairs x + eps, x - eps; at least 3. Memory grows with num_draws times B.
+      chunk_size: draws at once.
+      indices: [B] integers that name the images.
+
+    Returns:
+      Unbiased values, which may be negative, and their standard errors by the jackknife, each
+      [B], in nats^2 per unit of x squared.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0, num_draws < 3 or chunk_size < 1.
+
+    Source: the first order of the Hermite expansion.
+    """
+    _validate.in_range("num_draws", num_draws, 3)
+    gradient = _gradient(loss)
+
+    def draw(index):
+        noise = gaussian_noise(key, index, x, sigma=sigma, indices=indices)
+        return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
+
+    slopes = _stacked(draw, num_draws, chunk_size)  # [K, B, n]
+    k = num_draws
+    products = jnp.einsum("ibn,jbn->bij", slopes, slopes, precision=jax.lax.Precision.HIGHEST)
+    rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, products), axis=2)  # [B, K]
+    total = jnp.sum(rows, axis=1)
+    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
+    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
+        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
+    return Estimate(total / (k * (k - 1)), jackknife)
+
+
+def smoothed_curvature_bound(
+    variance: jax.Array, sigma: float, gradient_norm_squared: jax.Array | float = 0.0
+) -> jax.Array:
+    r"""An upper bound on :math:`\|H_\sigma\|_F^2` for any loss, without Eq. 14.
+
+    .. math:: \|H_\sigma\|_F^2 \le \frac{2}{\sigma^4} (\mathrm{Var}\, l(x + \varepsilon)
+      - \sigma^2 \|\nabla l_\sigma(x)\|^2) \le \frac{2}{\sigma^4} E[(l(x + \varepsilon) - l(x))^2]
+
+    from the Hermite expansion of the loss in the noise; equal for a quadratic loss.
+
+    Args:
+      variance: [B], of l(x + eps).
+      sigma: > 0, in the units of the images.
+      gradient_norm_squared: [B], of the noise-averaged loss; 0 gives a weaker bound.
+
+    Returns:
+      [B], in nats^2 per unit of the images to the fourth.
+
+    Raises:
+      InputError: (a ValueError) if sigma <= 0.
+
+    >>> # l(x) = x^2 / 2 at 0: Var = sigma^4 / 2 and the Hessian is 1.
+    >>> smoothed_curvature_bound(jnp.array([0.5]), sigma=1.0).tolist()
+    [1.0]
+
+    Source: Step 1 of Appendix E.1, for the smoothed loss; ``docs/theory.md``.
+    """
+    _validate.in_range("sigma", sigma, 0, open_low=True)
+    return 2 / sigma**4 * (variance - sigma**2 * gradient_norm_squared)
+
+
+# --- Section 6.2: generalisation of compactness ------------------------------------------------
+
+
+def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
+    r"""The rho-margin loss.
+
+    .. math:: \Phi_\rho(\tau) = \min(1, \max(0, 1 - \tau / \rho))
+
+    Args:
+      margin: tau, of any shape.
+      rho: > 0, in the units of the margin.
+
+    Returns:
+      Like margin, in [0, 1].
+
+    Raises:
+      InputError: (a ValueError) if rho <= 0.
+
+    >>> ramp_loss(jnp.array([-1.0, 0.0, 1.0, 2.0, 3.0]), rho=2.0).tolist()
+    [1.0, 1.0, 0.5, 0.0, 0.0]
+
+    Source: Definition 6.2, Eq. 17.
+    """
+    _validate.in_range("rho", rho, 0, open_low=True)
+    return jnp.clip(1 - margin / rho, 0, 1)
+
+
+def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Array:
+    r"""How far inside a ball each point is, :math:`h(x) = r^2 - \|f(x) - m\|^2`.
+
+    Args:
+      features: [N, d].
+      centre: [d], m.
+      radius: r >= 0.
+
+    Returns:
+      [N], in the units of the features squared; negative outside the ball.
+
+    Raises:
+      InputError: (a ValueError) if radius < 0 or the shapes do not match.
+
+    Source: Section 6.2, above Eq. 18.
+    """
+    _validate.in_range("radius", radius, 0)
+    _validate.shapes(features=(features, "N d"), centre=(centre, "d"))
+    return radius**2 - jnp.sum(jnp.square(features - centre[None]), axis=1)
+
+
+def generalization_bound(
+    empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
+    num_samples: int, failure_probability: float,
+) -> jax.Array:
+    r"""Theorem 6.2's bound on the share of inputs that are mapped outside the ball.
+
+    .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho} (\Lambda^2 + 2 R \Lambda
+      + \frac{R^2}{\sqrt N}) + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
+
+    It is never informative: it is below 1 only for :math:`\rho > 2 \Lambda^2 + 4 R \Lambda`,
+    hence, with :math:`\rho < r^2` and :math:`R \le \Lambda`, only for :math:`r > \Lambda + R`,
+    where the ball holds every possible feature. :func:`held_out_bound` is its repair.
+
+    Args:
+      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
+      rho: > 0, of the ramp loss; below the radius squared.
+      feature_bound: Lambda >= 0, the largest norm of any input's features.
+      centre_bound: R >= 0, the largest norm of a centre.
+      num_samples: N >= 1.
+      failure_probability: delta, in (0, 1).
+
+    Returns:
+      Like empirical_error.
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range.
+
+    Source: Theorem 6.2, Eq. 19.
+    """
+    _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
+    complexity = (feature_bound**2 + 2 * centre_bound * feature_bound
+                  + centre_bound**2 / num_samples**0.5)
+    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
+
+
+def held_out_bound(
+    empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
+    num_samples: int, failure_probability: float,
+) -> jax.Array:
+    r"""The bound of :func:`generalization_bound` for a network that the sample did not train.
+
+    .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho}
+      \frac{2 R \Lambda + R^2 / 2}{\sqrt N} + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
+
+    With f fixed only the centre m is free, :math:`\|m\| \le R`, and the complexity of the class
+    goes to 0 with N. It holds for all those centres at once, those chosen on the sample
+    included. Distances do not depend on the origin: norms may be taken from any point that
+    does not depend on the sample, such as the centroid of the training images.
+
+    Args:
+      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
+      rho: > 0, of the ramp loss; below the radius squared, and fixed before the sample.
+      feature_bound: Lambda >= 0; the root mean square norm of the sample's features is enough.
+      centre_bound: R >= 0, the largest norm of a centre.
+      num_samples: N >= 1.
+      failure_probability: delta, in (0, 1).
+
+    Returns:
+      Like empirical_error.
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range.
+
+    Source: the proof of Theorem 6.2 with f fixed; ``docs/theory.md``.
+    """
+    _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
+    complexity = held_out_complexity(
+        feature_bound=feature_bound, centre_bound=centre_bound, num_samples=num_samples)
+    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
+
+
+def held_out_complexity(
+    *, feature_bound: float, centre_bound: float, num_samples: int
+) -> float:
+    r"""Bound on the empirical Rademacher complexity of the balls around fixed features.
+
+    .. math:: \hat R_S(\{r^2 - \|f(\cdot) - m\|^2 : \|m\| \le R\})
+      \le \frac{2 R \Lambda + R^2 / 2}{\sqrt N}
+
+    Args:
+      feature_bound: Lambda >= 0, at least the root mean square norm of the features.
+      centre_bound: R >= 0.
+      num_samples: N >= 1.
+
+    Returns:
+      The bound, in the units of the features squared.
+
+    Source: ``docs/theory.md``.
+    """
+    return (2 * centre_bound * feature_bound + centre_bound**2 / 2) / num_samples**0.5
+
+
+def _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability):
+    _validate.in_range("rho", rho, 0, open_low=True)
+    _validate.in_range("feature_bound", feature_bound, 0)
+    _validate.in_range("centre_bound", centre_bound, 0)
+    _validate.in_range("num_samples", num_samples, 1)
+    _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
+
+
+def _deviation(num_samples, failure_probability):
+    """The last term of Theorem F.1."""
+    return 3 * (jnp.log(2 / failure_probability) / (2 * num_samples)) ** 0.5
+
+
+# --- Section 6.3: separation in the layers before ------------------------------------------------
+
+
+def jensen_shannon_bound(tau: jax.Array) -> jax.Array:
+    r"""Theorem 6.3's lower bound on the Jensen-Shannon divergence of two classes' features.
+
+    .. math:: D_{JS} \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
+
+    Needs, beside hypothesis (H), that the two balls are disjoint: centroids more than twice
+    the radius apart. The theorem uses this in its proof and does not state it.
+
+    Args:
+      tau: the share of each class's features within the ball around its centroid, in [0, 1].
+
+    Returns:
+      Like tau, in nats, at most 1/2; 0 for tau < 1/2.
+
+    >>> jensen_shannon_bound(jnp.array([0.25, 0.75, 1.0])).tolist()
+    [0.0, 0.125, 0.5]
+
+    Source: Theorem 6.3, Eq. 20.
+    """
+    return jnp.square(jnp.maximum(2 * tau - 1, 0)) / 2
+
+
+def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
+    r"""The sharpest bound under the hypotheses of Theorem 6.3.
+
+    .. math:: D_{JS} \ge \log 2 + \tau \log \tau + (1 - \tau) \log(1 - \tau)
+      \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
+
+    The proof of the theorem with the data processing inequality, applied to whether a feature
+    is in the first ball, in the place of Pinsker's.
+
+    Args:
+      tau: as for :func:`jensen_shannon_bound`.
+
+    Returns:
+      Like tau, in nats, at most log 2, the largest value of the divergence; 0 for tau < 1/2.
+
+    Source: ``docs/theory.md``.
+    """
+    tau = jnp.maximum(tau, 0.5)
+    return jnp.log(2.0) + jax.scipy.special.xlogy(tau, tau) + jax.scipy.special.xlogy(
+        1 - tau, 1 - tau)
+
+
+def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimate:
+    r"""A lower bound on a Jensen-Shannon divergence, from a discriminator on held-out examples.
+
+    .. math:: D_{JS} = \log 2 - \inf_D CE(D) \ge \log 2 - CE(D), \qquad
+      CE(D) = -\frac{1}{2} (E_1[\log D] + E_2[\log (1 - D)])
+
+    For any D that does not depend on these examples, the value's expectation is at most the
+    divergence. It can be negative, for a poor D; as the divergence is not, 0 may then be put
+    in its place.
+
+    Args:
+      log_odds: [N], :math:`\log D / (1 - D)`, D the discriminator's probability of the first.
+      is_first: [N] bool, whether the example is of the first distribution; some of each.
+
+    Returns:
+      Value and standard error, each [], in nats; the two distributions weigh the same whatever
+      their numbers. The standard error is NaN with a single example of either.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+
+    >>> estimate = jensen_shannon_estimate(jnp.zeros(4), jnp.array([True, False, True, False]))
+    >>> estimate.value.item()  # a discriminator that does not know anything
+    0.0
+
+    Source: Lemma G.2; the variational form of Goodfellow et al. (2014).
+    """
+    _validate.shapes(log_odds=(log_odds, "N"), is_first=(is_first, "N"))
+    cross_entropy = jax.nn.softplus(jnp.where(is_first, -log_odds, log_odds))
+    halves = []
+    for members in (is_first, ~is_first):
+        weights = members.astype(cross_entropy.dtype)
+        count = jnp.sum(weights)
+        mean = jnp.sum(weights * cross_entropy) / count
+        squares = jnp.sum(weights * jnp.square(cross_entropy - mean))
+        halves.append((mean, squares / jnp.where(count > 1, count - 1, jnp.nan) / count))
+    (mean_1, error_1), (mean_2, error_2) = halves
+    return Estimate(jnp.log(2.0) - (mean_1 + mean_2) / 2, jnp.sqrt(error_1 + error_2) / 2)
+
+
+def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""The smallest distance between two examples of different classes.
+
+    .. math:: \min_{y_1 \ne y_2} \|q(x_1) - q(x_2)\|
+
+    Proposition 5.2.2 compares it with the largest dispersion
+    (:func:`~jaxrobust.geometry.class_dispersion`).
+
+    Args:
+      features: [N, d].
+      labels: [N] integers.
+
+    Returns:
+      [], in the units of the features; +inf with fewer than two classes. Memory is O(N d).
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match.
+
+    Source: Proposition 5.2.
+    """
+    _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
+
+    def nearest(example):
+        feature, label = example
+        return jnp.min(jnp.where(
+            labels == label, jnp.inf, safe_norm(features - feature[None])))
+
+    return jnp.min(jax.lax.map(nearest, (features, labels)))

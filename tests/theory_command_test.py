@@ -1,0 +1,190 @@
+"""The command ``theory`` on a tiny run, and its section of the report."""
+
+import dataclasses
+import html
+import itertools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import __main__ as cli
+from experiments import config, evaluation, report, reproduce, runs, theory, training
+from experiments.config import InputError
+from experiments.recipes import RECIPES
+from jaxrobust import data
+
+# TensorBoard's writer and Orbax warn about themselves.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TINY = dataclasses.replace(
+    RECIPES["digits"].rows["robust"], train_size=150, epochs=2, width=2, num_features=4,
+    optimizer=config.OptimizerConfig(learning_rate=0.02, schedule="cosine", clip_norm=1.0))
+RECIPE = dataclasses.replace(
+    RECIPES["digits"], name="tiny", rows={"robust": TINY}, seeds=(0,),
+    evaluation=config.Evaluation(noise_levels=(0,), test_size=100, tsne_images=4))
+SETTINGS = theory.TheorySettings(num_images=10, num_draws=4, smoothed_draws=8, test_size=100,
+                                 train_size=100, radii=(0.5, 1.0, 4.0))
+WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--test-size", "100",
+         "--train-size", "100", "--radii", "0.5", "1.0", "4.0")
+
+
+def call(*arguments):
+    """What a user's command line does: exit status 0 or that of SystemExit."""
+    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = previous
+    return 0
+
+
+@pytest.fixture(name="study", scope="module")
+def _study(tmp_path_factory):
+    digits = data.load_dataset("digits")
+    folder = tmp_path_factory.mktemp("study")
+    reproduce.claim_study(folder, reproduce.describe_study(RECIPE, [0], list(digits.class_names)))
+    run_folder = reproduce.run_folder(folder, "robust", 0)
+    training.train(TINY, digits, run_folder, tensorboard=False)
+    run = training.load_run(run_folder, TINY, digits)
+    evaluation.evaluate_run(run, RECIPE.evaluation, run_folder, "tiny")
+    return folder
+
+
+@pytest.fixture(name="checked", scope="module")
+def _checked(study):
+    # The second time, what is there is read.
+    assert call("theory", study / "robust-seed0", study / "robust-seed0", *WORDS) == 0
+    return study
+
+
+def test_the_command_writes_columns_and_facts_and_prints_the_table(checked, capsys):
+    facts = runs.read_json(checked / "robust-seed0" / "theory.json")
+    assert facts["settings"]["num_images"] == 10 and facts["provenance"]["commit"]
+    assert facts["num_test_images"] == 100 and facts["num_train_images"] == 100
+    with np.load(checked / "robust-seed0" / "theory.npz") as columns:
+        assert {values.shape for values in columns.values()} == {(10,)}
+        assert np.all(columns["hessian"] >= 0) and np.all(columns["upper_bound_median"] >= 0)
+        # What holds whatever the network: Steps 2 to 6 of Appendix E.
+        sigma = facts["sigma"]
+        for name in ("run", "median"):
+            assert np.all(2 / sigma**4 * columns["squared_change"]
+                          <= columns[f"upper_bound_{name}"] * 1.001)
+    # What is there is not measured again, and printed all the same.
+    before = (checked / "robust-seed0" / "theory.json").stat().st_mtime_ns
+    assert call("theory", checked / "robust-seed0", *WORDS) == 0
+    assert (checked / "robust-seed0" / "theory.json").stat().st_mtime_ns == before
+    said = capsys.readouterr().out
+    for line in facts["claims"]:
+        assert line["claim"] in said and line["measured"] in said
+
+
+def test_facts_that_hold_on_any_network(checked):
+    facts = runs.read_json(checked / "robust-seed0" / "theory.json")
+    claims = {line["key"]: line for line in facts["claims"]}
+    for key in ("prop53", "cor51", "thm61_upper_pointwise_run"):
+        assert claims[key]["holds"] == 1, key
+    # None where every feature is within delta_v: no hinge is active then.
+    assert claims["a1"]["holds"] in (1, None)
+    assert facts["rescaling"]["same_predictions"] == [1, 1, 1]
+    mapping = {name: np.array(facts["mapping"][name]) for name in (
+        "error", "theorem", "held_out", "held_out_around", "fixed_centre")}
+    assert {values.shape for values in mapping.values()} == {(10, 3)}
+    assert np.all(mapping["error"][mapping["theorem"] < 1] == 0)
+    separation = facts["separation"]
+    assert separation["layers"] == ["block1", "block2", "features"]
+    for name in separation["layers"]:
+        values = np.array(separation["divergence"][name])
+        assert values.shape == (45,) and np.all((values >= 0) & (values <= np.log(2)))
+    assert np.all(np.array(separation["pair_bound"]) <= np.array(separation["pair_sharp_bound"])
+                  + 1e-6)
+
+
+def test_geometry_is_that_of_all_pairs_of_training_images(checked):
+    digits = data.load_dataset("digits")
+    folder = checked / "robust-seed0"
+    run = training.load_run(folder, config.read_config(folder), digits)
+    split = theory._training_images(run, 100)
+    layers = theory._layers_of(run, split)
+    features, labels = np.asarray(layers.features, np.float64), np.asarray(layers.labels)
+    within, between = np.zeros(10), np.inf
+    for (a, i), (b, j) in itertools.combinations(zip(features, labels, strict=True), 2):
+        distance = np.linalg.norm(a - b)
+        if i == j:
+            within[i] = max(within[i], distance)
+        else:
+            between = min(between, distance)
+    facts = runs.read_json(folder / "theory.json")["geometry"]
+    np.testing.assert_allclose(facts["train_dispersion"], within, rtol=1e-4)
+    np.testing.assert_allclose(facts["train_smallest_distance_between_classes"], between, rtol=1e-3)
+
+
+def test_other_settings_are_refused(checked, capsys):
+    assert call("theory", checked / "robust-seed0", *WORDS[:2], "--num-draws", "5", *WORDS[4:]) == 2
+    assert "was made with num_draws=4, not 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed, named", [
+    ({"num_draws": 1}, "num_draws=1"), ({"smoothed_draws": 4}, "smoothed_draws=4"),
+    ({"smoothed_draws": 12}, "smoothed_draws=12"), ({"nus": ()}, "Expected nus"),
+    ({"radii": (0.0,)}, "nus and radii=0.0"), ({"rho_shares": (1.0,)}, "rho_shares=1.0"),
+    ({"failure_probability": 0.0}, "failure_probability=0.0"),
+    ({"centre_share": -1.0}, "centre_share=-1.0")])
+def test_settings_out_of_range_are_named(changed, named):
+    with pytest.raises(InputError, match=named):
+        dataclasses.replace(SETTINGS, **changed)
+
+
+@pytest.mark.parametrize("changed, named", [
+    ({"num_images": 101}, "num_images=101"), ({"test_size": 10}, "test_size=10 to leave 4 images"),
+    ({"train_size": 10}, "train_size=10 to leave 2 images")])
+def test_too_few_images_are_named(changed, named, checked, tmp_path):
+    folder = checked / "robust-seed0"
+    run = training.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    with pytest.raises(InputError, match=named):
+        theory.measure_theory(run, dataclasses.replace(SETTINGS, **changed), tmp_path, "theory")
+    silent = run._replace(config=dataclasses.replace(run.config, noise_std=0.0))
+    with pytest.raises(InputError, match="noise_std of the run=0"):
+        theory.measure_theory(silent, SETTINGS, tmp_path, "theory")
+
+
+def test_the_estimated_divergence_of_separated_classes_is_nearly_log_2():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    apart = rng.normal(size=(400, 3)) + 10 * labels[:, None]
+    for values, low, high in ((apart, 0.6, np.log(2)), (rng.normal(size=(400, 3)), 0, 0.05)):
+        estimates, errors = theory._divergences(values, labels, [(0, 1)])
+        assert low <= estimates[0] <= high and np.all(errors < 0.1)
+
+
+def test_the_report_shows_what_was_checked(checked):
+    page = report.write_report(checked).read_text(encoding="utf-8")
+    assert html.escape("The paper’s theorems, checked") in page
+    for name in ("theory_curvature", "theory_mapping", "theory_separation"):
+        assert (checked / "figures" / f"{name}.svg").stat().st_size > 0
+    text = (checked / "report.md").read_text(encoding="utf-8")
+    assert "Eq. 14: residual" in text and "τ at δ\\_v" in text
+    # The same study gives the same bytes.
+    assert report.write_report(checked).read_text(encoding="utf-8") == page
+
+
+def test_a_study_that_was_not_checked_has_no_section(study, tmp_path):
+    for path in study.rglob("*.json"):
+        there = tmp_path / path.relative_to(study)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        if path.name != "theory.json":
+            there.write_text(path.read_text())
+    assert "theorems, checked" not in report.write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_json_has_no_nan():
+    value = {"a": [1.0, float("nan")], "b": (float("inf"), "text", None, True, 2)}
+    cleaned = theory._without_nan(value)
+    assert cleaned == {"a": [1.0, None], "b": [None, "text", None, True, 2]}
+    assert json.loads(json.dumps(cleaned, allow_nan=False)) == cleaned
+    assert theory._median_ratio(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 0.5
+    assert theory._median_ratio(jnp.ones(1), np.zeros(1)) is None
