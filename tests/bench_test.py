@@ -1,33 +1,20 @@
 """The benchmarks: what they compare computes the same, and their numbers are what they say."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import call
 from optax.losses import softmax_cross_entropy_with_integer_labels
 
-from experiments import __main__ as cli
 from experiments import bench, runs
 from experiments.bench import curvature as curvature_bench
 from experiments.bench import timing
 from jaxrobust import curvature
 
 STEP = 1e-2
-
-
-def call(*arguments):
-    """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = previous
-    return 0
 
 
 @pytest.mark.usefixtures("enable_x64")

@@ -1,15 +1,14 @@
 """The commands curvature and steps: what they write, resuming, and bad input."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
+from command_line import call, one_line
 
-from experiments import __main__ as cli
 from experiments import config, curvature, runs, steps, training
 from experiments.config import CurvatureConfig, InputError
 from experiments.recipes import RECIPES
@@ -25,18 +24,6 @@ TINY = dataclasses.replace(
     optimizer=config.OptimizerConfig(learning_rate=0.02, schedule="cosine", clip_norm=1.0))
 SETTINGS = CurvatureConfig(num_images=10, num_probes=3, smoothing_draws=3, batch_size=4)
 OPTIONS = ("--num-images", "10", "--num-probes", "3", "--smoothing-draws", "3")
-
-
-def call(*arguments):
-    """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = previous
-    return 0
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -175,8 +162,7 @@ def test_the_command_measures_and_refuses_other_settings(folder, capsys):
             (("--step", "0"), "Expected step=0.0 in (0, inf)."),
             (("--num-images", "0"), "Expected num_images=0")):
         assert call("curvature", folder, *OPTIONS, *arguments) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and expected in said[0]
+        assert expected in one_line(capsys)
 
 
 def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):

@@ -4,14 +4,13 @@ import dataclasses
 import html
 import json
 import pathlib
-import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
+from command_line import call, one_line
 
-from experiments import __main__ as cli
 from experiments import config, paper, prepare, reproduce, runs, training
 from experiments.config import InputError
 from experiments.recipes import RECIPES, get_recipe
@@ -35,18 +34,6 @@ RECIPE = dataclasses.replace(
 @pytest.fixture(name="digits", scope="module")
 def _digits():
     return data.load_dataset("digits")
-
-
-def call(*arguments):
-    """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = previous
-    return 0
 
 
 def metrics_of(folder):
@@ -195,12 +182,6 @@ def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
         recipe, digits, tmp_path, rows=["wild", "robust"], seeds=[0], tensorboard=False)
     assert len(failures) == 1 and "has diverged" in failures[0]
     assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
-
-
-def one_line(capsys):
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    return said[0]
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
+from command_line import call, one_line
 
-from experiments import __main__ as cli
 from experiments import (
     config,
     curvature,
@@ -39,24 +38,6 @@ SMALL = ("--num-draws", "3", "--surface-images", "4", "0", "--surface-resolution
 PICTURES = ("accuracy_by_curvature", "curvature_by_correct", "loss_surfaces", "blocks_clean",
             "blocks_noisy")
 RESULTS = ("curvature", "noise_counts", "surfaces", "blocks")
-
-
-def call(*arguments):
-    """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = previous
-    return 0
-
-
-def one_line(capsys):
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    return said[0]
 
 
 @pytest.fixture(name="study", scope="module")

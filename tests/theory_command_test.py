@@ -4,13 +4,12 @@ import dataclasses
 import html
 import itertools
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import call
 
-from experiments import __main__ as cli
 from experiments import config, evaluation, report, reproduce, runs, theory, training
 from experiments.config import InputError
 from experiments.recipes import RECIPES
@@ -29,18 +28,6 @@ SETTINGS = theory.TheorySettings(num_images=10, num_draws=4, smoothed_draws=8, t
                                  train_size=100, radii=(0.5, 1.0, 4.0))
 WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--test-size", "100",
          "--train-size", "100", "--radii", "0.5", "1.0", "4.0")
-
-
-def call(*arguments):
-    """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = previous
-    return 0
 
 
 @pytest.fixture(name="study", scope="module")

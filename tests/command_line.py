@@ -1,0 +1,24 @@
+"""The command line, as the tests of the commands use it."""
+
+import sys
+
+from experiments import __main__ as cli
+
+
+def call(*arguments):
+    """What a user's command line does: exit status 0 or that of SystemExit."""
+    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = previous
+    return 0
+
+
+def one_line(capsys):
+    """The only line on the standard error."""
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
