@@ -32,7 +32,7 @@ _ROW_DASHES = ("-", (0, (6, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1,
 _CLASS_COLORS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK, _YELLOW, "#999999",
                  "#7F4A1E")
 _CLASS_MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", ">", "*")
-_GRID = {"color": "#D9D9D9", "linewidth": 0.6}
+GRID = {"color": "#D9D9D9", "linewidth": 0.6}
 
 
 class Style(NamedTuple):
@@ -257,7 +257,7 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> N
     for ax in figure.axes:
         ax.set_axisbelow(True)
         if ax.get_xticks().size:
-            ax.grid(**_GRID)
+            ax.grid(**GRID)
         ax.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)),
                   frameon=False, columnspacing=1.5, handlelength=2.6)
@@ -282,7 +282,7 @@ def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSa
     ax.set_xlim(low / 3, high * 3)
     ax.set_xscale("log", nonpositive="clip")
     ax.set_axisbelow(True)
-    ax.grid(axis="x", **_GRID)
+    ax.grid(axis="x", **GRID)
     ax.spines[["top", "right"]].set_visible(False)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.figures import _GRID, Style, _figure, _legend, _wrap, row_style
+from experiments.figures import GRID, Style, add_legend, new_figure, row_style, wrap
 
 
 class BoundSample(NamedTuple):
@@ -46,7 +46,7 @@ def bounds_figure(samples: Sequence[BoundSample]) -> Figure:
     edge.
     """
     names = list(samples[0].values)
-    figure = _figure(10, 2.2 + 0.28 * len(samples) * (len(names) + 1))
+    figure = new_figure(10, 2.2 + 0.28 * len(samples) * (len(names) + 1))
     ax = figure.subplots()
     ends: list[float] = []
     for group, sample in enumerate(samples):
@@ -66,11 +66,11 @@ def bounds_figure(samples: Sequence[BoundSample]) -> Figure:
     ax.set_xlim(min(ends, default=1e-6) / 3, max(ends, default=1.0) * 3)
     ax.set_xscale("log", nonpositive="clip")
     ax.set_xlabel("Squared Frobenius norm, or its bound [nats$^2$/pixel$^4$]")
-    ax.set_yticks(range(len(samples)), [_wrap(sample.label) for sample in samples])
+    ax.set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
     ax.set_ylim(len(samples) - 0.5, -0.5)
     for group in range(1, len(samples)):
         ax.axhline(group - 0.5, color="#BFBFBF", linewidth=0.6)
-    _legend(figure, [Patch(facecolor=row_style(index).color, alpha=0.6, label=_wrap(name, 44))
+    add_legend(figure, [Patch(facecolor=row_style(index).color, alpha=0.6, label=wrap(name, 44))
                      for index, name in enumerate(names)], columns=2)
     ax.grid(visible=False, axis="y")
     return figure
@@ -80,7 +80,7 @@ def mapping_figure(curves: Sequence[MappingCurves]) -> Figure:
     """The share of test images outside the ball, and its bounds, against the radius."""
     columns = min(3, len(curves))
     lines = math.ceil(len(curves) / columns)
-    figure = _figure(3.9 * columns, 1.3 + 2.7 * lines)
+    figure = new_figure(3.9 * columns, 1.3 + 2.7 * lines)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     names = list(curves[0].values)
     for index, ax in enumerate(axes.flat):
@@ -93,7 +93,7 @@ def mapping_figure(curves: Sequence[MappingCurves]) -> Figure:
             style = row_style(number)
             ax.plot(curve.radii, curve.values[name], color=style.color, linestyle=style.dashes,
                     marker=style.marker, markersize=4, linewidth=1.3)
-        ax.set_title(_wrap(curve.label, 38), fontsize=10)
+        ax.set_title(wrap(curve.label, 38), fontsize=10)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_ylim(-0.03, 1.15)
@@ -101,15 +101,16 @@ def mapping_figure(curves: Sequence[MappingCurves]) -> Figure:
             ax.set_ylabel("Share outside the ball")
         if index + columns >= len(curves):
             ax.set_xlabel("Radius / median distance")
-    _legend(figure, [Line2D([], [], color=row_style(number).color, marker=row_style(number).marker,
-                            markersize=5, linestyle=row_style(number).dashes, label=_wrap(name, 44))
-                     for number, name in enumerate(names)], columns=2)
+    styles = {name: row_style(number) for number, name in enumerate(names)}
+    add_legend(figure, [Line2D([], [], color=style.color, marker=style.marker, markersize=5,
+                               linestyle=style.dashes, label=wrap(name, 44))
+                        for name, style in styles.items()], columns=2)
     return figure
 
 
 def separation_figure(lines: Sequence[SeparationLine]) -> Figure:
     """Divergences layer by layer, and the theorem's bounds beside them."""
-    figure = _figure(11, 5.4)
+    figure = new_figure(11, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
     for panel, (ax, name) in enumerate(zip(axes, ("smallest", "median"), strict=True)):
         for index, line in enumerate(lines):
@@ -127,9 +128,9 @@ def separation_figure(lines: Sequence[SeparationLine]) -> Figure:
         ax.set_title(f"{name.capitalize()} over the pairs of classes")
     axes[0].set_ylabel("Jensen-Shannon divergence [nats]")
     axes[0].text(0, math.log(2), "log 2, the largest value", fontsize=8, va="bottom")
-    _legend(figure, [Line2D([], [], color=line.style.color, marker=line.style.marker,
-                            markersize=5, linestyle=line.style.dashes, label=_wrap(line.label))
+    add_legend(figure, [Line2D([], [], color=line.style.color, marker=line.style.marker,
+                            markersize=5, linestyle=line.style.dashes, label=wrap(line.label))
                      for line in lines])
     for ax in axes:
-        ax.grid(**_GRID)
+        ax.grid(**GRID)
     return figure
