@@ -114,7 +114,8 @@ class CurvatureConfig:
     """t of Eq. 21, in units of the inputs."""
     smoothing: float | None = None
     """Standard deviation of the noise that the smoothed curvature averages over, in units of the
-    inputs; none for that of the training noise."""
+    inputs; none for that of the training noise (with normalised inputs, over the largest of the
+    channels' std)."""
     smoothing_draws: int = 32
     """Pairs of noisy images, for each image."""
     inputs: str = "pixels"
