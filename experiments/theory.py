@@ -645,8 +645,8 @@ def _check_separation(run, train, test):
             f"thm63_{name}", f"Thm 6.3 at {name}, each pair of classes with balls that touch: "
             "bound <= estimated lower bound of the divergence (pairs with a bound above 0)",
             f"divergence at least: smallest {significant(values.min())}, median {_median(values)} "
-            f"nats; bound: above 0 for {100 * np.mean(informative):.1f} %, median {_median(pair_bound)}, "
-            f"sharp {_median(facts['pair_sharp_bound'])}",
+            f"nats; bound: above 0 for {100 * np.mean(informative):.1f} %, median "
+            f"{_median(pair_bound)}, sharp {_median(facts['pair_sharp_bound'])}",
             _share((pair_bound <= values)[informative]), _median_ratio(
                 pair_bound[informative], values[informative])))
     return facts, lines
