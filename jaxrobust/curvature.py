@@ -325,10 +325,12 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     # A^T 1 = 0: only differences of logits count, and C - 1 of them span all. Taking them before
     # the products also spares the digits that a large common part of the rows of J would cost.
     differences = jnp.eye(num_classes, dtype=logits.dtype)[:-1].at[:, -1].set(-1)
+
     def row(c):
         return pullback(jnp.broadcast_to(differences[c], logits.shape))[0].reshape(batch, -1)
 
-    jacobian = _stacked(row, num_classes - 1, -(-(num_classes - 1) // _UNROLLED))
+    # No more side by side than it takes for the loop to be written out on CPUs.
+    jacobian = _stacked(row, num_classes - 1, math.ceil((num_classes - 1) / _UNROLLED))
     gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
     gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
 
