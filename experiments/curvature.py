@@ -15,8 +15,9 @@ from experiments.config import CurvatureConfig, InputError
 from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
-from jaxrobust import _validate, curvature
+from jaxrobust import _validate, curvature, evaluation
 from jaxrobust.data.augment import to_float
+from jaxrobust.models.common import normalise
 
 PROBE_SEED = 0
 """Of all random directions."""
@@ -24,7 +25,6 @@ PROBE_SEED = 0
 PIECEWISE_LINEAR_GAP = 1e-2
 """Median of :func:`jaxrobust.curvature.gauss_newton_gap` below which the network is taken to be
 made of affine pieces. Rounding in float32 is below 1e-3 for most images; GELU gives about 1."""
-
 
 PROBES_AT_ONCE = 4
 """Random directions side by side: compiles faster than one, at the same speed."""
@@ -63,15 +63,16 @@ def measure_curvature(
     partial = _Partial(folder / "curvature.partial.npz", asked)
     linear = partial.facts.get("piecewise_linear")
     with progress(f"{label}, curvature", count, done=partial.done) as shown:
-        for first in range(partial.done, count, size):
-            rows = np.minimum(np.arange(first, first + size), count - 1)
+        done = partial.done
+        for left in evaluation.padded_batches(count - done, size):
+            rows = done + left
             batch = (run.model, variables_of(run.state), to_float(jnp.asarray(images[rows])),
                      jnp.asarray(labels[rows]), jnp.asarray(rows))
             if linear is None:
                 gap = float(np.median(_gap(*batch)))
                 linear = gap < PIECEWISE_LINEAR_GAP
                 partial.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
-            kept = min(size, count - first)
+            kept = min(size, count - rows[0])
             table = {name: np.asarray(values)[:kept]
                      for name, values in _measure(*batch, settings, linear).items()}
             partial.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
@@ -142,7 +143,7 @@ def _measure(model, variables, images, labels, indices, settings: CurvatureConfi
     if settings.inputs == "normalised":
         loss, logits = (curvature.normalised_inputs(function, model.mean, model.std)
                         for function in (loss, logits))
-        images = (images - _channels(model.mean)) / _channels(model.std)
+        images = normalise(images, model.mean, model.std, images.dtype)
     gradient = jax.grad(lambda inputs: jnp.sum(loss(inputs)))(images)
     table["gradient_squared"] = jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
     spectrum = curvature.piecewise_linear_spectrum(logits, images)
@@ -176,7 +177,3 @@ def _measure(model, variables, images, labels, indices, settings: CurvatureConfi
         table |= {name: value, f"{name}_standard_error": standard_error}
     return table | {f"gauss_newton_eigenvalue_{rank}": spectrum[:, -rank]
                     for rank in range(1, spectrum.shape[1] + 1)}
-
-
-def _channels(values):
-    return jnp.asarray(values, jnp.float32)[None, None, None]

@@ -14,6 +14,7 @@ from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, data, evaluation, perturbations
 from jaxrobust.data import Dataset, Split
 from jaxrobust.data.augment import to_float
+from jaxrobust.models import Outputs
 
 NOISE_SEED = 0
 """Of the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
@@ -26,6 +27,12 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
         return dataset.test
     _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
     return data.split_off(dataset.test, test_size, seed=0)[1]
+
+
+def settings_asked(settings) -> dict:
+    """The fields of a dataclass of settings, as :func:`keep_result` finds them in a JSON file."""
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(settings).items()}
 
 
 def keep_result(path: pathlib.Path, settings: dict) -> bool:
@@ -55,8 +62,7 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
     Raises:
       InputError: (a ValueError) if there is an evaluation with other settings.
     """
-    asked = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dataclasses.asdict(settings).items()}
+    asked = settings_asked(settings)
     path = folder / "evaluation.json"
     if keep_result(path, asked):
         return
@@ -93,8 +99,9 @@ def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.P
         perturbations.gaussian(run.config.noise_std), jax.random.key(NOISE_SEED), clean,
         np.arange(len(images)))
     clean, noisy = (features_of(run, np.asarray(view)) for view in (clean, noisy))
-    np.savez(folder / "features.npz", clean=clean, noisy=noisy, labels=split.labels[:count],
-             noise_std_255=run.config.noise_std * 255)
+    runs.write_arrays(folder / "features.npz", {
+        "clean": clean, "noisy": noisy, "labels": split.labels[:count],
+        "noise_std_255": np.asarray(run.config.noise_std * 255)})
 
 
 def features_of(run: TrainedRun, images: np.ndarray) -> np.ndarray:
@@ -103,3 +110,8 @@ def features_of(run: TrainedRun, images: np.ndarray) -> np.ndarray:
     return evaluation.map_batches(
         lambda rows: evaluation.predict(run.model, variables, rows).features, images,
         batch_size=BATCH_SIZE)
+
+
+def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:
+    """Each block's outputs, averaged over their positions: [B, channels]."""
+    return {name: jnp.mean(block, axis=(1, 2)) for name, block in outputs.blocks.items()}

@@ -20,7 +20,13 @@ import sklearn.neighbors
 from experiments import figures, runs
 from experiments.config import CurvatureConfig, InputError
 from experiments.curvature import losses_of, measure_curvature
-from experiments.evaluation import BATCH_SIZE, NOISE_SEED, keep_result, make_test_split
+from experiments.evaluation import (
+    BATCH_SIZE,
+    NOISE_SEED,
+    keep_result,
+    make_test_split,
+    pooled_blocks,
+)
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, curvature, evaluation, perturbations
@@ -175,8 +181,9 @@ def _measure_surfaces(run, split: Split, asked: dict, folder, label) -> None:
             jnp.asarray(labels), jnp.asarray(chosen), extent, asked["resolution"])
         values = np.asarray(surface.values)
         shown.advance(len(chosen), **{"largest loss": float(values.max())})
-    np.savez(folder / "surfaces.npz", index=chosen, image=images, label=labels,
-             offsets=np.asarray(surface.offsets), values=values)
+    runs.write_arrays(folder / "surfaces.npz", {
+        "index": chosen, "image": images, "label": labels,
+        "offsets": np.asarray(surface.offsets), "values": values})
     _write_facts(path, asked, extent=extent, class_names=list(run.dataset.class_names))
 
 
@@ -209,9 +216,9 @@ def _embed_blocks(run, split: Split, asked: dict, folder, label) -> None:
                     np.full((len(labels), 2), np.nan) if joint is None else joint[number])
                 accuracies[view].append(neighbour_accuracy(features[name], labels))
             shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
-    np.savez(folder / "blocks.npz", label=labels,
-             **{view: np.stack(values) for view, values in planes.items()},
-             **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()})
+    runs.write_arrays(folder / "blocks.npz", {
+        "label": labels, **{view: np.stack(values) for view, values in planes.items()},
+        **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()}})
     _write_facts(path, asked, blocks=names, class_names=list(run.dataset.class_names),
                  channels=[features.shape[1] for features in views["clean"].values()])
 
@@ -222,9 +229,8 @@ def _pooled_blocks(model, variables, noise, images, indices):
     clean = to_float(images)
     # The noise of the figure of the penultimate features.
     noisy = perturbations.per_example(noise, jax.random.key(NOISE_SEED), clean, indices)
-    return {view: {name: jnp.mean(outputs, axis=(1, 2)) for name, outputs in model.apply(
-        variables, inputs, train=False).blocks.items()}
-        for view, inputs in (("clean", clean), ("noisy", noisy))}
+    return {view: pooled_blocks(model.apply(variables, inputs, train=False))
+            for view, inputs in (("clean", clean), ("noisy", noisy))}
 
 
 def _write_facts(path: pathlib.Path, asked: dict, **facts) -> None:

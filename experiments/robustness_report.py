@@ -482,8 +482,8 @@ def sections(study: Study) -> list[Section]:
     found, left_out = _counted_runs(study)
     if found:
         tables = [correlation_table(study, found, noise) for noise in NOISES]
-        lead = ("Are images at which the loss curves more the ones that noise turns wrong? Each "
-                "with the exact measure and with the paper’s finite differences.")
+        lead = ("Are images at which the loss curves more the ones that noise turns wrong? By "
+                "each measure of curvature, which are different quantities.")
         if left_out:
             lead += (" Not shown, measured with other images or draws: "
                      f"{'; '.join(left_out)}.")

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from experiments import figures, runs
 from experiments.curvature import PROBE_SEED, PROBES_AT_ONCE, losses_of
-from experiments.evaluation import keep_result, make_test_split
+from experiments.evaluation import keep_result, make_test_split, settings_asked
 from experiments.page import Cell, Picture, Section, Table, TableRow, listed, significant
 from experiments.progress import progress
 from experiments.study import Study
@@ -57,8 +57,7 @@ def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, l
     Raises:
       InputError: (a ValueError) if there is a study with other settings.
     """
-    asked = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dataclasses.asdict(settings).items()}
+    asked = settings_asked(settings)
     path = folder / "steps.json"
     if keep_result(path, asked):
         return

@@ -17,7 +17,8 @@ from scipy import stats
 
 from experiments import runs
 from experiments.config import InputError
-from experiments.evaluation import keep_result, make_test_split
+from experiments.curvature import losses_of
+from experiments.evaluation import keep_result, make_test_split, pooled_blocks, settings_asked
 from experiments.page import significant
 from experiments.progress import progress
 from experiments.training import TrainedRun, make_splits, variables_of
@@ -119,8 +120,7 @@ def measure_theory(
       InputError: (a ValueError) if there is a measurement with other settings, or the run was
         trained without noise.
     """
-    asked = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in dataclasses.asdict(settings).items()}
+    asked = settings_asked(settings)
     path = folder / "theory.json"
     if keep_result(path, asked):
         return [Claim(**line) for line in runs.read_json(path)["claims"]]
@@ -159,8 +159,9 @@ def measure_theory(
         columns, draws = _curvature_columns(run, test_split, settings, shown)
     columns, facts["curvature"], lines = _check_curvature(run, columns, draws)
     claims = _in_the_papers_order([*claims, *lines])
-    np.savez(folder / "theory.npz", index=np.arange(settings.num_images),
-             label=test_split.labels[: settings.num_images], **columns)
+    runs.write_arrays(folder / "theory.npz", {
+        "index": np.arange(settings.num_images),
+        "label": test_split.labels[: settings.num_images], **columns})
     runs.write_json(path, _without_nan({
         **facts, "claims": [line._asdict() for line in claims],
         "settings": asked, "provenance": runs.provenance()}))
@@ -191,8 +192,7 @@ def _training_images(run: TrainedRun, size: int | None) -> Split:
 @functools.partial(jax.jit, static_argnames="model")
 def _forward(model, variables, images):
     outputs = model.apply(variables, to_float(images), train=False)
-    pooled = {name: jnp.mean(block, axis=(1, 2)) for name, block in outputs.blocks.items()}
-    return outputs.features, pooled, outputs.logits
+    return outputs.features, pooled_blocks(outputs), outputs.logits
 
 
 def _layers_of(run: TrainedRun, split: Split) -> Layers:
@@ -360,18 +360,12 @@ def _draw(model, variables, images, labels, key, indices, *, sigma):
 @functools.partial(jax.jit, static_argnames="model")
 def _pointwise(model, variables, images, labels):
     """Loss, prediction, gradient and the exact spectrum at the images themselves."""
-    def logits_fn(x):
-        return model.apply(variables, x, train=False).logits
-
-    def total(x):
-        logits = logits_fn(x)
-        values = _softmax_losses(logits, labels)
-        return jnp.sum(values), (values, logits)
-
-    gradient, (loss, logits) = jax.grad(total, has_aux=True)(images)
+    loss, logits_fn = losses_of(model, variables, labels)
+    logits = logits_fn(images)
+    gradient = jax.grad(lambda x: jnp.sum(loss(x)))(images)
     spectrum = curvature.piecewise_linear_spectrum(logits_fn, images)
     return {
-        "loss": loss, "correct": jnp.argmax(logits, axis=1) == labels,
+        "loss": loss(images), "correct": jnp.argmax(logits, axis=1) == labels,
         "gradient_norm_squared": jnp.sum(jnp.square(gradient), axis=(1, 2, 3)),
         "hessian": jnp.sum(jnp.square(spectrum), axis=1),
         "hessian_trace": jnp.sum(spectrum, axis=1),
@@ -381,9 +375,7 @@ def _pointwise(model, variables, images, labels):
 @functools.partial(jax.jit, static_argnames=("model", "sigma"))
 def _smoothed(model, variables, images, labels, key, indices, *, sigma):
     """Hessian and gradient of the noise-averaged loss, from one group of draws."""
-    def loss(x):
-        return _softmax_losses(model.apply(variables, x, train=False).logits, labels)
-
+    loss, _ = losses_of(model, variables, labels)
     settings = {"sigma": sigma, "num_draws": _SMOOTHED_GROUP, "chunk_size": _SMOOTHED_CHUNK,
                 "indices": indices}
     smooth = curvature.smoothed_curvature(loss, images, key, **settings)

@@ -47,6 +47,27 @@ def mean_estimate(samples: jax.Array) -> Estimate:
     return Estimate(mean, spread / num_samples**0.5)
 
 
+def mean_over_pairs(pairs: jax.Array) -> Estimate:
+    r"""The mean of h(i, j) over all pairs of different draws: a U-statistic.
+
+    Args:
+      pairs: [B, K, K], h(i, j) for K >= 3 independent draws, symmetric; the diagonal does not
+        count.
+
+    Returns:
+      The mean, unbiased for E h(i, j), and its standard error by the jackknife, each [B].
+
+    Source: Hoeffding (1948); Arvesen (1969).
+    """
+    k = pairs.shape[1]
+    rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, pairs), axis=2)  # [B, K]
+    total = jnp.sum(rows, axis=1)
+    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
+    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
+        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
+    return Estimate(total / (k * (k - 1)), jackknife)
+
+
 def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence[float],
                       std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
     r"""The same function of normalised images, for curvature with respect to those.
@@ -277,17 +298,10 @@ def smoothed_curvature(
     # In units of the largest: the fourth power of a small curvature is beyond float32.
     largest = jnp.max(jnp.abs(products), axis=(1, 2))
     products = products / jnp.where(largest > 0, largest, 1)[:, None, None]
-    pairs = jnp.where(jnp.eye(num_draws, dtype=bool)[None], 0,
-                      products * products.swapaxes(1, 2))
-    rows = jnp.sum(pairs, axis=2)  # [B, K]
-    total = jnp.sum(rows, axis=1)
-    k = num_draws
-    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
-    value = total / (k * (k - 1))
-    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
-        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
+    squares = mean_over_pairs(products * products.swapaxes(1, 2))
     unit = jnp.square(largest)
-    return SmoothedCurvature(Estimate(unit * value, unit * jackknife), trace)
+    return SmoothedCurvature(
+        Estimate(unit * squares.value, unit * squares.standard_error), trace)
 
 
 def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:

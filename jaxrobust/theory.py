@@ -23,7 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
-from jaxrobust.curvature import Estimate, Loss, _draw, _gradient, _stacked, mean_estimate
+from jaxrobust.curvature import (
+    Estimate,
+    Loss,
+    _draw,
+    _gradient,
+    _stacked,
+    mean_estimate,
+    mean_over_pairs,
+)
 from jaxrobust.geometry import safe_norm
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
@@ -395,14 +403,8 @@ def smoothed_gradient_norm_squared(
         return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
 
     slopes = _stacked(draw, num_draws, chunk_size)  # [K, B, n]
-    k = num_draws
-    products = jnp.einsum("ibn,jbn->bij", slopes, slopes, precision=jax.lax.Precision.HIGHEST)
-    rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, products), axis=2)  # [B, K]
-    total = jnp.sum(rows, axis=1)
-    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
-    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
-        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
-    return Estimate(total / (k * (k - 1)), jackknife)
+    return mean_over_pairs(jnp.einsum(
+        "ibn,jbn->bij", slopes, slopes, precision=jax.lax.Precision.HIGHEST))
 
 
 def smoothed_curvature_bound(
