@@ -13,6 +13,7 @@ from jaxrobust import _validate
 from jaxrobust.curvature import LogitsFn
 from jaxrobust.data.augment import to_float
 from jaxrobust.models.common import Outputs
+from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
 
 
@@ -53,11 +54,16 @@ def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
     return model.apply(variables, to_float(images), train=False)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _correct(model, variables, images, labels, indices, perturb, key):
-    return correct_predictions(
-        lambda inputs: model.apply(variables, inputs, train=False).logits,
-        to_float(images), labels, perturb=perturb, key=key, indices=indices)
+@functools.partial(jax.jit, static_argnames=("model", "layout"))
+def _correct(model, layout, variables, perturb, key, *rows):
+    def share(shared, rows):
+        variables, perturb, key = shared
+        images, labels, indices = rows
+        return correct_predictions(
+            lambda inputs: model.apply(variables, inputs, train=False).logits,
+            to_float(images), labels, perturb=perturb, key=key, indices=indices)
+
+    return map_examples(layout, share)((variables, perturb, key), rows)
 
 
 def evaluate(
@@ -70,11 +76,12 @@ def evaluate(
     key: jax.Array,
     num_draws: int = 1,
     batch_size: int = 500,
+    layout: Layout | None = None,
 ) -> Iterator[np.ndarray]:
     """Whether each image is classified correctly, for each draw of a perturbation.
 
     The last batch is padded and the padding dropped, so that every image counts once. The
-    result does not depend on ``batch_size``.
+    result does not depend on ``batch_size`` or the number of devices.
 
     Args:
       model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
@@ -85,6 +92,7 @@ def evaluate(
       key: a PRNG key; draw k perturbs image n with ``fold_in(fold_in(key, k), n)``.
       num_draws: independent draws.
       batch_size: images at a time.
+      layout: the devices, which share each batch; one if none is given.
 
     Yields:
       For each draw, [N] bool; its mean is the accuracy of the draw.
@@ -98,15 +106,14 @@ def evaluate(
     _validate.in_range("number of images", size, 1)
     _validate.in_range("num_draws", num_draws, 1)
     _validate.in_range("batch_size", batch_size, 1)
-    batch_size = min(batch_size, size)
+    layout = make_layout("jit") if layout is None else layout.for_examples()
     perturb = identity() if perturb is None else perturb
+    variables = replicate(layout, variables)
     for draw in range(num_draws):
-        draw_key = jax.random.fold_in(key, draw)
-        correct = [
-            _correct(model, variables, images[rows], labels[rows], rows, perturb, draw_key)
-            for rows in padded_batches(size, batch_size)
-        ]
-        yield np.concatenate(correct)[:size]
+        draw_key = replicate(layout, jax.random.fold_in(key, draw))
+        yield map_batches(
+            functools.partial(_correct, model, layout, variables, perturb, draw_key),
+            images, labels, np.arange(size), batch_size=batch_size, layout=layout)
 
 
 def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -115,19 +122,35 @@ def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
         yield np.minimum(np.arange(first, first + batch_size), size - 1)
 
 
-def map_batches(function: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> Any:
+def map_batches(
+    function: Callable[..., Any], *arrays: np.ndarray, batch_size: int,
+    layout: Layout | None = None,
+) -> Any:
     """What ``function`` gives for the rows of ``arrays``, a batch at a time.
 
     Args:
-      function: takes ``batch_size`` rows of each array; returns a pytree of arrays [B, ...].
+      function: takes ``batch_size`` rows of each array; returns a pytree of arrays [B, ...],
+        whole in every process.
       *arrays: [N, ...] each.
       batch_size: rows at a time; the last batch repeats the last row, and drops it again.
+      layout: the devices that share the rows, of which each process then reads its own, and
+        by whose number ``batch_size`` is rounded up; None if the function sees to it.
 
     Returns:
       The pytree, of NumPy arrays [N, ...].
     """
     size = _validate.shapes(**{f"array {i}": (array, "N ...") for i, array in enumerate(arrays)})[
         "N"]
-    parts = [jax.tree.map(np.asarray, function(*(array[rows] for array in arrays)))
-             for rows in padded_batches(size, min(batch_size, size))]
+    batch_size = min(batch_size, size)
+    if layout is not None:
+        batch_size = -(-batch_size // layout.num_devices) * layout.num_devices
+
+    def read(rows):
+        if layout is None:
+            return tuple(array[rows] for array in arrays)
+        mine = rows[layout.rows_of(batch_size)]
+        return place_batch(layout, tuple(array[mine] for array in arrays), batch_size)
+
+    parts = [jax.tree.map(np.asarray, function(*read(rows)))
+             for rows in padded_batches(size, batch_size)]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:size], *parts)

@@ -57,11 +57,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     axis_name: str | None = None,
+    sync_batch_norm: bool = True,
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
 ) -> TrainStep:
     """One update as a pure function ``(state, batch) -> (state, metrics)``.
 
-    Jit it, or map it over devices with the batch split and the state replicated.
+    Jit it, or map it over devices with the batch split and the state replicated
+    (:mod:`jaxrobust.parallel` does both).
 
     Args:
       model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
@@ -70,6 +72,9 @@ def make_train_step(
       axis_name: the device axis over which the batch is split, under ``pmap`` or
         ``shard_map``; None if the batch is whole. Loss, centroids, gradients, metrics and
         batch norm are those of the whole batch.
+      sync_batch_norm: with an ``axis_name``, whether batch norm uses the statistics of the whole
+        batch. If not, each device normalises with those of its own share, as PyTorch's
+        DataParallel does, and the running statistics are the mean over the devices.
       constraint_weight: factor, by step, of the terms that ``stability`` and ``robust`` add to
         the softmax loss; 1 in the paper.
 
@@ -77,7 +82,7 @@ def make_train_step(
       The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
       on the views, and the terms of the method.
     """
-    model = model.clone(axis_name=axis_name)
+    model = model.clone(axis_name=axis_name if sync_batch_norm else None)
 
     def train_step(state, batch):
         def objective(params):
@@ -94,6 +99,9 @@ def make_train_step(
         (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
+            if not sync_batch_norm:
+                evaluated = evaluated._replace(
+                    batch_stats=jax.lax.pmean(evaluated.batch_stats, axis_name))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
         state = state.replace(

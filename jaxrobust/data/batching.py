@@ -1,6 +1,7 @@
 """The order in which an epoch visits the examples."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -12,17 +13,21 @@ def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
-def epoch_indices(order: jax.Array, batch_size: int, *, start: int = 0) -> Iterator[jax.Array]:
-    """The batches of an epoch, each [batch_size] indices; the last may be smaller.
-
-    Args:
-      order: [N], from :func:`epoch_order`.
-      batch_size: in [1, N].
-      start: the first batch to yield, when an epoch is taken up again.
+def batch_sizes(size: int, batch_size: int) -> list[int]:
+    """The sizes of an epoch's batches of ``size`` examples; the last may be smaller.
 
     Raises:
       InputError: (a ValueError) if the batch is larger than the data set.
     """
-    _validate.in_range("batch_size", batch_size, 1, order.shape[0], open_high=False)
-    for first in range(start * batch_size, order.shape[0], batch_size):
-        yield order[first : first + batch_size]
+    _validate.in_range("batch_size", batch_size, 1, size, open_high=False)
+    return [min(batch_size, size - first) for first in range(0, size, batch_size)]
+
+
+def group_batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive batches of one size taken together, up to ``most``: their number and size."""
+    for size, alike in itertools.groupby(sizes):
+        left = len(list(alike))
+        while left:
+            number = min(most, left)
+            yield number, size
+            left -= number

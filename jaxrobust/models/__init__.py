@@ -8,6 +8,7 @@ layer under ``params["head"]``.
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, head_parameters
@@ -22,7 +23,7 @@ __all__ = ["MODELS", "Outputs", "ResNet18", "SmallCNN", "create_model", "head_pa
 
 def create_model(
     name: str, *, num_classes: int, num_features: int, width: int,
-    mean: Sequence[float], std: Sequence[float],
+    mean: Sequence[float], std: Sequence[float], dtype=jnp.float32,
 ) -> nn.Module:
     """The model of that name.
 
@@ -33,6 +34,8 @@ def create_model(
       width: channels of the first stage.
       mean: per channel, of pixels in [0, 1], subtracted from the images.
       std: per channel, by which they are then divided.
+      dtype: of the computation, such as bfloat16; parameters, batch statistics, features and
+        logits stay float32.
 
     Raises:
       InputError: (a ValueError) for an unknown name, or a size below 1.
@@ -42,4 +45,4 @@ def create_model(
     _validate.in_range("num_features", num_features, 1)
     _validate.in_range("width", width, 1)
     return MODELS[name](num_classes=num_classes, num_features=num_features, width=width,
-                        mean=tuple(mean), std=tuple(std))
+                        mean=tuple(mean), std=tuple(std), dtype=dtype)

@@ -1,0 +1,207 @@
+"""One pure step on one device, on many, and on those of many hosts.
+
+A step is written once, for the whole batch, as ``make_step(axis_name)``; :func:`compile_step`
+gives it the form that a :class:`Layout` names:
+
+- ``"jit"``: on one device.
+- ``"mesh"``: under ``jit``, the batch sharded over all devices, everything else replicated;
+  across all processes of a multi-host job.
+- ``"pmap"``: ``pmap`` over the devices of one process, with ``axis_name`` for its sums.
+
+All three give the same result up to rounding. A batch whose rows do not divide evenly among
+the devices, such as the last one of an epoch, is computed whole on every device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrobust import _validate
+
+AXIS = "batch"
+"""Name of the one device axis, over which batches are split."""
+
+FORMS = ("jit", "pmap", "mesh")
+"""Of a step; see the module's docstring."""
+
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""``(state, shared, rows) -> (state, outputs)``: ``rows`` is a pytree of arrays with a row for
+each example of the batch; of ``state``, ``shared`` and ``outputs`` every device has all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The devices that a step runs on, and in which form."""
+
+    form: str
+    mesh: Mesh  # one axis, AXIS
+
+    @property
+    def num_devices(self) -> int:
+        """Over which a batch is split, in all processes together."""
+        return self.mesh.size
+
+    def divides(self, size: int) -> bool:
+        """Whether a batch of so many rows is split, rather than whole on every device."""
+        return size % self.num_devices == 0
+
+    def rows_of(self, size: int) -> slice:
+        """The rows that this process provides of a batch of ``size`` of them."""
+        if not self.divides(size):
+            return slice(0, size)
+        each = size // self.num_devices
+        mine = [place for place, device in enumerate(self.mesh.devices.flat)
+                if device.process_index == jax.process_index()]
+        return slice(mine[0] * each, (mine[-1] + 1) * each)
+
+    def for_examples(self) -> "Layout":
+        """The same devices in the form that :func:`map_examples` needs."""
+        return dataclasses.replace(self, form="mesh") if self.form == "pmap" else self
+
+
+def make_layout(
+    form: str | None = None, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """A layout over the given devices.
+
+    Args:
+      form: one of :data:`FORMS`. None chooses by what is there: ``"mesh"`` in a job of several
+        processes or with several accelerators, else ``"jit"`` (several CPU devices are but
+        views of the same cores).
+      devices: all there are if none are given, in all processes; ``"jit"`` takes the first.
+
+    Raises:
+      InputError: (a ValueError) for an unknown form, or one that a job of several processes
+        cannot have.
+    """
+    # Those of a process side by side, so that its rows are.
+    devices = sorted(jax.devices() if devices is None else devices,
+                     key=lambda device: (device.process_index, device.id))
+    processes = {device.process_index for device in devices}
+    if form is None:
+        accelerators = len(devices) > 1 and devices[0].platform != "cpu"
+        form = "mesh" if len(processes) > 1 or accelerators else "jit"
+    _validate.one_of("parallel", form, FORMS)
+    if form != "mesh" and len(processes) > 1:
+        raise _validate.InputError(
+            f"Expected parallel='mesh' in a job of {len(processes)} processes, got {form!r}.")
+    if form == "jit":
+        devices = devices[:1]
+    # In an explicit mesh every contraction over the batch would have to name its sharding.
+    return Layout(form, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)))
+
+
+def replicate(layout: Layout, tree: Any) -> Any:
+    """The leaves on every device of the layout; in all processes they must be the same."""
+    if layout.form == "jit":
+        return jax.device_put(tree, layout.mesh.devices.flat[0])
+    sharding = NamedSharding(layout.mesh, PartitionSpec())
+
+    def place(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+                leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jax.make_array_from_process_local_data(
+            sharding, np.asarray(leaf), global_shape=np.shape(leaf))
+
+    return jax.tree.map(place, tree)
+
+
+def place_batch(layout: Layout, rows: Any, size: int) -> Any:
+    """A batch on its devices, as :func:`compile_step` 's steps take it.
+
+    Args:
+      layout: where.
+      rows: pytree of arrays with this process's rows of the batch, those of ``rows_of(size)``.
+      size: rows of the whole batch.
+
+    Returns:
+      The batch, split over the devices if they divide it, else whole on each of them.
+
+    Raises:
+      InputError: (a ValueError) if there are not as many rows as this process must provide.
+    """
+    mine = layout.rows_of(size)
+    for leaf in jax.tree.leaves(rows):
+        _validate.in_range("rows of a batch", leaf.shape[0], mine.stop - mine.start,
+                           mine.stop - mine.start, open_high=False)
+    if layout.form == "jit" or not layout.divides(size):
+        return replicate(layout, rows)
+    sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))
+
+    def place(leaf):
+        if layout.form == "pmap":  # takes the devices as an axis of their own
+            leaf = np.reshape(leaf, (layout.num_devices, -1, *leaf.shape[1:]))
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_process_local_data(
+            sharding, np.asarray(leaf), global_shape=(size, *leaf.shape[1:]))
+
+    return jax.tree.map(place, rows)
+
+
+def compile(layout: Layout, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``jax.jit`` of a function of which every device has the results whole."""
+    if layout.form != "jit":
+        options["out_shardings"] = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(function, **options)
+
+
+def compile_step(layout: Layout, make_step: Callable[[str | None], Step]) -> Step:
+    """The compiled form of a step.
+
+    Args:
+      layout: of the devices.
+      make_step: the pure step, given the name of the device axis over which its rows are split
+        (:data:`AXIS`), or None where they are whole or ``jit`` sees to it, such as
+        ``lambda axis: make_train_step(model, method, optimizer, axis_name=axis)`` with an
+        argument added for what is shared.
+
+    Returns:
+      The step. Its state must be placed by :func:`replicate` and is donated: it cannot be used
+      again. Its rows must be placed by :func:`place_batch`.
+    """
+    whole = compile(layout, make_step(None), donate_argnums=0)
+    if layout.form != "pmap":
+        return whole
+    mapped = jax.pmap(
+        make_step(AXIS), axis_name=AXIS, in_axes=(None, None, 0), out_axes=None,
+        donate_argnums=0, devices=list(layout.mesh.devices.flat))
+
+    def step(state, shared, rows):
+        is_split = jax.tree.leaves(rows)[0].sharding.spec == PartitionSpec(AXIS)
+        return (mapped if is_split else whole)(state, shared, rows)
+
+    return step
+
+
+def map_examples(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its rows split over the devices, for use inside ``jit``.
+
+    Args:
+      layout: of the devices; a :meth:`Layout.for_examples`.
+      function: ``(shared, rows) -> outputs``, pytrees of arrays [B, ...] the latter two; row i
+        of the outputs depends on row i alone.
+
+    Returns:
+      The same function, for rows placed by :func:`place_batch`, a number that the devices
+      divide; its outputs are whole on every device, and the same for any number of devices.
+    """
+    if layout.form == "jit":
+        return function
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    # Nothing is exchanged between the devices, so nothing is to be checked of how it varies.
+    mapped = jax.shard_map(function, mesh=layout.mesh, in_specs=(whole, split), out_specs=split,
+                           check_vma=False)
+
+    def call(shared, rows):
+        return jax.lax.with_sharding_constraint(
+            mapped(shared, rows), NamedSharding(layout.mesh, whole))
+
+    return call
