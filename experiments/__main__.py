@@ -19,11 +19,13 @@ from experiments import (
     report,
     reproduce,
     robustness,
+    runs,
     steps,
     theory,
     training,
 )
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
+from experiments.execution import Execution, Feed
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
@@ -55,6 +57,11 @@ class Reproduce:
     """Whether to write event files for TensorBoard."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
+    together: bool | None = None
+    """Whether the seeds of a row are trained as one vmapped program; if not given, on
+    accelerators. On CPUs that is slower than one after the other."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
         recipe = get_recipe(self.recipe)
@@ -62,8 +69,12 @@ class Reproduce:
         seeds = list(self.seeds or recipe.seeds)
         for row in rows:
             recipe.run(row, seeds[0])
+        if self.jobs > 1 and self.execution != Execution():
+            raise InputError(f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
+        layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / recipe.name
-        dataset = reproduce.load_recipe_dataset(recipe, self.data_dir)
+        dataset = reproduce.load_recipe_dataset(
+            recipe, self.data_dir, in_memory=self.feed.in_memory())
         reproduce.claim_study(
             folder, reproduce.describe_study(recipe, seeds, list(dataset.class_names)))
         if self.jobs > 1:
@@ -73,8 +84,9 @@ class Reproduce:
                 recipe, folder, rows=rows, seeds=seeds, jobs=self.jobs, arguments=arguments)
         else:
             failures = reproduce.run_study(
-                recipe, dataset, folder, rows=rows, seeds=seeds, tensorboard=self.tensorboard)
-        if self.report:
+                recipe, dataset, folder, rows=rows, seeds=seeds, tensorboard=self.tensorboard,
+                together=self.together, layout=layout, feed=self.feed)
+        if self.report and runs.is_writer():
             print(f"The report is in {report.write_report(folder)}")
         if failures:
             raise InputError("; ".join(failures))
@@ -82,7 +94,8 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train one run: `train RECIPE/ROW`, with any of its settings changed.
+    """Train one run: `train RECIPE/ROW`, with any of its settings changed, or one for each of
+    several seeds.
 
     The defaults shown are those of the recipe's row named first on the command line.
     """
@@ -91,24 +104,38 @@ class Train:
     """RECIPE, or RECIPE/ROW, such as cifar10/both; the row is "robust" if none is given."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: pathlib.Path | None = None
-    """Folder of the run; runs/RECIPE-ROW-seedSEED if none is given."""
+    """Folder of the run, or with several seeds above the runs; runs/RECIPE-ROW-seedSEED if none
+    is given."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of several runs, trained as one vmapped program on one device; instead of --seed."""
     resume: bool = False
     """Go on with a run begun before."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
         name = self.recipe.replace("/", "-")
-        folder = self.out or pathlib.Path("runs") / f"{name}-seed{self.run.seed}"
-        dataset = load_dataset(self.run.dataset, self.data_dir)
+        layout = self.execution.start()
+        configs = [self.run] if self.seeds is None else [
+            dataclasses.replace(self.run, seed=seed) for seed in self.seeds]
+        folders = [(self.out or pathlib.Path("runs")) / f"{name}-seed{config.seed}"
+                   for config in configs]
+        if self.seeds is None and self.out is not None:
+            folders = [self.out]
+        dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
             print("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
                   "on them is then too high.", flush=True)
-        training.train(self.run, dataset, folder, resume=self.resume,
-                       tensorboard=self.tensorboard, label=name)
-        print(f"The run is in {folder}")
+        failures = training.train_together(
+            configs, dataset, folders, resume=self.resume, tensorboard=self.tensorboard, label=name,
+            layout=layout, feed=self.feed)
+        if failures:
+            raise InputError("; ".join(failures))
+        print(f"Trained: {', '.join(str(folder) for folder in folders)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +144,10 @@ class _OnRuns:
     """Folders of finished runs."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def _load(self):
+        layout = self.execution.start()
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         load = functools.cache(load_dataset)  # Runs of one study share their data set.
@@ -126,7 +155,7 @@ class _OnRuns:
         configs = [read_config(folder) for folder in self.runs]
         for folder, config in zip(self.runs, configs, strict=True):
             yield folder, training.load_run(
-                folder, config, load(config.dataset, self.data_dir))
+                folder, config, load(config.dataset, self.data_dir), layout)
 
 
 @dataclasses.dataclass(frozen=True)

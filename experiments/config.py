@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import typing
+from collections.abc import Mapping
 
 from jaxrobust import InputError, _validate
 from jaxrobust.data import DATASETS
@@ -61,6 +62,12 @@ class RunConfig:
     """Channels of the model's first stage."""
     num_features: int = 128
     """Dimension of the penultimate layer."""
+    dtype: str = "float32"
+    """Of the network's computation: "float32" or "bfloat16". Parameters, batch statistics,
+    features, centroids and losses are float32 in both."""
+    batch_norm: str = "synchronised"
+    """Over several devices, batch statistics of the whole batch, "synchronised", or of each
+    device's share, "per_device"; the result then depends on how many there are."""
     method: str = "robust"
     """"normal", "noisy", "both", "stability" or "robust"."""
     robust: RobustLossConfig = RobustLossConfig()
@@ -90,6 +97,8 @@ class RunConfig:
         _validate.one_of("dataset", self.dataset, DATASETS)
         _validate.one_of("model", self.model, MODELS)
         _validate.one_of("method", self.method, METHODS)
+        _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _validate.one_of("batch_norm", self.batch_norm, ("synchronised", "per_device"))
         _validate.one_of("select", self.select, ("validation", "test", "last"))
         for name in ("width", "num_features", "epochs", "batch_size", "checkpoint_every"):
             _validate.in_range(name, getattr(self, name), 1)
@@ -176,6 +185,29 @@ class Recipe:
         """
         _validate.one_of("row", row, self.rows)
         return dataclasses.replace(self.rows[row], seed=seed)
+
+
+SWEPT = (
+    "noise_std", "stability_weight", "robust.alpha", "robust.beta", "robust.gamma_reg",
+    "robust.lam", "robust.delta_v", "robust.delta_d", "robust.momentum")
+"""Settings, beside the seed, in which runs that are trained together may differ."""
+
+
+def get_setting(config, name: str):
+    """The value of a setting with a dotted name, such as ``"robust.lam"``."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def with_settings(config: RunConfig, values: Mapping[str, typing.Any]) -> RunConfig:
+    """The configuration with other values for settings with dotted names."""
+    for name, value in values.items():
+        outer, _, inner = name.rpartition(".")
+        if outer:
+            value = dataclasses.replace(get_setting(config, outer), **{inner: value})
+        config = dataclasses.replace(config, **{outer or inner: value})
+    return config
 
 
 METHOD_LABELS = {

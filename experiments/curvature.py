@@ -15,7 +15,7 @@ from experiments.config import CurvatureConfig, InputError
 from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
-from jaxrobust import _validate, curvature, evaluation
+from jaxrobust import _validate, curvature, evaluation, parallel
 from jaxrobust.data.augment import to_float
 from jaxrobust.models.common import normalise
 
@@ -59,22 +59,25 @@ def measure_curvature(
     count = settings.num_images
     _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
     images, labels = split.images[:count], split.labels[:count]
-    size = min(settings.batch_size, count)
+    layout = run.layout.for_examples()
+    # A number that the devices divide; it changes no value.
+    size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices
     partial = _Partial(folder / "curvature.partial.npz", asked)
     linear = partial.facts.get("piecewise_linear")
     with progress(f"{label}, curvature", count, done=partial.done) as shown:
-        done = partial.done
+        done, variables = partial.done, variables_of(run.state)
         for left in evaluation.padded_batches(count - done, size):
             rows = done + left
-            batch = (run.model, variables_of(run.state), to_float(jnp.asarray(images[rows])),
-                     jnp.asarray(labels[rows]), jnp.asarray(rows))
+            mine = rows[layout.rows_of(size)]
+            batch = (run.model, layout, variables, *parallel.place_batch(
+                layout, (images[mine], labels[mine], mine), size))
             if linear is None:
                 gap = float(np.median(_gap(*batch)))
                 linear = gap < PIECEWISE_LINEAR_GAP
                 partial.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
             kept = min(size, count - rows[0])
             table = {name: np.asarray(values)[:kept]
-                     for name, values in _measure(*batch, settings, linear).items()}
+                     for name, values in _measure(*batch, settings=settings, linear=linear).items()}
             partial.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
             shown.advance(kept, **{"squared Frobenius norm": float(
                 np.median(table["frobenius_squared"]))})
@@ -127,16 +130,27 @@ def losses_of(model, variables, labels):
     return lambda images: _softmax_losses(logits(images), labels), logits
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _gap(model, variables, images, labels, indices):
-    loss, logits = losses_of(model, variables, labels)
-    return curvature.gauss_newton_gap(
-        loss, logits, images, jax.random.key(PROBE_SEED), indices=indices)
+@functools.partial(jax.jit, static_argnames=("model", "layout"))
+def _gap(model, layout, variables, *rows):
+    def share(variables, rows):
+        images, labels, indices = rows
+        loss, logits = losses_of(model, variables, labels)
+        return curvature.gauss_newton_gap(
+            loss, logits, to_float(images), jax.random.key(PROBE_SEED), indices=indices)
+
+    return parallel.map_examples(layout, share)(variables, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings", "linear"))
-def _measure(model, variables, images, labels, indices, settings: CurvatureConfig, linear: bool):
+@functools.partial(jax.jit, static_argnames=("model", "layout", "settings", "linear"))
+def _measure(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
     """One batch's columns."""
+    columns = functools.partial(_columns, model, settings, linear)
+    return parallel.map_examples(layout, columns)(variables, rows)
+
+
+def _columns(model, settings, linear, variables, rows):
+    images, labels, indices = rows
+    images = to_float(images)
     key = jax.random.key(PROBE_SEED)
     loss, logits = losses_of(model, variables, labels)
     table = {"loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == labels}

@@ -79,7 +79,7 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
                 run.model, variables, split.images, split.labels,
                 perturb=perturbations.gaussian(level / 255),
                 key=jax.random.fold_in(jax.random.key(NOISE_SEED), index),
-                num_draws=num_draws, batch_size=BATCH_SIZE,
+                num_draws=num_draws, batch_size=BATCH_SIZE, layout=run.layout,
             ):
                 accuracies.append(float(correct.mean()))
                 shown.advance(**{f"accuracy at {level}/255": accuracies[-1]})

@@ -7,13 +7,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+
 from experiments import runs
 from experiments.config import InputError, Recipe
 from experiments.curvature import measure_curvature
 from experiments.evaluation import evaluate_run
-from experiments.training import Diverged, load_run, train
+from experiments.execution import Feed
+from experiments.training import load_run, train_together
 from jaxrobust import _validate
 from jaxrobust.data import Dataset, load_dataset
+from jaxrobust.parallel import Layout
 
 
 def run_folder(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
@@ -59,28 +63,51 @@ def claim_study(folder: pathlib.Path, description: dict) -> None:
 
 def run_study(
     recipe: Recipe, dataset: Dataset, folder: pathlib.Path, *, rows: list[str], seeds: list[int],
-    tensorboard: bool = True,
+    tensorboard: bool = True, together: bool | None = None, layout: Layout | None = None,
+    feed: Feed = Feed(),
 ) -> list[str]:
-    """Trains and tests rows of a recipe for all seeds, one after the other.
+    """Trains and tests rows of a recipe for all seeds.
 
     What is done already is left as it is; what was broken off goes on.
+
+    Args:
+      recipe: what to run.
+      dataset: of the recipe.
+      folder: of the study.
+      rows: of the recipe.
+      seeds: of each row.
+      tensorboard: whether to write event files for TensorBoard too.
+      together: whether the seeds of a row are one vmapped program; None for on accelerators.
+      layout: the devices; one if none is given.
+      feed: how the images reach them.
 
     Returns:
       A line for each run that diverged.
     """
+    if together is None:
+        together = jax.default_backend() != "cpu"
     failures = []
-    for seed in seeds:
+    for group in [seeds] if together else [[seed] for seed in seeds]:
         for row in rows:
-            config = recipe.run(row, seed)
-            place = run_folder(folder, row, seed)
-            label = f"{row}, seed {seed}"
-            try:
-                train(config, dataset, place, resume=True, tensorboard=tensorboard, label=label)
-            except Diverged as error:
-                failures.append(str(error))
-                print(error, file=sys.stderr, flush=True)
-                continue
-            run = load_run(place, config, dataset)
+            failures += _run_group(
+                recipe, dataset, folder, row, group, tensorboard=tensorboard, layout=layout,
+                feed=feed)
+    return failures
+
+
+def _run_group(recipe, dataset, folder, row, seeds, *, layout, **options):
+    """Trains one row for some seeds as one program, and tests what came of it."""
+    configs = {run_folder(folder, row, seed): recipe.run(row, seed) for seed in seeds}
+    label = f"{row}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    failures = train_together(
+        list(configs.values()), dataset, list(configs), resume=True, label=label, layout=layout,
+        **options)
+    for failure in failures:
+        print(failure, file=sys.stderr, flush=True)
+    for place, config in configs.items():
+        if (place / "done.json").is_file():
+            label = f"{row}, seed {config.seed}"
+            run = load_run(place, config, dataset, layout)
             evaluate_run(run, recipe.evaluation, place, label)
             measure_curvature(run, recipe.curvature, place, label,
                               test_size=recipe.evaluation.test_size)
@@ -139,7 +166,9 @@ def run_study_in_parallel(
         return [failure for failure in pool.map(one, tasks) if failure]
 
 
-def load_recipe_dataset(recipe: Recipe, data_dir: pathlib.Path) -> Dataset:
+def load_recipe_dataset(
+    recipe: Recipe, data_dir: pathlib.Path, *, in_memory: bool = True
+) -> Dataset:
     """The data set of a recipe; all its rows are of one."""
     name, = {config.dataset for config in recipe.rows.values()}
-    return load_dataset(name, data_dir)
+    return load_dataset(name, data_dir, in_memory=in_memory)

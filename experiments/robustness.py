@@ -154,7 +154,7 @@ def _count_correct(run, split: Split, asked: dict, folder, label) -> None:
                 run.model, variables_of(run.state), images, labels,
                 perturb=noise(asked["noise_std"]),
                 key=jax.random.fold_in(jax.random.key(COUNT_SEED), number),
-                num_draws=asked["num_draws"], batch_size=BATCH_SIZE,
+                num_draws=asked["num_draws"], batch_size=BATCH_SIZE, layout=run.layout,
             ):
                 correct.append(draw)
                 shown.advance(**{f"accuracy, {name}": float(draw.mean())})

@@ -1,4 +1,7 @@
-"""Folders of results: who may write where, what is in them, and where it came from."""
+"""Folders of results: who may write where, what is in them, and where it came from.
+
+In a job of several processes the first one writes; all must see the same folders.
+"""
 
 import datetime
 import json
@@ -12,6 +15,7 @@ from importlib import metadata
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.config import InputError, RunConfig, to_json
 
@@ -34,8 +38,10 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no {name}. Choose another --out.")
+    barrier("claim")  # All have looked before one writes.
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, content)
+    barrier("claimed")
 
 
 def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
@@ -43,8 +49,28 @@ def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
     claim(folder, "config.json", to_json(config))
 
 
+def is_writer() -> bool:
+    """Whether this process writes the results, as the first one of a job does."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes of a job have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def append_line(path: pathlib.Path, row: dict) -> None:
+    """Adds an object to a JSON-lines file."""
+    if is_writer():
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def write_text(path: pathlib.Path, content: str) -> None:
     """Replaces a file as a whole, so that a kill leaves the old one or the new one."""
+    if not is_writer():
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(content)
     os.replace(partial, path)
@@ -52,6 +78,8 @@ def write_text(path: pathlib.Path, content: str) -> None:
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """As :func:`write_text`, for an ``.npz`` file."""
+    if not is_writer():
+        return
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)

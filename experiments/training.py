@@ -1,26 +1,33 @@
-"""Trains one run, from its configuration to its best checkpoint."""
+"""Trains runs, from their configurations to their best checkpoints."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import runs
-from experiments.config import InputError, OptimizerConfig, RunConfig
+from experiments.config import InputError, RunConfig
+from experiments.execution import Feed
+from experiments.program import (
+    initial_state,
+    model_of,
+    program_of,
+    stack_runs,
+    swept_settings,
+    unstack_runs,
+)
 from experiments.progress import progress
-from jaxrobust import checkpoints, data, evaluation, perturbations, training
+from jaxrobust import checkpoints, data, evaluation, parallel
 from jaxrobust.data import Dataset, Split
-from jaxrobust.methods import make_method
-from jaxrobust.models import create_model
+from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
 
 SUBSET_SEED = 0
@@ -62,208 +69,237 @@ def _take(split: Split, count: int, name: str) -> tuple[Split, Split]:
     return data.split_off(split, count, seed=SUBSET_SEED)
 
 
-def model_of(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """The model of a run."""
-    return create_model(
-        config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
-        width=config.width, mean=dataset.mean, std=dataset.std)
+def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: Any) -> None:
+    """Trains a run in its folder, to the end; arguments are those of :func:`train_together`.
+
+    Raises:
+      InputError: (a ValueError) as :func:`train_together` does.
+      Diverged: (an InputError) if the loss is no longer finite. The checkpoints stay.
+    """
+    failures = train_together([config], dataset, [folder], **options)
+    if failures:
+        raise Diverged(failures[0])
 
 
-def learning_rate_schedule(
-    config: OptimizerConfig, *, epochs: int, steps_per_epoch: int
-) -> optax.Schedule:
-    """The learning rate by step."""
-    if config.schedule == "piecewise":
-        return training.piecewise_schedule(
-            config.learning_rate, decay_factor=config.decay_factor,
-            decay_steps=tuple(epoch * steps_per_epoch for epoch in config.decay_epochs))
-    return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_epochs else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        decay_steps=epochs * steps_per_epoch)
+def train_together(
+    configs: Sequence[RunConfig], dataset: Dataset, folders: Sequence[pathlib.Path], *,
+    resume: bool = False, tensorboard: bool = True, label: str = "train",
+    layout: Layout | None = None, feed: Feed = Feed(),
+) -> list[str]:
+    """Trains runs to the end, each in its folder, several of them as one vmapped program.
 
-
-def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The weight, by step, of the terms beside the softmax loss."""
-    steps = round(config.constraint_warmup_epochs * steps_per_epoch)
-    if steps == 0:
-        return optax.schedules.constant_schedule(1.0)
-    return optax.schedules.linear_schedule(0.0, 1.0, steps)
-
-
-class Program(NamedTuple):
-    """What a run executes, compiled once for all seeds."""
-
-    model: nn.Module
-    optimizer: optax.GradientTransformation
-    update: Any  # (state, images, labels, indices) -> (state, metrics), jitted, state donated
-    learning_rate: optax.Schedule
-
-
-@functools.lru_cache(maxsize=8)
-def _program(config: RunConfig, model: nn.Module, steps_per_epoch: int, flip: bool) -> Program:
-    optimizer_config = config.optimizer
-    learning_rate = learning_rate_schedule(
-        optimizer_config, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
-    optimizer = training.sgd(
-        learning_rate, momentum=optimizer_config.momentum,
-        weight_decay=optimizer_config.weight_decay, clip_norm=optimizer_config.clip_norm)
-    method = make_method(
-        config.method, robust=config.robust, stability_weight=config.stability_weight,
-        one_pass=config.one_pass)
-    train_step = training.make_train_step(
-        model, method, optimizer, constraint_weight=constraint_schedule(config, steps_per_epoch))
-    augment = data.standard_augmentation(padding=config.crop_padding, flip=flip)
-    noise = perturbations.gaussian(config.noise_std)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, images, labels, indices):
-        batch = data.make_batch(
-            jax.random.fold_in(state.key, state.step), images[indices], labels[indices],
-            augment=augment, perturb=noise, independent_views=config.independent_views)
-        return train_step(state, batch)
-
-    return Program(model, optimizer, update, learning_rate)
-
-
-def program_of(config: RunConfig, dataset: Dataset, num_train: int) -> Program:
-    """The compiled parts of a run; runs that differ in their seed alone share them."""
-    steps_per_epoch = -(-num_train // config.batch_size)
-    return _program(dataclasses.replace(config, seed=0), model_of(config, dataset),
-                    steps_per_epoch, dataset.flip)
-
-
-def initial_state(program: Program, config: RunConfig, dataset: Dataset) -> TrainState:
-    """The state before the first step."""
-    sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
-    return training.create_train_state(
-        program.model, program.optimizer, jax.random.key(config.seed), sample)
-
-
-def train(
-    config: RunConfig, dataset: Dataset, folder: pathlib.Path, *, resume: bool = False,
-    tensorboard: bool = True, label: str = "train",
-) -> None:
-    """Trains a run in its folder, to the end.
-
-    Writes ``config.json``, ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
+    Each has the result, up to rounding, that it has alone, and the same files:
+    ``config.json``, ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
     ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``. A run
     that is done is left as it is; one that is not goes on from its latest checkpoint, to the
     same result as if it had never stopped.
 
     Args:
-      config: of the run.
-      dataset: named by the configuration.
-      folder: of the run.
-      resume: whether a run begun before may go on.
+      configs: of the runs; several may differ in nothing but the seed and :data:`config.SWEPT`.
+      dataset: named by the configurations.
+      folders: of the runs.
+      resume: whether runs begun before may go on.
       tensorboard: whether to write event files for TensorBoard too.
       label: of the progress bar.
+      layout: the devices; one if none is given.
+      feed: how the images reach them.
+
+    Returns:
+      A line for each run whose loss is no longer finite. Its checkpoints stay.
 
     Raises:
-      InputError: (a ValueError) if the folder holds another run, or a begun one without
-        ``resume``.
-      Diverged: (an InputError) if the loss is no longer finite. The checkpoints stay.
+      InputError: (a ValueError) if a folder holds another run, or a begun one without
+        ``resume``; or if the runs cannot be trained together, or not on these devices.
     """
-    if (folder / "metrics.jsonl").is_file() and not resume:
-        raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
-    splits = make_splits(dataset, config)
-    runs.claim_run(folder, config)
-    if (folder / "done.json").is_file():
-        return
-    program = program_of(config, dataset, len(splits.train.labels))
-    latest = checkpoints.open_checkpoints(folder / "checkpoints" / "latest", keep=2)
-    best = checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)
-    with contextlib.closing(latest), contextlib.closing(best):
-        done, begun = _begin_or_resume(folder, latest, initial_state(program, config, dataset))
-        history = runs.read_lines(folder / "metrics.jsonl")
-        with _metrics_writer(folder, tensorboard=tensorboard, done=done) as write:
-            for state, row in _epochs(program, config, splits.train, begun, done, label):
-                epoch = row["epoch"]
-                if not np.isfinite(row["loss"]):
-                    raise Diverged(
-                        f"The loss of {folder} is {row['loss']} in epoch {epoch}: the run has "
-                        "diverged. Lower the learning rate or set a clip norm.")
-                checkpoint = epoch % config.checkpoint_every == 0 or epoch == config.epochs
-                if checkpoint and splits.selection is not None:
-                    row["selection_accuracy"] = accuracy(program.model, state, splits.selection)
-                write(row)
-                history.append(row)
-                if checkpoint:
-                    if is_best(history):
-                        checkpoints.save_checkpoint(best, epoch, state)
-                    checkpoints.save_checkpoint(latest, epoch, state)
-    runs.write_json(folder / "provenance.json", {
-        **runs.read_json(folder / "provenance.json"),
-        "seconds": sum(row["seconds"] for row in history)})
-    runs.write_json(folder / "done.json", {
-        "epochs": config.epochs, "best_epoch": best_epoch(history)})
-
-
-def _begin_or_resume(folder, latest, state):
-    """The epochs done and the state after them; what was logged of later ones is dropped."""
-    skipped: list[str] = []
-    restored = checkpoints.restore_checkpoint(latest, state, skipped=skipped)
-    for line in skipped:
-        print(f"{folder}: {line}", flush=True)
-    done, state = (0, state) if restored is None else restored
-    kept = [row for row in runs.read_lines(folder / "metrics.jsonl") if row["epoch"] <= done]
-    runs.write_text(
-        folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-    if done == 0:
-        runs.write_json(folder / "provenance.json", runs.provenance())
-    return done, state
-
-
-@contextlib.contextmanager
-def _metrics_writer(folder, *, tensorboard, done):
-    """A function that adds an epoch's row to ``metrics.jsonl`` and to TensorBoard's events."""
+    layout = make_layout("jit") if layout is None else layout
+    program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
+    for folder in folders:
+        if (folder / "metrics.jsonl").is_file() and not resume:
+            raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
+    splits = make_splits(dataset, configs[0])
+    feed = feed.resolve(layout, splits.train, len(configs))
+    for config, folder in zip(configs, folders, strict=True):
+        runs.claim_run(folder, config)
+    failures: list[str] = []
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(folder / "metrics.jsonl", "a"))
-        events = None
-        if tensorboard:
-            events = stack.enter_context(_event_writer(folder, purge_step=done + 1))
-
-        def write(row):
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            if events is not None:
-                for name, value in row.items():
-                    events.add_scalar(name, value, row["epoch"])
-
-        yield write
+        begun: dict[int, list[_Running]] = {}
+        for config, folder in zip(configs, folders, strict=True):
+            if (folder / "done.json").is_file():
+                continue
+            running = stack.enter_context(contextlib.closing(_Running(
+                config, folder, initial_state(config, dataset, layout), tensorboard)))
+            begun.setdefault(running.done, []).append(running)
+        # Those that a kill left an epoch apart cannot be one program.
+        for group in begun.values():
+            failures += _train_group(group, dataset, splits, layout, feed, label)
+    return failures
 
 
-def _epochs(program, config, split, state, done, label):
-    """Trains the epochs after ``done``, yielding the state and the metrics after each."""
-    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    steps_per_epoch = -(-len(split.labels) // config.batch_size)
-    with progress(label, config.epochs * steps_per_epoch, done=done * steps_per_epoch) as shown:
-        for epoch in range(done + 1, config.epochs + 1):
-            state, row = _train_epoch(state, program, config, epoch, images, labels, shown)
-            yield state, row
-            shown.show(**_shown(row))
+class _Running:
+    """A run in training: its files, from its first epoch or its latest checkpoint on."""
+
+    def __init__(self, config, folder, state, tensorboard):
+        self.config, self.folder = config, folder
+        self._latest = checkpoints.open_checkpoints(folder / "checkpoints" / "latest", keep=2)
+        self._best = checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)
+        skipped: list[str] = []
+        restored = checkpoints.restore_checkpoint(self._latest, state, skipped=skipped)
+        for line in skipped:
+            print(f"{folder}: {line}", flush=True)
+        self.done, self.state = (0, state) if restored is None else restored
+        # What was logged after the checkpoint is trained again.
+        self._history = [row for row in runs.read_lines(folder / "metrics.jsonl")
+                         if row["epoch"] <= self.done]
+        runs.barrier("history")
+        runs.write_text(folder / "metrics.jsonl",
+                        "".join(json.dumps(row) + "\n" for row in self._history))
+        if self.done == 0:
+            runs.write_json(folder / "provenance.json", runs.provenance())
+        self._events = None
+        if tensorboard and runs.is_writer():
+            self._events = _event_writer(folder, purge_step=self.done + 1)
+
+    def record(self, row, state, selection_accuracy):
+        """Logs an epoch and, if it is time for it, saves the state.
+
+        ``selection_accuracy`` is a function, called for the epochs that are validated.
+        """
+        epoch = row["epoch"]
+        checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
+        if checkpoint and selection_accuracy is not None:
+            row["selection_accuracy"] = selection_accuracy()
+        runs.append_line(self.folder / "metrics.jsonl", row)
+        if self._events is not None:
+            for name, value in row.items():
+                self._events.add_scalar(name, value, epoch)
+        self._history.append(row)
+        if checkpoint:
+            if is_best(self._history):
+                checkpoints.save_checkpoint(self._best, epoch, state)
+            checkpoints.save_checkpoint(self._latest, epoch, state)
+
+    def finish(self, how):
+        """Says how the run was trained, and that it is done."""
+        runs.write_json(self.folder / "provenance.json", {
+            **runs.read_json(self.folder / "provenance.json"), **how,
+            "seconds": sum(row["seconds"] for row in self._history)})
+        runs.write_json(self.folder / "done.json", {
+            "epochs": self.config.epochs, "best_epoch": best_epoch(self._history)})
+
+    def close(self):
+        """Closes the files."""
+        self._latest.close()
+        self._best.close()
+        if self._events is not None:
+            self._events.close()
 
 
-def _train_epoch(state, program, config, epoch, images, labels, shown):
-    """One pass over the training images: the new state and the epoch's mean metrics."""
-    start = time.monotonic()
-    order = data.epoch_order(state.key, epoch, labels.shape[0])
-    collected = []
-    for indices in data.epoch_indices(order, config.batch_size):
-        state, metrics = program.update(state, images, labels, indices)
-        collected.append(metrics)
-        # Reading a metric waits for its step: not at every step.
-        values = _shown(jax.device_get(metrics)) if len(collected) % 20 == 0 else {}
-        shown.advance(**values)
-    collected = jax.device_get(collected)
-    step = int(state.step)
-    row = {"epoch": epoch, "step": step,
-           "learning_rate": float(program.learning_rate(jnp.float32(step - 1))),
-           **{name: float(np.mean([metrics[name] for metrics in collected]))
-              for name in collected[0]},
-           "seconds": time.monotonic() - start}
-    return state, row
+def _train_group(group, dataset, splits, layout, feed, label):
+    """Trains runs that stand at the same epoch; a line for each that diverged."""
+    configs = [running.config for running in group]
+    program = program_of(configs, dataset, layout)
+    swept = parallel.replicate(layout, swept_settings(configs))
+    epochs = _Epochs(program, configs[0], splits.train, feed, swept)
+    state = stack_runs([running.state for running in group])
+    failures: dict[int, str] = {}
+    first = group[0].done
+    with progress(label, configs[0].epochs * epochs.steps, done=first * epochs.steps) as shown:
+        for epoch in range(first + 1, configs[0].epochs + 1):
+            state, rows = epochs.train(state, epoch, len(group), shown)
+            states = unstack_runs(state, len(group))
+            for index, (running, row, own) in enumerate(zip(group, rows, states, strict=True)):
+                if index in failures:
+                    continue
+                if not np.isfinite(row["loss"]):
+                    failures[index] = (
+                        f"The loss of {running.folder} is {row['loss']} in epoch {epoch}: the run "
+                        "has diverged. Lower the learning rate or set a clip norm.")
+                    continue
+                select = None if splits.selection is None else functools.partial(
+                    accuracy, program.model, own, splits.selection, layout)
+                running.record(row, own, select)
+            if len(failures) == len(group):
+                break
+            shown.show(**_shown(rows[0]))
+    how = {"parallel": layout.form, "devices": layout.num_devices,
+           "processes": jax.process_count(), "runs_together": len(group),
+           "input": feed.input, "steps_per_call": feed.steps_per_call}
+    for index, running in enumerate(group):
+        if index not in failures:
+            running.finish(how)
+    return list(failures.values())
+
+
+class _Epochs:
+    """Passes over the training images."""
+
+    def __init__(self, program, config, split, feed, swept):
+        self._program, self._config, self._split, self._feed = program, config, split, feed
+        self._swept = swept
+        self._size = len(split.labels)
+        self._batches = data.batch_sizes(self._size, config.batch_size)
+        self.steps = len(self._batches)
+        if feed.input == "resident":
+            self._images, self._labels = parallel.replicate(
+                program.layout, (np.asarray(split.images), split.labels))
+            self._positions = {
+                size: self._place(np.arange(size, dtype=np.int32), size)
+                for size in set(self._batches)}
+
+    def _place(self, rows, size):
+        return parallel.place_batch(self._program.layout, rows, size)
+
+    def train(self, state, epoch, num_runs, shown):
+        """One epoch: the new state, and for each run its mean metrics."""
+        start = time.monotonic()
+        calls = self._resident if self._feed.input == "resident" else self._streamed
+        collected, last = [], {}
+        for after, metrics, num_steps in calls(state, epoch):
+            state = after
+            collected.append(metrics)
+            # The call before the last: to wait for it leaves the devices one to work on.
+            if len(collected) > 1:
+                jax.block_until_ready(collected[-2])
+            if len(collected) % 20 == 1 and len(collected) > 1:
+                last = _shown(_means(collected[-2:-1], num_runs)[0])
+            shown.advance(num_steps, **last)
+        step = epoch * self.steps
+        seconds = time.monotonic() - start
+        return state, [
+            {"epoch": epoch, "step": step,
+             "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
+             **means, "seconds": seconds}
+            for means in _means(collected, num_runs)]
+
+    def _resident(self, state, epoch):
+        """The calls of an epoch with the images on the devices."""
+        order = self._program.order(state.key, epoch)
+        shared = (self._images, self._labels, order, self._swept)
+        for num_steps, size in data.group_batches(self._batches, self._feed.steps_per_call):
+            state, metrics = self._program.resident(num_steps)(
+                state, shared, self._positions[size])
+            yield state, metrics, num_steps
+
+    def _streamed(self, state, epoch):
+        """The calls of an epoch with images that are read meanwhile."""
+        layout, first = self._program.layout, (epoch - 1) * self.steps
+        with contextlib.closing(data.stream_batches(
+                self._split, state.key, batch_size=self._config.batch_size, start=first,
+                stop=first + self.steps, rows_of=layout.rows_of)) as batches:
+            for size, (images, labels) in zip(self._batches, batches, strict=True):
+                positions = np.arange(size, dtype=np.int32)[layout.rows_of(size)]
+                state, metrics = self._program.streamed(
+                    state, self._swept, self._place((images, labels, positions), size))
+                yield state, metrics, 1
+
+
+def _means(collected, num_runs) -> list[dict[str, float]]:
+    """For each run, the means of its metrics over all steps of some calls."""
+    fetched = jax.device_get(collected)
+    values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
+              .reshape(num_runs, -1).mean(axis=1, dtype=np.float64) for name in fetched[0]}
+    return [{name: float(value[run]) for name, value in values.items()}
+            for run in range(num_runs)]
 
 
 def _shown(metrics) -> dict[str, float]:
@@ -288,10 +324,10 @@ def variables_of(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def accuracy(model: nn.Module, state: TrainState, split: Split) -> float:
+def accuracy(model: nn.Module, state: TrainState, split: Split, layout: Layout) -> float:
     """The share of a split's images, as they are, that are classified correctly."""
     correct, = evaluation.evaluate(
-        model, variables_of(state), split.images, split.labels, key=state.key)
+        model, variables_of(state), split.images, split.labels, key=state.key, layout=layout)
     return float(correct.mean())
 
 
@@ -316,21 +352,25 @@ class TrainedRun(NamedTuple):
     model: nn.Module
     state: TrainState
     epoch: int
+    layout: Layout
 
 
-def load_run(folder: pathlib.Path, config: RunConfig, dataset: Dataset) -> TrainedRun:
-    """The best state of a finished run.
+def load_run(
+    folder: pathlib.Path, config: RunConfig, dataset: Dataset, layout: Layout | None = None
+) -> TrainedRun:
+    """The best state of a finished run, on the devices of a layout; on one if none is given.
 
     Raises:
       InputError: (a ValueError) if the run is not finished.
     """
     if not (folder / "done.json").is_file():
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
-    program = program_of(config, dataset, len(make_splits(dataset, config).train.labels))
-    state = initial_state(program, config, dataset)
+    layout = make_layout("jit") if layout is None else layout
+    state = initial_state(config, dataset, layout)
     with contextlib.closing(
         checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)) as best:
         restored = checkpoints.restore_checkpoint(best, state)
     if restored is None:
         raise InputError(f"Expected a checkpoint in {folder / 'checkpoints' / 'best'}.")
-    return TrainedRun(config, dataset, program.model, restored[1], restored[0])
+    return TrainedRun(
+        config, dataset, model_of(config, dataset), restored[1], restored[0], layout)

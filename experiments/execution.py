@@ -1,0 +1,119 @@
+"""How a command runs: on which devices and processes. It changes the time, not the result."""
+
+import dataclasses
+import math
+import os
+
+import jax
+import numpy as np
+
+from experiments.config import InputError
+from jaxrobust import _validate
+from jaxrobust.data import Split
+from jaxrobust.parallel import FORMS, Layout, make_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Devices and processes of a command."""
+
+    parallel: str = "auto"
+    """"jit": one device; "mesh": all devices, of all processes; "pmap": the devices of one
+    process; "auto": "mesh" with several accelerators or processes, else "jit"."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process of a job of several, or "auto" to find it through the
+    cluster's environment; Slurm and Open MPI are recognised without."""
+    num_processes: int | None = None
+    """Of the job; with a coordinator that is not "auto"."""
+    process_id: int | None = None
+    """Of this process, from 0; with a coordinator that is not "auto"."""
+
+    def __post_init__(self):
+        _validate.one_of("parallel", self.parallel, ("auto", *FORMS))
+        explicit = self.coordinator not in (None, "auto")
+        for name in ("num_processes", "process_id"):
+            if (getattr(self, name) is not None) != explicit:
+                raise InputError(
+                    f"Expected {name} {'with' if explicit else 'only with'} a coordinator that is "
+                    f"HOST:PORT, got {name}={getattr(self, name)} and "
+                    f"coordinator={self.coordinator!r}.")
+        if explicit:
+            _, _, port = self.coordinator.rpartition(":")
+            if not port.isdecimal() or port == self.coordinator:
+                raise InputError(f"Expected coordinator={self.coordinator!r} as HOST:PORT.")
+            _validate.in_range("num_processes", self.num_processes, 1)
+            _validate.in_range("process_id", self.process_id, 0, self.num_processes)
+
+    def start(self) -> Layout:
+        """Joins the job, if there is one, and lays out the devices.
+
+        To be called before anything else touches JAX.
+
+        Raises:
+          InputError: (a ValueError) if the job cannot be joined, or the form is not possible.
+        """
+        if self.coordinator is not None or _is_one_of_several():
+            explicit = None if self.coordinator == "auto" else self.coordinator
+            try:
+                jax.distributed.initialize(explicit, self.num_processes, self.process_id)
+            except (ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"Cannot join the job with coordinator={self.coordinator!r}: "
+                    f"{str(error).splitlines()[0]}") from error
+        return make_layout(None if self.parallel == "auto" else self.parallel)
+
+
+STEPS_PER_CALL = 100
+"""On accelerators: few enough to see the progress, enough for the host not to matter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """How the images reach the devices in training."""
+
+    input: str = "auto"
+    """"resident": all of them are on every device; "stream": each batch is read, every process
+    its share, while the one before is trained on; "auto": resident if a single process trains
+    and they fit in a quarter of a device's memory."""
+    steps_per_call: int | None = None
+    """Updates that the host starts at once, if the images are resident; none for 100 on
+    accelerators and 1 on CPUs."""
+
+    def __post_init__(self):
+        _validate.one_of("input", self.input, ("auto", "resident", "stream"))
+        if self.steps_per_call is not None:
+            _validate.in_range("steps_per_call", self.steps_per_call, 1)
+
+    def in_memory(self) -> bool:
+        """Whether the data set is to be read into memory before training."""
+        return self.input == "resident" or self.input == "auto" and jax.process_count() == 1
+
+    def resolve(self, layout: Layout, split: Split, num_runs: int) -> "Feed":
+        """The feed with what was left open decided.
+
+        Raises:
+          InputError: (a ValueError) for a stream of several runs, each of which would need its own.
+        """
+        device = layout.mesh.devices.flat[0]
+        chosen = self.input
+        if chosen == "auto":
+            limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+            small = math.prod(split.images.shape) <= limit / 4
+            alone = jax.process_count() == 1 and isinstance(split.images, np.ndarray)
+            chosen = "resident" if small and alone else "stream"
+        if chosen == "stream":
+            if num_runs > 1:
+                raise InputError(
+                    f"Expected input='resident' for {num_runs} runs together, got {chosen!r}.")
+            if self.steps_per_call not in (None, 1):
+                raise InputError(
+                    f"Expected steps_per_call=1 with input='stream', got {self.steps_per_call}.")
+            return Feed(chosen, 1)
+        default = 1 if device.platform == "cpu" else STEPS_PER_CALL
+        return Feed(chosen, self.steps_per_call or default)
+
+
+def _is_one_of_several() -> bool:
+    """Whether the launcher says that this process is one of several."""
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return any(int(os.environ.get(count, 1)) > 1 for count in counts)

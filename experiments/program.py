@@ -1,0 +1,217 @@
+"""What runs execute, compiled once for all runs that differ in their seed alone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.config import (
+    SWEPT,
+    InputError,
+    OptimizerConfig,
+    RunConfig,
+    get_setting,
+    with_settings,
+)
+from jaxrobust import data, parallel, perturbations, training
+from jaxrobust.data import Dataset
+from jaxrobust.methods import make_method
+from jaxrobust.models import create_model
+from jaxrobust.parallel import Layout
+from jaxrobust.training import TrainState
+
+
+def model_of(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """The model of a run."""
+    return create_model(
+        config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
+        width=config.width, mean=dataset.mean, std=dataset.std, dtype=jnp.dtype(config.dtype))
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, *, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate by step."""
+    if config.schedule == "piecewise":
+        return training.piecewise_schedule(
+            config.learning_rate, decay_factor=config.decay_factor,
+            decay_steps=tuple(epoch * steps_per_epoch for epoch in config.decay_epochs))
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_epochs else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        decay_steps=epochs * steps_per_epoch)
+
+
+def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The weight, by step, of the terms beside the softmax loss."""
+    steps = round(config.constraint_warmup_epochs * steps_per_epoch)
+    if steps == 0:
+        return optax.schedules.constant_schedule(1.0)
+    return optax.schedules.linear_schedule(0.0, 1.0, steps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The compiled parts of a run, or of several that are trained together.
+
+    The state of several has a leading axis of runs, [R], in every leaf, and so have their
+    orders, metrics and swept settings; the images are shared.
+    """
+
+    layout: Layout
+    model: nn.Module
+    learning_rate: optax.Schedule
+    resident: Callable[[int], parallel.Step]
+    """By the number of updates in a call: ``(state, (images [N, ...] uint8, labels [N], order
+    [N], swept), positions [B]) -> (state, metrics [T])``. The images are on the devices."""
+    streamed: parallel.Step
+    """``(state, swept, (images [B, ...], labels [B], positions [B])) -> (state, metrics [1])``:
+    one update with images that have just come."""
+    order: Callable[[jax.Array, int], jax.Array]
+    """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
+
+
+def num_train_of(config: RunConfig, dataset: Dataset) -> int:
+    """The number of images a run is trained on."""
+    if config.train_size is not None:
+        return config.train_size
+    return len(dataset.train.labels) - config.validation_size
+
+
+def optimizer_of(
+    config: RunConfig, num_train: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of a run, and its learning rate by step."""
+    learning_rate = learning_rate_schedule(
+        config.optimizer, epochs=config.epochs,
+        steps_per_epoch=len(data.batch_sizes(num_train, config.batch_size)))
+    return training.sgd(
+        learning_rate, momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm), learning_rate
+
+
+def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
+    """The program of runs that differ in their seed, and in swept settings, alone.
+
+    Raises:
+      InputError: (a ValueError) if they differ in more, or the layout cannot run it.
+    """
+    config = configs[0]
+    swept_settings(configs)
+    if not layout.divides(config.batch_size):
+        raise InputError(f"Expected batch_size={config.batch_size} to be a multiple of the "
+                         f"{layout.num_devices} devices it is split over.")
+    if config.batch_norm == "per_device" and layout.form != "pmap":
+        raise InputError(
+            f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
+    return _program(dataclasses.replace(config, seed=0), model_of(config, dataset),
+                    num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+
+
+def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
+    """The settings in which runs differ, each [R] float32.
+
+    Raises:
+      InputError: (a ValueError) if they differ in one that is the same for all runs that are
+        trained together.
+    """
+    names = [name for name in SWEPT if len({get_setting(config, name) for config in configs}) > 1]
+    alike = {name: get_setting(configs[0], name) for name in names}
+    for config in configs:
+        if dataclasses.replace(with_settings(config, alike), seed=configs[0].seed) != configs[0]:
+            raise InputError("Expected runs that are trained together to differ in nothing but "
+                             f"the seed, {', '.join(SWEPT)}.")
+    return {name: np.array([get_setting(config, name) for config in configs], np.float32)
+            for name in names}
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, layout: Layout,
+             together: bool) -> Program:
+    steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
+    optimizer, learning_rate = optimizer_of(config, num_train)
+    augment = data.standard_augmentation(padding=config.crop_padding, flip=flip)
+
+    def update(axis_name, state, images, labels, positions, swept):
+        run = with_settings(config, swept)
+        method = make_method(run.method, robust=run.robust, one_pass=run.one_pass,
+                             stability_weight=run.stability_weight)
+        train_step = training.make_train_step(
+            model, method, optimizer, axis_name=axis_name,
+            sync_batch_norm=run.batch_norm == "synchronised",
+            constraint_weight=constraint_schedule(run, steps_per_epoch))
+        batch = data.make_batch(
+            jax.random.fold_in(state.key, state.step), images, labels, positions=positions,
+            augment=augment, perturb=perturbations.gaussian(run.noise_std),
+            independent_views=run.independent_views)
+        return train_step(state, batch)
+
+    def resident(num_steps, axis_name):
+        def steps(state, shared, positions):
+            images, labels, order, swept = shared
+
+            def one(state, _):
+                first = state.step % steps_per_epoch * config.batch_size
+                rows = order[first + positions]
+                return update(axis_name, state, images[rows], labels[rows], positions, swept)
+
+            if num_steps == 1:  # A loop of one iteration is as slow as any on CPUs.
+                return _with_axis(one(state, None))
+            # On CPUs convolutions are several times slower inside loops.
+            return jax.lax.scan(one, state, length=num_steps,
+                                unroll=jax.default_backend() == "cpu")
+
+        return jax.vmap(steps, in_axes=(0, (None, None, 0, 0), None)) if together else steps
+
+    def streamed(axis_name):
+        def step(state, swept, rows):
+            images, labels, positions = rows
+            return _with_axis(update(axis_name, state, images, labels, positions, swept))
+
+        return step
+
+    def order(key, epoch):
+        return data.epoch_order(key, epoch, num_train)
+
+    return Program(
+        layout, model, learning_rate,
+        resident=functools.cache(lambda num_steps: parallel.compile_step(
+            layout, functools.partial(resident, num_steps))),
+        streamed=parallel.compile_step(layout, streamed),
+        order=parallel.compile(layout, jax.vmap(order, (0, None)) if together else order))
+
+
+def _with_axis(state_and_metrics):
+    """The metrics with the axis [T] of the updates in a call."""
+    state, metrics = state_and_metrics
+    return state, jax.tree.map(lambda value: value[None], metrics)
+
+
+def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainState:
+    """The state of one run before its first step, on the devices."""
+    sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
+    optimizer, _ = optimizer_of(config, num_train_of(config, dataset))
+    return parallel.replicate(layout, training.create_train_state(
+        model_of(config, dataset), optimizer, jax.random.key(config.seed), sample))
+
+
+def stack_runs(states: Sequence[TrainState]) -> TrainState:
+    """The states of several runs as one, with a leading axis; that of one run as it is."""
+    if len(states) == 1:
+        return states[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def unstack_runs(tree: Any, num_runs: int) -> list[Any]:
+    """What :func:`stack_runs` put together."""
+    if num_runs == 1:
+        return [tree]
+    return [jax.tree.map(lambda leaf, run=run: leaf[run], tree) for run in range(num_runs)]
