@@ -241,10 +241,13 @@ class _Epochs:
         self.steps = len(self._batches)
         if feed.input == "resident":
             self._images, self._labels = parallel.replicate(
-                program.layout, (np.asarray(split.images), split.labels))
+                program.layout, (split.images[:], split.labels))
             self._positions = {
-                size: self._place(np.arange(size, dtype=np.int32), size)
-                for size in set(self._batches)}
+                size: self._place(self._positions_of(size), size) for size in set(self._batches)}
+
+    def _positions_of(self, size):
+        """Of this process's rows, in a batch of so many."""
+        return np.arange(size, dtype=np.int32)[self._program.layout.rows_of(size)]
 
     def _place(self, rows, size):
         return parallel.place_batch(self._program.layout, rows, size)
@@ -287,9 +290,9 @@ class _Epochs:
                 self._split, state.key, batch_size=self._config.batch_size, start=first,
                 stop=first + self.steps, rows_of=layout.rows_of)) as batches:
             for size, (images, labels) in zip(self._batches, batches, strict=True):
-                positions = np.arange(size, dtype=np.int32)[layout.rows_of(size)]
+                rows = (images, labels, self._positions_of(size))
                 state, metrics = self._program.streamed(
-                    state, self._swept, self._place((images, labels, positions), size))
+                    state, self._swept, self._place(rows, size))
                 yield state, metrics, 1
 
 

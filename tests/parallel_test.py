@@ -1,0 +1,181 @@
+"""One step in all its forms: the same result on 1, 2 and 8 devices, absent classes included."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrobust import methods, models, parallel, training
+from jaxrobust._validate import InputError
+from jaxrobust.losses import RobustLossConfig
+from jaxrobust.methods import Batch
+from jaxrobust.parallel import Layout, make_layout
+
+CLASSES = 5
+SIZES = (16, 16, 12)  # Eight devices do not divide the last one.
+
+
+def make_batch(seed, size, dtype):
+    """Sorted labels, so that every share holds a class or two and lacks the others.
+
+    No example is of the last class; the one before comes with the second batch.
+    """
+    rng = np.random.default_rng(seed)
+    clean = rng.uniform(size=(size, 8, 8, 1)).astype(dtype)
+    noisy = np.clip(clean + 0.1 * rng.normal(size=clean.shape), 0, 1).astype(dtype)
+    labels = np.sort(rng.integers(0, CLASSES - (2 if seed == 0 else 1), size)).astype(np.int32)
+    return Batch(clean, noisy, labels)
+
+
+@functools.cache
+def problem(name, dtype):
+    """Model, method, optimiser and first state, all in one precision."""
+    model = models.SmallCNN(num_classes=CLASSES, mean=(0.5,), std=(0.25,), num_features=6, width=3,
+                            dtype=jnp.dtype(dtype))
+    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0, momentum=0.5))
+    optimizer = training.sgd(0.02, clip_norm=1.0)
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda key: training.create_train_state(
+            model, optimizer, key, jnp.zeros((1, 8, 8, 1), jnp.float32)))(jax.random.key(0))
+
+    def convert(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.asarray(leaf, dtype) if floating else leaf
+
+    return model, method, optimizer, jax.tree.map(convert, state)
+
+
+def updated(layout: Layout, name, dtype, **options):
+    """Parameters, statistics, centroids and metrics after each of three updates."""
+    model, method, optimizer, state = problem(name, dtype)
+
+    def make_step(axis_name):
+        step = training.make_train_step(model, method, optimizer, axis_name=axis_name, **options)
+        return lambda state, shared, batch: step(state, batch)
+
+    step = parallel.compile_step(layout, make_step)
+    state, seen = parallel.replicate(layout, state), []
+    for seed, size in enumerate(SIZES):
+        batch = make_batch(seed, size, dtype)
+        state, metrics = step(state, (), parallel.place_batch(layout, batch, size))
+        seen.append(jax.device_get(
+            (state.params, state.batch_stats, state.centroids, metrics)))
+    return seen
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_1_2_and_8_devices_give_the_same_update_after_update(name, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        alone = updated(make_layout("jit"), name, dtype)
+        assert alone[0][0]["head"]["kernel"].dtype == dtype
+        assert not alone[0][2].seen[-1] and not alone[-1][2].seen[-1] and alone[-1][2].seen[-2]
+        for form, devices in (("pmap", 1), ("pmap", 2), ("pmap", 8), ("mesh", 2), ("mesh", 8)):
+            split = updated(make_layout(form, jax.devices()[:devices]), name, dtype)
+            chex.assert_trees_all_close(split, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_a_batch_is_really_split_over_a_mesh():
+    layout = make_layout("mesh")
+
+    @jax.jit
+    def shares(rows):
+        return rows * 2
+
+    rows = parallel.place_batch(layout, np.arange(16.0, dtype=np.float32)[:, None], 16)
+    assert {shard.data.shape for shard in shares(rows).addressable_shards} == {(2, 1)}
+    whole = parallel.place_batch(layout, np.arange(12.0, dtype=np.float32), 12)
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(12,)}
+
+
+def test_over_a_mesh_a_device_computes_its_share_alone():
+    def flops(layout):
+        model, method, optimizer, state = problem("robust", "float32")
+        step = training.make_train_step(model, method, optimizer)
+        compiled = parallel.compile_step(
+            layout, lambda axis_name: lambda state, shared, batch: step(state, batch))
+        rows = parallel.place_batch(layout, make_batch(0, 64, np.float32), 64)
+        return compiled.lower(
+            parallel.replicate(layout, state), (), rows).compile().cost_analysis()["flops"]
+
+    assert flops(make_layout("mesh")) < 0.25 * flops(make_layout("jit"))
+
+
+def test_batch_norm_per_device_is_that_of_the_shares():
+    layout = make_layout("pmap", jax.devices()[:2])
+    apart = updated(layout, "normal", "float32", sync_batch_norm=False)
+    together = updated(layout, "normal", "float32")
+    model, _, _, state = problem("normal", "float32")
+    batch = make_batch(0, SIZES[0], np.float32)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    halves = [model.apply(variables, batch.clean[rows], train=True, mutable=["batch_stats"])
+              for rows in (slice(0, 8), slice(8, 16))]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *(
+        updated["batch_stats"] for _, updated in halves))
+    chex.assert_trees_all_close(apart[0][1], expected, rtol=1e-5, atol=1e-6)
+    losses = [methods.softmax_loss(outputs.logits, batch.labels[rows]) for (outputs, _), rows in
+              zip(halves, (slice(0, 8), slice(8, 16)), strict=True)]
+    np.testing.assert_allclose(apart[0][3]["loss"], np.mean(losses), rtol=1e-5)
+    assert abs(apart[0][3]["loss"] - together[0][3]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("form", parallel.FORMS)
+def test_nothing_is_compiled_again_after_the_first_batch_of_each_size(form):
+    model, method, optimizer, state = problem("robust", "float32")
+    layout = make_layout(form, jax.devices()[:2])
+    traces = []
+
+    def make_step(axis_name):
+        step = training.make_train_step(model, method, optimizer, axis_name=axis_name)
+
+        def traced(state, shared, batch):
+            traces.append(batch.labels.shape)
+            return step(state, batch)
+
+        return traced
+
+    step = parallel.compile_step(layout, make_step)
+    state = parallel.replicate(layout, state)
+    sizes = (16, 16, 7, 16, 7)
+    compiled = []
+    for seed, size in enumerate(sizes):
+        with jax.log_compiles(False):
+            rows = parallel.place_batch(layout, make_batch(seed, size, np.float32), size)
+            before = len(traces)
+            state, _ = step(state, (), rows)
+            compiled.append(len(traces) > before)
+    assert compiled == [True, False, True, False, False]
+
+
+def test_examples_are_mapped_to_the_same_values_on_any_number_of_devices():
+    def function(shared, rows):
+        keys = jax.vmap(lambda index: jax.random.fold_in(shared["key"], index))(rows["index"])
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        return {"noisy": rows["x"] + shared["std"] * noise}
+
+    x, index = np.ones((16, 3), np.float32), np.arange(16)
+    found = []
+    for layout in (make_layout("jit"), make_layout("mesh"), make_layout("pmap").for_examples()):
+        mapped = jax.jit(parallel.map_examples(layout, function))
+        shared = parallel.replicate(layout, {"key": jax.random.key(0), "std": np.float32(0.5)})
+        result = mapped(shared, parallel.place_batch(layout, {"x": x, "index": index}, 16))
+        assert result["noisy"].is_fully_replicated
+        found.append(np.asarray(result["noisy"]))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
+def test_the_form_follows_from_what_is_there():
+    assert make_layout().form == "jit"  # Several CPU devices share the same cores.
+    assert make_layout("mesh").num_devices == 8
+    assert make_layout("jit").num_devices == 1
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(InputError, match="Unknown parallel 'pmp'. Did you mean 'pmap'?"):
+        make_layout("pmp")
+    with pytest.raises(InputError, match=r"Expected rows of a batch=3 in \[4, 4\]"):
+        parallel.place_batch(make_layout("mesh"), np.zeros(3), 4)
