@@ -58,6 +58,7 @@ def make_batch(
     augment: Augmentation,
     perturb: Perturbation,
     independent_views: bool = False,
+    positions: jax.Array | None = None,
 ) -> Batch:
     """Both views of a batch: augmented, and augmented and perturbed.
 
@@ -71,11 +72,15 @@ def make_batch(
       perturb: of the noisy view, on top of the augmentation.
       independent_views: False for ``x`` and ``noised(x)`` of the same augmented x, as in
         Eq. 12; True for an augmentation of its own, as in the authors' release.
+      positions: [B] integers, the images' positions in the whole batch, where these are a share
+        of it: each then gets the randomness that it has in the whole. None for 0 .. B - 1.
 
     Raises:
       InputError: (a ValueError) if the shapes do not match.
     """
-    _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"))
+    positions = jnp.arange(images.shape[0]) if positions is None else positions
+    _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"),
+                     positions=(positions, "B"))
 
     def views(position, image):
         clean_key, noisy_key, noise_key = jax.random.split(jax.random.fold_in(key, position), 3)
@@ -83,6 +88,5 @@ def make_batch(
         other = augment(noisy_key, image) if independent_views else clean
         return clean, perturb(noise_key, other[None])[0]
 
-    positions = jnp.arange(images.shape[0])
     clean, noisy = jax.vmap(views)(positions, to_float(images))
     return Batch(clean, noisy, labels)
