@@ -75,6 +75,13 @@ def assert_no_reader_is_left():
     assert not reader_threads()
 
 
+@pytest.fixture(autouse=True)
+def no_reader_is_left():
+    """Of every test, so that the next one counts its own."""
+    yield
+    assert_no_reader_is_left()
+
+
 # --- stored images ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rows", [
@@ -221,6 +228,15 @@ def test_the_key_of_a_state_that_lies_on_all_devices_gives_the_same_order():
     everywhere = jax.device_put(KEY, jax.NamedSharding(mesh, jax.P()))
     assert len(everywhere.devices()) == 8
     assert_batches_equal(stream(SPLITS["stored"](), everywhere, stop=9), resident())
+
+
+def test_a_key_donated_to_a_train_step_meanwhile_does_no_harm():
+    key = jax.random.clone(KEY)
+    batches = stream(SPLITS["stored"](), key, stop=9)
+    got = [next(batches)]
+    jax.jit(lambda key: jax.random.fold_in(key, 1), donate_argnums=0)(key)
+    assert key.is_deleted()
+    assert_batches_equal(got + list(batches), resident())
 
 
 def test_without_jaxs_cpu_backend_the_order_is_the_same():

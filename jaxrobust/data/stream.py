@@ -118,8 +118,9 @@ def _host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
 
     The accelerator is left to the training: the order is of integers, the same on any device.
     """
-    # The key may lie on an accelerator, or be shared by several processes.
-    data, impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+    # Copied: a train step may be given the state's key to overwrite. It may also lie on an
+    # accelerator, or on the devices of several processes.
+    data, impl = np.array(jax.random.key_data(key)), jax.random.key_impl(key)
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to use an accelerator alone: then that computes it.
