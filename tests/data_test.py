@@ -1,12 +1,14 @@
 """Data sets: digits, and CIFAR-10 and SVHN prepared by TFDS from small files in their format."""
 
+import functools
 import sys
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
-from jaxrobust import data
+from jaxrobust import data, perturbations
 from jaxrobust._validate import InputError
 from jaxrobust.data import sources
 
@@ -138,3 +140,29 @@ def test_without_tfds_the_extra_to_install_is_named(tmp_path):
     with mock.patch.dict(sys.modules, {"tensorflow_datasets": None}), pytest.raises(
             InputError, match=r"pip install 'jaxrobust\[data\]'"):
         data.load_dataset("svhn_cropped", tmp_path)
+
+
+@pytest.mark.parametrize("independent_views", [False, True])
+def test_shares_of_a_batch_with_their_positions_are_the_whole_batch_to_the_bit(independent_views):
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (6, 5, 4, 2), np.uint8), np.arange(6, dtype=np.int32)
+    key = jax.random.key(0)
+    make = jax.jit(functools.partial(
+        data.make_batch, augment=data.standard_augmentation(padding=2),
+        perturb=perturbations.gaussian(0.2), independent_views=independent_views))
+    whole = make(key, images, labels)
+    halves = [make(key, images[rows], labels[rows], positions=np.arange(6, dtype=np.int32)[rows])
+              for rows in (slice(3), slice(3, 6))]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
+    jax.tree.map(np.testing.assert_array_equal, joined, jax.device_get(whole))
+    # Without them the second half would get the randomness of the first.
+    alone = make(key, images[3:], labels[3:])
+    assert not np.array_equal(alone.clean, whole.clean[3:])
+
+
+def test_positions_of_another_number_are_named():
+    with pytest.raises(InputError, match=r"Expected positions of shape \[B\] with B=2"):
+        data.make_batch(
+            jax.random.key(0), np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int32),
+            augment=data.standard_augmentation(), perturb=perturbations.identity(),
+            positions=np.arange(3))

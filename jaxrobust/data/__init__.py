@@ -1,10 +1,19 @@
-"""Data sets as arrays, augmentation on the device, and the order of an epoch."""
+"""Data sets in memory or on disk, the order of an epoch, and augmentation on the device."""
 
 from jaxrobust.data.augment import Augmentation, make_batch, standard_augmentation
 from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
-from jaxrobust.data.sources import DATASETS, Dataset, Split, load_dataset, split_off
+from jaxrobust.data.sources import (
+    DATASETS,
+    Dataset,
+    Split,
+    StoredImages,
+    load_dataset,
+    split_off,
+)
+from jaxrobust.data.stream import stream_batches
 
 __all__ = [
-    "DATASETS", "Augmentation", "Dataset", "Split", "batch_sizes", "epoch_order",
-    "group_batches", "load_dataset", "make_batch", "split_off", "standard_augmentation",
+    "DATASETS", "Augmentation", "Dataset", "Split", "StoredImages", "batch_sizes",
+    "epoch_order", "group_batches", "load_dataset", "make_batch", "split_off",
+    "standard_augmentation", "stream_batches",
 ]

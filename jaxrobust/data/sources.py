@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,16 +12,113 @@ from jaxrobust import _validate
 DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 
 
+_READ_AT_ONCE = 512  # Records: reading a few of them costs nearly as much as reading many.
+
+
+class StoredImages:
+    """Images that stay where they are stored, and are read and decoded when they are asked for.
+
+    It is indexed as an array along its first axis: ``images[rows]``, with a position, a slice or
+    an array of positions, reads those images now and returns them as uint8
+    ``[..., H, W, channels]``. Nothing that was read is kept. Nothing turns it into an array by the
+    way either: ``np.asarray`` and ``jnp.asarray`` raise, and ``images[:]`` reads everything.
+
+    Args:
+      read: takes a list of positions and returns their images, each [H, W, channels] uint8; from
+        any thread. If it fails for several, it is asked for each alone.
+      size: images there are, N.
+      image_shape: (H, W, channels).
+      name: of what is stored, for messages.
+
+    Raises:
+      InputError: (a ValueError) when images are read, if one cannot be or is not uint8 of
+        ``image_shape``; its one line names the image.
+
+    >>> images = StoredImages(lambda positions: [np.full((2, 2, 1), p, np.uint8)
+    ...                                          for p in positions], 5, (2, 2, 1), "squares")
+    >>> images.shape, images[1:3].shape, images[np.array([4, 0])][:, 0, 0, 0].tolist()
+    ((5, 2, 2, 1), (2, 2, 2, 1), [4, 0])
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(
+        self, read: Callable[[list[int]], Sequence[np.ndarray]], size: int,
+        image_shape: tuple[int, int, int], name: str,
+    ):
+        self._read = read
+        self._positions = np.arange(size)
+        self._image_shape = tuple(image_shape)
+        self._name = name
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, channels)."""
+        return (len(self), *self._image_shape)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        positions = self._positions[rows]
+        images = np.empty((positions.size, *self._image_shape), self.dtype)
+        for first in range(0, positions.size, _READ_AT_ONCE):
+            part = positions.ravel()[first : first + _READ_AT_ONCE].tolist()
+            for row, (position, image) in enumerate(
+                    zip(part, _read_named(self._read, part, f"image {{}} of {self._name}"),
+                        strict=True), first):
+                if image.shape != self._image_shape or image.dtype != self.dtype:
+                    raise _validate.InputError(
+                        f"Expected image {position} of {self._name} of shape "
+                        f"{self._image_shape} and dtype uint8, got {image.shape} {image.dtype}.")
+                images[row] = image
+        return images.reshape(*positions.shape, *self._image_shape)
+
+    def take(self, rows: Any) -> "StoredImages":
+        """The images in these rows, a slice or an array of positions, without reading them."""
+        view = StoredImages(self._read, 0, self._image_shape, self._name)
+        view._positions = np.atleast_1d(self._positions[rows])
+        return view
+
+    def __array__(self, *_, **__):
+        raise _validate.InputError(
+            f"Expected rows of the stored images of {self._name} to be read, as images[rows], got "
+            f"a conversion of all {len(self)} to an array.")
+
+    def __repr__(self) -> str:
+        return f"StoredImages({self._name}, shape={self.shape})"
+
+
+def _read_named(read, positions: list[int], what: str):
+    """``read(positions)``; if it fails, one by one, so that the error names the record."""
+    try:
+        return read(positions)
+    except Exception:
+        values = []
+    for position in positions:
+        try:
+            values.extend(read([position]))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise _validate.InputError(
+                f"Cannot read {what.format(position)}: {reason}") from error
+    return values
+
+
 class Split(NamedTuple):
     """Images with their labels."""
 
-    images: np.ndarray  # shape=[N, H, W, channels], dtype=uint8
+    images: np.ndarray | StoredImages  # shape=[N, H, W, channels], dtype=uint8
     labels: np.ndarray  # shape=[N], dtype=int32; in [0, C)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set in memory, with what models and augmentation need to know of it."""
+    """A data set, with what models and augmentation need to know of it.
+
+    Labels are in memory; images are too, or stay stored as :class:`StoredImages`.
+    """
 
     name: str
     train: Split
@@ -35,7 +133,8 @@ class Dataset:
 
     def __post_init__(self):
         for name, split in (("train", self.train), ("test", self.test)):
-            _validate.images(f"{name} images", split.images)
+            if not isinstance(split.images, StoredImages):  # These check what they read.
+                _validate.images(f"{name} images", split.images)
             _validate.labels(f"{name} labels", split.labels, len(self.class_names))
             _validate.shapes(images=(split.images, "N ..."), labels=(split.labels, "N"))
 
@@ -58,8 +157,10 @@ DATASETS = ("digits", *_TFDS)
 """Names that :func:`load_dataset` takes."""
 
 
-def load_dataset(name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR) -> Dataset:
-    """Loads a data set into memory.
+def load_dataset(
+    name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR, *, in_memory: bool = True
+) -> Dataset:
+    """Loads a data set, or opens one that is to stay on disk.
 
     ``digits``: 1,797 real 8 x 8 grey images that come with scikit-learn, a stratified fifth
     of them as test set. ``cifar10`` and ``svhn_cropped``: as prepared by TensorFlow Datasets
@@ -68,13 +169,17 @@ def load_dataset(name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR) -> 
     Args:
       name: one of :data:`DATASETS`.
       data_dir: the folder of TensorFlow Datasets.
+      in_memory: False to leave the images of a prepared data set on disk, as
+        :class:`StoredImages`, and read the labels alone. ``digits``, which has no files of its
+        own, is in memory either way.
 
     Raises:
       InputError: (a ValueError) for an unknown name, or a data set that is not prepared; its
-        one line names the folder and the command that prepares it.
+        one line names the folder and the command that prepares it. Also for a record that cannot
+        be read, which it names.
     """
     _validate.one_of("dataset", name, DATASETS)
-    return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+    return _load_digits() if name == "digits" else _load_tfds(name, data_dir, in_memory=in_memory)
 
 
 def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
@@ -86,7 +191,8 @@ def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
       seed: of the choice.
 
     Returns:
-      ``(the rest, the share)``, both in their original order.
+      ``(the rest, the share)``, both in their original order. Stored images stay stored: none
+      is read.
 
     Raises:
       InputError: (a ValueError) if the size is out of range or leaves a class without an
@@ -103,9 +209,12 @@ def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
         raise _validate.InputError(
             f"Expected size={size} to leave every class of {len(positions)} examples on both "
             f"sides: {error}") from error
-    kept, taken = np.sort(kept), np.sort(taken)
-    return (Split(split.images[kept], split.labels[kept]),
-            Split(split.images[taken], split.labels[taken]))
+    return _take(split, np.sort(kept)), _take(split, np.sort(taken))
+
+
+def _take(split, rows):
+    stored = isinstance(split.images, StoredImages)
+    return Split(split.images.take(rows) if stored else split.images[rows], split.labels[rows])
 
 
 def _load_digits() -> Dataset:
@@ -122,7 +231,7 @@ def _load_digits() -> Dataset:
         mean=(float(pixels.mean()),), std=(float(pixels.std()),), flip=False)
 
 
-def _load_tfds(name: str, data_dir: str | pathlib.Path) -> Dataset:
+def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> Dataset:
     folder = pathlib.Path(data_dir).expanduser()
     builder = tfds_builder(name, folder)
     if not builder.is_prepared():
@@ -131,15 +240,36 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path) -> Dataset:
             f"python -m experiments prepare {name} --data-dir {folder}")
 
     def read(split):
-        source = builder.as_data_source(split=split)
-        examples = [source[index] for index in range(len(source))]
-        return Split(np.stack([example["image"] for example in examples]),
-                     np.array([example["label"] for example in examples], np.int32))
+        images, labels = _open_tfds(builder, split, f"{name} {split} in {folder}")
+        return Split(images[:] if in_memory else images, labels)
 
     facts = _TFDS[name]
     return Dataset(name=name, train=read("train"), test=read("test"),
                    class_names=tuple(builder.info.features["label"].names),
                    mean=facts.mean, std=facts.std, flip=facts.flip)
+
+
+def _open_tfds(builder, split: str, name: str) -> Split:
+    """A split with its images stored; of the records, the labels alone are decoded."""
+    import tensorflow_datasets as tfds
+
+    records = builder.as_data_source(
+        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def reader(feature):
+        # Data sources take no partial decoding, but a part of the features decodes itself alone.
+        part = tfds.features.FeaturesDict({feature: builder.info.features[feature]})
+        return lambda positions: [part.deserialize_example_np(record)[feature]
+                                  for record in records.__getitems__(positions)]
+
+    read_labels = reader("label")
+    every = list(range(len(records)))
+    labels = [_read_named(read_labels, every[first : first + _READ_AT_ONCE],
+                          f"label {{}} of {name}")
+              for first in range(0, len(every), _READ_AT_ONCE)]
+    images = StoredImages(
+        reader("image"), len(every), builder.info.features["image"].shape, name)
+    return Split(images, np.concatenate(labels).astype(np.int32))
 
 
 def tfds_builder(name: str, folder: pathlib.Path):

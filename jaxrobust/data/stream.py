@@ -1,0 +1,140 @@
+"""Batches of a data set that need not fit on the device, or in memory, read ahead by Grain."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jaxrobust import _validate
+from jaxrobust.data.batching import epoch_order
+from jaxrobust.data.sources import Split
+
+
+def stream_batches(
+    split: Split,
+    key: jax.Array,
+    *,
+    batch_size: int,
+    stop: int,
+    start: int = 0,
+    rows_of: Callable[[int], slice] = slice,
+    num_threads: int = 4,
+    prefetch: int = 2,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The batches of updates ``start .. stop - 1``, over as many epochs as they take.
+
+    They hold the examples, and in the order, that :func:`epoch_order` and :func:`epoch_indices`
+    give: update u is batch ``u mod S`` of epoch ``1 + u // S``, with S = ceil(N / batch_size)
+    updates an epoch, whose last batch may be smaller. So the position in the data is the number
+    of updates done, which a train state counts anyway, and nothing else is to be saved: to go on
+    after u updates, ``start=u``.
+
+    Threads read ahead, also into the next epoch, while the caller works: at most ``prefetch``
+    batches beyond the one it was given last. They end soon after the iterator is exhausted,
+    closed or deleted.
+
+    Args:
+      split: N examples, in memory or stored.
+      key: a PRNG key, of the order.
+      batch_size: in [1, N].
+      stop: the update to stop before.
+      start: the first update, counted from 0.
+      rows_of: takes the size of a batch and says which of its rows to read: those of one process,
+        where several share a batch. By default ``slice(size)``: all.
+      num_threads: that read, a piece of a batch each; at least 1. Small images gain little by
+        more: what is spent on them is mostly Python's own time.
+      prefetch: batches to read ahead, at least 1.
+
+    Yields:
+      ``(images [b, H, W, channels], labels [b])``, NumPy arrays of the split's dtypes, with the
+      rows of each batch that ``rows_of`` names.
+
+    Raises:
+      InputError: (a ValueError) if an argument is out of range or Grain is not installed; and,
+        from the iterator, if a record cannot be read: its one line names the record.
+    """
+    size = _validate.shapes(
+        images=(split.images, "N H W channels"), labels=(split.labels, "N"))["N"]
+    _validate.in_range("batch_size", batch_size, 1, size, open_high=False)
+    _validate.in_range("start", start, 0, stop, open_high=False)
+    _validate.in_range("num_threads", num_threads, 1)
+    _validate.in_range("prefetch", prefetch, 1)
+    # Shares of a batch, not single records: Grain's own work for an element would take longer
+    # than reading a small image.
+    pieces = min(num_threads, max(1, len(range(batch_size)[rows_of(batch_size)])))
+    source = _Pieces(split, _host_epoch_order(key, size), batch_size, rows_of, start, stop, pieces)
+    return _batches(_reading(source, num_threads, prefetch * pieces), pieces)
+
+
+class _Pieces:
+    """A Grain source: every batch from ``start`` to ``stop`` in so many pieces each."""
+
+    def __init__(self, split, order_of, batch_size, rows_of, start, stop, pieces):
+        self._split, self._order_of, self._batch_size = split, order_of, batch_size
+        self._rows_of, self._start, self._stop, self._pieces = rows_of, start, stop, pieces
+
+    def __len__(self):
+        return (self._stop - self._start) * self._pieces
+
+    def __getitem__(self, index):
+        update, piece = divmod(index, self._pieces)
+        steps_per_epoch = -(-len(self._split.labels) // self._batch_size)
+        epoch, batch = divmod(self._start + update, steps_per_epoch)
+        first = batch * self._batch_size
+        rows = self._order_of(epoch + 1)[first : first + self._batch_size]
+        rows = rows[self._rows_of(len(rows))]
+        low, high = (len(rows) * end // self._pieces for end in (piece, piece + 1))
+        rows = rows[low:high]
+        return self._split.images[rows], self._split.labels[rows]
+
+
+def _reading(source, num_threads, buffer_size):
+    """A Grain data set that reads the elements of ``source`` in order, ahead of their use."""
+    try:
+        import grain
+    except ImportError as error:
+        raise _validate.InputError(
+            f"Streaming needs Grain ({error}). Install it with: "
+            "pip install 'jaxrobust[data]'") from error
+    options = grain.ReadOptions(
+        num_threads=min(num_threads, buffer_size), prefetch_buffer_size=buffer_size)
+    return grain.MapDataset.source(source).to_iter_dataset(options)
+
+
+def _batches(dataset, pieces):
+    iterator = iter(dataset)
+    try:
+        for batch in zip(*[iterator] * pieces, strict=True):
+            images, labels = zip(*batch, strict=True)
+            yield np.concatenate(images), np.concatenate(labels)
+    finally:
+        iterator.close()
+
+
+def _host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
+    """``epoch -> epoch_order(key, epoch, size)``, computed on the host, for any thread.
+
+    The accelerator is left to the training: the order is of integers, the same on any device.
+    """
+    # Copied: a train step may be given the state's key to overwrite. It may also lie on an
+    # accelerator, or on the devices of several processes.
+    data, impl = np.array(jax.random.key_data(key)), jax.random.key_impl(key)
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use an accelerator alone: then that computes it.
+        host = None
+    lock = threading.Lock()
+
+    # Two, since reading ahead crosses from one epoch to the next.
+    @functools.lru_cache(maxsize=2)
+    def compute(epoch):
+        with jax.default_device(host):
+            return np.asarray(epoch_order(jax.random.wrap_key_data(data, impl=impl), epoch, size))
+
+    def order(epoch):
+        with lock:  # One thread computes; those that need the same wait for it.
+            return compute(epoch)
+
+    return order
