@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
 import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -18,7 +19,8 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._values: dict[str, float] = {}
         self._bar = None
-        if sys.stderr.isatty():
+        self._silent = jax.process_index() > 0  # Of several processes the first one tells.
+        if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm.tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
 
     def advance(self, count: int = 1, **values: float) -> None:
@@ -45,6 +47,8 @@ class Progress:
             self._line()
 
     def _line(self):
+        if self._silent:
+            return
         self._last_line = time.monotonic()
         spent = self._last_line - self._start
         done = max(self._done - self._first, 1)

@@ -199,11 +199,11 @@ def _train_group(group, dataset, splits, layout, feed, label):
     configs = [running.config for running in group]
     program = program_of(configs, dataset, layout)
     swept = parallel.replicate(layout, swept_settings(configs))
-    epochs = _Epochs(program, configs[0], splits.train, feed, swept)
     state = stack_runs([running.state for running in group])
     failures: dict[int, str] = {}
     first = group[0].done
-    with progress(label, configs[0].epochs * epochs.steps, done=first * epochs.steps) as shown:
+    with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, swept)) as epochs, \
+            progress(label, configs[0].epochs * epochs.steps, done=first * epochs.steps) as shown:
         for epoch in range(first + 1, configs[0].epochs + 1):
             state, rows = epochs.train(state, epoch, len(group), shown)
             states = unstack_runs(state, len(group))
@@ -235,9 +235,8 @@ class _Epochs:
 
     def __init__(self, program, config, split, feed, swept):
         self._program, self._config, self._split, self._feed = program, config, split, feed
-        self._swept = swept
-        self._size = len(split.labels)
-        self._batches = data.batch_sizes(self._size, config.batch_size)
+        self._swept, self._stream = swept, None
+        self._batches = data.batch_sizes(len(split.labels), config.batch_size)
         self.steps = len(self._batches)
         if feed.input == "resident":
             self._images, self._labels = parallel.replicate(
@@ -284,16 +283,22 @@ class _Epochs:
             yield state, metrics, num_steps
 
     def _streamed(self, state, epoch):
-        """The calls of an epoch with images that are read meanwhile."""
-        layout, first = self._program.layout, (epoch - 1) * self.steps
-        with contextlib.closing(data.stream_batches(
-                self._split, state.key, batch_size=self._config.batch_size, start=first,
-                stop=first + self.steps, rows_of=layout.rows_of)) as batches:
-            for size, (images, labels) in zip(self._batches, batches, strict=True):
-                rows = (images, labels, self._positions_of(size))
-                state, metrics = self._program.streamed(
-                    state, self._swept, self._place(rows, size))
-                yield state, metrics, 1
+        """The calls of an epoch with images that are read meanwhile, ahead into the next one."""
+        if self._stream is None:
+            self._stream = data.stream_batches(
+                self._split, state.key, batch_size=self._config.batch_size,
+                start=(epoch - 1) * self.steps, stop=self._config.epochs * self.steps,
+                rows_of=self._program.layout.rows_of)
+        for size in self._batches:
+            images, labels = next(self._stream)
+            rows = (images, labels, self._positions_of(size))
+            state, metrics = self._program.streamed(state, self._swept, self._place(rows, size))
+            yield state, metrics, 1
+
+    def close(self):
+        """Ends the reading."""
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _means(collected, num_runs) -> list[dict[str, float]]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.curvature import LogitsFn
 from jaxrobust.data.augment import to_float
+from jaxrobust.data.sources import StoredImages
 from jaxrobust.models.common import Outputs
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
@@ -69,7 +70,7 @@ def _correct(model, layout, variables, perturb, key, *rows):
 def evaluate(
     model: nn.Module,
     variables: Any,
-    images: np.ndarray,
+    images: np.ndarray | StoredImages,
     labels: np.ndarray,
     *,
     perturb: Perturbation | None = None,
@@ -101,7 +102,8 @@ def evaluate(
       InputError: (a ValueError) if shapes do not match, there is no image, or pixels are NaN
         or outside [0, 1].
     """
-    _validate.images("images", images)
+    if not isinstance(images, StoredImages):  # These check what they read.
+        _validate.images("images", images)
     size = _validate.shapes(images=(images, "N ..."), labels=(labels, "N"))["N"]
     _validate.in_range("number of images", size, 1)
     _validate.in_range("num_draws", num_draws, 1)

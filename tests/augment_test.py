@@ -17,7 +17,7 @@ from jaxrobust.data.augment import (
     standard_augmentation,
     to_float,
 )
-from jaxrobust.data.batching import epoch_indices, epoch_order
+from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
 from jaxrobust.perturbations import gaussian, identity
 
 # No two pixels are equal and none is 0, so that a crop tells where it was taken.
@@ -208,10 +208,17 @@ def test_the_key_alone_determines_a_batch():
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1), (1, 1)])
 def test_an_epoch_visits_each_example_exactly_once(size, batch_size):
-    batches = list(epoch_indices(epoch_order(jax.random.key(0), 3, size), batch_size))
-    np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(size))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert len(batches[-1]) == (size % batch_size or batch_size)
+    order = epoch_order(jax.random.key(0), 3, size)
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    sizes = batch_sizes(size, batch_size)
+    assert sum(sizes) == size and set(sizes[:-1]) <= {batch_size}
+    assert sizes[-1] == (size % batch_size or batch_size)
+
+
+@pytest.mark.parametrize("most, expected", [
+    (1, [(1, 4), (1, 4), (1, 4), (1, 2)]), (2, [(2, 4), (1, 4), (1, 2)]), (9, [(3, 4), (1, 2)])])
+def test_batches_of_one_size_are_grouped_in_their_order(most, expected):
+    assert list(group_batches(batch_sizes(14, 4), most)) == expected
 
 
 def test_the_order_is_determined_by_key_and_epoch():
@@ -220,11 +227,3 @@ def test_the_order_is_determined_by_key_and_epoch():
     np.testing.assert_array_equal(orders[0], orders[1])
     assert np.any(orders[0] != orders[2]) and np.any(orders[0] != orders[3])
     assert orders[0].dtype == jnp.int32 and orders[0].shape == (50,)
-
-
-@pytest.mark.parametrize("start", range(5))
-def test_an_epoch_taken_up_again_goes_on_where_it_was(start):
-    order = epoch_order(jax.random.key(0), 0, 10)
-    whole, rest = list(epoch_indices(order, 3)), list(epoch_indices(order, 3, start=start))
-    assert len(rest) == 4 - start
-    chex.assert_trees_all_equal(rest, whole[start:])

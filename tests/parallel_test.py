@@ -37,15 +37,18 @@ def problem(name, dtype):
                             dtype=jnp.dtype(dtype))
     method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0, momentum=0.5))
     optimizer = training.sgd(0.02, clip_norm=1.0)
-    with jax.numpy_dtype_promotion("standard"):
-        state = jax.jit(lambda key: training.create_train_state(
-            model, optimizer, key, jnp.zeros((1, 8, 8, 1), jnp.float32)))(jax.random.key(0))
+    state = jax.jit(lambda key: training.create_train_state(
+        model, optimizer, key, jnp.zeros((1, 8, 8, 1), jnp.float32)))(jax.random.key(0))
 
     def convert(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return np.asarray(leaf, dtype) if floating else leaf
+        return np.array(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
 
-    return model, method, optimizer, jax.tree.map(convert, state)
+    return model, method, optimizer, jax.tree.map(convert, state.replace(key=np.zeros(())))
+
+
+def placed(layout, state):
+    """The state on the devices, with a key: its leaves are new, so that they may be donated."""
+    return parallel.replicate(layout, state.replace(key=jax.random.key(1)))
 
 
 def updated(layout: Layout, name, dtype, **options):
@@ -57,7 +60,7 @@ def updated(layout: Layout, name, dtype, **options):
         return lambda state, shared, batch: step(state, batch)
 
     step = parallel.compile_step(layout, make_step)
-    state, seen = parallel.replicate(layout, state), []
+    state, seen = placed(layout, state), []
     for seed, size in enumerate(SIZES):
         batch = make_batch(seed, size, dtype)
         state, metrics = step(state, (), parallel.place_batch(layout, batch, size))
@@ -69,7 +72,8 @@ def updated(layout: Layout, name, dtype, **options):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_1_2_and_8_devices_give_the_same_update_after_update(name, dtype, tolerance):
-    with jax.enable_x64(dtype == "float64"):
+    # Flax's batch norm asks for the common type of its input and float32.
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
         alone = updated(make_layout("jit"), name, dtype)
         assert alone[0][0]["head"]["kernel"].dtype == dtype
         assert not alone[0][2].seen[-1] and not alone[-1][2].seen[-1] and alone[-1][2].seen[-2]
@@ -99,7 +103,7 @@ def test_over_a_mesh_a_device_computes_its_share_alone():
             layout, lambda axis_name: lambda state, shared, batch: step(state, batch))
         rows = parallel.place_batch(layout, make_batch(0, 64, np.float32), 64)
         return compiled.lower(
-            parallel.replicate(layout, state), (), rows).compile().cost_analysis()["flops"]
+            placed(layout, state), (), rows).compile().cost_analysis()["flops"]
 
     assert flops(make_layout("mesh")) < 0.25 * flops(make_layout("jit"))
 
@@ -138,15 +142,14 @@ def test_nothing_is_compiled_again_after_the_first_batch_of_each_size(form):
         return traced
 
     step = parallel.compile_step(layout, make_step)
-    state = parallel.replicate(layout, state)
+    state = placed(layout, state)
     sizes = (16, 16, 7, 16, 7)
     compiled = []
     for seed, size in enumerate(sizes):
-        with jax.log_compiles(False):
-            rows = parallel.place_batch(layout, make_batch(seed, size, np.float32), size)
-            before = len(traces)
-            state, _ = step(state, (), rows)
-            compiled.append(len(traces) > before)
+        rows = parallel.place_batch(layout, make_batch(seed, size, np.float32), size)
+        before = len(traces)
+        state, _ = step(state, (), rows)
+        compiled.append(len(traces) > before)
     assert compiled == [True, False, True, False, False]
 
 
@@ -164,8 +167,9 @@ def test_examples_are_mapped_to_the_same_values_on_any_number_of_devices():
         result = mapped(shared, parallel.place_batch(layout, {"x": x, "index": index}, 16))
         assert result["noisy"].is_fully_replicated
         found.append(np.asarray(result["noisy"]))
-    np.testing.assert_array_equal(found[1], found[0])
-    np.testing.assert_array_equal(found[2], found[0])
+    # To the last bit but for what a compiler may fuse.
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    np.testing.assert_array_equal(found[2], found[1])
 
 
 def test_the_form_follows_from_what_is_there():

@@ -50,7 +50,12 @@ SPLITS = {"memory": lambda: data.Split(IMAGES, LABELS),
 def resident(epochs=3):
     """The batches of ``epochs`` epochs as the resident path takes them, update by update."""
     return [(IMAGES[rows], LABELS[rows]) for epoch in range(1, epochs + 1)
-            for rows in data.epoch_indices(data.epoch_order(KEY, epoch, SIZE), BATCH)]
+            for rows in pieces(data.epoch_order(KEY, epoch, SIZE))]
+
+
+def pieces(order):
+    """The batches of an epoch, which are consecutive pieces of its order."""
+    return np.split(np.asarray(order), np.cumsum(data.batch_sizes(SIZE, BATCH))[:-1])
 
 
 def stream(split, key=KEY, **arguments):

@@ -25,7 +25,7 @@ def stream_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The batches of updates ``start .. stop - 1``, over as many epochs as they take.
 
-    They hold the examples, and in the order, that :func:`epoch_order` and :func:`epoch_indices`
+    They hold the examples, and in the order, that :func:`epoch_order` and :func:`batch_sizes`
     give: update u is batch ``u mod S`` of epoch ``1 + u // S``, with S = ceil(N / batch_size)
     updates an epoch, whose last batch may be smaller. So the position in the data is the number
     of updates done, which a train state counts anyway, and nothing else is to be saved: to go on
