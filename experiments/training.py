@@ -112,11 +112,11 @@ def train_together(
         ``resume``; or if the runs cannot be trained together, or not on these devices.
     """
     layout = make_layout("jit") if layout is None else layout
-    program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     for folder in folders:
         if (folder / "metrics.jsonl").is_file() and not resume:
             raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
     splits = make_splits(dataset, configs[0])
+    program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
     for config, folder in zip(configs, folders, strict=True):
         runs.claim_run(folder, config)

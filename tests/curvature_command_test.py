@@ -102,11 +102,11 @@ class Killed(BaseException):
 def test_a_killed_measurement_goes_on_where_it_stopped(run, table, tmp_path, monkeypatch):
     measure, calls = curvature._measure, []
 
-    def until_killed(*args):
+    def until_killed(*args, **settings):
         if len(calls) == 2:
             raise Killed
         calls.append(1)
-        return measure(*args)
+        return measure(*args, **settings)
 
     monkeypatch.setattr(curvature, "_measure", until_killed)
     with pytest.raises(Killed):
