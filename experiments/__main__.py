@@ -31,7 +31,20 @@ from jaxrobust.data import load_dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
 
 Positional = tyro.conf.Positional
+Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*", metavar="INT[,INT...]",
+    instance_from_str=lambda words: tuple(
+        int(seed) for word in words for seed in word.split(",") if seed),
+    is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda seeds: [
+        str(seed) for seed in seeds])]
+"""As ``0 1 2`` or ``0,1,2``."""
 DATA_DIR = pathlib.Path(DEFAULT_DATA_DIR)
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes of a job."""
+    if runs.is_writer():
+        print(text, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Reproduce:
     """Folder of the results; runs/RECIPE if none is given."""
     rows: tuple[str, ...] | None = None
     """Rows to run; all if none is given."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Training seeds; the recipe's if none is given."""
     jobs: int = 1
     """Runs at a time, each a process on its share of the CPU cores."""
@@ -88,6 +101,7 @@ class Reproduce:
                 together=self.together, layout=layout, feed=self.feed)
         if self.report and runs.is_writer():
             print(f"The report is in {report.write_report(folder)}")
+        runs.barrier("report")
         if failures:
             raise InputError("; ".join(failures))
 
@@ -106,7 +120,7 @@ class Train:
     out: pathlib.Path | None = None
     """Folder of the run, or with several seeds above the runs; runs/RECIPE-ROW-seedSEED if none
     is given."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Seeds of several runs, trained as one vmapped program on one device; instead of --seed."""
     resume: bool = False
     """Go on with a run begun before."""
@@ -128,14 +142,14 @@ class Train:
             folders = [self.out]
         dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
-            print("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
-                  "on them is then too high.", flush=True)
+            say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
+                "on them is then too high.")
         failures = training.train_together(
             configs, dataset, folders, resume=self.resume, tensorboard=self.tensorboard, label=name,
             layout=layout, feed=self.feed)
         if failures:
             raise InputError("; ".join(failures))
-        print(f"Trained: {', '.join(str(folder) for folder in folders)}")
+        say(f"Trained: {', '.join(str(folder) for folder in folders)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +158,8 @@ class _OnRuns:
     """Folders of finished runs."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
-    def _load(self):
-        layout = self.execution.start()
+    def _load(self, layout=None):
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         load = functools.cache(load_dataset)  # Runs of one study share their data set.
@@ -164,11 +176,12 @@ class Evaluate(_OnRuns):
 
     settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
         noise_levels=(0, 2, 4, 8, 16, 20))
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
-        for folder, run in self._load():
+        for folder, run in self._load(self.execution.start()):
             evaluation.evaluate_run(run, self.settings, folder, folder.name)
-            print(f"The accuracies are in {folder / 'evaluation.json'}")
+            say(f"The accuracies are in {folder / 'evaluation.json'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +195,13 @@ class Curvature(_OnRuns):
     test_size: int | None = None
     """Test images, drawn by class at random with seed 0, of which the first are taken; none for
     all, in their order."""
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
-        for folder, run in self._load():
+        for folder, run in self._load(self.execution.start()):
             curvature.measure_curvature(
                 run, self.settings, folder, folder.name, test_size=self.test_size)
-            print(f"The curvatures are in {folder / 'curvature.npz'}")
+            say(f"The curvatures are in {folder / 'curvature.npz'}")
 
 
 @dataclasses.dataclass(frozen=True)

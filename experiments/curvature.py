@@ -89,7 +89,8 @@ def measure_curvature(
         "median": {name: float(np.median(table[name])) for name in (
             "frobenius_squared", "finite_difference", "smoothed_frobenius_squared")},
         "settings": asked, "provenance": runs.provenance()})
-    partial.path.unlink()
+    if runs.is_writer():
+        partial.path.unlink()
 
 
 class _Partial:

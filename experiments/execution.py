@@ -6,6 +6,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.config import InputError
 from jaxrobust import _validate
@@ -21,8 +22,8 @@ class Execution:
     """"jit": one device; "mesh": all devices, of all processes; "pmap": the devices of one
     process; "auto": "mesh" with several accelerators or processes, else "jit"."""
     coordinator: str | None = None
-    """HOST:PORT of the first process of a job of several, or "auto" to find it through the
-    cluster's environment; Slurm and Open MPI are recognised without."""
+    """HOST:PORT of the first process of a job of several, or "auto" to ask the cluster, as on TPU
+    pods; steps of Slurm and Open MPI, and TPU hosts on Kubernetes, are recognised without."""
     num_processes: int | None = None
     """Of the job; with a coordinator that is not "auto"."""
     process_id: int | None = None
@@ -52,7 +53,8 @@ class Execution:
         Raises:
           InputError: (a ValueError) if the job cannot be joined, or the form is not possible.
         """
-        if self.coordinator is not None or _is_one_of_several():
+        asked = self.coordinator is not None or _is_one_of_several()
+        if asked and not jax.distributed.is_initialized():
             explicit = None if self.coordinator == "auto" else self.coordinator
             try:
                 jax.distributed.initialize(explicit, self.num_processes, self.process_id)
@@ -60,6 +62,9 @@ class Execution:
                 raise InputError(
                     f"Cannot join the job with coordinator={self.coordinator!r}: "
                     f"{str(error).splitlines()[0]}") from error
+            # Their collectives wait but 30 seconds for a process that is late: met now, while all
+            # have just come, they are connected before the loading of data sets sets them apart.
+            multihost_utils.sync_global_devices("start")
         return make_layout(None if self.parallel == "auto" else self.parallel)
 
 
@@ -115,5 +120,7 @@ class Feed:
 
 def _is_one_of_several() -> bool:
     """Whether the launcher says that this process is one of several."""
-    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    return any(int(os.environ.get(count, 1)) > 1 for count in counts)
+    counts = [int(os.environ.get(count, 1))
+              for count in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return max(*counts, len(hosts)) > 1
