@@ -1,0 +1,201 @@
+"""However a run is executed, its result is the same, and nothing is compiled twice."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from experiments import config, program, runs, training
+from experiments.config import InputError
+from experiments.execution import Feed
+from experiments.recipes import RECIPES
+from jaxrobust import data
+from jaxrobust.parallel import make_layout
+
+pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
+
+# 150 images in batches of 16: the last of an epoch has 6.
+TINY = dataclasses.replace(
+    RECIPES["digits"].rows["robust"], train_size=150, epochs=2, width=2, num_features=4,
+    batch_size=16, checkpoint_every=1, optimizer=config.OptimizerConfig(
+        learning_rate=0.02, schedule="cosine", clip_norm=1.0))
+
+
+@pytest.fixture(name="digits", scope="module")
+def _digits():
+    return data.load_dataset("digits")
+
+
+def metrics_of(folder):
+    rows = runs.read_lines(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(name="plain", scope="module")
+def _plain(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    training.train(TINY, digits, folder, tensorboard=False)
+    return metrics_of(folder)
+
+
+WAYS = {
+    "several steps a call": ("jit", 1, Feed(steps_per_call=4)),
+    "streamed": ("jit", 1, Feed(input="stream")),
+    "mesh": ("mesh", 2, Feed(steps_per_call=4)),
+    "mesh, streamed": ("mesh", 2, Feed(input="stream")),
+    "pmap": ("pmap", 2, Feed()),
+    "pmap, streamed": ("pmap", 2, Feed(input="stream")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
+        way, plain, digits, tmp_path, monkeypatch):
+    form, devices, feed = WAYS[way]
+    compiled, after_epoch = [], []
+
+    def count(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    record = training._Running.record
+
+    def record_and_count(self, *arguments):
+        record(self, *arguments)
+        after_epoch.append(len(compiled))
+
+    monkeypatch.setattr(training._Running, "record", record_and_count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed,
+                       layout=make_layout(form, jax.devices()[:devices]))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert 0 < after_epoch[0] == after_epoch[1]
+    chex.assert_trees_all_close(metrics_of(tmp_path / "run"), plain, rtol=1e-5, atol=1e-6)
+    if form == "jit":
+        assert metrics_of(tmp_path / "run") == plain  # To the bit.
+
+
+def test_a_stream_resumed_is_a_stream_never_stopped(plain, digits, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for a kill: nothing handles it."""
+
+    record = training._Running.record
+
+    def record_until_killed(self, row, *rest):
+        record(self, row, *rest)
+        raise Killed
+
+    monkeypatch.setattr(training._Running, "record", record_until_killed)
+    feed = Feed(input="stream")
+    with pytest.raises(Killed):
+        training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed)
+    monkeypatch.undo()
+    training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed, resume=True)
+    assert metrics_of(tmp_path / "run") == plain
+
+
+def test_runs_together_have_the_result_of_each_alone(plain, digits, tmp_path):
+    configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
+               dataclasses.replace(TINY, seed=1)]
+    folders = [tmp_path / str(number) for number in range(3)]
+    assert training.train_together(configs, digits, folders, tensorboard=False) == []
+    alone = [plain]
+    for number in (1, 2):
+        training.train(configs[number], digits, tmp_path / f"alone{number}", tensorboard=False)
+        alone.append(metrics_of(tmp_path / f"alone{number}"))
+    for folder, expected in zip(folders, alone, strict=True):
+        chex.assert_trees_all_close(metrics_of(folder), expected, rtol=1e-4, atol=1e-5)
+    assert alone[0] != alone[1] and alone[0] != alone[2]
+
+
+def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits, tmp_path,
+                                                                  monkeypatch):
+    class Killed(BaseException):
+        """Stands for a kill: nothing handles it."""
+
+    record = training._Running.record
+
+    def record_until_killed(self, row, *rest):
+        if self.folder.name == "1":
+            raise Killed
+        record(self, row, *rest)
+
+    configs = [TINY, dataclasses.replace(TINY, seed=1)]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    monkeypatch.setattr(training._Running, "record", record_until_killed)
+    with pytest.raises(Killed):
+        training.train_together(configs, digits, folders, tensorboard=False)
+    monkeypatch.undo()
+    assert [len(metrics_of(folder)) for folder in folders] == [1, 0]
+    assert training.train_together(configs, digits, folders, tensorboard=False, resume=True) == []
+    chex.assert_trees_all_close(metrics_of(folders[0]), plain, rtol=1e-4, atol=1e-5)
+    assert len(metrics_of(folders[1])) == 2
+
+
+def test_a_diverged_run_does_not_stop_those_beside_it(plain, digits, tmp_path):
+    wild = config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})
+    failures = training.train_together(
+        [wild, TINY], digits, [tmp_path / "wild", tmp_path / "tame"], tensorboard=False)
+    assert len(failures) == 1 and "has diverged" in failures[0] and "wild" in failures[0]
+    assert not (tmp_path / "wild" / "done.json").exists()
+    chex.assert_trees_all_close(metrics_of(tmp_path / "tame"), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_that_differ_in_more_are_refused(digits, tmp_path):
+    other = dataclasses.replace(TINY, width=3)
+    with pytest.raises(InputError, match="to differ in nothing but the seed, noise_std"):
+        training.train_together([TINY, other], digits, [tmp_path / "a", tmp_path / "b"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_computes_and_float32_remembers(digits, tmp_path):
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    with jax.numpy_dtype_promotion("standard"):  # Flax's layers add float32 and bfloat16.
+        training.train(half, digits, tmp_path / "half", tensorboard=False)
+        run = training.load_run(tmp_path / "half", half, digits)
+        outputs, _ = run.model.apply(
+            training.variables_of(run.state), np.zeros((2, 8, 8, 1), np.float32), train=True,
+            mutable=["batch_stats"])
+    kept = (run.state.params, run.state.batch_stats, run.state.opt_state, run.state.centroids)
+    floating = {leaf.dtype for leaf in jax.tree.leaves(kept)
+                if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)}
+    assert floating == {np.dtype("float32")}
+    assert outputs.blocks["block1"].dtype == jax.numpy.bfloat16
+    assert outputs.features.dtype == outputs.logits.dtype == np.float32
+    # It is another computation, and a close one.
+    training.train(TINY, digits, tmp_path / "full", tensorboard=False)
+    first, other = metrics_of(tmp_path / "half")[0], metrics_of(tmp_path / "full")[0]
+    assert first["loss"] != other["loss"]
+    np.testing.assert_allclose(first["loss"], other["loss"], rtol=0.02)
+
+
+@pytest.mark.parametrize("name", config.SWEPT)
+def test_every_swept_setting_reaches_the_update(name, digits):
+    method = {"stability_weight": "stability"}.get(name, "robust")
+    # Noise that is seen, and a second update, which is the first to use the momentum.
+    base = dataclasses.replace(TINY, method=method, noise_std=0.2)
+    value = config.get_setting(base, name)
+    configs = [base, config.with_settings(base, {name: 0.5 * value})]
+    built = program.program_of(configs, digits, make_layout("jit"))
+    state = program.stack_runs(
+        [program.initial_state(each, digits, built.layout) for each in configs])
+    order = built.order(state.key, 1)
+    images, labels = digits.train.images[:150], digits.train.labels[:150]
+    shared = (images, labels, order, program.swept_settings(configs))
+    _, metrics = built.resident(2)(state, shared, np.arange(16, dtype=np.int32))
+    losses = np.asarray(metrics["loss"])
+    assert losses.shape == (2, 2) and np.isfinite(losses).all()
+    assert abs(losses[0, 1] - losses[1, 1]) > 1e-6
+
+
+def test_a_set_too_large_for_the_device_is_streamed(digits, monkeypatch):
+    layout = make_layout("jit")
+    assert Feed().resolve(layout, digits.train, 1).input == "resident"
+    monkeypatch.setattr(type(layout.mesh.devices.flat[0]), "memory_stats",
+                        lambda self: {"bytes_limit": digits.train.images.size}, raising=False)
+    assert Feed().resolve(layout, digits.train, 1).input == "stream"
