@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from jaxrobust import _validate
 
+TABLE_SIZE = 2**22
+"""Numbers of a table of examples or classes by classes that are in memory together."""
+
 
 class CentroidState(NamedTuple):
     """What is remembered of the class centroids from one update to the next."""
@@ -65,7 +68,8 @@ def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
     """The rows of ``table`` [C, ...] of each example's class, [B, ...]; 0 for a label outside.
 
     The transpose of :func:`class_sums`, on each platform in the same way: the gradient of
-    picking rows is a scatter-add.
+    picking rows is a scatter-add. A product takes a block of examples at a time, so that memory
+    is O(B d + C d).
     """
     return jax.lax.platform_dependent(
         jnp.asarray(table), jnp.asarray(labels), cpu=_gathered_rows, default=_multiplied_rows)
@@ -85,9 +89,14 @@ def _gathered_rows(table, labels):
     return table.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _multiplied_rows(table, labels):
-    members = jax.nn.one_hot(labels, table.shape[0], dtype=table.dtype)
-    return jnp.tensordot(members, table, axes=1, precision=jax.lax.Precision.HIGHEST)
+def _multiplied_rows(table, labels, table_size=TABLE_SIZE):
+    def row(label):
+        member = jax.nn.one_hot(label, table.shape[0], dtype=table.dtype)
+        return jnp.tensordot(member, table, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    # The one-hot labels are made anew in the backward pass, so that none are kept for it.
+    return jax.lax.map(
+        jax.checkpoint(row), labels, batch_size=max(1, table_size // table.shape[0]))
 
 
 def update_centroids(

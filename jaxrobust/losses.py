@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.centroids import CentroidState, class_counts, class_rows, update_centroids
+from jaxrobust.centroids import (
+    TABLE_SIZE,
+    CentroidState,
+    class_counts,
+    class_rows,
+    update_centroids,
+)
 from jaxrobust.geometry import class_rows_of, distances_to_all, distances_to_one, safe_norm
 
 
@@ -136,29 +142,23 @@ def margin_loss(
 
     Source: Eq. 9 and 10, after Elsayed et al. (2018).
     """
+    return _margin_over_present(
+        centroids, present, kernel, bias, delta_d=delta_d, squared=squared, boundaries=boundaries)
+
+
+def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, boundaries,
+                         at_most=None, table_size=TABLE_SIZE):
+    """:func:`margin_loss`, for at most ``at_most`` classes that are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
     num_classes = _validate.shapes(
         centroids=(centroids, "C d"), present=(present, "C"), kernel=(kernel, "d C"),
         bias=(bias, "C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
-    return _margin_over_present(
-        centroids, present, kernel, bias, at_most=num_classes, delta_d=delta_d, squared=squared,
-        boundaries=boundaries)
-
-
-_TABLE_SIZE = 2**22
-"""Distances of centroids to boundaries that are in memory together."""
-
-
-def _margin_over_present(centroids, present, kernel, bias, *, at_most, delta_d, squared,
-                         boundaries, table_size=_TABLE_SIZE):
-    """Eq. 9, where at most ``at_most`` classes are present."""
-    num_classes = len(bias)
     numbers = jnp.arange(num_classes, dtype=jnp.int32)
     every = class_rows_of(kernel.astype(centroids.dtype), bias.astype(centroids.dtype))
     labels, own = numbers, every
-    if at_most < num_classes:
+    if at_most is not None and at_most < num_classes:
         # These labels are all different: no gradients are added up, in whichever order.
         present, labels = jax.lax.top_k(present.astype(centroids.dtype), at_most)
         centroids, own = jax.tree.map(

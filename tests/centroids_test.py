@@ -244,7 +244,10 @@ def test_both_ways_to_sum_by_class_are_the_same_and_so_are_their_gradients(width
             lambda values, sums=sums: sums(values, SUMMED_LABELS, num_classes=NUM_CLASSES), values)
         np.testing.assert_allclose(result, expected, rtol=1e-14)
         np.testing.assert_allclose(pullback(jnp.asarray(seeds))[0], back, rtol=1e-14)
-    for rows in (centroids_module._gathered_rows, centroids_module._multiplied_rows, class_rows):
+    by_block = functools.partial(
+        centroids_module._multiplied_rows, table_size=4 * NUM_CLASSES)  # 4 and 2 of the 6 labels
+    for rows in (centroids_module._gathered_rows, centroids_module._multiplied_rows, by_block,
+                 class_rows):
         result, pullback = jax.vjp(
             lambda table, rows=rows: rows(table, SUMMED_LABELS), jnp.asarray(seeds))
         np.testing.assert_allclose(result, back, rtol=1e-14)
