@@ -173,10 +173,7 @@ class Sweep:
     def __call__(self) -> None:
         name, _, row = self.recipe.partition("/")
         row = row or "robust"
-        recipe = get_recipe(name)
-        plan = sweep.make_plan(
-            f"{name}/{row}", self.run, self.over,
-            [self.run.seed] if self.seeds is None else self.seeds, recipe.evaluation)
+        plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
         layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
         dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())

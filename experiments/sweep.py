@@ -17,7 +17,9 @@ from experiments.config import (
     SWEPT,
     Evaluation,
     InputError,
+    Recipe,
     RunConfig,
+    get_setting,
     to_json,
     with_settings,
 )
@@ -64,21 +66,22 @@ class Plan:
                 for values in self.settings() for seed in self.seeds}
 
 
-def make_plan(recipe: str, run: RunConfig, over: Sequence[str], seeds: Sequence[int],
-              evaluation: Evaluation) -> Plan:
+def make_plan(recipe: Recipe, row: str, run: RunConfig, over: Sequence[str],
+              seeds: Sequence[int] | None) -> Plan:
     """The runs that a command line asks for.
 
     Args:
-      recipe: RECIPE/ROW.
-      run: what the runs share.
+      recipe: whose evaluation the runs have.
+      row: of the recipe.
+      run: the row, with changes to what the runs share.
       over: each ``SETTING=VALUE,VALUE,...``, the setting one of :data:`config.SWEPT`.
-      seeds: of each setting.
-      evaluation: of each run.
+      seeds: of each setting; that of ``run`` if None.
 
     Raises:
       InputError: (a ValueError) for no setting, one that is unknown or that the method ignores, a
         value that is no number or out of range, and for what is given twice.
     """
+    unchanged = recipe.run(row, seed=0)
     if not over:
         raise InputError("Expected at least one --over SETTING=VALUES, such as "
                          "--over robust.lam=0.1,1, got none.")
@@ -94,10 +97,15 @@ def make_plan(recipe: str, run: RunConfig, over: Sequence[str], seeds: Sequence[
                              f"{name!r}, which is of: {', '.join(USERS[name])}.")
         if name in values:
             raise InputError(f"Expected each setting in one --over, got {name!r} in two.")
+        if get_setting(run, name) != get_setting(unchanged, name):
+            raise InputError(f"Expected {name} in --over or by its own option, got both.")
         values[name] = _without_duplicates(name, [_number(name, n) for n in numbers.split(",")])
+    if seeds is not None and run.seed != unchanged.seed:
+        raise InputError("Expected --seeds or --seed, got both.")
+    seeds = _without_duplicates("seed", [run.seed] if seeds is None else seeds)
     if not seeds:
         raise InputError("Expected at least one seed, got none.")
-    plan = Plan(recipe, run, values, _without_duplicates("seed", seeds), evaluation)
+    plan = Plan(f"{recipe.name}/{row}", run, values, seeds, recipe.evaluation)
     plan.configs()  # The configuration refuses a value that is out of range.
     return plan
 

@@ -373,7 +373,7 @@ def heat_figure(plan: Plan, panels: Sequence[Panel], *, shared: bool) -> Figure:
     (first, rows), (second, columns) = list(plan.over.items())[:2]
     lines = max(label.count("\n") + 1 for panel in panels for label in panel.labels.flat)
     width, height = 1.5 + 0.62 * len(columns), 1.1 + (0.16 + 0.17 * lines) * len(rows)
-    across = min(len(panels), max(1, int(11 / width)))
+    across = min(len(panels), max(1, int(13 / width)))
     down = math.ceil(len(panels) / across)
     figure = new_figure(max(4.2, width * across), height * down + 0.5)
     grid = figure.subplots(down, across, squeeze=False)
