@@ -193,8 +193,8 @@ def choose_at_once(at_once: int | None, plan: Plan, dataset: Dataset, layout: La
     """The most runs in a program: ``at_once``, or if it is None, what suits the devices.
 
     That is all of them on accelerators and one on CPUs, where the vmapped convolutions, which are
-    grouped ones, are slower than one run after the other; and one where images are streamed,
-    as each run would need a stream of its own.
+    grouped ones, are slower than those of one run after the other; and one where images are
+    streamed, as each run would need a stream of its own.
 
     Raises:
       InputError: (a ValueError) if the runs cannot be trained so; nothing is written yet.

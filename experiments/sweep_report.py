@@ -28,7 +28,9 @@ from experiments.page import (
     Table,
     TableRow,
     count,
+    duration,
     level_name,
+    listed,
     with_spread,
 )
 from experiments.report import accuracies, section_markdown
@@ -81,13 +83,22 @@ def write_sweep(folder: pathlib.Path, plan: Plan) -> pathlib.Path:
     for picture in section.pictures:
         figures.save(picture.figure, folder / "figures" / picture.name)
     provenance = there["provenance"]
+    trained = [run.provenance for outcome in outcomes for run in outcome.finished]
     runs.write_text(folder / "sweep.md", "\n\n".join([
         f"# Sweep of {plan.recipe} over {', '.join(plan.over)}",
         *section_markdown(section, "figures/"),
+        *([_time_sentence(trained)] if trained else []),
         f"Begun with `{provenance['command']}` at commit {provenance['commit']}, on "
         f"{provenance['hardware']}. What each run came from is in the `provenance.json` of its "
         "folder, all numbers are in `sweep.json`."]) + "\n")
     return folder / "sweep.md"
+
+
+def _time_sentence(trained: Sequence[dict]) -> str:
+    # The time of a run that was trained with others is that of all of them.
+    seconds = sum(run["seconds"] / run["runs_together"] for run in trained)
+    return (f"The training of the finished runs took {duration(seconds)}, with "
+            f"{listed(run['runs_together'] for run in trained)} at once.")
 
 
 # --- Numbers ---------------------------------------------------------------------------------
@@ -167,6 +178,7 @@ def _run_json(plan: Plan, run: Run) -> dict:
     return {
         "folder": run.folder.name, "seed": run.seed, "status": "finished",
         "epoch": run.evaluation["epoch"],
+        **{name: run.provenance[name] for name in ("seconds", "runs_together")},
         "selection_percent": selection_accuracy(run) if chosen else None,
         "accuracy": [{"noise_std_255": level, "mean_percent": accuracy.mean,
                       "std_over_draws_percent": accuracy.std_over_draws}
@@ -389,7 +401,7 @@ def heat_figure(plan: Plan, panels: Sequence[Panel], *, shared: bool) -> Figure:
                 continue
             lightness = np.dot(colors(scale(value))[:3], (0.299, 0.587, 0.114))
             ax.text(column, row, label, ha="center", va="center", fontsize=8, linespacing=1.05,
-                    color="black" if lightness > 0.5 else "white")
+                    color="black" if lightness > 0.47 else "white")
         for row, column in np.argwhere(panel.best):
             # White in black: one of them stands out from any colour.
             for inset, color, thick in ((0.46, "black", 3.6), (0.46, "white", 1.4)):

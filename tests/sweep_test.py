@@ -136,6 +136,10 @@ def test_a_sweep_says_what_it_is(swept):
     assert "lam" not in there["run"]["robust"] and there["run"]["robust"]["beta"] == 0.05
     assert there["evaluation"]["noise_levels"] == list(LEVELS)
     assert there["provenance"]["commit"] and there["provenance"]["versions"]
+    together = [run for result in there["results"] for run in result["runs"]]
+    assert all(run["runs_together"] == 8 and run["seconds"] > 0 for run in together)
+    took = sweep_report.duration(together[0]["seconds"])
+    assert f"took {took}, with 8 at once." in (swept / "sweep.md").read_text()
 
 
 def test_two_settings_are_drawn_as_heat_maps(swept):
@@ -382,6 +386,19 @@ def test_a_cell_in_which_all_diverged_is_empty_and_hatched():
         assert set(texts) == {(0, 0), (1, 0), (1, 1)} and texts[1, 0].endswith("\n1 of 2")
     shown = [text.get_text() for text in picture.figure.legends[0].get_texts()]
     assert shown == ["best by validation accuracy", "diverged"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("over", [
+    ("robust.lam=1,2",), ("robust.lam=1,2", "noise_std=0.1"),
+    ("robust.lam=1", "noise_std=0.1", "robust.delta_d=1,2")], ids=["line", "map", "facets"])
+def test_a_sweep_of_which_all_diverged_is_shown_too(over, tmp_path):
+    plan = plan_of(*over)
+    section = sweep_report._section(plan, outcomes_of(plan, (50, 60), (2, 2)))
+    assert section.lead.startswith("No setting is marked as the best, for of each a run diverged")
+    assert [row.cells[-1].text for row in section.tables[0].rows] == ["diverged"] * 2
+    for picture in section.pictures:
+        picture.figure.savefig(tmp_path / "figure.svg")
 
 
 def test_more_settings_are_facets_if_few_and_else_a_table_alone():
