@@ -21,6 +21,8 @@ from experiments import (
     robustness,
     runs,
     steps,
+    sweep,
+    sweep_report,
     theory,
     training,
 )
@@ -150,6 +152,59 @@ class Train:
         if failures:
             raise InputError("; ".join(failures))
         say(f"Trained: {', '.join(str(folder) for folder in folders)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train and test `sweep RECIPE/ROW` with all combinations of some settings' values, and show
+    them side by side.
+
+    Any setting that all share can be changed as in `train`. What is done already is left as it
+    is; what was broken off goes on; values and seeds are added to a sweep of the same settings,
+    which then holds all their combinations. The best setting is that of the best validation
+    accuracy.
+    """
+
+    recipe: Positional[str]
+    """RECIPE, or RECIPE/ROW, such as cifar10_small/robust; the row is "robust" if none is given."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; once for each setting."""
+    seeds: tuple[int, ...] | None = None
+    """Training seeds of each combination, instead of --seed."""
+    at_once: int | None = None
+    """The most runs trained as one vmapped program; if not given, all on accelerators, where the
+    memory may ask for fewer, and 1 on CPUs. There an epoch of three together took 2.5 to 4 times
+    as long as one of each, but they are compiled once, not once for each setting: what is trained
+    for seconds only is done sooner together."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/sweep-RECIPE-ROW if none is given."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __call__(self) -> None:
+        name, _, row = self.recipe.partition("/")
+        row = row or "robust"
+        plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
+        layout = self.execution.start()
+        folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
+        dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())
+        # Says what cannot be before anything is written; the plan may grow by what is there.
+        sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
+        plan = sweep.claim_sweep(folder, plan)
+        at_once = sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
+        diverged = sweep.run_sweep(
+            plan, dataset, folder, at_once=at_once, tensorboard=self.tensorboard, layout=layout,
+            feed=self.feed)
+        if runs.is_writer():
+            print(f"The table is in {sweep_report.write_sweep(folder, plan)}")
+        if diverged:
+            raise InputError(f"{len(diverged)} of {len(plan.configs())} runs in {folder} diverged: "
+                             f"{', '.join(diverged)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +349,8 @@ class Bench:
 
 
 COMMANDS = {
-    "reproduce": Reproduce, "train": Train, "evaluate": Evaluate, "curvature": Curvature,
-    "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
+    "reproduce": Reproduce, "train": Train, "sweep": Sweep, "evaluate": Evaluate,
+    "curvature": Curvature, "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
     "prepare": Prepare, "bench": Bench,
 }
 
@@ -304,16 +359,17 @@ def parse(arguments: list[str]):
     """The command, from its words.
 
     Raises:
-      InputError: (a ValueError) for an unknown recipe or row of ``train``, or a value that a
-        configuration refuses.
+      InputError: (a ValueError) for an unknown recipe or row of ``train`` or ``sweep``, or a value
+        that a configuration refuses.
       SystemExit: with status 2, for what tyro refuses.
     """
-    # The defaults of `train` are those of the recipe that its first word names.
-    named = arguments[1] if arguments[:1] == ["train"] and arguments[1:] else "-"
+    # The defaults of `train` and `sweep` are those of the recipe that their first word names.
+    named = arguments[1] if arguments[:1] in (["train"], ["sweep"]) and arguments[1:] else "-"
     recipe = "digits" if named.startswith("-") else named
     name, _, row = recipe.partition("/")
-    train = Train(recipe=recipe, run=get_recipe(name).run(row or "robust", seed=0))
-    defaults = {"train": {"default": train}}
+    run = get_recipe(name).run(row or "robust", seed=0)
+    defaults = {command: {"default": COMMANDS[command](recipe=recipe, run=run)}
+                for command in ("train", "sweep")}
     commands = tuple(
         Annotated[kind, tyro.conf.subcommand(name, **defaults.get(name, {}))]
         for name, kind in COMMANDS.items())

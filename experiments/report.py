@@ -109,7 +109,7 @@ def write_figures(folders: Sequence[pathlib.Path], out: pathlib.Path | None) -> 
             for picture in section.pictures:
                 figures.save(picture.figure, out / picture.name)
         _write(out / "figures.md", "\n\n".join(
-            part for section in sections for part in _md_section(section, "")) + "\n")
+            part for section in sections for part in section_markdown(section, "")) + "\n")
         written.append(out / "figures.md")
     return written
 
@@ -677,11 +677,11 @@ def markdown(study: Study, sections: Sequence[Section]) -> str:
     if comparisons(study):
         parts.append("\n".join(f"- {_md(text)}" for text in comparisons(study)))
     for section in sections:
-        parts += _md_section(section, "figures/")
+        parts += section_markdown(section, "figures/")
     return "\n\n".join(parts) + "\n"
 
 
-def _md_section(section: Section, folder: str) -> list[str]:
+def section_markdown(section: Section, folder: str) -> list[str]:
     """The paragraphs of a section whose figures are in ``folder``."""
     return [f"## {_md(section.heading)}", *([_md(section.lead)] if section.lead else []),
             *map(_md_table, section.tables),
