@@ -105,15 +105,17 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
       InputError: (a ValueError) if they differ in more, or the layout cannot run it.
     """
     config = configs[0]
-    swept_settings(configs)
     if not layout.divides(config.batch_size):
         raise InputError(f"Expected batch_size={config.batch_size} to be a multiple of the "
                          f"{layout.num_devices} devices it is split over.")
     if config.batch_norm == "per_device" and layout.form != "pmap":
         raise InputError(
             f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
-    return _program(dataclasses.replace(config, seed=0), model_of(config, dataset),
-                    num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+    # The same program whatever the values of what is swept.
+    nominal = {name: get_setting(RunConfig(), name) for name in swept_settings(configs)}
+    return _program(
+        with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
+        num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
 def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:

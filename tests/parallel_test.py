@@ -15,7 +15,7 @@ from jaxrobust.methods import Batch
 from jaxrobust.parallel import Layout, make_layout
 
 CLASSES = 5
-SIZES = (16, 16, 12)  # Eight devices do not divide the last one.
+SIZES = (16, 16, 16)
 
 
 def make_batch(seed, size, dtype):
@@ -51,8 +51,8 @@ def placed(layout, state):
     return parallel.replicate(layout, state.replace(key=jax.random.key(1)))
 
 
-def updated(layout: Layout, name, dtype, **options):
-    """Parameters, statistics, centroids and metrics after each of three updates."""
+def updated(layout: Layout, name, dtype, sizes=SIZES, **options):
+    """Parameters, statistics, centroids and metrics after each of a few updates."""
     model, method, optimizer, state = problem(name, dtype)
 
     def make_step(axis_name):
@@ -61,7 +61,7 @@ def updated(layout: Layout, name, dtype, **options):
 
     step = parallel.compile_step(layout, make_step)
     state, seen = placed(layout, state), []
-    for seed, size in enumerate(SIZES):
+    for seed, size in enumerate(sizes):
         batch = make_batch(seed, size, dtype)
         state, metrics = step(state, (), parallel.place_batch(layout, batch, size))
         seen.append(jax.device_get(
@@ -77,9 +77,17 @@ def test_1_2_and_8_devices_give_the_same_update_after_update(name, dtype, tolera
         alone = updated(make_layout("jit"), name, dtype)
         assert alone[0][0]["head"]["kernel"].dtype == dtype
         assert not alone[0][2].seen[-1] and not alone[-1][2].seen[-1] and alone[-1][2].seen[-2]
-        for form, devices in (("pmap", 1), ("pmap", 2), ("pmap", 8), ("mesh", 2), ("mesh", 8)):
+        for form, devices in (("pmap", 2), ("pmap", 8), ("mesh", 2), ("mesh", 8)):
             split = updated(make_layout(form, jax.devices()[:devices]), name, dtype)
             chex.assert_trees_all_close(split, alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form, devices", [("pmap", 1), ("mesh", 1), ("pmap", 8), ("mesh", 8)])
+def test_a_batch_that_the_devices_do_not_divide_is_the_whole_one_too(form, devices):
+    sizes = (16, 12)
+    alone = updated(make_layout("jit"), "robust", "float32", sizes)
+    split = updated(make_layout(form, jax.devices()[:devices]), "robust", "float32", sizes)
+    chex.assert_trees_all_close(split, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_really_split_over_a_mesh():
@@ -110,8 +118,8 @@ def test_over_a_mesh_a_device_computes_its_share_alone():
 
 def test_batch_norm_per_device_is_that_of_the_shares():
     layout = make_layout("pmap", jax.devices()[:2])
-    apart = updated(layout, "normal", "float32", sync_batch_norm=False)
-    together = updated(layout, "normal", "float32")
+    apart = updated(layout, "normal", "float32", SIZES[:1], sync_batch_norm=False)
+    together = updated(layout, "normal", "float32", SIZES[:1])
     model, _, _, state = problem("normal", "float32")
     batch = make_batch(0, SIZES[0], np.float32)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
