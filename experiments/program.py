@@ -111,8 +111,8 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
     if config.batch_norm == "per_device" and layout.form != "pmap":
         raise InputError(
             f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
-    # The same program whatever the values of what is swept.
-    nominal = {name: get_setting(RunConfig(), name) for name in swept_settings(configs)}
+    # The same program whatever the values of what is swept: any that are valid for all.
+    nominal = dict.fromkeys(swept_settings(configs), 0.5)
     return _program(
         with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
         num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)

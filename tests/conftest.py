@@ -27,3 +27,11 @@ def enable_x64():
     """Runs the test in double precision; ``jax.enable_x64(True)`` inside hypothesis tests."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests that compile much and compute little: XLA leaves out its costly passes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

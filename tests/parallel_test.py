@@ -14,6 +14,8 @@ from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import Batch
 from jaxrobust.parallel import Layout, make_layout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CLASSES = 5
 SIZES = (16, 16, 16)
 

@@ -57,31 +57,6 @@ class TrainStepVariants(chex.TestCase):
         assert all(np.isfinite(value) and value.shape == () for value in metrics.values())
 
 
-def three_updates(step, state, shape):
-    """Parameters, statistics, centroids and metrics after three batches of sorted labels.
-
-    Sorted, so that every shard holds a class or two and lacks the others.
-    """
-    labels = jnp.sort(make_batch().labels)
-    for seed in range(3):
-        batch = make_batch(seed, labels=labels)
-        state, metrics = step(
-            state, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch))
-    return state.params, state.batch_stats, state.centroids, metrics
-
-
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_pmap_over_1_2_and_8_devices_gives_the_result_of_the_whole_batch(name):
-    step, state = make_step(name)
-    whole = three_updates(jax.jit(step), state, (-1,))
-    step, state = make_step(name, axis_name="devices")
-    for devices in (1, 2, 8):
-        mapped = jax.pmap(step, axis_name="devices", in_axes=(None, 0), out_axes=None,
-                          devices=jax.devices()[:devices])
-        split = three_updates(mapped, state, (devices, -1))
-        chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
-
-
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     def final(seed):
         optimizer = training.sgd(0.01, clip_norm=1.0)
