@@ -201,8 +201,10 @@ def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainS
     """The state of one run before its first step, on the devices."""
     sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
     optimizer, _ = optimizer_of(config, num_train_of(config, dataset))
-    return parallel.replicate(layout, training.create_train_state(
-        model_of(config, dataset), optimizer, jax.random.key(config.seed), sample))
+    # Compiled as a whole: layer by layer it takes longer than compiling the update.
+    create = jax.jit(functools.partial(
+        training.create_train_state, model_of(config, dataset), optimizer))
+    return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
 
 
 def stack_runs(states: Sequence[TrainState]) -> TrainState:

@@ -102,7 +102,7 @@ def replicate(layout: Layout, tree: Any) -> Any:
     sharding = NamedSharding(layout.mesh, PartitionSpec())
 
     def place(leaf):
-        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
                 leaf.dtype, jax.dtypes.prng_key):

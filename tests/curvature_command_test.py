@@ -17,7 +17,8 @@ from jaxrobust import curvature as measures
 from jaxrobust import data
 from jaxrobust.data.augment import to_float
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
 
 TINY = dataclasses.replace(
     RECIPES["digits"].rows["normal"], train_size=150, epochs=1, width=2, num_features=4,

@@ -16,7 +16,8 @@ from command_line import call, one_line
 from experiments import config, runs, training
 from jaxrobust import data
 
-pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
+pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
+              pytest.mark.usefixtures("quick_compilation")]
 
 KILLED = 9  # As processes.py says it.
 HERE = pathlib.Path(__file__).parent

@@ -15,7 +15,8 @@ from experiments.recipes import RECIPES
 from jaxrobust import data
 from jaxrobust.parallel import make_layout
 
-pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
+pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
+              pytest.mark.usefixtures("quick_compilation")]
 
 # 150 images in batches of 16: the last of an epoch has 6.
 TINY = dataclasses.replace(

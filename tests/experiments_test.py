@@ -18,7 +18,8 @@ from jaxrobust import data
 from jaxrobust.methods import METHODS
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
 
 TINY = dataclasses.replace(
     RECIPES["digits"].rows["robust"], train_size=150, epochs=4, checkpoint_every=1, width=2,

@@ -22,7 +22,8 @@ from experiments.recipes import RECIPES
 from jaxrobust import data
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
 
 TINY = dataclasses.replace(
     RECIPES["digits"].rows["robust"], train_size=150, epochs=1, width=2, num_features=4,

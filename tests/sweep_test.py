@@ -20,7 +20,8 @@ from jaxrobust import data
 from jaxrobust.parallel import make_layout
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
 
 # One batch an epoch, and so one program to compile. Without a radius and a clip norm a great
 # lambda diverges.
