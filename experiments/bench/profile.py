@@ -88,6 +88,7 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
     load = [timing.load_average()]
     untraced = timing.in_turn({"step": runner.call}, settings.rounds)["step"]
     lines, trace, traced = _record(runner)
+    kept = _trimmed(trace)
     nanoseconds = by_kind(lines, op_kinds(compiled.as_text()))
     total = sum(nanoseconds.values())
     result |= {
@@ -101,7 +102,7 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
         "kinds": {kind: {"ms": nanoseconds[kind] / 1e6, "share": nanoseconds[kind] / total}
                   for kind in KINDS},
         "largest": _largest(lines, compiled.as_text()),
-        "trace_events": [len(events) for events in (trace, kept := _trimmed(trace))],
+        "trace_events": [len(trace), len(kept)],
     }
     (folder / "trace.json.gz").write_bytes(_packed(kept))
     runs.write_json(folder / "profile.json", result)
@@ -312,7 +313,7 @@ def _packed(events: Sequence[dict]) -> bytes:
 
 def _trimmed(events: Sequence[dict]) -> list[dict]:
     """The events, or as many of the longest as fit in the file."""
-    kept = [event for event in events if event]
+    kept = list(events)
     while len(_packed(kept)) > LARGEST_TRACE:
         middle = float(np.median([event["dur"] for event in kept if "dur" in event]))
         kept = [event for event in kept if event.get("dur", np.inf) > middle]
@@ -346,7 +347,8 @@ def markdown(result: Mapping) -> str:
              f"`{row['source']}`" if row["source"] else "–") for row in result["largest"]]),
         "Time on the operation's own thread or stream, which others may share.",
         "`trace.json.gz` opens in https://ui.perfetto.dev" + (
-            "." if kept[0] == kept[1] else f"; it holds the {kept[1]} longest of {kept[0]} events."),
+            "." if kept[0] == kept[1] else
+            f"; it holds the {kept[1]} longest of {kept[0]} events."),
         "## Provenance",
         _table(("", ""), [
             ("Command", f"`{provenance['command']}`"), ("Commit", provenance["commit"]),
