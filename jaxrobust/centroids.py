@@ -1,11 +1,15 @@
 """Class centroids in feature space as an explicit state (Section 4.4 of the paper)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
+
+TABLE_SIZE = 2**22
+"""Numbers of a table of examples or classes by classes that are in memory together."""
 
 
 class CentroidState(NamedTuple):
@@ -37,15 +41,62 @@ def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> Centroid
         mean=jnp.zeros((num_classes, dim), dtype), seen=jnp.zeros((num_classes,), bool))
 
 
-def class_sums(values: jax.Array, members: jax.Array, axis_name: str | None) -> jax.Array:
+def class_sums(
+    values: jax.Array, labels: jax.Array, num_classes: int, axis_name: str | None = None
+) -> jax.Array:
     """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
 
-    A product with the one-hot ``members`` [B, C] (a row of zeros for a label outside [0, C))
-    rather than a scatter, because scatter-add is not deterministic on GPUs; in full precision,
-    because TPUs and GPUs would otherwise round the factors.
+    A label outside [0, C) counts for no class. On CPUs this is a scatter-add, one example after
+    the other; elsewhere a product with the one-hot labels, because scatter-add is not
+    deterministic on GPUs.
     """
-    sums = jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
+    sums = jax.lax.platform_dependent(
+        jnp.asarray(values), jnp.asarray(labels),
+        cpu=functools.partial(_scattered_sums, num_classes=num_classes),
+        default=functools.partial(_multiplied_sums, num_classes=num_classes))
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def class_counts(
+    labels: jax.Array, num_classes: int, dtype: jnp.dtype, axis_name: str | None = None
+) -> jax.Array:
+    """How many examples of each class there are, [C], over all devices of ``axis_name``."""
+    return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
+
+
+def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
+    """The rows of ``table`` [C, ...] of each example's class, [B, ...]; 0 for a label outside.
+
+    The transpose of :func:`class_sums`, on each platform in the same way: the gradient of
+    picking rows is a scatter-add. A product takes a block of examples at a time, so that memory
+    is O(B d + C d).
+    """
+    return jax.lax.platform_dependent(
+        jnp.asarray(table), jnp.asarray(labels), cpu=_gathered_rows, default=_multiplied_rows)
+
+
+def _scattered_sums(values, labels, num_classes):
+    return jax.ops.segment_sum(values, labels, num_classes)
+
+
+def _multiplied_sums(values, labels, num_classes):
+    # In full precision, because TPUs and GPUs would otherwise round the factors.
+    members = jax.nn.one_hot(labels, num_classes, dtype=values.dtype)
+    return jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
+
+
+def _gathered_rows(table, labels):
+    return table.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _multiplied_rows(table, labels, table_size=TABLE_SIZE):
+    def row(label):
+        member = jax.nn.one_hot(label, table.shape[0], dtype=table.dtype)
+        return jnp.tensordot(member, table, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    # The one-hot labels are made anew in the backward pass, so that none are kept for it.
+    return jax.lax.map(
+        jax.checkpoint(row), labels, batch_size=max(1, table_size // table.shape[0]))
 
 
 def update_centroids(
@@ -93,9 +144,9 @@ def update_centroids(
     _validate.shapes(**{"features": (features, "B d"), "labels": (labels, "B"),
                         "state.mean": (state.mean, "C d"), "state.seen": (state.seen, "C")})
     features = features.astype(state.mean.dtype)
-    members = jax.nn.one_hot(labels, state.mean.shape[0], dtype=state.mean.dtype)
-    sums = class_sums(features, members, axis_name)
-    counts = class_sums(jnp.ones_like(features[:, 0]), members, axis_name)
+    num_classes = state.mean.shape[0]
+    sums = class_sums(features, labels, num_classes, axis_name)
+    counts = class_counts(labels, num_classes, features.dtype, axis_name)
 
     present = counts > 0
     current = sums / jnp.maximum(counts, 1)[:, None]

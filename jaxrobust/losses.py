@@ -6,6 +6,7 @@ every device, and gradients are to be averaged over the devices once.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.centroids import CentroidState, class_sums, update_centroids
-from jaxrobust.geometry import safe_norm, signed_boundary_distance
+from jaxrobust.centroids import (
+    TABLE_SIZE,
+    CentroidState,
+    class_counts,
+    class_rows,
+    update_centroids,
+)
+from jaxrobust.geometry import class_rows_of, distances_to_all, distances_to_one, safe_norm
 
 
 def mean_over_batch(values: jax.Array, axis_name: str | None = None) -> jax.Array:
@@ -69,13 +76,25 @@ def compactness_loss(
     """
     _validate.in_range("delta_v", delta_v, 0)
     _validate.shapes(features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))
-    features = features.astype(centroids.dtype)
-    members = jax.nn.one_hot(labels, centroids.shape[0], dtype=centroids.dtype)
-    own = jnp.dot(members, centroids, precision=jax.lax.Precision.HIGHEST)
-    hinge = jax.nn.relu(safe_norm(own - features) - delta_v)
-    sums = class_sums(jnp.square(hinge) if squared else hinge, members, axis_name)
-    counts = class_sums(jnp.ones_like(hinge), members, axis_name)
-    return _mean_over_present(sums / jnp.maximum(counts, 1), counts > 0)
+    own, shares = _own_centroids(centroids, labels, axis_name)
+    return _pull(features, own, shares, delta_v, squared, axis_name)
+
+
+def _own_centroids(centroids, labels, axis_name):
+    """The centroid of each example's class, [B, d], and the example's share in a mean over the
+    classes present of means over their examples, [B]; 0 and 0 for a label that counts for none.
+    """
+    counts = class_counts(labels, centroids.shape[0], centroids.dtype, axis_name)
+    present = (counts > 0).astype(counts.dtype)
+    shares = present / jnp.maximum(counts * jnp.sum(present), 1)
+    return class_rows(centroids, labels), class_rows(shares, labels)
+
+
+def _pull(features, own, shares, delta_v, squared, axis_name):
+    """Eq. 8 or 12, from what :func:`_own_centroids` returns."""
+    hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
+    total = jnp.sum(shares * (jnp.square(hinge) if squared else hinge))
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def margin_loss(
@@ -97,6 +116,8 @@ def margin_loss(
     Written with :func:`~jaxrobust.geometry.signed_boundary_distance` s the hinge is
     :math:`[\delta_d - s_{ci}]_+`. The two differ only for a centroid exactly on a boundary,
     where the paper's sign(0) = 0 has no gradient and this one points to the right side.
+    Where several boundaries are equally bad, the gradient is that of one of them. Memory is
+    O(C d): at most 2^22 distances, and one class's, are in memory together.
 
     Args:
       centroids: [C, d]; of the batch alone ("naive") in the paper.
@@ -121,21 +142,60 @@ def margin_loss(
 
     Source: Eq. 9 and 10, after Elsayed et al. (2018).
     """
+    return _margin_over_present(
+        centroids, present, kernel, bias, delta_d=delta_d, squared=squared, boundaries=boundaries)
+
+
+def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, boundaries,
+                         at_most=None, table_size=TABLE_SIZE):
+    """:func:`margin_loss`, for at most ``at_most`` classes that are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
     num_classes = _validate.shapes(
         centroids=(centroids, "C d"), present=(present, "C"), kernel=(kernel, "d C"),
         bias=(bias, "C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
-    kernel, bias = kernel.astype(centroids.dtype), bias.astype(centroids.dtype)
-    classes = jnp.arange(num_classes)
-    hinge = jax.nn.relu(delta_d - signed_boundary_distance(centroids, classes, kernel, bias))
-    hinge = jnp.square(hinge) if squared else hinge
-    if boundaries == "max":
-        by_class = jnp.max(hinge, axis=1)
-    else:
-        by_class = jnp.sum(hinge, axis=1) / (num_classes - 1)
-    return _mean_over_present(by_class, present)
+    numbers = jnp.arange(num_classes, dtype=jnp.int32)
+    every = class_rows_of(kernel.astype(centroids.dtype), bias.astype(centroids.dtype))
+    labels, own = numbers, every
+    if at_most is not None and at_most < num_classes:
+        # These labels are all different: no gradients are added up, in whichever order.
+        present, labels = jax.lax.top_k(present.astype(centroids.dtype), at_most)
+        centroids, own = jax.tree.map(
+            lambda table: table.at[labels].get(unique_indices=True), (centroids, every))
+
+    def hinge(distances):
+        hinge = jax.nn.relu(delta_d - distances)
+        return jnp.square(hinge) if squared else hinge
+
+    def distances(example, every):
+        """Of one centroid to the boundaries with all classes, [C]."""
+        label, centroid, own = jax.tree.map(lambda value: value[None], example)
+        return jnp.where(numbers == label, jnp.inf, distances_to_all(centroid, own, every)[0])
+
+    examples, batch_size = (labels, centroids, own), max(1, table_size // num_classes)
+    if boundaries == "mean":
+        # Computed anew in the backward pass, so that no distances are kept for it.
+        sums = jax.lax.map(
+            jax.checkpoint(lambda example: jnp.sum(hinge(distances(example, every)))),
+            examples, batch_size=batch_size)
+        return _mean_over_present(sums / (num_classes - 1), present)
+
+    # Which boundary is the worst is a choice without a gradient; that goes through one distance.
+    fixed_examples, fixed = jax.lax.stop_gradient((examples, every))
+    others = jax.lax.map(
+        lambda example: _first_smallest(distances(example, fixed)), fixed_examples,
+        batch_size=batch_size)
+    other = jax.tree.map(lambda table: class_rows(table, others), every)
+    return _mean_over_present(hinge(distances_to_one(centroids, own, other)), present)
+
+
+def _first_smallest(values):
+    """The first index of the smallest value, up to rounding; on CPUs much faster than argmin."""
+    smallest = jnp.min(values)
+    limit = smallest + 4 * jnp.finfo(values.dtype).eps * jnp.abs(smallest)
+    numbers = jnp.arange(len(values), dtype=jnp.int32)
+    return jnp.min(jnp.where(values <= limit, numbers, len(values) - 1))
 
 
 def centroid_norm_loss(centroids: jax.Array, present: jax.Array) -> jax.Array:
@@ -280,18 +340,19 @@ def robust_loss(
     centroids, new_state = update_centroids(
         state, features, labels, momentum=config.momentum, axis_name=axis_name)
     chosen = {"momentum": centroids.running, "naive": centroids.current}
-    compact_centroids = chosen[config.compact_centroids]
+    own, shares = _own_centroids(chosen[config.compact_centroids], labels, axis_name)
+    pull = functools.partial(
+        _pull, own=own, shares=shares, delta_v=config.delta_v, squared=config.compact_squared,
+        axis_name=axis_name)
+    num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     terms = RobustLossTerms(
-        compact=compactness_loss(
-            features, labels, compact_centroids, delta_v=config.delta_v,
-            squared=config.compact_squared, axis_name=axis_name),
-        margin=margin_loss(
+        compact=pull(features),
+        margin=_margin_over_present(
             chosen[config.margin_centroids], centroids.present, kernel, bias,
-            delta_d=config.delta_d, squared=config.margin_squared, boundaries=config.boundaries),
+            at_most=num_devices * labels.shape[0], delta_d=config.delta_d,
+            squared=config.margin_squared, boundaries=config.boundaries),
         norm=centroid_norm_loss(chosen[config.norm_centroids], centroids.present),
-        align=compactness_loss(
-            noisy_features, labels, compact_centroids, delta_v=config.delta_v,
-            squared=config.compact_squared, axis_name=axis_name),
+        align=pull(noisy_features),
     )
     total = (config.alpha * terms.compact + config.beta * terms.margin
              + config.gamma_reg * terms.norm + config.lam * terms.align)

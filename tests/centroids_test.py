@@ -13,7 +13,14 @@ from absl.testing import parameterized
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
+from jaxrobust import centroids as centroids_module
+from jaxrobust.centroids import (
+    CentroidState,
+    class_rows,
+    class_sums,
+    init_centroids,
+    update_centroids,
+)
 
 NUM_CLASSES, DIM, BATCH = 4, 3, 6
 update = jax.jit(update_centroids, static_argnames=("momentum", "axis_name"))
@@ -215,3 +222,33 @@ def test_centroids_over_devices_are_those_of_the_whole_batch(parallel, labels, d
         tolerance = 1e-12 if dtype == np.float64 else 1e-6
         chex.assert_trees_all_close(parts, whole, rtol=tolerance, atol=tolerance)
         np.testing.assert_array_equal(parts[1].seen, whole[1].seen)
+
+
+# --- sums by class, and rows of classes -------------------------------------------------------
+
+SUMMED_LABELS = np.array([0, 3, 3, -1, 1, NUM_CLASSES])
+
+
+@pytest.mark.usefixtures("enable_x64")
+@pytest.mark.parametrize("width", [(), (DIM,)], ids=["numbers", "vectors"])
+def test_both_ways_to_sum_by_class_are_the_same_and_so_are_their_gradients(width):
+    rng = np.random.default_rng(0)
+    values, seeds = rng.normal(size=(BATCH, *width)), rng.normal(size=(NUM_CLASSES, *width))
+    expected, back = np.zeros_like(seeds), np.zeros_like(values)
+    for row, label in enumerate(SUMMED_LABELS):
+        if 0 <= label < NUM_CLASSES:
+            expected[label] += values[row]
+            back[row] = seeds[label]
+    for sums in (centroids_module._scattered_sums, centroids_module._multiplied_sums, class_sums):
+        result, pullback = jax.vjp(
+            lambda values, sums=sums: sums(values, SUMMED_LABELS, num_classes=NUM_CLASSES), values)
+        np.testing.assert_allclose(result, expected, rtol=1e-14)
+        np.testing.assert_allclose(pullback(jnp.asarray(seeds))[0], back, rtol=1e-14)
+    by_block = functools.partial(
+        centroids_module._multiplied_rows, table_size=4 * NUM_CLASSES)  # 4 and 2 of the 6 labels
+    for rows in (centroids_module._gathered_rows, centroids_module._multiplied_rows, by_block,
+                 class_rows):
+        result, pullback = jax.vjp(
+            lambda table, rows=rows: rows(table, SUMMED_LABELS), jnp.asarray(seeds))
+        np.testing.assert_allclose(result, back, rtol=1e-14)
+        np.testing.assert_allclose(pullback(jnp.asarray(values))[0], expected, rtol=1e-14)

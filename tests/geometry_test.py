@@ -180,6 +180,51 @@ def test_without_a_hyperplane_the_distance_is_0_with_a_finite_gradient(kernel):
     assert class_margin(points, LABELS, kernel, bias)[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_rows_among_many_long_ones_have_no_hyperplane(dtype):
+    # What is left of |W_c|^2 + |W_i|^2 - 2 W_c.W_i is then rounding, of sums of 2048 numbers.
+    num_classes, dim = 60, 2048
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == np.float64):
+        kernel = np.repeat(rng.normal(size=(dim, num_classes // 2)), 2, axis=1).astype(dtype)
+        labels = np.arange(num_classes)
+        result, (to_points, to_kernel) = jax.jit(jax.value_and_grad(
+            lambda points, kernel: jnp.sum(signed_boundary_distance(
+                points, labels, kernel, jnp.arange(num_classes).astype(dtype))[labels, labels ^ 1]),
+            (0, 1)))(rng.normal(size=(num_classes, dim)).astype(dtype), kernel)
+        assert result.dtype == dtype and result == 0
+        assert not np.asarray(to_points).any() and not np.asarray(to_kernel).any()
+
+
+@pytest.mark.parametrize(("dtype", "threshold"), [
+    (np.float32, np.sqrt(128 * 2.0**-23)), (np.float64, np.sqrt(128 * 2.0**-52))])
+@pytest.mark.parametrize(("factor", "apart"), [(0.8, False), (1.25, True)])
+def test_rows_are_the_same_where_only_rounding_tells_them_apart(dtype, threshold, factor, apart):
+    # Two pairs of rows of length 1 around the mean row, each pair as far apart as is said.
+    gap = factor * threshold
+    rows = np.array([[1, gap / 2], [1, -gap / 2], [-1, gap / 2], [-1, -gap / 2]])
+    with jax.enable_x64(dtype == np.float64):
+        layer = jnp.asarray(rows.T, dtype), jnp.zeros(4, dtype)
+        measured = distance(jnp.array([[0, 3]], dtype), np.array([0]), *layer)
+        loss = losses.margin_loss(
+            jnp.array([[0, -3]] * 4, dtype), jnp.arange(4) == 0, *layer, delta_d=1.0)
+    np.testing.assert_allclose(measured[0, 1], 3 if apart else 0, rtol=0.2)
+    # The distance that the loss goes through is computed from the difference itself. Where that
+    # is 0, the boundary with the last class is the worst.
+    np.testing.assert_allclose(
+        loss, 4 if apart else 1 + 3 * gap / np.sqrt(4 + gap**2), rtol=1e-5)
+
+
+def test_a_part_that_all_rows_share_changes_no_distance():
+    points, kernel, bias = random_layer(0)
+    expected = reference_distances(np.float64(points), LABELS, np.float64(kernel), bias)
+    moved = np.float32(kernel + np.array([[1000.0], [-2000.0], [500.0]]))
+    # The rows as they are after the addition was rounded.
+    exact = reference_distances(np.float64(points), LABELS, np.float64(moved), bias)
+    np.testing.assert_allclose(exact, expected, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(distance(points, LABELS, moved, bias), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_the_norm_has_gradient_0_at_0_and_the_unit_vector_elsewhere():
     vectors = jnp.array([[0.0, 0.0], [3.0, -4.0]])
     np.testing.assert_allclose(safe_norm(vectors), [0, 5])

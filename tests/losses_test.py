@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import chex
@@ -558,6 +559,91 @@ def test_centroids_come_from_the_clean_features_alone():
     for term in ("compact", "margin", "norm"):
         assert getattr(results[0][1], term) == getattr(results[1][1], term)
     assert results[0][1].align != results[1][1].align
+
+
+# --- many classes ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("enable_x64")
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("boundaries", ["max", "mean"])
+def test_the_margin_is_the_same_for_a_block_of_classes_at_a_time(squared, boundaries):
+    num_classes, block = 11, 3
+    problem = in_dtype(random_problem(8, [0], num_classes, 4), np.float64)
+    present = jnp.arange(num_classes) % 4 > 0  # 8 of them
+    options = {"delta_d": 2.0, "squared": squared, "boundaries": boundaries}
+
+    def value_and_gradients(loss):
+        return jax.jit(jax.value_and_grad(loss, (0, 2, 3)))(
+            problem.mean, present, problem.kernel, problem.bias)
+
+    expected = value_and_gradients(functools.partial(losses.margin_loss, **options))
+    assert expected[0] > 0.1
+    for at_most in (8, 9, num_classes):
+        blocked = value_and_gradients(functools.partial(
+            losses._margin_over_present, at_most=at_most, table_size=block * num_classes,
+            **options))
+        chex.assert_trees_all_close(blocked, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("boundaries", ["max", "mean"])
+def test_the_margin_of_20000_classes_needs_less_than_4_gb(boundaries):
+    num_classes, dim = 20_000, 128
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (
+        (num_classes, dim), (num_classes,), (dim, num_classes), (num_classes,))]
+    compiled = jax.jit(jax.value_and_grad(functools.partial(
+        losses.margin_loss, delta_d=5.0, boundaries=boundaries), (0, 2, 3))).lower(
+            *arguments).compile()
+    # A table of all distances alone is 1.6 GB, and all differences of rows are 205 GB.
+    assert 0 < compiled.memory_analysis().temp_size_in_bytes < 0.4e9
+
+
+@pytest.mark.usefixtures("enable_x64")
+def test_a_batch_of_few_of_many_classes_has_the_margin_over_all_classes():
+    problem = in_dtype(random_problem(9, [7, 2, 2, -1, 30], 40, 3), np.float64)
+    state = CentroidState(problem.mean, problem.seen)
+
+    def by_robust_loss(features, kernel, bias):
+        return robust_loss(features, problem.noisy, problem.labels, kernel, bias, state,
+                           RobustLossConfig())[1].margin
+
+    def by_all(features, kernel, bias):
+        centroids, _ = update_centroids(state, features, problem.labels)
+        return losses.margin_loss(centroids.current, centroids.present, kernel, bias, delta_d=5.0)
+
+    few, full = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(
+        problem.features, problem.kernel, problem.bias) for loss in (by_robust_loss, by_all))
+    assert full[0] > 0.1
+    chex.assert_trees_all_close(few, full, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [4, 40], ids=["classes_in_the_batch", "more_classes"])
+def test_no_gradient_is_added_up_in_a_random_order_on_gpus(num_classes):
+    problem = in_dtype(random_problem(3, [0, 2, 2, 0, 0], num_classes, 3), np.float32)
+    traced = gradients_of_robust_loss.trace(
+        RobustLossConfig(), problem.features, problem.labels, problem.kernel, problem.bias,
+        CentroidState(problem.mean, problem.seen), problem.noisy)
+    unique = {platform: re.findall(
+        r'"stablehlo.scatter".*unique_indices = (true|false)',
+        traced.lower(lowering_platforms=(platform,)).as_text()) for platform in ("cpu", "cuda")}
+    assert "false" in unique["cpu"] and "false" not in unique["cuda"]
+    # Those put the gradients of the classes that are present, all different, in their places.
+    assert bool(unique["cuda"]) == (num_classes == 40)
+
+
+def test_of_two_boundaries_that_are_equally_near_the_first_has_the_gradient():
+    gradient = jax.grad(losses.margin_loss, 3)(
+        jnp.zeros((3, 2)), jnp.array([True, False, False]),
+        jnp.array([[1.0, 0.0, -1.0], [0.0, -1.0, 0.0]])[:, [1, 0, 2]], jnp.zeros(3), delta_d=1.0)
+    np.testing.assert_allclose(gradient, np.array([-1, 1, 0]) / np.sqrt(2), rtol=1e-6)
+
+
+def test_a_feature_that_is_not_a_number_is_seen_in_the_margin():
+    problem = in_dtype(random_problem(3, [0, 2, 2, 0, 0], 4, 3), np.float32)
+    total, terms, _ = jitted_loss(
+        problem.features.at[1, 0].set(np.nan), problem.noisy, problem.labels, problem.kernel,
+        problem.bias, CentroidState(problem.mean, problem.seen), config=RobustLossConfig())
+    assert np.isnan(total) and np.isnan(terms.margin)
 
 
 # --- the hinge, squared or not (Appendix A.1) -------------------------------------------------
