@@ -1,4 +1,6 @@
-"""ResNet18 and Eq. 21 in plain PyTorch, for comparison; imported only where PyTorch is there.
+"""ResNet18, a step of its training, and Eq. 21 in plain PyTorch, for comparison.
+
+Imported only where PyTorch is there.
 
 Transcribed from :mod:`jaxrobust.models.resnet` and from the paper, with the Flax model's own
 parameters, so that both frameworks compute the same numbers.
@@ -103,6 +105,47 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()):
 def to_torch(images: np.ndarray) -> torch.Tensor:
     """Images [B, H, W, channels] as [B, channels, H, W], PyTorch's own order in memory."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+
+
+def make_train_step(
+    module: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    learning_rate: float,
+    half: bool = False,
+    compiled: bool = False,
+) -> Callable[[], torch.Tensor]:
+    """A step of training on these images: the softmax loss, and SGD as in the paper (H.1).
+
+    Puts the module into training mode. Its running variances are the unbiased ones; the Flax
+    model's are not.
+
+    Args:
+      module: as :func:`convert` makes it; its layout in memory is that of the computation.
+      images: [B, channels, H, W].
+      labels: [B], integers.
+      learning_rate: of SGD with Nesterov momentum 0.9 and weight decay 5e-4.
+      half: in bfloat16 where PyTorch's autocast deems it safe.
+      compiled: the network's forward and backward pass by ``torch.compile``, on the first call.
+
+    Returns:
+      A function that updates the module and returns the loss before the update, a [].
+    """
+    module.train().requires_grad_(True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=0.9,
+                                weight_decay=5e-4, nesterov=True, fused=True)
+    network = torch.compile(module) if compiled else module
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            loss = nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
 
 
 def finite_difference_curvature(
