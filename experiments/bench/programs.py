@@ -402,7 +402,7 @@ def measure_start(settings: Settings, done: Done = lambda *_: None) -> dict:
             case = case_name(run_config(name, changed))
             cases.append({"case": case, **seconds})
             ratios.append(ratio_row(
-                "first step, compiled before", "first step", case,
+                "to the first step, cache warm", "cache cold", case,
                 *([to_first_step(seconds[kind])] for kind in ("warm", "cold"))))
     return {"cases": cases, "ratios": ratios}
 

@@ -123,9 +123,9 @@ def _plain(settings: Settings, section: Section) -> Any:
 
 def _measure_section(section: Section, settings: Settings, described: Any,
                      done: programs.Done) -> dict:
-    load, start = timing.load_average(), time.perf_counter()
+    jax.clear_caches()  # What is compiled here does not depend on the sections before.
+    provenance, load, start = runs.provenance(), timing.load_average(), time.perf_counter()
     measured = section.measure(settings, done)
-    provenance = runs.provenance()
     if importlib.util.find_spec("torch") is not None:
         provenance["versions"]["torch"] = metadata.version("torch")
     return {"settings": described, "result": measured, "provenance": provenance | {

@@ -1,6 +1,5 @@
 """The tables and figures of ``bench train``, from its numbers."""
 
-import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from matplotlib import ticker
@@ -49,8 +48,8 @@ def ratios(measured: Mapping[str, Mapping]) -> list[dict]:
         elif letter in ("b", "c"):
             found = [row | {"case": _step_case(row)} for row in result["ratios"]]
         elif letter == "d":
-            found = [{"numerator": "operations per second in a step",
-                      "denominator": "in the fastest matrix product", "case": _step_case(case),
+            found = [{"numerator": "(operations per second) a step",
+                      "denominator": "the fastest matrix product", "case": _step_case(case),
                       "ratio": case["share"]} for case in result["cases"]]
         else:
             found = result.get("ratios", [])
@@ -60,7 +59,7 @@ def ratios(measured: Mapping[str, Mapping]) -> list[dict]:
 
 def ratio_table(rows: Sequence[Mapping]) -> str:
     """Every ratio, its target, and whether it is met."""
-    return _table(("", "Time of", "Case", "Ratio", "Range", "Target", ""), [
+    return _table(("", "Times of", "Case", "Ratio", "Range", "Target", ""), [
         (row["section"], f"{_label(row['numerator'])} / {_label(row['denominator'])}", row["case"],
          significant(row["ratio"]) if "ratio" in row else "–", _range(row), *_verdict(row))
         for row in rows], left=3)
@@ -141,18 +140,19 @@ def _losses(result: Mapping, settings: Mapping) -> list[str]:
              significant(size["temp_bytes"] / _MIB),
              ", ".join(f"{number} ({form})" for form, number in size["torch_threads"].items())
              or "–") for size in result["sizes"]]),
-        f"PyTorch: {result['torch']}."]
+        "" if result["torch"] == "measured" else f"PyTorch: {result['torch']}."]
 
 
 def _steps(result: Mapping, _: Mapping) -> list[str]:
     names = list(dict.fromkeys(name for case in result["cases"]
                                for name in (*case["ms"], *case["not_measured"])))
+    compiled = [name for name in names if name not in ("torch", "torch_channels_last")]
     table = _table(
         ("Step of", *(f"{_label(name)} [ms]" for name in names),
-         *(f"{_label(name)}, compiling [s]" for name in names)),
+         *(f"{_label(name)}, compiling [s]" for name in compiled)),
         [(_step_case(case), *(_time(case["ms"].get(name)) for name in names),
           *(significant(case["compile_seconds"][name]) if name in case["compile_seconds"] else "–"
-            for name in names)) for case in result["cases"]])
+            for name in compiled)) for case in result["cases"]])
     if "torch" not in result:
         return ["A step on a batch that is there, without reading or augmenting images.", table]
     return ["The same step of the method `normal`: forward, backward, SGD with Nesterov momentum.",
@@ -258,24 +258,30 @@ _SECTIONS: dict[str, tuple[str, Callable[[Mapping, Mapping], list[str]]]] = {
 
 
 def _provenance(sections: Mapping[str, Mapping]) -> list[str]:
-    where = [section["provenance"] for section in sections.values()]
-    versions = dict.fromkeys(
-        ", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in where)
+    where = {letter: section["provenance"] for letter, section in sections.items()}
+
+    def said(of):
+        """What is the same for all sections once, and else for which it is."""
+        letters: dict[str, list[str]] = {}
+        for letter, each in where.items():
+            letters.setdefault(str(of(each)), []).append(letter)
+        return "; ".join(value if len(letters) == 1 else f"{value} ({', '.join(which)})"
+                         for value, which in letters.items())
+
     return [
-        _table(("Section", "Measured", "Seconds", "Load before and after", "Cores used", "Commit",
-                "Hardware", "Command"), [
-            (letter, _ended(each), f"{each['seconds']:.0f}",
-             " and ".join(map(str, each["load_average"])), each["cores"], each["commit"],
-             each["hardware"], f"`{each['command']}`")
-            for letter, each in zip(sections, where, strict=True)]),
-        "Load: processes that ran or waited, over the last minute. No time depends on a seed; all "
-        "are 0, and the seeds of (e) from 0 on.",
-        "Versions: " + "; or: ".join(versions) + "."]
-
-
-def _ended(provenance: Mapping) -> str:
-    at = datetime.datetime.fromisoformat(provenance["started"])
-    return at.strftime("%Y-%m-%d %H:%M UTC")
+        _table(("Section", "Started", "Seconds", "Load before", "Load after"), [
+            (letter, each["started"].replace("T", " "), f"{each['seconds']:.0f}",
+             *map(str, each["load_average"])) for letter, each in where.items()]),
+        "Load: processes that ran or waited, over the last minute.",
+        _table(("", ""), [
+            ("Command", said(lambda each: f"`{each['command']}`")),
+            ("Commit", said(lambda each: each["commit"])),
+            ("Hardware", said(lambda each: each["hardware"])),
+            ("Cores used", said(lambda each: each["cores"])),
+            ("Versions", said(lambda each: ", ".join(
+                f"{k} {v}" for k, v in each["versions"].items()))),
+            ("Seeds", "0; in (e) from 0 on. No time depends on them"),
+        ], left=2)]
 
 
 def _disturbed(sections: Mapping[str, Mapping]) -> str:
@@ -352,6 +358,7 @@ def _line(ax: Axes, style: Style, x: Sequence[float], values: Sequence) -> None:
 
 def _logarithmic(ax: Axes, sizes: Sequence[int]) -> None:
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     _named_ticks(ax, sizes)
