@@ -60,11 +60,12 @@ class Settings:
     steps_per_call: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("resnet18", (1, 4)), ("digits", (1, 4, 16)))
     default_steps_per_call: int = 1  # of the trainer here
-    host_rounds: int = 5
+    host_rounds: int = 7
     loops: tuple[tuple[str, int], ...] = (("resnet18", 4), ("digits", 4))
+    loop_rounds: int = 2  # of half a minute each
     host_target: float = 0.02
-    devices: tuple[int, ...] = (1, 2, 4, 8)
-    device_cases: tuple[str, ...] = CASES
+    devices: tuple[tuple[str, tuple[int, ...]], ...] = (
+        ("resnet18", (2, 8)), ("digits", (1, 2, 4, 8)))
     device_rounds: int = 3
     start_width: int = 64  # of ResNet18
     start_methods: tuple[str, ...] = ("both", "robust")
@@ -79,14 +80,15 @@ class Settings:
 ACCELERATOR = Settings(
     width=64, num_images=50_000, seed_rounds=5, seed_steps_per_call=STEPS_PER_CALL,
     seed_target=3.0, steps_per_call=tuple((case, (1, STEPS_PER_CALL)) for case in CASES),
-    default_steps_per_call=STEPS_PER_CALL, loops=(), device_rounds=7,
+    default_steps_per_call=STEPS_PER_CALL, loops=(),
+    devices=tuple((case, (1, 2, 4, 8)) for case in CASES), device_rounds=7,
     epoch_batch_sizes=(64, 512))
 """The full benchmark on accelerators, where updates run in a loop and an epoch is affordable."""
 
 QUICK = Settings(
     method="normal", width=1, batch_size=4, num_images=8, seeds=2, seed_cases=("digits",),
     seed_rounds=2, steps_per_call=(("digits", (1, 2)),), host_rounds=2, loops=(("digits", 2),),
-    devices=(2,), device_cases=("digits",), device_rounds=2,
+    devices=(("digits", (2,)),), device_rounds=2,
     start_width=1, start_methods=("normal",), start_cases=("digits",))
 """Shows that everything works, and nothing else."""
 
@@ -290,39 +292,33 @@ def measure_host(settings: Settings, done: Done = lambda *_: None) -> dict:
         kinds = {number: _updates(number, several) for number in numbers}
         watched = {kind: _Watched(Runner([config], dataset, layout, number))
                    for number, kind in kinds.items()}
+        alone, case = _updates(1, several), case_name(config)
+        compared = [(list(watched), settings.host_rounds)]
         if name in loops:
-            watched[_updates(loops[name], "in a loop")] = _Watched(
-                Runner([config], dataset, layout, loops[name], loop=True))
-        timing.in_turn({kind: each.call for kind, each in watched.items()},
-                       settings.host_rounds, done)
-        case = case_name(config)
-        times = {kind: each.milliseconds() for kind, each in watched.items()}
-        cases += [{"case": case, "form": kind, "updates": each.runner.num_steps,
-                   "first_call_s": each.calls[0][2],
-                   "ms_per_update": {part: summary(ms) for part, ms in times[kind].items()}}
-                  for kind, each in watched.items()]
-        for number, kind in kinds.items():
-            default = number == settings.default_steps_per_call
+            looped = _updates(loops[name], "in a loop")
+            watched[looped] = _Watched(Runner([config], dataset, layout, loops[name], loop=True))
+            compared.append(([alone, looped], settings.loop_rounds))
+        for forms, rounds in compared:
+            times = _per_update(
+                timing.in_turn({form: watched[form].call for form in forms}, rounds, done),
+                {form: watched[form].runner.num_steps for form in forms})
+            ratios += [ratio_row(f"an update, {form}", f"an update, {alone}", case,
+                                 times[form], times[alone]) for form in forms if form != alone]
+        for form, each in watched.items():
+            parts = each.milliseconds()
+            cases.append({"case": case, "form": form, "updates": each.runner.num_steps,
+                          "first_call_s": each.calls[0][2],
+                          "ms_per_update": {part: summary(ms) for part, ms in parts.items()}})
+            default = form == kinds.get(settings.default_steps_per_call)
             ratios.append(ratio_row(
-                "the host's part of it", "an update", f"{case}, {kind} in a call",
-                times[kind]["thread" if on_cpu else "returns"], times[kind]["step"], "at most",
+                "the host's part of it", "an update", f"{case}, {form} in a call",
+                parts["thread" if on_cpu else "returns"], parts["step"], "at most",
                 settings.host_target if default else None))
-        alone = _updates(1, several)
-        ratios += [_of_medians(f"an update, {kind}", f"an update, {alone}", case,
-                               times[kind]["step"], times[alone]["step"])
-                   for kind in times if kind != alone]
     return {"cases": cases, "ratios": ratios}
 
 
 def _updates(number: int, how: str) -> str:
     return "1 update" if number == 1 else f"{number} updates {how}"
-
-
-def _of_medians(numerator, denominator, case, above, below):
-    """As :func:`ratio_row`, of forms that made different numbers of calls in a round."""
-    low, middle, high = np.quantile(above, (0, 0.5, 1)) / np.median(below)
-    return {"numerator": numerator, "denominator": denominator, "case": case,
-            "ratio": float(middle), "smallest": float(low), "largest": float(high)}
 
 
 def measure_devices(settings: Settings, done: Done = lambda *_: None) -> dict:
@@ -339,7 +335,8 @@ def measure_devices(settings: Settings, done: Done = lambda *_: None) -> dict:
         start = time.perf_counter()
         result = _in_process("devices", dataclasses.asdict(settings), {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(settings.devices)}"})
+            "XLA_FLAGS": "--xla_force_host_platform_device_count="
+                         f"{max(max(numbers) for _, numbers in settings.devices)}"})
         done("the process with several devices", time.perf_counter() - start)
         return result
     return _measure_devices(settings, done)
@@ -347,13 +344,13 @@ def measure_devices(settings: Settings, done: Done = lambda *_: None) -> dict:
 
 def _measure_devices(settings: Settings, done: Done) -> dict:
     cases, ratios = [], []
-    for name in settings.device_cases:
+    for name, numbers in settings.devices:
         config = run_config(name, settings)
         dataset = dataset_of(config, settings.num_images)
         layouts = {"jit": make_layout("jit")} | {
             f"{form} {number}": make_layout(form, jax.devices()[:number])
             for form in ("mesh", "pmap")
-            for number in settings.devices if number <= len(jax.devices())}
+            for number in numbers if number <= len(jax.devices())}
         runners = {key: Runner([config], dataset, layout, settings.default_steps_per_call)
                    for key, layout in layouts.items()}
         for runner in runners.values():
