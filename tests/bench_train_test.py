@@ -70,8 +70,7 @@ def test_ratios_of_programs_are_quotients_of_their_times(measured):
     assert case["form"] == "1 update" and ratio["target"] == 0.02
     times = case["ms_per_update"]
     np.testing.assert_allclose(ratio["ratio"], times["thread"]["median"] / times["step"]["median"])
-    by_call = [np.array(times[name]["rounds"]) for name in ("thread", "returns", "step")]
-    assert np.all(by_call[1] <= by_call[2])
+    assert times["returns"]["median"] <= times["step"]["median"] and case["calls"] > 2
 
 
 def test_the_first_step_is_the_sum_of_what_comes_before_it(measured):

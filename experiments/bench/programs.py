@@ -279,8 +279,9 @@ def measure_host(settings: Settings, done: Done = lambda *_: None) -> dict:
     Returns:
       ``{"cases": [...], "ratios": [...]}``: for each case and form ``case, form`` ("1 update",
       "4 updates unrolled", "4 updates in a loop"), ``updates``, ``first_call_s`` (it compiles),
-      and ``ms_per_update`` of ``thread`` (processor time of the host's thread), ``returns``
-      (until the call returns) and ``step`` (until its result is there).
+      ``calls``, and ``ms_per_update``, a median with its quartiles, of ``thread`` (processor time
+      of the host's thread), ``returns`` (until the call returns) and ``step`` (until its result
+      is there).
     """
     cases, ratios = [], []
     on_cpu = jax.default_backend() == "cpu"
@@ -308,7 +309,9 @@ def measure_host(settings: Settings, done: Done = lambda *_: None) -> dict:
             parts = each.milliseconds()
             cases.append({"case": case, "form": form, "updates": each.runner.num_steps,
                           "first_call_s": each.calls[0][2],
-                          "ms_per_update": {part: summary(ms) for part, ms in parts.items()}})
+                          "calls": len(parts["step"]),
+                          "ms_per_update": {part: timing.summarise(ms)._asdict()
+                                            for part, ms in parts.items()}})
             default = form == kinds.get(settings.default_steps_per_call)
             ratios.append(ratio_row(
                 "the host's part of it", "an update", f"{case}, {form} in a call",
@@ -318,6 +321,7 @@ def measure_host(settings: Settings, done: Done = lambda *_: None) -> dict:
 
 
 def _updates(number: int, how: str) -> str:
+    """A form, in words."""
     return "1 update" if number == 1 else f"{number} updates {how}"
 
 
@@ -501,8 +505,10 @@ def _in_process(task: str, given: Mapping[str, Any], environment: Mapping[str, s
         done = subprocess.run(
             [sys.executable, "-c", program, task, json.dumps(given), str(answer),
              str(time.time())],
-            env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True,
-            text=True)
+            # This process keeps most of an accelerator's memory; the rest is enough.
+            env={**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                 **environment},
+            capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"The process of {task!r} failed:\n{done.stderr[-4000:]}")
         return json.loads(answer.read_text())

@@ -70,7 +70,8 @@ def markdown(result: Mapping) -> str:
     parts = [
         "# Training: time and memory",
         "Every ratio is of medians of times taken in turn, in one run on one machine; its range "
-        "is that of single rounds or, for the host's part in (f), of single calls. Times are medians [quartiles]. A ratio without a target is there to be known.",
+        "is that of single rounds or, for the host's part in (f), of single calls. Times are "
+        "medians [quartiles]. A ratio without a target is there to be known.",
         _disturbed(result["sections"]),
         "**A quick run: it shows that everything works, and its numbers say nothing.**"
         if result["quick"] else "",
