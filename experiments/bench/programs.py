@@ -371,7 +371,8 @@ def _measure_devices(settings: Settings, done: Done) -> dict:
                           "ms_per_update": summary(times[key])})
             if key != "jit":
                 ratios.append(ratio_row(
-                    f"{layout.form} on {layout.num_devices} device(s)", "jit on one", case,
+                    f"{layout.form} on {layout.num_devices} device"
+                    f"{'s' if layout.num_devices > 1 else ''}", "jit on one", case,
                     times[key], times["jit"]))
     return {"shared_cores": jax.default_backend() == "cpu", "cases": cases, "ratios": ratios}
 
