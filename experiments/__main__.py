@@ -334,17 +334,21 @@ class Prepare:
 class Bench:
     """Measure the library's speed and memory as ratios, all in one run on this machine."""
 
-    benchmark: Positional[str]
-    """"curvature"."""
+    benchmark: Positional[str] = "train"
+    """"train": the losses, a training step and the programs of runs; "curvature"; "profile": where
+    the time of a step goes."""
+    only: tuple[str, ...] | None = None
+    """Sections of "train", a to i, to be measured anew; if not given, those that are not there
+    yet."""
     out: pathlib.Path | None = None
     """Folder of the results; runs/bench-BENCHMARK if none is given."""
     quick: bool = False
     """Only show that it works: tiny networks and two rounds, whose numbers say nothing."""
 
     def __call__(self) -> None:
-        bench.check_name(self.benchmark)
+        bench.check(self.benchmark, self.only)
         folder = self.out or pathlib.Path("runs") / f"bench-{self.benchmark}"
-        print(bench.run(self.benchmark, folder, quick=self.quick))
+        print(bench.run(self.benchmark, folder, quick=self.quick, only=self.only))
         print(f"The results are in {folder}")
 
 
