@@ -27,7 +27,7 @@ from experiments import (
     training,
 )
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
-from experiments.execution import Execution, Feed
+from experiments.execution import Execution, Feed, keep_freed_memory
 from experiments.recipes import get_recipe
 from jaxrobust.data import load_dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
@@ -95,6 +95,9 @@ class Reproduce:
         if self.jobs > 1:
             arguments = ["--data-dir", str(self.data_dir)]
             arguments += [] if self.tensorboard else ["--no-tensorboard"]
+            arguments += [word for name, value in dataclasses.asdict(self.feed).items()
+                          if value is not None
+                          for word in (f"--{name.replace('_', '-')}", str(value))]
             failures = reproduce.run_study_in_parallel(
                 recipe, folder, rows=rows, seeds=seeds, jobs=self.jobs, arguments=arguments)
         else:
@@ -397,6 +400,7 @@ def main() -> None:
     """Runs the command of the command line; bad input is one line and status 2."""
     # Its warnings, such as that of a data set which is not there, have errors of their own here.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    keep_freed_memory()
     try:
         parse(sys.argv[1:])()
     except InputError as error:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -123,41 +124,72 @@ def train_together(
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
+        steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
         for config, folder in zip(configs, folders, strict=True):
             if (folder / "done.json").is_file():
                 continue
             running = stack.enter_context(contextlib.closing(_Running(
-                config, folder, initial_state(config, dataset, layout), tensorboard)))
-            begun.setdefault(running.done, []).append(running)
-        # Those that a kill left an epoch apart cannot be one program.
+                config, folder, initial_state(config, dataset, layout), steps, tensorboard)))
+            begun.setdefault(int(running.state.step), []).append(running)
+        # Those that a kill left apart cannot be one program.
         for group in begun.values():
             failures += _train_group(group, dataset, splits, layout, feed, label)
     return failures
 
 
 class _Running:
-    """A run in training: its files, from its first epoch or its latest checkpoint on."""
+    """A run in training: its files, from its first update or its latest checkpoint on."""
 
-    def __init__(self, config, folder, state, tensorboard):
-        self.config, self.folder = config, folder
-        self._latest = checkpoints.open_checkpoints(folder / "checkpoints" / "latest", keep=2)
-        self._best = checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)
-        skipped: list[str] = []
-        restored = checkpoints.restore_checkpoint(self._latest, state, skipped=skipped)
-        for line in skipped:
-            print(f"{folder}: {line}", flush=True)
-        self.done, self.state = (0, state) if restored is None else restored
+    def __init__(self, config, folder, state, steps_per_epoch, tensorboard):
+        self.config, self.folder, self._steps_per_epoch = config, folder, steps_per_epoch
+        place = folder / "checkpoints"
+        self._latest = checkpoints.open_checkpoints(place / "latest", keep=2)
+        self._best = checkpoints.open_checkpoints(place / "best", keep=1)
+        self._within = checkpoints.open_checkpoints(place / "within", keep=2)
+        self.done, self.before, self.state = self._restore(state)
         # What was logged after the checkpoint is trained again.
         self._history = [row for row in runs.read_lines(folder / "metrics.jsonl")
                          if row["epoch"] <= self.done]
         runs.barrier("history")
         runs.write_text(folder / "metrics.jsonl",
                         "".join(json.dumps(row) + "\n" for row in self._history))
-        if self.done == 0:
+        if int(self.state.step) == 0:
             runs.write_json(folder / "provenance.json", runs.provenance())
         self._events = None
         if tensorboard and runs.is_writer():
             self._events = _event_writer(folder, purge_step=self.done + 1)
+
+    def _restore(self, state):
+        """Epochs done, metrics of the updates done of the next one, and the state after them."""
+        skipped: list[str] = []
+        restored = checkpoints.restore_checkpoint(self._latest, state, skipped=skipped)
+        done, state = (0, state) if restored is None else restored
+        before: dict[str, np.ndarray] = {}
+        # Those from before the last whole epoch are past use.
+        newer = [step for step in self._within.all_steps() if step > done * self._steps_per_epoch]
+        if newer:
+            try:
+                step, newest = checkpoints.restore_checkpoint(self._within, state, skipped=skipped)
+                metrics = runs.read_json(self._metrics_within(step))
+            except (InputError, OSError) as error:
+                skipped.append(str(error))
+            else:
+                state = newest
+                before = {name: np.array(values) for name, values in metrics.items()}
+        for line in skipped:
+            print(f"{self.folder}: {line}", flush=True)
+        return done, before, state
+
+    def _metrics_within(self, step):
+        return self.folder / "checkpoints" / f"within-{step}.json"
+
+    def save_within(self, state, values):
+        """Saves a state within an epoch, with the metrics of the epoch's updates so far."""
+        step = int(state.step)
+        # Before the state, which without them could not go on to the same log.
+        runs.write_json(self._metrics_within(step), {
+            name: value.tolist() for name, value in values.items()})
+        checkpoints.save_checkpoint(self._within, step, state)
 
     def record(self, row, state, selection_accuracy):
         """Logs an epoch and, if it is time for it, saves the state.
@@ -188,8 +220,12 @@ class _Running:
 
     def close(self):
         """Closes the files."""
-        self._latest.close()
-        self._best.close()
+        for manager in (self._latest, self._best, self._within):
+            manager.close()
+        if runs.is_writer() and (self.folder / "done.json").is_file():
+            shutil.rmtree(self.folder / "checkpoints" / "within", ignore_errors=True)
+            for path in (self.folder / "checkpoints").glob("within-*.json"):
+                path.unlink()
         if self._events is not None:
             self._events.close()
 
@@ -201,11 +237,20 @@ def _train_group(group, dataset, splits, layout, feed, label):
     swept = parallel.replicate(layout, swept_settings(configs))
     state = stack_runs([running.state for running in group])
     failures: dict[int, str] = {}
-    first = group[0].done
+    first, before = group[0].done, [running.before for running in group]
+    begun = int(group[0].state.step)
+
+    def save_within(state, values):
+        for index, (running, own) in enumerate(
+                zip(group, unstack_runs(state, len(group)), strict=True)):
+            if index not in failures:
+                running.save_within(own, values[index])
+
     with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, swept)) as epochs, \
-            progress(label, configs[0].epochs * epochs.steps, done=first * epochs.steps) as shown:
+            progress(label, configs[0].epochs * epochs.steps, done=begun) as shown:
         for epoch in range(first + 1, configs[0].epochs + 1):
-            state, rows = epochs.train(state, epoch, len(group), shown)
+            state, rows = epochs.train(state, epoch, before, save_within, shown)
+            before = [{} for _ in group]
             states = unstack_runs(state, len(group))
             for index, (running, row, own) in enumerate(zip(group, rows, states, strict=True)):
                 if index in failures:
@@ -251,45 +296,54 @@ class _Epochs:
     def _place(self, rows, size):
         return parallel.place_batch(self._program.layout, rows, size)
 
-    def train(self, state, epoch, num_runs, shown):
-        """One epoch: the new state, and for each run its mean metrics."""
+    def train(self, state, epoch, before, save, shown):
+        """One epoch, or what is left of it: the new state, and for each run its mean metrics.
+
+        ``before`` has, for each run, the metrics [T] of the first T updates if they are done
+        already. ``save(state, metrics so far)`` is called within the epoch when it is time.
+        """
         start = time.monotonic()
+        first = len(next(iter(before[0].values()), ()))
         calls = self._resident if self._feed.input == "resident" else self._streamed
-        collected, last = [], {}
-        for after, metrics, num_steps in calls(state, epoch):
-            state = after
+        every = self._feed.checkpoint_steps or self.steps
+        collected, last, done = [], {}, first
+        for after, metrics, num_steps in calls(state, epoch, first):
+            state, done = after, done + num_steps
             collected.append(metrics)
             # The call before the last: to wait for it leaves the devices one to work on.
             if len(collected) > 1:
                 jax.block_until_ready(collected[-2])
             if len(collected) % 20 == 1 and len(collected) > 1:
-                last = _shown(_means(collected[-2:-1], num_runs)[0])
+                latest, *_ = _by_run(collected[-2:-1], [{} for _ in before])
+                last = _shown(_means(latest))
+            if done < self.steps and done // every > (done - num_steps) // every:
+                save(state, _by_run(collected, before))
             shown.advance(num_steps, **last)
-        step = epoch * self.steps
-        seconds = time.monotonic() - start
+        step, seconds = epoch * self.steps, time.monotonic() - start
         return state, [
             {"epoch": epoch, "step": step,
              "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
-             **means, "seconds": seconds}
-            for means in _means(collected, num_runs)]
+             **_means(values), "seconds": seconds}
+            for values in _by_run(collected, before)]
 
-    def _resident(self, state, epoch):
-        """The calls of an epoch with the images on the devices."""
+    def _resident(self, state, epoch, first):
+        """The calls of an epoch from update ``first`` on, with the images on the devices."""
         order = self._program.order(state.key, epoch)
         shared = (self._images, self._labels, order, self._swept)
-        for num_steps, size in data.group_batches(self._batches, self._feed.steps_per_call):
+        for num_steps, size in data.group_batches(
+                self._batches[first:], self._feed.steps_per_call):
             state, metrics = self._program.resident(num_steps)(
                 state, shared, self._positions[size])
             yield state, metrics, num_steps
 
-    def _streamed(self, state, epoch):
+    def _streamed(self, state, epoch, first):
         """The calls of an epoch with images that are read meanwhile, ahead into the next one."""
         if self._stream is None:
             self._stream = data.stream_batches(
                 self._split, state.key, batch_size=self._config.batch_size,
-                start=(epoch - 1) * self.steps, stop=self._config.epochs * self.steps,
+                start=(epoch - 1) * self.steps + first, stop=self._config.epochs * self.steps,
                 rows_of=self._program.layout.rows_of)
-        for size in self._batches:
+        for size in self._batches[first:]:
             images, labels = next(self._stream)
             rows = (images, labels, self._positions_of(size))
             state, metrics = self._program.streamed(state, self._swept, self._place(rows, size))
@@ -301,13 +355,17 @@ class _Epochs:
             self._stream.close()
 
 
-def _means(collected, num_runs) -> list[dict[str, float]]:
-    """For each run, the means of its metrics over all steps of some calls."""
+def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
+    """For each run, its metrics [T] over all updates of some calls, after those of ``before``."""
     fetched = jax.device_get(collected)
     values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
-              .reshape(num_runs, -1).mean(axis=1, dtype=np.float64) for name in fetched[0]}
-    return [{name: float(value[run]) for name, value in values.items()}
-            for run in range(num_runs)]
+              .reshape(len(before), -1) for name in fetched[0]}
+    return [{name: np.concatenate([old.get(name, ()), value[run]])
+             for name, value in values.items()} for run, old in enumerate(before)]
+
+
+def _means(metrics) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in metrics.items()}
 
 
 def _shown(metrics) -> dict[str, float]:

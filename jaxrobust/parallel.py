@@ -13,6 +13,7 @@ the devices, such as the last one of an epoch, is computed whole on every device
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,7 +151,29 @@ def compile(layout: Layout, function: Callable[..., Any], **options: Any) -> Cal
     """``jax.jit`` of a function of which every device has the results whole."""
     if layout.form != "jit":
         options["out_shardings"] = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.jit(function, **options)
+    return jax.jit(function, compiler_options=compiler_options(layout), **options)
+
+
+def compiler_options(layout: Layout) -> dict[str, str]:
+    """Options that make a training step faster; none that are not known to this XLA.
+
+    On CPUs, elementwise operations and reductions by YNNPACK: less than half the time for a
+    ResNet18 of width 64, and no difference in accuracy beyond rounding.
+    """
+    if layout.mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return _known_options()
+
+
+@functools.cache
+def _known_options() -> dict[str, str]:
+    options = {"xla_cpu_experimental_ynn_fusion_type":
+               "LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # An experiment of XLA's, which may end.
+        return {}
+    return options
 
 
 def compile_step(layout: Layout, make_step: Callable[[str | None], Step]) -> Step:

@@ -186,7 +186,7 @@ def _looping(step, num_steps):
         return jax.lax.scan(lambda state, _: step(state, shared, positions), state,
                             length=num_steps)
 
-    return jax.jit(steps, donate_argnums=0)
+    return parallel.compile(make_layout("jit"), steps, donate_argnums=0)
 
 
 def ratio_row(numerator: str, denominator: str, case: str, above: Sequence[float],
