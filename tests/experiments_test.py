@@ -185,6 +185,17 @@ def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
 
 
+def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
+    assert reproduce.run_study(
+        RECIPE, digits, tmp_path, rows=["normal"], seeds=[0, 1], tensorboard=False,
+        together=True) == []
+    folders = [reproduce.run_folder(tmp_path, "normal", seed) for seed in (0, 1)]
+    assert metrics_of(folders[0]) != metrics_of(folders[1])
+    for folder in folders:
+        assert runs.read_json(folder / "provenance.json")["runs_together"] == 2
+        assert (folder / "evaluation.json").is_file() and (folder / "curvature.npz").is_file()
+
+
 @pytest.mark.parametrize("arguments, expected", [
     (("reproduce", "cifr10"), "error: Unknown recipe 'cifr10'. Did you mean 'cifar10'?"),
     (("train", "digits/robst"), "error: Unknown row 'robst'. Did you mean 'robust'?"),

@@ -188,6 +188,17 @@ def test_the_form_follows_from_what_is_there():
     assert make_layout("jit").num_devices == 1
 
 
+def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
+    layout = make_layout("jit")
+    assert parallel.compiler_options(layout).keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    # An XLA without it refuses the compilation.
+    known = parallel._known_options.__wrapped__
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda function, **_: jit(
+        function, compiler_options={"xla_cpu_no_such_option": "1"}))
+    assert known() == {}
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(InputError, match="Unknown parallel 'pmp'. Did you mean 'pmap'?"):
         make_layout("pmp")
