@@ -6,30 +6,38 @@ it lives). Commands are those of ``python -m experiments``, separated by a plus 
 
 import os
 import sys
-
-devices, last_epoch, *words = sys.argv[1:]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-from experiments import __main__ as cli  # noqa: E402
-from experiments import training  # noqa: E402
+import time
 
 KILLED = 9
-record = training._Running.record
 
 
-def record_until_killed(self, row, *rest):
-    record(self, row, *rest)
-    if row["epoch"] == int(last_epoch):
-        os._exit(KILLED)
+def main(devices: str, last_epoch: str, *words: str) -> None:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # After JAX's settings, which it reads when it is imported.
+    from experiments import __main__ as cli
+    from experiments import runs, training
+
+    record = training._Running.record
+
+    def record_until_killed(self, row, *rest):
+        record(self, row, *rest)
+        if row["epoch"] == int(last_epoch):
+            # All have come here: none is left waiting for another that is gone.
+            runs.barrier("kill")
+            time.sleep(1)
+            os._exit(KILLED)
+
+    training._Running.record = record_until_killed
+    command: list[str] = []
+    for word in [*words, "+"]:
+        if word != "+":
+            command.append(word)
+            continue
+        sys.argv = ["experiments", *command]
+        cli.main()
+        command = []
 
 
-training._Running.record = record_until_killed
-command: list[str] = []
-for word in [*words, "+"]:
-    if word != "+":
-        command.append(word)
-        continue
-    sys.argv = ["experiments", *command]
-    cli.main()
-    command = []
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -182,8 +182,10 @@ class Runner:
 
 
 def _looping(step, num_steps):
+    one = step.__wrapped__  # Options of the compiler are those of the whole loop.
+
     def steps(state, shared, positions):
-        return jax.lax.scan(lambda state, _: step(state, shared, positions), state,
+        return jax.lax.scan(lambda state, _: one(state, shared, positions), state,
                             length=num_steps)
 
     return parallel.compile(make_layout("jit"), steps, donate_argnums=0)
