@@ -104,7 +104,7 @@ class Feed:
         Raises:
           InputError: (a ValueError) for a stream of several runs, each of which would need its own.
         """
-        device = layout.mesh.devices.flat[0]
+        device = layout.mesh.local_devices[0]
         chosen = self.input
         if chosen == "auto":
             limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)

@@ -54,7 +54,12 @@ def job(processes, devices, *commands, last_epoch=0, environment=lambda process:
                  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment(process)})
 
     started = [start(process) for process in range(processes)]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in started]
+    except subprocess.TimeoutExpired:  # One that failed leaves the others waiting for it.
+        for process in started:
+            process.kill()
+        said = [process.communicate()[0] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
