@@ -3,6 +3,7 @@
 import sys
 
 from experiments import __main__ as cli
+from experiments import runs
 
 
 def call(*arguments):
@@ -22,3 +23,9 @@ def one_line(capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1, said
     return said[0]
+
+
+def metrics_of(folder):
+    """What a run logged of each epoch, but for the time."""
+    rows = runs.read_lines(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]

@@ -11,6 +11,8 @@ import hypothesis
 import jax
 import pytest
 
+from jaxrobust import data
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -38,3 +40,8 @@ def quick_compilation():
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(name="digits", scope="session")
+def _digits():
+    return data.load_dataset("digits")

@@ -11,7 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from command_line import call, one_line
+from command_line import call, metrics_of, one_line
 from processes import KILLED
 
 from experiments import config, runs, training
@@ -75,11 +75,6 @@ def _alone(tmp_path_factory):
     assert call(*EVALUATE, folder) == 0
     assert call(*CURVATURE, folder) == 0
     return folder
-
-
-def metrics_of(folder):
-    rows = runs.read_lines(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def assert_the_same_run(folder, alone):

@@ -7,12 +7,12 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from command_line import metrics_of
 
-from experiments import config, program, runs, training
+from experiments import config, program, training
 from experiments.config import InputError
 from experiments.execution import Feed
 from experiments.recipes import RECIPES
-from jaxrobust import data
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -23,16 +23,6 @@ TINY = dataclasses.replace(
     RECIPES["digits"].rows["robust"], train_size=150, epochs=2, width=2, num_features=4,
     batch_size=16, checkpoint_every=1, optimizer=config.OptimizerConfig(
         learning_rate=0.02, schedule="cosine", clip_norm=1.0))
-
-
-@pytest.fixture(name="digits", scope="module")
-def _digits():
-    return data.load_dataset("digits")
-
-
-def metrics_of(folder):
-    rows = runs.read_lines(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.fixture(name="plain", scope="module")

@@ -9,12 +9,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from command_line import call, one_line
+from command_line import call, metrics_of, one_line
 
 from experiments import config, paper, prepare, reproduce, runs, training
 from experiments.config import InputError
 from experiments.recipes import RECIPES, get_recipe
-from jaxrobust import data
 from jaxrobust.methods import METHODS
 
 # TensorBoard's writer and Orbax warn about themselves.
@@ -30,16 +29,6 @@ RECIPE = dataclasses.replace(
     evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
                                  tsne_images=40),
     curvature=config.CurvatureConfig(num_images=10, num_probes=2, smoothing_draws=3))
-
-
-@pytest.fixture(name="digits", scope="module")
-def _digits():
-    return data.load_dataset("digits")
-
-
-def metrics_of(folder):
-    rows = runs.read_lines(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def best_state(folder, digits):

@@ -9,7 +9,7 @@ import statistics
 
 import numpy as np
 import pytest
-from command_line import call, one_line
+from command_line import call, metrics_of, one_line
 from matplotlib.patches import Rectangle
 
 from experiments import config, runs, sweep, sweep_report, training
@@ -62,11 +62,6 @@ def contents(folder, names):
     """Every file of some runs, with its time."""
     return {path: path.stat().st_mtime_ns for name in names
             for path in sorted((folder / name).rglob("*")) if path.is_file()}
-
-
-def metrics_of(folder):
-    return [{name: value for name, value in row.items() if name != "seconds"}
-            for row in runs.read_lines(folder / "metrics.jsonl")]
 
 
 def test_the_values_reach_the_runs(swept):
