@@ -31,6 +31,12 @@ def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_
         raise InputError(f"Expected {name}={value} in {left}{low}, {high}{right}.")
 
 
+def integer(name: str, value: int, low: int) -> None:
+    """Raises InputError unless ``value`` is an integer, at least ``low``."""
+    if not isinstance(value, int) or value < low:
+        raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
+
+
 def one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raises InputError, naming the nearest valid value, unless ``value`` is valid."""
     valid = list(valid)
