@@ -14,6 +14,8 @@ from experiments import (
     bench,
     curvature,
     evaluation,
+    perturb_figure,
+    predict,
     prepare,
     report,
     reproduce,
@@ -326,6 +328,68 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify image files with a finished run, with a doubt score.
+
+    The distance is that of the image's features to the centroid of the predicted class: large for
+    an image unlike those that the class was learnt from. A line for each image.
+    """
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    images: Positional[tuple[pathlib.Path, ...]]
+    """JPEG, PNG or WebP files."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        run = _load_one(self.run, self.data_dir)
+        print(predict.table_text(predict.predict_files(run, self.images)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the network of a finished run for use elsewhere."""
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    out: pathlib.Path | None = None
+    """FILE.stablehlo: the whole classifier, normalisation inside, for jax.export; FILE.safetensors
+    or FILE.pth: the weights, in PyTorch's names; RUN/model.stablehlo if none is given."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        out = self.out or self.run / "model.stablehlo"
+        predict.export_run(_load_one(self.run, self.data_dir), out)
+        print(f"The network is in {out}")
+
+
+def _load_one(folder: pathlib.Path, data_dir: pathlib.Path) -> training.TrainedRun:
+    config = read_config(folder)
+    return training.load_run(folder, config, open_dataset(config, data_dir, in_memory=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturb:
+    """Show what perturbations do to an image."""
+
+    image: Positional[pathlib.Path]
+    """JPEG, PNG or WebP file."""
+    perturb: tuple[str, ...] = perturb_figure.EVERY
+    """Perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; if not
+    given, all there are, in the paper's strengths."""
+    image_size: tuple[int, int] = (400, 500)
+    """Height and width to which the image is resized."""
+    out: pathlib.Path = pathlib.Path("perturbations")
+    """Where the picture goes; .png and .svg are added."""
+
+    def __call__(self) -> None:
+        perturb_figure.show_perturbations(self.image, self.image_size, self.perturb, self.out)
+        print(f"The picture is in {self.out}.png")
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepare:
     """Download and prepare a data set."""
 
@@ -363,7 +427,7 @@ class Bench:
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "sweep": Sweep, "evaluate": Evaluate,
     "curvature": Curvature, "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
-    "prepare": Prepare, "bench": Bench,
+    "predict": Predict, "export": Export, "perturb": Perturb, "prepare": Prepare, "bench": Bench,
 }
 
 

@@ -2,10 +2,10 @@
 
     python -m experiments reproduce road --data folder:PATH --init-from mobilenet_v3_small.pth
 
-A sub-folder for each class, four fifths for training; MobileNetV3 from ImageNet weights (torchvision's
-file), all layers trained; images of 400 x 500; Adam at 1e-4, a tenth of it after epoch 50 of 70;
-noise of 40/255; the epoch that is best on an eighth of the training images; tested by every row of
-Tables 3 and 4. It needs a GPU.
+A sub-folder for each class, four fifths for training; MobileNetV3 from ImageNet weights (a file of
+torchvision's), all layers trained; images of 400 x 500; Adam at 1e-4, a tenth of it after epoch 50
+of 70; noise of 40/255; the epoch that is best on an eighth of the training images; tested by every
+row of Tables 3 and 4. It needs a GPU.
 
 Open in the paper, and chosen here: the small one of the two MobileNetV3, its own 1,024 features,
 batches of 64, no weight decay. The paper says 80 % and 20 % and "the best models based on the
