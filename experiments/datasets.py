@@ -1,11 +1,12 @@
 """The data set of a run, and the record of its files beside the run."""
 
+import contextlib
 import functools
 import pathlib
 
 from experiments import runs
 from experiments.config import RunConfig
-from experiments.progress import progress
+from experiments.progress import Progress, progress
 from jaxrobust import data
 from jaxrobust.data import Dataset
 
@@ -31,20 +32,17 @@ def _load(name, data_dir, in_memory):
 
 @functools.cache
 def _load_folder(name, image_size, split_seed, skip_bad, data_dir, in_memory):
-    shown = None
+    shown: list[Progress] = []
+    with contextlib.ExitStack() as stack:
 
-    def decoded(done, total):
-        nonlocal shown
-        shown = progress("decode", total) if shown is None else shown
-        shown.advance()
+        def decoded(done, total):
+            if not shown:  # Nothing is shown where all images are decoded already.
+                shown.append(stack.enter_context(progress("decode", total)))
+            shown[0].advance()
 
-    try:
         dataset = data.load_dataset(
             name, data_dir, in_memory=in_memory, image_size=image_size, split_seed=split_seed,
             skip_bad=skip_bad, progress=decoded)
-    finally:
-        if shown is not None:
-            shown.close()
     if runs.is_writer():
         for line in dataset.skipped:
             print(f"Skipped: {line}", flush=True)

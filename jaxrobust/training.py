@@ -169,7 +169,18 @@ def adam(
     Raises:
       InputError: (a ValueError) for a value out of range.
     """
-    return _with_decay(optax.adam, learning_rate, weight_decay, clip_norm)
+    return _with_decay(_adam, learning_rate, weight_decay, clip_norm)
+
+
+def _adam(learning_rate):
+    optimizer = optax.adam(learning_rate)
+
+    def update(updates, state, params=None):
+        # Its bias correction raises a float to the power of an integer array.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _with_decay(make, learning_rate, weight_decay, clip_norm):

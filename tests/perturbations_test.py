@@ -69,7 +69,7 @@ class PerturbationsVariantsTest(chex.TestCase):
         images = images_of(3, 12, 10, 3)
         perturb = self.variant(EVERY[name])
         first, again, other = (perturb(jax.random.key(seed), images) for seed in (0, 0, 1))
-        chex.assert_equal_shape_dtype([first, images])
+        chex.assert_trees_all_equal_shapes_and_dtypes(first, images)
         assert first.min() >= 0 and first.max() <= 1
         np.testing.assert_array_equal(first, again)
         assert is_random(EVERY[name]) == bool(np.any(first != other))
@@ -121,9 +121,10 @@ def test_strength_0_gives_the_images_themselves(name):
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_the_key_alone_determines_the_noise(name):
     perturb, images = STRENGTHS[name](0.1), images_of(2, 4, 4, 3)
+    alike = 0.99 if name == "salt_and_pepper" else 0.2  # The one that strikes few pixels.
     first, again, other = (perturb(jax.random.key(seed), images) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert np.mean(np.asarray(first) == np.asarray(other)) < 0.2
+    assert np.mean(np.asarray(first) == np.asarray(other)) < alike
     # Images of one batch have noise of their own.
     same = perturb(jax.random.key(0), jnp.full((2, 4, 4, 3), 0.5))
     assert np.any(same[0] != same[1])

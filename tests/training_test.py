@@ -150,7 +150,8 @@ def test_adam_is_pytorchs_with_l2_in_the_gradient(weight_decay):
         parameters = optax.apply_updates(parameters, updates)
     expected = pytorch_adam(start, gradients, learning_rates=(0.1, 0.1, 0.1, 0.01, 0.01),
                             weight_decay=weight_decay)
-    np.testing.assert_allclose(parameters, expected, rtol=1e-5)
+    # In float32 the first bias corrections, 1 - 0.999, have four digits.
+    np.testing.assert_allclose(parameters, expected, rtol=2e-4)
 
 
 def test_clipping_comes_before_the_weight_decay():
