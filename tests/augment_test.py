@@ -20,6 +20,8 @@ from jaxrobust.data.augment import (
 from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
 from jaxrobust.perturbations import gaussian, identity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # No two pixels are equal and none is 0, so that a crop tells where it was taken.
 IMAGE = np.arange(1, 5 * 4 * 2 + 1, dtype=np.float32).reshape(5, 4, 2) / 100
 

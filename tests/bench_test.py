@@ -14,6 +14,8 @@ from experiments.bench import curvature as curvature_bench
 from experiments.bench import timing
 from jaxrobust import curvature
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEP = 1e-2
 
 

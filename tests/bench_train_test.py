@@ -16,6 +16,8 @@ from experiments.bench import profile as profile_bench
 from experiments.bench import programs, timing, train
 from jaxrobust.parallel import make_layout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(name="measured", scope="module")
 def _measured(tmp_path_factory):

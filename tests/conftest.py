@@ -31,7 +31,10 @@ def enable_x64():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For tests that compile much and compute little: XLA leaves out its costly passes."""
+    """For tests that compile much and compute little: XLA leaves out its costly passes, here and
+    in the processes that they start."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -13,6 +13,8 @@ from absl.testing import parameterized
 from jaxrobust import curvature, models
 from jaxrobust._validate import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, SIDE = 3, 4
 
 

@@ -50,8 +50,7 @@ def job(processes, devices, *commands, last_epoch=0, environment=lambda process:
         return subprocess.Popen(
             [sys.executable, str(HERE / "processes.py"), str(devices), str(last_epoch),
              *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent),
-                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment(process)})
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), **environment(process)})
 
     started = [start(process) for process in range(processes)]
     try:

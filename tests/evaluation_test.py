@@ -9,6 +9,8 @@ import pytest
 from jaxrobust import evaluation, models, perturbations
 from jaxrobust._validate import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 23
 
 

@@ -14,6 +14,8 @@ from jaxrobust.losses import RobustLossConfig, robust_loss
 from jaxrobust.methods import METHODS, Batch, make_method, softmax_loss
 from jaxrobust.models import Outputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NUM_CLASSES, DIM, BATCH = 3, 4, 16
 CONFIG = RobustLossConfig(alpha=0.7, beta=1.3, gamma_reg=0.2, lam=0.4, delta_d=2.0)
 LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 0, 1, 2, 0, 0, 1, 1, 1], np.int32)

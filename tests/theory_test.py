@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from jaxrobust import curvature, geometry, losses, theory
 from jaxrobust._validate import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KERNEL = np.random.default_rng(0).normal(size=(3, 4))
 
 

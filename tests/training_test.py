@@ -13,6 +13,8 @@ from jaxrobust._validate import InputError
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CLASSES = 4
 
 
