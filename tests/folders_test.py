@@ -147,6 +147,22 @@ def test_16_bit_grey_reaches_both_ends_and_does_not_saturate(tmp_path):
         0, 0, 1, 1, 1, 1, 128, 254, 255, 255]
 
 
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(
+        ">I", zlib.crc32(kind + content))
+
+
+def test_16_bit_colours_keep_their_upper_bits(tmp_path):
+    values = RNG.integers(0, 65536, (*SIZE, 3)).astype(">u2")
+    values[0, 0] = 0, 65535, 32768
+    rows = b"".join(b"\0" + row.tobytes() for row in values)  # Each with its filter: none.
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 16, 2, 0, 0, 0))
+        + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b""))
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.png", SIZE), values >> 8)
+
+
 JPEGS = {
     # Colour -> what it looks like; JPEG is exact to a few levels on a flat picture.
     "RGB": ((200, 30, 90), (200, 30, 90)),
@@ -381,9 +397,8 @@ def test_the_library_is_imported_without_pillow():
 
 def png_header(width, height):
     """A PNG that says it has so many pixels, and has none."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(
-        ">I", zlib.crc32(chunk)) + struct.pack(">I", 10**6) + b"IDAT"
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 10**6) + b"IDAT"
 
 
 def add_bad_files(folder):
@@ -487,7 +502,7 @@ def test_all_bad_or_too_few_left_is_one_line(load, tmp_path):
     assert str(error.value) == (f"Expected images of at least 2 classes in {folder}, got only 'a' "
                                 "without the 4 bad ones.")
     save(folder / "b" / "good.png", COLOURS)
-    with pytest.raises(InputError, match=r"test_share=0.2, got 1 of 'b'\.$"):
+    with pytest.raises(InputError, match=r"test_share=0.2, got 1 of 'b' without the 3 bad ones\.$"):
         load(folder, skip_bad=True)
 
 
@@ -528,13 +543,13 @@ def test_a_folder_that_cannot_be_read_is_named(folder, load):
 def test_the_split_is_stratified_seeded_and_disjoint(counts, seed, share):
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     names = [str(label) for label in range(len(counts))]
-    sides = folders._split("here", labels, names, share, seed)
+    sides = folders._split("here", labels, names, share, seed, 0)
     rows = np.concatenate([sides["train"], sides["test"]])
     np.testing.assert_array_equal(np.sort(rows), np.arange(len(labels)))
     assert len(sides["test"]) == round(share * len(labels))
     taken = np.bincount(labels[sides["test"]], minlength=len(counts))
     assert (np.abs(taken - share * np.array(counts)) < 1.5).all()
-    again = folders._split("here", labels, names, share, seed)
+    again = folders._split("here", labels, names, share, seed, 0)
     for side in sides:
         np.testing.assert_array_equal(sides[side], again[side])
 
@@ -544,7 +559,7 @@ def test_the_split_is_stratified_seeded_and_disjoint(counts, seed, share):
 def test_a_split_has_every_class_on_both_sides_or_is_one_line(counts, seed):
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     try:
-        sides = folders._split("here", labels, [str(n) for n in range(len(counts))], 0.2, seed)
+        sides = folders._split("here", labels, [str(n) for n in range(len(counts))], 0.2, seed, 0)
     except InputError as error:
         smallest = min(counts)
         assert smallest < 5 and re.search(rf"test_share=0.2, got {smallest} of '\d'\.$", str(error))

@@ -130,7 +130,7 @@ def load_folder(
     _check_classes(path, class_names, len(bad))
 
     labels = np.array([class_names.index(entries[row].label) for row in good], np.int32)
-    sides = _split(path, labels, class_names, test_share, split_seed)
+    sides = _split(path, labels, class_names, test_share, split_seed, len(bad))
     stored = StoredImages(
         lambda rows: [images[row] for row in rows], len(entries), images.shape[1:], str(path))
 
@@ -152,9 +152,11 @@ def read_image(
     """Decodes one JPEG, PNG or WebP image, of any of their colour modes.
 
     It is rotated as its EXIF orientation says, its transparency is dropped, and 16-bit grey is
-    scaled from [0, 65535] to [0, 255]. Colours are converted by Pillow, without colour profiles.
-    Then it is resized, not cropped, by Pillow's bilinear filter, whose support grows with the
-    reduction, so that it does not alias. Of an animation it is the first frame.
+    scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept. Colours are
+    converted by Pillow, without colour profiles. Then it is resized, not cropped, by Pillow's
+    bilinear filter, whose support grows with the reduction, so that it does not alias. Of an
+    animation it is the first frame. Damage that the decoders do not notice, as within a JPEG's
+    pixels, goes unnoticed here too.
 
     Args:
       path: of the file.
@@ -346,7 +348,7 @@ def _check_classes(path: pathlib.Path, labels: Iterable[str], num_bad: int) -> N
             f"Expected images of at least 2 classes in {path}, got {found}{_without(num_bad)}.")
 
 
-def _split(path, labels, class_names, test_share, seed) -> dict[str, np.ndarray]:
+def _split(path, labels, class_names, test_share, seed, num_bad) -> dict[str, np.ndarray]:
     """The rows of either side of the split."""
     try:
         train, test = split_rows(labels, round(test_share * len(labels)), seed=seed)
@@ -354,7 +356,8 @@ def _split(path, labels, class_names, test_share, seed) -> dict[str, np.ndarray]
         smallest, count = Counter(labels.tolist()).most_common()[-1]
         raise _validate.InputError(
             f"Expected enough images of every class in {path} for both sides of the split with "
-            f"test_share={test_share}, got {count} of {class_names[smallest]!r}.") from error
+            f"test_share={test_share}, got {count} of {class_names[smallest]!r}"
+            f"{_without(num_bad)}.") from error
     return {"train": train, "test": test}
 
 
