@@ -43,13 +43,14 @@ def one_of(name: str, value: str, valid: Iterable[str]) -> None:
 def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
 
-    A dimension ``...`` at the end admits any further ones. Returns the size of each
-    named dimension. Raises InputError at the first argument that does not fit.
+    A dimension ``...`` at the end admits any further ones, and a number is that size. Returns
+    the size of each named dimension. Raises InputError at the first argument that does not fit.
     """
     sizes: dict[str, int] = {}
     for name, (array, spec) in arguments.items():
         dims = spec.split()
-        expected = [... if dim == "..." else sizes.get(dim) for dim in dims]
+        expected = [... if dim == "..." else int(dim) if dim.isdigit() else sizes.get(dim)
+                    for dim in dims]
         try:
             chex.assert_shape(array, expected)
         except AssertionError as error:
