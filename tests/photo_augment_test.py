@@ -172,7 +172,7 @@ def test_a_rotated_image_is_pillows(shape, angle):
 
 def test_a_large_image_is_rotated_as_by_pillow():
     image = image_of((400, 500, 1))
-    assert max(assert_rotated_as_by_pillow(image, angle) for angle in (-10.0, 1.7, 8.9)) < 2e-3
+    assert max(assert_rotated_as_by_pillow(image, angle) for angle in (-10.0, 1.7, 8.9)) < 2e-4
 
 
 @hypothesis.settings(max_examples=60)
@@ -212,6 +212,11 @@ def test_the_angle_0_is_the_image_itself():
 
 def corners_of(height, width):
     return np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]])
+
+
+def inward_moves(corners, height, width):
+    """How far corners moved towards the centre, along x and y."""
+    return (corners - corners_of(height, width)) * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
 
 
 def drawn_corners(seed, height, width, distortion=0.5):
@@ -305,15 +310,13 @@ def test_corners_move_inwards_by_whole_pixels_up_to_the_distortion():
     draws = np.asarray(jax.jit(jax.vmap(lambda key: geometric.random_corners(
         key, height, width, distortion=distortion)))(jax.random.split(jax.random.key(0), 2000)))
     assert draws.dtype == np.int32
-    inwards = np.abs(draws - corners_of(height, width))
+    inwards = inward_moves(draws, height, width)
     for axis, most in enumerate((7, 5)):  # int(0.5 * 15) and int(0.5 * 10)
         for corner in range(4):
             found, counts = np.unique(inwards[:, corner, axis], return_counts=True)
             np.testing.assert_array_equal(found, np.arange(most + 1))
             expected = 2000 / (most + 1)
             assert np.all(np.abs(counts - expected) < 5 * expected ** 0.5)
-    np.testing.assert_array_equal(draws[:, 0] >= 0, True)
-    assert np.all(draws[:, 2] <= [width - 1, height - 1])
     moves = inwards.reshape(2000, 8)
     assert np.max(np.abs(np.corrcoef(moves.T) - np.eye(8))) < 0.1  # each on its own
 
@@ -339,8 +342,8 @@ def test_random_perspectives_are_those_of_such_corners():
                         ramps(height, width), 30)
     found = np.array([fitted_corners(result, height, width) for result in results])
     np.testing.assert_allclose(found, np.rint(found), atol=0.02)
-    inwards = np.abs(np.rint(found) - corners_of(height, width))
-    assert np.all(np.max(inwards, axis=(0, 1)) == [7, 5])
+    inwards = inward_moves(np.rint(found), height, width)
+    assert np.all(inwards >= 0) and np.all(np.max(inwards, axis=(0, 1)) == [7, 5])
     assert len(np.unique(found.round().reshape(30, 8), axis=0)) == 30
 
 
