@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import pathlib
 import sys
@@ -15,6 +14,8 @@ from experiments import (
     bench,
     curvature,
     evaluation,
+    perturb_figure,
+    predict,
     prepare,
     report,
     reproduce,
@@ -27,9 +28,10 @@ from experiments import (
     training,
 )
 from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
+from experiments.datasets import open_dataset
 from experiments.execution import Execution, Feed, keep_freed_memory
 from experiments.recipes import get_recipe
-from jaxrobust.data import load_dataset
+from jaxrobust.data import BadFiles
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
 
 Positional = tyro.conf.Positional
@@ -70,6 +72,10 @@ class Reproduce:
     """Whether to write the report at the end."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
+    data: str | None = None
+    """Data set of all rows instead of the recipe's, such as folder:PATH."""
+    init_from: str | None = None
+    """File of PyTorch weights, .safetensors or .pth, that all rows start from."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
     together: bool | None = None
@@ -79,7 +85,7 @@ class Reproduce:
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
-        recipe = get_recipe(self.recipe)
+        recipe = reproduce.with_sources(get_recipe(self.recipe), self.data, self.init_from)
         rows = list(self.rows or recipe.rows)
         seeds = list(self.seeds or recipe.seeds)
         for row in rows:
@@ -95,6 +101,8 @@ class Reproduce:
         if self.jobs > 1:
             arguments = ["--data-dir", str(self.data_dir)]
             arguments += [] if self.tensorboard else ["--no-tensorboard"]
+            arguments += [] if self.data is None else ["--data", self.data]
+            arguments += [] if self.init_from is None else ["--init-from", self.init_from]
             arguments += [word for name, value in dataclasses.asdict(self.feed).items()
                           if value is not None
                           for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -145,7 +153,7 @@ class Train:
                    for config in configs]
         if self.seeds is None and self.out is not None:
             folders = [self.out]
-        dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())
+        dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
             say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
                 "on them is then too high.")
@@ -195,7 +203,7 @@ class Sweep:
         plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
         layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
-        dataset = load_dataset(self.run.dataset, self.data_dir, in_memory=self.feed.in_memory())
+        dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         # Says what cannot be before anything is written; the plan may grow by what is there.
         sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
         plan = sweep.claim_sweep(folder, plan)
@@ -220,17 +228,16 @@ class _OnRuns:
     def _load(self, layout=None):
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
-        load = functools.cache(load_dataset)  # Runs of one study share their data set.
         # All before the first is measured, which takes long.
         configs = [read_config(folder) for folder in self.runs]
         for folder, config in zip(self.runs, configs, strict=True):
             yield folder, training.load_run(
-                folder, config, load(config.dataset, self.data_dir), layout)
+                folder, config, open_dataset(config, self.data_dir), layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(_OnRuns):
-    """Test finished runs under Gaussian noise."""
+    """Test finished runs under Gaussian noise and other perturbations."""
 
     settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
         noise_levels=(0, 2, 4, 8, 16, 20))
@@ -321,6 +328,68 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify image files with a finished run, with a doubt score.
+
+    The distance is that of the image's features to the centroid of the predicted class: large for
+    an image unlike those that the class was learnt from. A line for each image.
+    """
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    images: Positional[tuple[pathlib.Path, ...]]
+    """JPEG, PNG or WebP files."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        run = _load_one(self.run, self.data_dir)
+        print(predict.table_text(predict.predict_files(run, self.images)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the network of a finished run for use elsewhere."""
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    out: pathlib.Path | None = None
+    """FILE.stablehlo: the whole classifier, normalisation inside, for jax.export; FILE.safetensors
+    or FILE.pth: the weights, in PyTorch's names; RUN/model.stablehlo if none is given."""
+    data_dir: pathlib.Path = DATA_DIR
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        out = self.out or self.run / "model.stablehlo"
+        predict.export_run(_load_one(self.run, self.data_dir), out)
+        print(f"The network is in {out}")
+
+
+def _load_one(folder: pathlib.Path, data_dir: pathlib.Path) -> training.TrainedRun:
+    config = read_config(folder)
+    return training.load_run(folder, config, open_dataset(config, data_dir, in_memory=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturb:
+    """Show what perturbations do to an image."""
+
+    image: Positional[pathlib.Path]
+    """JPEG, PNG or WebP file."""
+    perturb: tuple[str, ...] = perturb_figure.EVERY
+    """Perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; if not
+    given, all there are, in the paper's strengths."""
+    image_size: tuple[int, int] = (400, 500)
+    """Height and width to which the image is resized."""
+    out: pathlib.Path = pathlib.Path("perturbations")
+    """Where the picture goes; .png and .svg are added."""
+
+    def __call__(self) -> None:
+        perturb_figure.show_perturbations(self.image, self.image_size, self.perturb, self.out)
+        print(f"The picture is in {self.out}.png")
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepare:
     """Download and prepare a data set."""
 
@@ -358,7 +427,7 @@ class Bench:
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "sweep": Sweep, "evaluate": Evaluate,
     "curvature": Curvature, "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
-    "prepare": Prepare, "bench": Bench,
+    "predict": Predict, "export": Export, "perturb": Perturb, "prepare": Prepare, "bench": Bench,
 }
 
 
@@ -404,6 +473,8 @@ def main() -> None:
     try:
         parse(sys.argv[1:])()
     except InputError as error:
+        if isinstance(error, BadFiles):
+            print("\n".join(error.lines), file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

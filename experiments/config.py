@@ -7,16 +7,20 @@ import typing
 from collections.abc import Mapping
 
 from jaxrobust import InputError, _validate
-from jaxrobust.data import DATASETS
+from jaxrobust.data import DATASETS, FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import METHODS
 from jaxrobust.models import MODELS
+from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with Nesterov momentum; the defaults are the paper's (Appendix H.1)."""
+    """SGD with Nesterov momentum as in Appendix H.1 of the paper, whose values are the defaults, or
+    Adam as in Appendix H.2."""
 
+    name: str = "sgd"
+    """"sgd" or "adam", both as PyTorch defines them."""
     learning_rate: float = 1e-3
     """Initial (after warm-up) learning rate."""
     schedule: str = "piecewise"
@@ -28,13 +32,14 @@ class OptimizerConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear growth from 0, before a cosine schedule."""
     momentum: float = 0.9
-    """Nesterov momentum, in [0, 1)."""
+    """Nesterov momentum of "sgd", in [0, 1); "adam" has its usual 0.9 and 0.999."""
     weight_decay: float = 5e-4
     """L2 penalty in the gradient of every parameter."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; none in the paper."""
 
     def __post_init__(self):
+        _validate.one_of("optimizer", self.name, ("sgd", "adam"))
         _validate.in_range("learning_rate", self.learning_rate, 0, open_low=True)
         _validate.one_of("schedule", self.schedule, ("piecewise", "cosine"))
         _validate.in_range("warmup_epochs", self.warmup_epochs, 0)
@@ -48,18 +53,30 @@ class RunConfig:
     """One training: a data set, a model, a method, a seed. Decides the result to the bit."""
 
     dataset: str = "digits"
-    """"digits", "cifar10" or "svhn_cropped"."""
+    """"digits", "cifar10", "svhn_cropped", or "folder:PATH": a folder with a sub-folder of images
+    for each class, or a CSV file with the columns path and label. Four fifths of these, by class,
+    are for training, the rest is the test set."""
+    image_size: tuple[int, int] = (400, 500)
+    """Height and width to which the images of a folder are resized."""
+    split_seed: int = 0
+    """Of the division of a folder's images into training and test images."""
+    skip_bad: bool = False
+    """Whether to go on without those images of a folder that cannot be used."""
     train_size: int | None = None
     """Training images, drawn by class at random with seed 0; none for all that are left."""
-    validation_size: int = 0
-    """Images held out of the training split, by class at random with seed 0."""
+    validation_size: int | float = 0
+    """Images held out of the training split, by class at random with seed 0: their number or, if
+    it is below 1, their share."""
     select: str = "validation"
     """Which epoch is kept: the best on the "validation" images, the "last", or the best on the
     "test" images. The last of these is the paper's protocol; it leaks the test set."""
     model: str = "resnet18"
-    """"resnet18" or "small_cnn"."""
+    """"resnet18" (for small images), "resnet18_imagenet", "mobilenet_v3_small",
+    "mobilenet_v3_large" or "small_cnn"."""
+    init_from: str | None = None
+    """File of PyTorch weights, .safetensors or .pth, to start from; nothing is frozen."""
     width: int = 64
-    """Channels of the model's first stage."""
+    """Channels of the model's first stage; 16 for the usual MobileNetV3."""
     num_features: int = 128
     """Dimension of the penultimate layer."""
     dtype: str = "float32"
@@ -80,7 +97,14 @@ class RunConfig:
     constraint_warmup_epochs: float = 0.0
     """Epochs over which the terms beside the softmax loss grow linearly to their weight."""
     noise_std: float = 0.06
-    """Standard deviation of the training noise, in pixel values of [0, 1]."""
+    """Standard deviation of the training noise, in pixel values of [0, 1]; also the scale at which
+    curvature and theory look at the loss."""
+    perturb: str | None = None
+    """What makes the noisy view, such as "laplace(0.06)" or "gaussian(40/255)+occlusion(20,70)";
+    none for Gaussian noise of noise_std."""
+    augmentation: str = "crop"
+    """"crop": random crop and flip, as in Appendix H.1; "photo": colour jitter, rotation,
+    perspective and flip, as in Appendix H.2."""
     crop_padding: int = 4
     """Padding of the random crop, in pixels."""
     independent_views: bool = False
@@ -94,20 +118,38 @@ class RunConfig:
     """Of the initial parameters, the order, the augmentation and the noise."""
 
     def __post_init__(self):
-        _validate.one_of("dataset", self.dataset, DATASETS)
+        if not self.dataset.startswith(FOLDER_PREFIX):
+            _validate.one_of("dataset", self.dataset, (*DATASETS, f"{FOLDER_PREFIX}PATH"))
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise InputError(f"Expected image_size={self.image_size} as a height and a width >= 1.")
         _validate.one_of("model", self.model, MODELS)
         _validate.one_of("method", self.method, METHODS)
         _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _validate.one_of("batch_norm", self.batch_norm, ("synchronised", "per_device"))
         _validate.one_of("select", self.select, ("validation", "test", "last"))
+        _validate.one_of("augmentation", self.augmentation, ("crop", "photo"))
+        training_perturbation(self)  # Says what is wrong with it.
         for name in ("width", "num_features", "epochs", "batch_size", "checkpoint_every"):
             _validate.in_range(name, getattr(self, name), 1)
         for name in ("validation_size", "crop_padding", "noise_std", "stability_weight",
-                     "constraint_warmup_epochs", "seed"):
+                     "constraint_warmup_epochs", "seed", "split_seed"):
             _validate.in_range(name, getattr(self, name), 0)
+        if self.validation_size >= 1 and self.validation_size != int(self.validation_size):
+            raise InputError(f"Expected validation_size={self.validation_size} to be a number of "
+                             "images, or a share below 1.")
         _validate.in_range("warmup_epochs", self.optimizer.warmup_epochs, 0, self.epochs)
         if self.select == "validation" and self.validation_size == 0:
             raise InputError("Expected validation_size=0 to be > 0 with select='validation'.")
+
+
+def training_perturbation(config: RunConfig) -> Perturbation:
+    """What makes the noisy view of a run's training images.
+
+    Raises:
+      InputError: (a ValueError) if it is not what :func:`parse_perturbation` reads.
+    """
+    return gaussian(config.noise_std) if config.perturb is None else parse_perturbation(
+        config.perturb)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +193,19 @@ class Evaluation:
     """Standard deviations of the Gaussian noise, in units of 1/255; 0 is the clean image."""
     num_draws: int = 10
     """Independent draws of the noise at each level."""
+    perturb: tuple[str, ...] = ()
+    """Other perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; those
+    without randomness are drawn once."""
     test_size: int | None = None
     """Test images, drawn by class at random with seed 0; none for all."""
     tsne_images: int = 1000
     """Of these, the first so many are shown in the t-SNE figure."""
+
+    def __post_init__(self):
+        for level in self.noise_levels:
+            _validate.in_range("noise level", level, 0)
+        for text in self.perturb:
+            parse_perturbation(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +225,8 @@ class Recipe:
     """Key of the paper's table in :mod:`experiments.paper` that this recipe reproduces."""
     paper_rows: dict[str, str] = dataclasses.field(default_factory=dict)
     """By row, the row of that table to be shown beside it."""
+    paper_perturbations: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By perturbation of the evaluation, the row of the paper's Table 4 to be shown beside it."""
     note: str = ""
     """What a reader of the report must know, such as what differs from the paper."""
 

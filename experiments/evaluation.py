@@ -1,6 +1,7 @@
-"""Tests finished runs: accuracy under noise, and features for the t-SNE figure."""
+"""Tests finished runs: accuracy under perturbations, and features for the t-SNE figure."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from experiments.config import Evaluation, InputError
+from experiments.config import Evaluation, InputError, training_perturbation
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, data, evaluation, perturbations
@@ -18,7 +19,13 @@ from jaxrobust.models import Outputs
 
 NOISE_SEED = 0
 """Of the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
-BATCH_SIZE = 250
+
+
+def batch_size_of(images) -> int:
+    """Images [N, H, W, channels] at once: 250 small ones, of large ones what four million pixels
+    are, so that a network's working memory stays the same."""
+    _, height, width, _ = images.shape
+    return max(1, min(250, 2**22 // (height * width)))
 
 
 def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
@@ -56,60 +63,67 @@ def keep_result(path: pathlib.Path, settings: dict) -> bool:
 def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str) -> None:
     """Writes ``evaluation.json`` and ``features.npz`` into the run's folder.
 
-    Accuracy at each noise level for each draw, noise clipped to [0, 1]; clean once, for it has
-    no randomness. Does nothing if they are there already, with the same settings.
+    Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
+    each draw; once where there is no randomness, as for clean images. Does nothing if they are
+    there already, with the same settings.
 
     Raises:
-      InputError: (a ValueError) if there is an evaluation with other settings.
+      InputError: (a ValueError) if there is an evaluation with other settings, or the images are
+        too small for a perturbation.
     """
     asked = settings_asked(settings)
     path = folder / "evaluation.json"
     if keep_result(path, asked):
         return
-    for level in settings.noise_levels:
-        _validate.in_range("noise level", level, 0)
     split = make_test_split(run.dataset, settings.test_size)
-    variables = variables_of(run.state)
-    draws = [1 if level == 0 else settings.num_draws for level in settings.noise_levels]
-    levels = []
+    tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
+             for level in settings.noise_levels]
+    for text in settings.perturb:
+        perturb = perturbations.parse_perturbation(text)
+        jax.eval_shape(perturb, jax.random.key(0), to_float(jnp.asarray(split.images[:1])))
+        tests.append(({"perturb": text}, text, perturb, perturbations.is_random(perturb)))
+    draws = [settings.num_draws if random else 1 for *_, random in tests]
+    results = []
     with progress(f"{label}, evaluate", sum(draws)) as shown:
-        for index, (level, num_draws) in enumerate(zip(settings.noise_levels, draws, strict=True)):
+        for index, ((what, name, perturb, _), num_draws) in enumerate(
+                zip(tests, draws, strict=True)):
             accuracies = []
             for correct in evaluation.evaluate(
-                run.model, variables, split.images, split.labels,
-                perturb=perturbations.gaussian(level / 255),
+                run.model, variables_of(run.state), split.images, split.labels, perturb=perturb,
                 key=jax.random.fold_in(jax.random.key(NOISE_SEED), index),
-                num_draws=num_draws, batch_size=BATCH_SIZE, layout=run.layout,
+                num_draws=num_draws, batch_size=batch_size_of(split.images), layout=run.layout,
             ):
                 accuracies.append(float(correct.mean()))
-                shown.advance(**{f"accuracy at {level}/255": accuracies[-1]})
-            levels.append({"std_255": level, "accuracies": accuracies})
+                shown.advance(**{f"accuracy at {name}": accuracies[-1]})
+            results.append({**what, "accuracies": accuracies})
     _write_features(run, split, settings.tsne_images, folder)
+    num_levels = len(settings.noise_levels)
     runs.write_json(path, {
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
-        "num_images": len(split.labels), "num_draws": settings.num_draws, "levels": levels,
+        "num_images": len(split.labels), "num_draws": settings.num_draws,
+        "levels": results[:num_levels], "perturbations": results[num_levels:],
         "settings": asked, "provenance": runs.provenance()})
 
 
 def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.Path) -> None:
-    """Features of the first test images, clean and with the training noise."""
+    """Features of the first test images, clean and as the training perturbs them."""
     images = split.images[:count]
-    clean = to_float(jnp.asarray(images))
-    noisy = perturbations.per_example(
-        perturbations.gaussian(run.config.noise_std), jax.random.key(NOISE_SEED), clean,
-        np.arange(len(images)))
-    clean, noisy = (features_of(run, np.asarray(view)) for view in (clean, noisy))
+    variables, perturb = variables_of(run.state), training_perturbation(run.config)
+    views = evaluation.map_batches(
+        lambda *rows: _features(run.model, variables, perturb, *rows),
+        images, np.arange(len(images)), batch_size=batch_size_of(images))
+    noise = run.config.perturb or f"std {run.config.noise_std * 255:g}/255"
     runs.write_arrays(folder / "features.npz", {
-        "clean": clean, "noisy": noisy, "labels": split.labels[:count],
-        "noise_std_255": np.asarray(run.config.noise_std * 255)})
+        **views, "labels": split.labels[:count], "noise": np.asarray(noise)})
 
 
-def features_of(run: TrainedRun, images: np.ndarray) -> np.ndarray:
-    """Penultimate features [N, d] of images [N, H, W, channels]."""
-    variables = variables_of(run.state)
-    return evaluation.map_batches(
-        lambda rows: evaluation.predict(run.model, variables, rows).features, images,
-        batch_size=BATCH_SIZE)
+@functools.partial(jax.jit, static_argnames="model")
+def _features(model, variables, perturb, images, indices):
+    """Penultimate features of either view, each [B, d]."""
+    clean = to_float(images)
+    noisy = perturbations.per_example(perturb, jax.random.key(NOISE_SEED), clean, indices)
+    return {view: model.apply(variables, inputs, train=False).features
+            for view, inputs in (("clean", clean), ("noisy", noisy))}
 
 
 def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:

@@ -80,7 +80,7 @@ class Embedding(NamedTuple):
     clean: np.ndarray  # [n, 2]
     noisy: np.ndarray  # [n, 2]
     classes: np.ndarray  # [n], integers
-    noise_std: float  # in units of 1/255
+    noise: str  # of the noisy view, in words
 
 
 def row_style(index: int) -> Style:
@@ -227,7 +227,7 @@ def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) ->
         clean.set_title("clean")
         clean.set_ylabel("t-SNE 2 (no unit)")
         scatter(noisy, embedding.noisy, embedding.classes)
-        noisy.set_title(f"noisy, std {embedding.noise_std:g}/255")
+        noisy.set_title(f"noisy, {embedding.noise}")
     add_legend(figure, class_handles((int(c) for e in embeddings for c in e.classes),
                                      class_names), columns=5)
     return figure

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +19,13 @@ from experiments.config import (
     OptimizerConfig,
     RunConfig,
     get_setting,
+    training_perturbation,
     with_settings,
 )
-from jaxrobust import data, parallel, perturbations, training
+from jaxrobust import data, parallel, training
 from jaxrobust.data import Dataset
 from jaxrobust.methods import make_method
-from jaxrobust.models import create_model
+from jaxrobust.models import create_model, pytorch
 from jaxrobust.parallel import Layout
 from jaxrobust.training import TrainState
 
@@ -78,11 +81,18 @@ class Program:
     """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
 
 
+def num_validation_of(config: RunConfig, dataset: Dataset) -> int:
+    """The number of images held out of the training split."""
+    if config.validation_size >= 1:
+        return int(config.validation_size)
+    return round(config.validation_size * len(dataset.train.labels))
+
+
 def num_train_of(config: RunConfig, dataset: Dataset) -> int:
     """The number of images a run is trained on."""
     if config.train_size is not None:
         return config.train_size
-    return len(dataset.train.labels) - config.validation_size
+    return len(dataset.train.labels) - num_validation_of(config, dataset)
 
 
 def optimizer_of(
@@ -92,10 +102,12 @@ def optimizer_of(
     learning_rate = learning_rate_schedule(
         config.optimizer, epochs=config.epochs,
         steps_per_epoch=len(data.batch_sizes(num_train, config.batch_size)))
+    shared = {"weight_decay": config.optimizer.weight_decay,
+              "clip_norm": config.optimizer.clip_norm}
+    if config.optimizer.name == "adam":
+        return training.adam(learning_rate, **shared), learning_rate
     return training.sgd(
-        learning_rate, momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm), learning_rate
+        learning_rate, momentum=config.optimizer.momentum, **shared), learning_rate
 
 
 def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
@@ -140,7 +152,8 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
              together: bool) -> Program:
     steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
     optimizer, learning_rate = optimizer_of(config, num_train)
-    augment = data.standard_augmentation(padding=config.crop_padding, flip=flip)
+    augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
+               "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
     def update(axis_name, state, images, labels, positions, swept):
         run = with_settings(config, swept)
@@ -152,7 +165,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
             constraint_weight=constraint_schedule(run, steps_per_epoch))
         batch = data.make_batch(
             jax.random.fold_in(state.key, state.step), images, labels, positions=positions,
-            augment=augment, perturb=perturbations.gaussian(run.noise_std),
+            augment=augment, perturb=training_perturbation(run),
             independent_views=run.independent_views)
         return train_step(state, batch)
 
@@ -205,6 +218,26 @@ def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainS
     create = jax.jit(functools.partial(
         training.create_train_state, model_of(config, dataset), optimizer))
     return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
+
+
+def start_from(
+    path: str, state: TrainState, config: RunConfig, dataset: Dataset, layout: Layout
+) -> tuple[TrainState, dict[str, Any]]:
+    """A first state with the weights of a PyTorch file, and what is to be known of it.
+
+    That is the file's SHA-256, and the layers that keep their initial weights since the file has
+    none of their shape.
+
+    Raises:
+      InputError: (a ValueError) if the file cannot be read or is of another network.
+    """
+    loaded = pytorch.load_torch_weights(
+        model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},
+        pytorch.read_state_dict(path))
+    digest = hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()
+    state = state.replace(**parallel.replicate(layout, loaded.variables))
+    return state, {"init_from": {
+        "path": str(path), "sha256": digest, "initialised_anew": list(loaded.replaced)}}
 
 
 def stack_runs(states: Sequence[TrainState]) -> TrainState:

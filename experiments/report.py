@@ -38,6 +38,7 @@ from experiments.page import (
     significant,
     with_spread,
 )
+from experiments.paper import TABLE4
 from experiments.study import Run, Study, load_study, study_of_runs
 
 PEERS = ("both", "stability")
@@ -140,11 +141,21 @@ def group_by_study(folders: Sequence[pathlib.Path]
 
 def accuracies(runs: Sequence[Run]) -> dict[float, Accuracy]:
     """Accuracy by noise level (std in units of 1/255) over the seeds of one row."""
-    draws: dict[float, list[np.ndarray]] = {}
+    by_level = _by_test(runs, "levels", "std_255")
+    return {level: by_level[level] for level in sorted(by_level)}
+
+
+def perturbed_accuracies(runs: Sequence[Run]) -> dict[str, Accuracy]:
+    """Accuracy by perturbation, other than the levels of noise, over the seeds of one row."""
+    return _by_test(runs, "perturbations", "perturb")
+
+
+def _by_test(runs, tests, name):
+    draws: dict[float | str, list[np.ndarray]] = {}
     for run in runs:
-        for level in run.evaluation["levels"]:
-            draws.setdefault(level["std_255"], []).append(100 * np.array(level["accuracies"]))
-    return {level: _accuracy(draws[level]) for level in sorted(draws)}
+        for test in run.evaluation.get(tests, ()):  # Older evaluations have noise levels alone.
+            draws.setdefault(test[name], []).append(100 * np.array(test["accuracies"]))
+    return {what: _accuracy(by_seed) for what, by_seed in draws.items()}
 
 
 def _accuracy(by_seed: Sequence[np.ndarray]) -> Accuracy:
@@ -285,6 +296,32 @@ def accuracy_table(study: Study) -> Table:
     return Table("Accuracy in %, clean and under Gaussian noise.",
                  ("Method", *map(level_name, levels), "Training time"), tuple(rows),
                  _accuracy_details(study), _accuracy_note(study))
+
+
+def perturbation_table(study: Study) -> Table | None:
+    """Rows are perturbations, columns methods, as in the paper's Table 4; None without any."""
+    by_row = {row: perturbed_accuracies(study.finished(row)) for row in study.labels}
+    shown = [row for row in study.labels if by_row[row]]
+    if not shown:
+        return None
+    rows = []
+    for text in dict.fromkeys(text for row in shown for text in by_row[row]):
+        best = max(round(by_row[row][text].mean, 2) for row in shown if text in by_row[row])
+        key = study.paper_perturbations.get(text)
+        rows.append(TableRow(f"{key}: {text}" if key else text, tuple(
+            _accuracy_cell(by_row[row].get(text), best, several_seeds(study)) for row in shown)))
+        if key:
+            numbers = dict(zip(TABLE4.methods, TABLE4.rows[key], strict=True))
+            rows.append(TableRow(f"paper: {key}", tuple(
+                Cell(with_spread(*numbers[study.paper_rows[row]])
+                     if row in study.paper_rows else "–") for row in shown), muted=True))
+    note = ("How to read: NAME(ARGUMENTS) as in the documentation of perturbations; those joined "
+            "by + are applied from left to right. Higher is better; bold: the best of the line.")
+    if study.paper_perturbations:
+        note += f" Rows in grey: the paper’s {TABLE4.title}, on its own images."
+    return Table("Accuracy in % under other perturbations.",
+                 ("Perturbation", *(study.labels[row] for row in shown)), tuple(rows),
+                 _accuracy_details(study), note)
 
 
 def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool) -> Cell:
@@ -600,7 +637,7 @@ def tsne_picture(study: Study) -> Picture | None:
             continue
         embeddings.append(figures.Embedding(
             f"{study.labels[row]}, seed {run.seed}", *planes, run.features["labels"],
-            float(run.features["noise_std_255"])))
+            str(run.features["noise"])))
     if not embeddings:
         return None
     note = ("How to read: a point for each test image, colour and marker by its true class, the "
@@ -621,8 +658,8 @@ def tsne_picture(study: Study) -> Picture | None:
 
 
 def _sections(study: Study) -> list[Section]:
-    sections = [Section("accuracy", "Accuracy", "", (accuracy_table(study),),
-                        (accuracy_picture(study),))]
+    tables = filter(None, (accuracy_table(study), perturbation_table(study)))
+    sections = [Section("accuracy", "Accuracy", "", tuple(tables), (accuracy_picture(study),))]
     training = training_picture(study)
     if training:
         sections.append(Section("training", "Training", "", (), (training,)))
@@ -708,22 +745,25 @@ def _md(text: str) -> str:
 
 
 def accuracy_csv(study: Study) -> str:
-    """A line for each row and noise level, ours and the paper's; accuracies in per cent."""
+    """A line for each row and noise level or other perturbation, ours and the paper's; accuracies
+    in per cent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["source", "row", "label", "noise_std_255", "mean_percent",
+    writer.writerow(["source", "row", "label", "noise_std_255", "perturbation", "mean_percent",
                      "std_over_seeds_percent", "std_over_draws_percent", "num_seeds",
                      "num_draws", "num_images"])
     for row, label in study.labels.items():
         runs = study.finished(row)
-        for level, value in accuracies(runs).items():
+        by_level = {(f"{level:g}", ""): value for level, value in accuracies(runs).items()}
+        by_text = {("", text): value for text, value in perturbed_accuracies(runs).items()}
+        for test, value in (by_level | by_text).items():
             writer.writerow([
-                "ours", row, label, f"{level:g}", f"{value.mean:.4f}",
+                "ours", row, label, *test, f"{value.mean:.4f}",
                 _number(value.std_over_seeds), _number(value.std_over_draws),
                 len(value.seed_means), listed(run.evaluation["num_draws"] for run in runs),
                 listed(run.evaluation["num_images"] for run in runs)])
         for level, (mean, std) in paper_numbers(study, row).items():
-            writer.writerow(["paper", row, label, f"{level:g}", mean, "",
+            writer.writerow(["paper", row, label, f"{level:g}", "", mean, "",
                              "" if std is None else std, "", PAPER_DRAWS, ""])
     return out.getvalue()
 
@@ -756,6 +796,8 @@ def _row_json(study: Study, row: str) -> dict:
         "epochs": [run.evaluation["epoch"] for run in runs],
         "accuracy": [{"noise_std_255": level, **value._asdict()}
                      for level, value in accuracies(runs).items()],
+        "perturbed": [{"perturbation": text, **value._asdict()}
+                      for text, value in perturbed_accuracies(runs).items()],
         "paper": [{"noise_std_255": level, "mean": mean, "std_over_draws": std}
                   for level, (mean, std) in paper_numbers(study, row).items()],
         "curvature": [{"seed": run.seed, **_curvature_json(run.curvature)}

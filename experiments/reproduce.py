@@ -1,6 +1,7 @@
 """Trains, tests and compares the rows of a recipe."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,11 +13,12 @@ import jax
 from experiments import runs
 from experiments.config import InputError, Recipe
 from experiments.curvature import measure_curvature
+from experiments.datasets import open_dataset
 from experiments.evaluation import evaluate_run
 from experiments.execution import Feed
 from experiments.training import load_run, train_together
 from jaxrobust import _validate
-from jaxrobust.data import Dataset, load_dataset
+from jaxrobust.data import Dataset
 from jaxrobust.parallel import Layout
 
 
@@ -33,6 +35,7 @@ def describe_study(recipe: Recipe, seeds: list[int], class_names: list[str]) -> 
         "rows": {row: recipe.labels[row] for row in recipe.rows},
         "methods": {row: config.method for row, config in recipe.rows.items()},
         "paper_rows": dict(recipe.paper_rows),
+        "paper_perturbations": dict(recipe.paper_perturbations),
         "command": runs.command_line(), "commit": runs.commit(),
     }
 
@@ -166,9 +169,17 @@ def run_study_in_parallel(
         return [failure for failure in pool.map(one, tasks) if failure]
 
 
+def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None) -> Recipe:
+    """A recipe on another data set, or from other initial weights, where they are given."""
+    changes = {name: value for name, value in (("dataset", dataset), ("init_from", init_from))
+               if value is not None}
+    return dataclasses.replace(recipe, rows={
+        row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
+
+
 def load_recipe_dataset(
     recipe: Recipe, data_dir: pathlib.Path, *, in_memory: bool = True
 ) -> Dataset:
     """The data set of a recipe; all its rows are of one."""
-    name, = {config.dataset for config in recipe.rows.values()}
-    return load_dataset(name, data_dir, in_memory=in_memory)
+    config, *_ = recipe.rows.values()
+    return open_dataset(config, data_dir, in_memory=in_memory)

@@ -21,8 +21,8 @@ from experiments import figures, runs
 from experiments.config import CurvatureConfig, InputError
 from experiments.curvature import losses_of, measure_curvature
 from experiments.evaluation import (
-    BATCH_SIZE,
     NOISE_SEED,
+    batch_size_of,
     keep_result,
     make_test_split,
     pooled_blocks,
@@ -154,7 +154,8 @@ def _count_correct(run, split: Split, asked: dict, folder, label) -> None:
                 run.model, variables_of(run.state), images, labels,
                 perturb=noise(asked["noise_std"]),
                 key=jax.random.fold_in(jax.random.key(COUNT_SEED), number),
-                num_draws=asked["num_draws"], batch_size=BATCH_SIZE, layout=run.layout,
+                num_draws=asked["num_draws"], batch_size=batch_size_of(split.images),
+                layout=run.layout,
             ):
                 correct.append(draw)
                 shown.advance(**{f"accuracy, {name}": float(draw.mean())})
@@ -205,7 +206,7 @@ def _embed_blocks(run, split: Split, asked: dict, folder, label) -> None:
     variables = variables_of(run.state)
     views = evaluation.map_batches(
         lambda *rows: _pooled_blocks(run.model, variables, noise, *rows),
-        images, np.arange(len(images)), batch_size=BATCH_SIZE)
+        images, np.arange(len(images)), batch_size=batch_size_of(images))
     names = list(views["clean"])
     planes, accuracies = {view: [] for view in views}, {view: [] for view in views}
     with progress(f"{label}, t-SNE of the blocks", len(names)) as shown:

@@ -55,6 +55,7 @@ class Study:
     seeds: tuple[int, ...]
     paper: PaperTable | None
     paper_rows: dict[str, str]  # by row, the key in the paper's table
+    paper_perturbations: dict[str, str]  # by perturbation, the row of the paper's Table 4
     class_names: dict[int, str]
     runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
 
@@ -83,6 +84,7 @@ def load_study(folder: pathlib.Path) -> Study:
         methods=values["methods"], seeds=tuple(values["seeds"]),
         paper=TABLES[values["paper_table"]] if values["paper_table"] else None,
         paper_rows=values["paper_rows"],
+        paper_perturbations=values.get("paper_perturbations", {}),
         class_names=class_labels(names),
         runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
               for row in values["rows"]})
@@ -104,7 +106,7 @@ def study_of_runs(folders: Sequence[pathlib.Path]) -> Study:
         name="runs", title="Runs", note="", command="", commit="", labels=labels,
         methods={row: run.config.method for row, (run,) in runs.items()},
         seeds=tuple(sorted({run.seed for run, in runs.values()})), paper=None, paper_rows={},
-        class_names={}, runs=runs)
+        paper_perturbations={}, class_names={}, runs=runs)
 
 
 def class_labels(names: Sequence[str]) -> dict[int, str]:

@@ -16,12 +16,15 @@ import numpy as np
 
 from experiments import runs
 from experiments.config import InputError, RunConfig
+from experiments.datasets import check_files, save_files
 from experiments.execution import Feed
 from experiments.program import (
     initial_state,
     model_of,
+    num_validation_of,
     program_of,
     stack_runs,
+    start_from,
     swept_settings,
     unstack_runs,
 )
@@ -54,7 +57,7 @@ def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
     """
     rest, validation = dataset.train, None
     if config.validation_size:
-        rest, validation = _take(rest, config.validation_size, "validation_size")
+        rest, validation = _take(rest, num_validation_of(config, dataset), "validation_size")
     if config.train_size is not None and config.train_size != len(rest.labels):
         rest = _take(rest, config.train_size, "train_size")[1]
     if config.batch_size > len(rest.labels):
@@ -90,7 +93,8 @@ def train_together(
     """Trains runs to the end, each in its folder, several of them as one vmapped program.
 
     Each has the result, up to rounding, that it has alone, and the same files:
-    ``config.json``, ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
+    ``config.json``, ``split.csv`` (of an image folder), ``provenance.json``, ``metrics.jsonl`` (a
+    line an epoch),
     ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``. A run
     that is done is left as it is; one that is not goes on from its latest checkpoint, to the
     same result as if it had never stopped.
@@ -119,17 +123,20 @@ def train_together(
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
+    left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
+            if not (folder / "done.json").is_file()]
+    first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
+        check_files(dataset, folder)
         runs.claim_run(folder, config)
+        save_files(dataset, folder)
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
         steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
-        for config, folder in zip(configs, folders, strict=True):
-            if (folder / "done.json").is_file():
-                continue
+        for (config, folder), (state, facts) in zip(left, first, strict=True):
             running = stack.enter_context(contextlib.closing(_Running(
-                config, folder, initial_state(config, dataset, layout), steps, tensorboard)))
+                config, folder, state, facts, steps, tensorboard)))
             begun.setdefault(int(running.state.step), []).append(running)
         # Those that a kill left apart cannot be one program.
         for group in begun.values():
@@ -137,10 +144,25 @@ def train_together(
     return failures
 
 
+def _first_state(config, folder, dataset, layout):
+    """The state before the first update, and what its provenance is to say of it."""
+    state = initial_state(config, dataset, layout)
+    # A run with a checkpoint no longer needs the file that it began with.
+    begun = any((folder / "checkpoints" / "latest").glob("[0-9]*"))
+    if config.init_from is None or begun:
+        return state, {}
+    state, facts = start_from(config.init_from, state, config, dataset, layout)
+    layers = ", ".join(facts["init_from"]["initialised_anew"])
+    if layers and runs.is_writer():
+        print(f"{config.init_from} has no weights that fit: {layers}. These start anew.",
+              flush=True)
+    return state, facts
+
+
 class _Running:
     """A run in training: its files, from its first update or its latest checkpoint on."""
 
-    def __init__(self, config, folder, state, steps_per_epoch, tensorboard):
+    def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
         self.config, self.folder, self._steps_per_epoch = config, folder, steps_per_epoch
         place = folder / "checkpoints"
         self._latest = checkpoints.open_checkpoints(place / "latest", keep=2)
@@ -154,7 +176,7 @@ class _Running:
         runs.write_text(folder / "metrics.jsonl",
                         "".join(json.dumps(row) + "\n" for row in self._history))
         if int(self.state.step) == 0:
-            runs.write_json(folder / "provenance.json", runs.provenance())
+            runs.write_json(folder / "provenance.json", runs.provenance() | facts)
         self._events = None
         if tensorboard and runs.is_writer():
             self._events = _event_writer(folder, purge_step=self.done + 1)
@@ -427,10 +449,12 @@ def load_run(
     """The best state of a finished run, on the devices of a layout; on one if none is given.
 
     Raises:
-      InputError: (a ValueError) if the run is not finished.
+      InputError: (a ValueError) if the run is not finished, or the images of its data set are no
+        longer those it was trained with.
     """
     if not (folder / "done.json").is_file():
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
+    check_files(dataset, folder)
     layout = make_layout("jit") if layout is None else layout
     state = initial_state(config, dataset, layout)
     with contextlib.closing(

@@ -31,6 +31,12 @@ def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_
         raise InputError(f"Expected {name}={value} in {left}{low}, {high}{right}.")
 
 
+def integer(name: str, value: int, low: int) -> None:
+    """Raises InputError unless ``value`` is an integer, at least ``low``."""
+    if not isinstance(value, int) or value < low:
+        raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
+
+
 def one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raises InputError, naming the nearest valid value, unless ``value`` is valid."""
     valid = list(valid)
@@ -43,13 +49,14 @@ def one_of(name: str, value: str, valid: Iterable[str]) -> None:
 def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
 
-    A dimension ``...`` at the end admits any further ones. Returns the size of each
-    named dimension. Raises InputError at the first argument that does not fit.
+    A dimension ``...`` at the end admits any further ones, and a number is that size. Returns
+    the size of each named dimension. Raises InputError at the first argument that does not fit.
     """
     sizes: dict[str, int] = {}
     for name, (array, spec) in arguments.items():
         dims = spec.split()
-        expected = [... if dim == "..." else sizes.get(dim) for dim in dims]
+        expected = [... if dim == "..." else int(dim) if dim.isdigit() else sizes.get(dim)
+                    for dim in dims]
         try:
             chex.assert_shape(array, expected)
         except AssertionError as error:

@@ -1,5 +1,6 @@
-"""The train state, the pure train step, and the paper's optimiser."""
+"""The train state, the pure train step, and the paper's optimisers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,42 @@ def sgd(
       InputError: (a ValueError) for a value out of range.
     """
     _validate.in_range("momentum", momentum, 0, 1)
+    return _with_decay(functools.partial(optax.sgd, momentum=momentum, nesterov=True),
+                       learning_rate, weight_decay, clip_norm)
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam as PyTorch defines it: decay rates 0.9 and 0.999, epsilon 1e-8, as in Appendix H.2.
+
+    Args:
+      learning_rate: a number or a schedule.
+      weight_decay: L2 penalty, added to the gradient of every parameter before the moments.
+      clip_norm: the gradient is scaled down to this global norm before that, if given; > 0.
+
+    Raises:
+      InputError: (a ValueError) for a value out of range.
+    """
+    return _with_decay(_adam, learning_rate, weight_decay, clip_norm)
+
+
+def _adam(learning_rate):
+    optimizer = optax.adam(learning_rate)
+
+    def update(updates, state, params=None):
+        # Its bias correction raises a float to the power of an integer array.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _with_decay(make, learning_rate, weight_decay, clip_norm):
+    """An optimiser of gradients that are clipped and then have the L2 penalty's added."""
     _validate.in_range("weight_decay", weight_decay, 0)
     if callable(learning_rate):
         learning_rate = _of_float(learning_rate)
@@ -157,6 +194,4 @@ def sgd(
     if clip_norm is not None:
         _validate.in_range("clip_norm", clip_norm, 0, open_low=True)
         clip = optax.clip_by_global_norm(clip_norm)
-    return optax.chain(
-        clip, optax.add_decayed_weights(weight_decay),
-        optax.sgd(learning_rate, momentum=momentum, nesterov=True))
+    return optax.chain(clip, optax.add_decayed_weights(weight_decay), make(learning_rate))

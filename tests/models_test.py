@@ -1,10 +1,13 @@
 """The models: shapes, initialisation, normalisation, modes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import random_variables
 
 from jaxrobust import models
 from jaxrobust._validate import InputError
@@ -20,19 +23,35 @@ def make(name, channels=3, **changes):
 
 
 def initialise(model, images):
-    return model.init(jax.random.key(0), images, train=False)
+    return jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def apply(model, variables, images, *, train=False):
+    return model.apply(variables, images, train=train,
+                       mutable=["batch_stats"] if train else False)
+
+
+# The same shape everywhere: each model is compiled once.
+SHAPE = (4, 16, 16, 3)
+
+
+def draw(name):
+    """A model, random variables and random images."""
+    model = make(name)
+    return (model, random_variables(model, SHAPE[1:]),
+            jax.random.uniform(jax.random.key(1), SHAPE))
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_outputs_are_logits_features_and_blocks(name):
-    images = jnp.full((2, 16, 16, 3), 0.5)
-    model = make(name)
-    variables = initialise(model, images)
-    outputs = model.apply(variables, images, train=False)
+    model, variables, images = draw(name)
+    outputs = apply(model, variables, images)
     kernel, bias = models.head_parameters(variables["params"])
-    chex.assert_shape(outputs.logits, (2, 10))
-    chex.assert_shape(outputs.features, (2, 7))
-    chex.assert_trees_all_close(outputs.logits, outputs.features @ kernel + bias[None], rtol=1e-5)
+    chex.assert_shape(outputs.logits, (4, 10))
+    chex.assert_shape(outputs.features, (4, 7))
+    chex.assert_trees_all_close(outputs.logits, outputs.features @ kernel + bias[None],
+                                rtol=1e-5, atol=1e-5)
     assert all(block.ndim == 4 for block in outputs.blocks.values())
 
 
@@ -48,7 +67,7 @@ def test_resnet18_has_the_blocks_and_parameters_of_appendix_h1():
         (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)]
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_imagenet", "small_cnn"])
 def test_initialisation_is_pytorchs_uniform(name):
     params = initialise(make(name, width=8, num_features=64), jnp.zeros((1, 16, 16, 3)))["params"]
     checked = 0
@@ -79,40 +98,38 @@ def test_images_are_normalised_inside():
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_in_evaluation_an_image_does_not_see_its_batch(name):
-    images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
-    model = make(name)
-    variables = initialise(model, images)
-    together = model.apply(variables, images, train=False).logits
-    alone = model.apply(variables, images[:1], train=False).logits
-    chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+    model, variables, images = draw(name)
+    others = images.at[1:].set(1 - images[1:])
+    logits, changed = (apply(model, variables, x).logits for x in (images, others))
+    chex.assert_trees_all_close(logits[:1], changed[:1], rtol=1e-6, atol=1e-6)
+    assert np.abs(logits[1:] - changed[1:]).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_training_normalises_by_the_batch_and_moves_the_running_statistics(name):
-    images = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
-    model = make(name)
-    variables = initialise(model, images)
-    outputs, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    first = sorted(updated["batch_stats"])[-1]
-    assert not np.allclose(
-        jax.tree.leaves(updated["batch_stats"][first])[0],
-        jax.tree.leaves(variables["batch_stats"][first])[0])
-    assert not np.allclose(outputs.logits, model.apply(variables, images, train=False).logits)
+    model, variables, images = draw(name)
+    outputs, updated = apply(model, variables, images, train=True)
+    moved = jax.tree.map(lambda new, old: not np.allclose(new, old),
+                         updated["batch_stats"], variables["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+    assert not np.allclose(outputs.logits, apply(model, variables, images).logits)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_bfloat16_keeps_parameters_features_and_logits_in_float32(name):
-    images = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
-    model = make(name).clone(dtype=jnp.bfloat16)
+    model, variables, images = draw(name)
+    half = model.clone(dtype=jnp.bfloat16)
     # Flax's batch norm itself mixes its float32 statistics with the bfloat16 input.
     with jax.numpy_dtype_promotion("standard"):
-        variables = initialise(model, images)
-        outputs = model.apply(variables, images, train=False)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+        shapes = jax.eval_shape(
+            lambda: half.init(jax.random.key(0), images, train=False))
+        outputs = apply(half, variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
     assert outputs.logits.dtype == outputs.features.dtype == jnp.float32
     assert all(block.dtype == jnp.bfloat16 for block in outputs.blocks.values())
-    full = make(name).apply(variables, images, train=False)
-    chex.assert_trees_all_close(outputs.logits, full.logits, atol=0.05)
+    full = apply(model, variables, images)
+    error = np.linalg.norm(outputs.logits - full.logits) / np.linalg.norm(full.logits)
+    assert 0 < error < 0.05
 
 
 def test_unknown_model_names_the_nearest():

@@ -3,15 +3,40 @@
 import functools
 
 import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from absl.testing import parameterized
+from hypothesis import strategies as st
 
-from jaxrobust.perturbations import gaussian, identity, per_example, uniform
+from jaxrobust import InputError
+from jaxrobust.data import make_batch
+from jaxrobust.perturbations import (
+    PERTURBATIONS,
+    compose,
+    down_up,
+    gaussian,
+    identity,
+    is_random,
+    laplace,
+    occlusion,
+    parse_perturbation,
+    per_example,
+    salt_and_pepper,
+    speckle,
+    stripes,
+    uniform,
+)
 
-STRENGTHS = {"gaussian": gaussian, "uniform": uniform}
+CLIPPED = {"gaussian": gaussian, "uniform": uniform}
+"""Noise with an option not to clip it."""
+STRENGTHS = {**CLIPPED, "laplace": laplace, "speckle": speckle, "salt_and_pepper": salt_and_pepper}
+EVERY = {**{name: make(0.3) for name, make in STRENGTHS.items()}, "identity": identity(),
+         "occlusion": occlusion(3, 4), "stripes": stripes(2, 3), "down_up": down_up(2),
+         "composed": compose(gaussian(0.1), occlusion(2, 3), down_up(3))}
 
 
 def images_of(*shape, seed=0):
@@ -37,6 +62,17 @@ class PerturbationsVariantsTest(chex.TestCase):
         assert expected.min() < 0 and expected.max() > 1
         np.testing.assert_allclose(
             result, np.clip(expected, 0, 1) if clip else expected, atol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*EVERY)
+    def test_shape_range_and_dtype_are_kept_and_the_key_decides(self, name):
+        images = images_of(3, 12, 10, 3)
+        perturb = self.variant(EVERY[name])
+        first, again, other = (perturb(jax.random.key(seed), images) for seed in (0, 0, 1))
+        chex.assert_trees_all_equal_shapes_and_dtypes(first, images)
+        assert first.min() >= 0 and first.max() <= 1
+        np.testing.assert_array_equal(first, again)
+        assert is_random(EVERY[name]) == bool(np.any(first != other))
 
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     def test_per_example(self):
@@ -67,7 +103,7 @@ def test_uniform_noise_fills_its_interval_evenly():
     np.testing.assert_allclose(counts / draws.size, 0.1, atol=0.01)
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", CLIPPED)
 def test_clipped_images_stay_in_range_and_are_cut_there_alone(name):
     images, key = images_of(4, 8, 8, 1), jax.random.key(4)
     clipped, free = (STRENGTHS[name](0.7, clip=clip)(key, images) for clip in (True, False))
@@ -85,9 +121,10 @@ def test_strength_0_gives_the_images_themselves(name):
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_the_key_alone_determines_the_noise(name):
     perturb, images = STRENGTHS[name](0.1), images_of(2, 4, 4, 3)
+    alike = 0.99 if name == "salt_and_pepper" else 0.2  # The one that strikes few pixels.
     first, again, other = (perturb(jax.random.key(seed), images) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert np.mean(np.asarray(first) == np.asarray(other)) < 0.2
+    assert np.mean(np.asarray(first) == np.asarray(other)) < alike
     # Images of one batch have noise of their own.
     same = perturb(jax.random.key(0), jnp.full((2, 4, 4, 3), 0.5))
     assert np.any(same[0] != same[1])
@@ -162,3 +199,221 @@ def test_examples_of_different_index_have_different_noise():
     result = per_example(gaussian(0.2), jax.random.key(9), images, jnp.array([0, 1, 0]))
     np.testing.assert_array_equal(result[0], result[2])
     assert np.any(result[0] != result[1])
+
+
+def test_laplace_noise_has_the_moments_and_quantiles_of_its_standard_deviation():
+    draws = noise(laplace(0.05))
+    scale = 0.05 / 2**0.5
+    np.testing.assert_allclose(draws.std(), 0.05, rtol=0.03)
+    for quantile in (0.05, 0.25, 0.75, 0.95):
+        expected = -np.sign(quantile - 0.5) * scale * np.log(1 - 2 * abs(quantile - 0.5))
+        np.testing.assert_allclose(np.quantile(draws, quantile), expected, atol=2e-3)
+
+
+def test_speckle_noise_grows_with_the_pixel_and_leaves_black_as_it_is():
+    images = jnp.stack([jnp.full((40_000,), value) for value in (0.0, 0.2, 0.4)])
+    spread = np.std(speckle(0.1)(jax.random.key(0), images), axis=1)
+    np.testing.assert_allclose(spread, [0, 0.02, 0.04], rtol=0.03)
+
+
+def test_salt_and_pepper_strike_the_given_share_evenly_and_leave_the_rest():
+    images = jnp.full((1, 200, 200, 3), 0.5)
+    result = np.asarray(salt_and_pepper(0.3)(jax.random.key(0), images))
+    shares = [np.mean(result == value) for value in (0, 1, 0.5)]
+    np.testing.assert_allclose(shares, [0.15, 0.15, 0.7], atol=0.005)
+    # Channels of a pixel independently.
+    assert abs(np.corrcoef(result[0, :, :, 0].ravel(), result[0, :, :, 1].ravel())[0, 1]) < 0.02
+    assert set(np.unique(salt_and_pepper(1.0)(jax.random.key(0), images))) == {0, 1}
+
+
+def rectangles_of(mask, height, width):
+    """Whether a mask [H, W] is a union of rectangles of that size, and at least how many."""
+    # A place belongs to some masked rectangle exactly if an opening keeps it.
+    opened = scipy.ndimage.binary_opening(mask, np.ones((height, width)))
+    # Boxes in disjoint connected components are different ones.
+    return np.array_equal(opened, mask), scipy.ndimage.label(mask)[1]
+
+
+@hypothesis.given(number=st.integers(1, 4), size=st.integers(1, 7), seed=st.integers(0, 2**16))
+@hypothesis.settings(max_examples=25)
+def test_occlusion_masks_whole_patches_within_the_image(number, size, seed):
+    images = 0.1 + 0.9 * images_of(2, 9, 7, 3)
+    result = np.asarray(occlusion(number, size)(jax.random.key(seed), images))
+    masked = np.all(result == 0, axis=-1)
+    np.testing.assert_array_equal(result[~masked], np.asarray(images)[~masked])
+    for mask in masked:
+        whole, apart = rectangles_of(mask, size, size)
+        assert whole and 1 <= apart <= number
+        assert size**2 <= mask.sum() <= number * size**2
+
+
+@hypothesis.given(number=st.integers(1, 4), thickness=st.integers(1, 7), seed=st.integers(0, 2**16))
+@hypothesis.settings(max_examples=25)
+def test_stripes_mask_whole_columns(number, thickness, seed):
+    images = 0.1 + 0.9 * images_of(2, 5, 11, 1)
+    result = np.asarray(stripes(number, thickness)(jax.random.key(seed), images))
+    masked = np.all(result == 0, axis=-1)
+    np.testing.assert_array_equal(masked, masked[:, :1] & np.ones_like(masked))
+    np.testing.assert_array_equal(result[~masked], np.asarray(images)[~masked])
+    for mask in masked:
+        whole, apart = rectangles_of(mask, 5, thickness)
+        assert whole and 1 <= apart <= number
+        assert 5 * thickness <= mask.sum() <= 5 * number * thickness
+
+
+def test_every_place_of_a_patch_is_equally_likely():
+    images = jnp.ones((6000, 4, 5, 1))
+    result = np.asarray(occlusion(1, 3)(jax.random.key(0), images))[..., 0]
+    corners = np.argmax((result == 0).reshape(len(result), -1), axis=1)
+    places, counts = np.unique(corners, return_counts=True)
+    np.testing.assert_array_equal(places, [0, 1, 2, 5, 6, 7])
+    np.testing.assert_allclose(counts / len(result), 1 / 6, atol=0.02)
+
+
+def test_occlusion_covers_the_share_of_the_image_that_chance_predicts():
+    # A pixel far from the border is spared by one patch with 1 - (10 / 51)^2.
+    images = jnp.ones((400, 60, 60, 1))
+    result = np.asarray(occlusion(20, 10)(jax.random.key(0), images))
+    np.testing.assert_allclose(np.mean(result[:, 15:45, 15:45] == 0),
+                               1 - (1 - (10 / 51) ** 2) ** 20, atol=0.02)
+
+
+@pytest.mark.parametrize("factor, height, width", [(3, 12, 15), (3, 13, 10), (2, 7, 6), (1, 4, 5)])
+def test_down_up_sampling_is_bilinear_with_half_pixel_centres(factor, height, width):
+    images = np.asarray(images_of(2, height, width, 3))
+    result = down_up(factor)(jax.random.key(0), jnp.asarray(images))
+
+    def resize(images, rows, columns):
+        """Linear interpolation at half-pixel centres; beyond the outermost ones, theirs."""
+        old = images.shape[1:3]
+        places = np.meshgrid(*[(np.arange(new) + 0.5) * size / new - 0.5
+                               for new, size in zip((rows, columns), old, strict=True)],
+                             indexing="ij")
+        return np.stack([np.stack([
+            scipy.ndimage.map_coordinates(image[..., channel], places, order=1, mode="nearest")
+            for channel in range(3)], axis=-1) for image in images])
+
+    small = resize(images, height // factor, width // factor)
+    np.testing.assert_allclose(result, resize(small, height, width), atol=2e-6)
+
+
+def test_down_up_sampling_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    images = np.array(images_of(2, 20, 25, 3))
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    for size in ((6, 8), (20, 25)):
+        tensor = torch.nn.functional.interpolate(
+            tensor, size=size, mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(down_up(3)(jax.random.key(0), jnp.asarray(images)),
+                               tensor.numpy().transpose(0, 2, 3, 1), atol=2e-6)
+
+
+def test_a_composition_applies_its_parts_in_their_order_with_keys_of_their_own():
+    images, key = images_of(2, 8, 8, 3), jax.random.key(0)
+    parts = (gaussian(0.2), occlusion(2, 3), speckle(0.1))
+    expected = images
+    for part, own in zip(parts, jax.random.split(key, 3), strict=True):
+        expected = part(own, expected)
+    np.testing.assert_allclose(jax.jit(compose(*parts))(key, images), expected, atol=1e-6)
+    # Masked after the noise, the patches are black; before it they would not be.
+    assert np.any(np.all(compose(*parts[:2])(key, images) == 0, axis=-1))
+    assert not np.any(np.all(compose(*parts[1::-1])(key, images + 0.01) == 0, axis=-1).all())
+    # One alone is itself, with the same key.
+    np.testing.assert_array_equal(compose(parts[0])(key, images), parts[0](key, images))
+
+
+def test_an_image_of_a_batch_is_perturbed_as_it_is_alone():
+    images, indices, key = images_of(4, 8, 8, 3), jnp.arange(4), jax.random.key(3)
+    for name, perturb in EVERY.items():
+        together = per_example(perturb, key, images, indices)
+        for index in range(4):
+            alone = perturb(jax.random.fold_in(key, index), images[index : index + 1])[0]
+            np.testing.assert_allclose(together[index], alone, atol=1e-6, err_msg=name)
+        if is_random(perturb):  # Each image has randomness of its own.
+            same = per_example(perturb, key, jnp.full((4, 8, 8, 3), 0.5), indices)
+            assert np.any(same[0] != same[1]), name
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_perturbation_makes_the_noisy_view_of_a_batch(name):
+    images = images_of(2, 8, 8, 3)
+    batch = make_batch(jax.random.key(0), images, jnp.arange(2), augment=lambda key, image: image,
+                       perturb=EVERY[name])
+    np.testing.assert_array_equal(batch.clean, images)
+    assert (name == "identity") == bool(np.all(batch.noisy == images))
+
+
+def test_a_jitted_function_is_compiled_once_for_equal_sizes():
+    traces = []
+
+    @jax.jit
+    def apply(perturb, images):
+        traces.append(None)
+        return perturb(jax.random.key(0), images)
+
+    for text in ("gaussian(0.1)+occlusion(2,3)", "gaussian(0.5) + occlusion(2, size=3)"):
+        apply(parse_perturbation(text), images_of(1, 8, 8, 1))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("gaussian(40/255)", gaussian(40 / 255)),
+    (" gaussian( std = 40/255 ) ", gaussian(40 / 255)),
+    ("uniform(0.06)", uniform(0.06)),
+    ("occlusion", occlusion(20, 70)),
+    ("stripes(10, thickness=6)", stripes()),
+    ("down_up(3)+occlusion(20,70)", compose(down_up(), occlusion())),
+    ("gaussian(2*20/255)+down_up()+identity", compose(gaussian(40 / 255), down_up(), identity())),
+])
+def test_an_expression_is_the_perturbation_it_names(text, expected):
+    chex.assert_trees_all_close(parse_perturbation(text), expected)
+
+
+def test_every_registered_name_can_be_written():
+    assert set(PERTURBATIONS) == {*STRENGTHS, "identity", "occlusion", "stripes", "down_up"}
+    for name, make in PERTURBATIONS.items():
+        argument = "0.1" if name in STRENGTHS else ""
+        chex.assert_trees_all_equal(
+            parse_perturbation(f"{name}({argument})"), make(*[0.1] * bool(argument)))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("gausian(0.1)", "Unknown perturbation 'gausian'. Did you mean 'gaussian'?"),
+    ("gaussian(0.1)+", "Expected perturbation='gaussian(0.1)+' as NAME(NUMBER, ...)"),
+    ("", "Expected perturbation='' as NAME"),
+    ("gaussian", "Expected gaussian(std: float, *, clip: bool = True) in perturbation='gaussian'"),
+    ("gaussian(0.1, 0.2)", "too many positional arguments"),
+    ("occlusion(pieces=3)", "unexpected keyword argument 'pieces'"),
+    ("gaussian(-1)", "Expected std=-1 in [0, inf). It is in perturbation='gaussian(-1)'."),
+    ("salt_and_pepper(2)", "Expected amount=2 in [0, 1]."),
+    ("occlusion(2.5, 3)", "Expected patches=2.5 to be an integer >= 1."),
+    ("stripes(0)", "Expected number=0 to be an integer >= 1."),
+    ("down_up(0.5)", "Expected factor=0.5 in [1, inf)."),
+    ("gaussian(1/0)", "as NAME(NUMBER, ...)"),
+    ("gaussian(__import__('os'))", "as NAME(NUMBER, ...)"),
+    ("gaussian(0.1, clip=False)", "as NAME(NUMBER, ...)"),
+    ("gaussian(**{})", "as NAME(NUMBER, ...)"),
+    ("gaussian(0.1)-gaussian(0.1)", "as NAME(NUMBER, ...)"),
+    ("(lambda: 0)()", "as NAME(NUMBER, ...)"),
+    ("gaussian(0.1\x00)", "as NAME(NUMBER, ...)"),
+])
+def test_a_bad_expression_is_refused_in_one_line(text, message):
+    with pytest.raises(InputError) as caught:
+        parse_perturbation(text)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("perturb, message", [
+    (occlusion(1, 9), "Expected images of height 8 to hold what masks 9 pixels of it."),
+    (stripes(1, 9), "Expected images of width 8 to hold what masks 9 pixels of it."),
+    (down_up(9), "Expected images of 8 x 8 pixels to have at least factor=9 on each side."),
+])
+def test_an_image_too_small_for_a_perturbation_is_refused(perturb, message):
+    with pytest.raises(InputError) as caught:
+        perturb(jax.random.key(0), images_of(1, 8, 8, 3))
+    assert str(caught.value) == message
+
+
+def test_nothing_cannot_be_composed():
+    with pytest.raises(InputError, match="at least one perturbation"):
+        compose()

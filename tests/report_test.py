@@ -59,7 +59,7 @@ def write_run(run, row, seed, draws, selected_on):
     write_json(run / "curvature.json", {"num_images": 4, "num_probes": 20, "step": 1e-2,
                                         "with_respect_to": "pixels in [0, 1]"})
     np.savez(run / "features.npz", clean=rng.normal(size=(12, 5)), noisy=rng.normal(size=(12, 5)),
-             labels=np.arange(12) % 3, noise_std_255=np.float64(2))
+             labels=np.arange(12) % 3, noise="std 2/255")
 
 
 def write_json(path, values):
@@ -286,7 +286,7 @@ def test_features_of_a_diverged_run_are_left_out_and_named(tmp_path):
     folder = tmp_path / "study"
     write_study(folder, ONE_SEED, seeds=[0])
     np.savez(folder / "both-seed0" / "features.npz", clean=np.full((12, 5), np.nan),
-             noisy=np.zeros((12, 5)), labels=np.arange(12) % 3, noise_std_255=np.float64(2))
+             noisy=np.zeros((12, 5)), labels=np.arange(12) % 3, noise="std 2/255")
     page = report.write_report(folder).read_text()
     assert "Not shown, features not finite or all alike: Training on both." in page
 

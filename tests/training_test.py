@@ -126,6 +126,36 @@ def test_sgd_is_pytorchs_nesterov_with_l2_in_the_gradient():
     np.testing.assert_allclose(parameters, expected, rtol=1e-5)
 
 
+def pytorch_adam(parameters, gradients, *, learning_rates, weight_decay):
+    """Adam, in the words of PyTorch's documentation."""
+    first = second = np.zeros_like(parameters)
+    for step, (gradient, learning_rate) in enumerate(
+            zip(gradients, learning_rates, strict=True), 1):
+        gradient = gradient + weight_decay * parameters
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        unbiased, scale = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        parameters = parameters - learning_rate * unbiased / (np.sqrt(scale) + 1e-8)
+    return parameters
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_is_pytorchs_with_l2_in_the_gradient(weight_decay):
+    random = np.random.default_rng(0)
+    start, gradients = random.normal(size=3), random.normal(size=(5, 3))
+    schedule = training.piecewise_schedule(0.1, decay_steps=(3,), decay_factor=0.1)
+    optimizer = training.adam(schedule, weight_decay=weight_decay)
+    parameters = jnp.asarray(start, jnp.float32)
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    expected = pytorch_adam(start, gradients, learning_rates=(0.1, 0.1, 0.1, 0.01, 0.01),
+                            weight_decay=weight_decay)
+    # In float32 the first bias corrections, 1 - 0.999, have four digits.
+    np.testing.assert_allclose(parameters, expected, rtol=2e-4)
+
+
 def test_clipping_comes_before_the_weight_decay():
     optimizer = training.sgd(1.0, momentum=0.0, weight_decay=0.5, clip_norm=1.0)
     parameters = jnp.array([2.0, 0.0])

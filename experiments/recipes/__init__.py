@@ -1,13 +1,14 @@
 """The recipes: comparisons of methods, by name."""
 
 from experiments.config import Recipe
-from experiments.recipes import authors_release, cifar10, cifar10_small, digits, svhn
+from experiments.recipes import authors_release, cifar10, cifar10_small, digits, road, svhn
 from jaxrobust import _validate
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (digits.RECIPE, cifar10.RECIPE, svhn.RECIPE, cifar10_small.RECIPE,
-                   authors_release.CIFAR10, authors_release.SVHN)
+                   authors_release.CIFAR10, authors_release.SVHN,
+                   road.ROAD, road.ROAD_SMALL)
 }
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
+from jaxrobust.data.geometric import random_perspective, random_rotation
+from jaxrobust.data.photometric import color_jitter
 from jaxrobust.methods import Batch
 from jaxrobust.perturbations import Perturbation
 
@@ -45,6 +47,53 @@ def standard_augmentation(*, padding: int = 4, flip: bool = True) -> Augmentatio
     def augment(key, image):
         crop_key, flip_key = jax.random.split(key)
         image = random_crop(crop_key, image, padding=padding) if padding else image
+        return random_flip(flip_key, image) if flip else image
+
+    return augment
+
+
+def photo_augmentation(
+    *,
+    brightness: float = 0.3,
+    contrast: float = 0.3,
+    saturation: float = 0.3,
+    degrees: float = 10,
+    distortion: float = 0.5,
+    perspective_probability: float = 0.5,
+    flip: bool = True,
+) -> Augmentation:
+    """Colour jitter, rotation, perspective and horizontal flip, as in Appendix H.2 of the paper.
+
+    In this order, and each on the result of the last: the rotation takes the nearest pixel, the
+    perspective interpolates between pixels of the rotated image.
+
+    Args:
+      brightness: of :func:`~jaxrobust.data.photometric.color_jitter`, >= 0.
+      contrast: likewise.
+      saturation: likewise.
+      degrees: the largest angle of :func:`~jaxrobust.data.geometric.random_rotation`, in [0, 180].
+      distortion: of :func:`~jaxrobust.data.geometric.random_perspective`, in [0, 1].
+      perspective_probability: of the same, in [0, 1].
+      flip: not for images that a mirror gives another meaning, such as road signs.
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range; and, as the result is called, if an
+        image is smaller than 2 x 2 or has neither 1 nor 3 channels.
+    """
+    for name, strength in (("brightness", brightness), ("contrast", contrast),
+                           ("saturation", saturation)):
+        _validate.in_range(name, strength, 0)
+    _validate.in_range("degrees", degrees, 0, 180, open_high=False)
+    _validate.in_range("distortion", distortion, 0, 1, open_high=False)
+    _validate.in_range("perspective_probability", perspective_probability, 0, 1, open_high=False)
+
+    def augment(key, image):
+        jitter_key, rotation_key, perspective_key, flip_key = jax.random.split(key, 4)
+        image = color_jitter(jitter_key, image, brightness=brightness, contrast=contrast,
+                             saturation=saturation)
+        image = random_rotation(rotation_key, image, degrees=degrees)
+        image = random_perspective(perspective_key, image, distortion=distortion,
+                                   probability=perspective_probability)
         return random_flip(flip_key, image) if flip else image
 
     return augment

@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits, and CIFAR-10 and SVHN through TFDS."""
+"""Data sets by name: scikit-learn's digits, CIFAR-10 and SVHN through TFDS, image folders."""
 
 import dataclasses
 import pathlib
@@ -113,6 +113,14 @@ class Split(NamedTuple):
     labels: np.ndarray  # shape=[N], dtype=int32; in [0, C)
 
 
+class File(NamedTuple):
+    """The file that one example of a data set was read from."""
+
+    path: str  # Relative to the data set's folder, with forward slashes.
+    label: str  # The name of its class.
+    split: str  # "train" or "test".
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set, with what models and augmentation need to know of it.
@@ -130,6 +138,11 @@ class Dataset:
     """Per channel."""
     flip: bool
     """Whether a mirrored image keeps its class."""
+    files: tuple[File, ...] | None = None
+    """Of the training examples in their order, then of the test examples in theirs; None where
+    the examples are not files of their own."""
+    skipped: tuple[str, ...] = ()
+    """A line for each file or class that was left out, with the reason."""
 
     def __post_init__(self):
         for name, split in (("train", self.train), ("test", self.test)):
@@ -137,6 +150,12 @@ class Dataset:
                 _validate.images(f"{name} images", split.images)
             _validate.labels(f"{name} labels", split.labels, len(self.class_names))
             _validate.shapes(images=(split.images, "N ..."), labels=(split.labels, "N"))
+        if self.files is not None:
+            expected = ["train"] * len(self.train.labels) + ["test"] * len(self.test.labels)
+            if [file.split for file in self.files] != expected:
+                raise _validate.InputError(
+                    f"Expected files of {len(self.train.labels)} training and then "
+                    f"{len(self.test.labels)} test examples, got {len(self.files)} others.")
 
 
 class _Tfds(NamedTuple):
@@ -157,28 +176,49 @@ DATASETS = ("digits", *_TFDS)
 """Names that :func:`load_dataset` takes."""
 
 
+FOLDER_PREFIX = "folder:"
+"""What a name starts with that :func:`load_dataset` takes for a folder of images."""
+
+
 def load_dataset(
-    name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR, *, in_memory: bool = True
+    name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR, *, in_memory: bool = True,
+    **folder_options: Any,
 ) -> Dataset:
     """Loads a data set, or opens one that is to stay on disk.
 
     ``digits``: 1,797 real 8 x 8 grey images that come with scikit-learn, a stratified fifth
     of them as test set. ``cifar10`` and ``svhn_cropped``: as prepared by TensorFlow Datasets
     in the ``array_record`` format; they are read without TensorFlow and never downloaded here.
+    ``folder:PATH``: a folder of images, or a CSV file that lists them, as
+    :func:`jaxrobust.data.load_folder` reads it.
 
     Args:
-      name: one of :data:`DATASETS`.
-      data_dir: the folder of TensorFlow Datasets.
+      name: one of :data:`DATASETS`, or ``folder:`` and a path.
+      data_dir: the folder of TensorFlow Datasets. The decoded images of ``folder:PATH`` are kept
+        in its folder ``image_folders``, unless ``cache_dir`` names another.
       in_memory: False to leave the images of a prepared data set on disk, as
         :class:`StoredImages`, and read the labels alone. ``digits``, which has no files of its
         own, is in memory either way.
+      **folder_options: of :func:`jaxrobust.data.load_folder`, for ``folder:PATH`` alone.
 
     Raises:
       InputError: (a ValueError) for an unknown name, or a data set that is not prepared; its
         one line names the folder and the command that prepares it. Also for a record that cannot
-        be read, which it names.
+        be read, which it names; and as ``load_folder`` does.
     """
-    _validate.one_of("dataset", name, DATASETS)
+    if name.startswith(FOLDER_PREFIX):
+        from jaxrobust.data import folders  # Which builds on this module.
+
+        path = name.removeprefix(FOLDER_PREFIX)
+        if not path:
+            raise _validate.InputError(f"Expected a path after dataset={name!r}, got none.")
+        cache = {"cache_dir": pathlib.Path(data_dir) / "image_folders"}
+        return folders.load_folder(path, in_memory=in_memory, **cache | folder_options)
+    _validate.one_of("dataset", name, (*DATASETS, f"{FOLDER_PREFIX}PATH"))
+    if folder_options:
+        raise _validate.InputError(
+            f"Expected {', '.join(folder_options)} with a dataset {FOLDER_PREFIX}PATH alone, got "
+            f"dataset={name!r}.")
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir, in_memory=in_memory)
 
 
@@ -198,18 +238,27 @@ def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
       InputError: (a ValueError) if the size is out of range or leaves a class without an
         example on either side.
     """
+    kept, taken = split_rows(split.labels, size, seed=seed)
+    return _take(split, kept), _take(split, taken)
+
+
+def split_rows(labels: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows [N - size] and [size], each sorted, that :func:`split_off` keeps and takes."""
     import sklearn.model_selection
 
-    positions = np.arange(len(split.labels))
-    _validate.in_range("size", size, 1, len(positions))
+    rows = np.arange(len(labels))
+    _validate.in_range("size", size, 1, len(rows))
+    expected = f"Expected size={size} to leave every class of {len(rows)} examples on both sides"
     try:
         kept, taken = sklearn.model_selection.train_test_split(
-            positions, test_size=size, random_state=seed, stratify=split.labels)
+            rows, test_size=size, random_state=seed, stratify=labels)
     except ValueError as error:
-        raise _validate.InputError(
-            f"Expected size={size} to leave every class of {len(positions)} examples on both "
-            f"sides: {error}") from error
-    return _take(split, np.sort(kept)), _take(split, np.sort(taken))
+        raise _validate.InputError(f"{expected}: {error}") from error
+    for side in (kept, taken):  # Shares are rounded: that of a small class may be none.
+        absent = np.setdiff1d(labels, labels[side])
+        if absent.size:
+            raise _validate.InputError(f"{expected}, got one side without class {absent[0]}.")
+    return np.sort(kept), np.sort(taken)
 
 
 def _take(split, rows):

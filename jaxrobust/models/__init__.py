@@ -5,6 +5,7 @@ Every model takes float images in [0, 1], [B, H, W, channels], normalises them i
 layer under ``params["head"]``.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -12,13 +13,21 @@ import jax.numpy as jnp
 
 from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, head_parameters
+from jaxrobust.models.mobilenet import MobileNetV3
 from jaxrobust.models.resnet import ResNet18
 from jaxrobust.models.small_cnn import SmallCNN
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "small_cnn": SmallCNN}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": ResNet18,
+    "resnet18_imagenet": functools.partial(ResNet18, stem="imagenet"),
+    "mobilenet_v3_small": functools.partial(MobileNetV3, variant="small"),
+    "mobilenet_v3_large": functools.partial(MobileNetV3, variant="large", num_features=1280),
+    "small_cnn": SmallCNN,
+}
 """The models by name."""
 
-__all__ = ["MODELS", "Outputs", "ResNet18", "SmallCNN", "create_model", "head_parameters"]
+__all__ = ["MODELS", "MobileNetV3", "Outputs", "ResNet18", "SmallCNN", "create_model",
+           "head_parameters"]
 
 
 def create_model(
@@ -31,7 +40,7 @@ def create_model(
       name: a key of :data:`MODELS`.
       num_classes: C.
       num_features: d, the dimension of the penultimate layer.
-      width: channels of the first stage.
+      width: channels of the first stage: 64 in the usual ResNet18, 16 in MobileNetV3.
       mean: per channel, of pixels in [0, 1], subtracted from the images.
       std: per channel, by which they are then divided.
       dtype: of the computation, such as bfloat16; parameters, batch statistics, features and

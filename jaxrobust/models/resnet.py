@@ -1,4 +1,4 @@
-"""ResNet18 for small images, with the feature layer of the paper's Appendix H.1."""
+"""ResNet18 with the feature layer of the paper's Appendix H.1."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
 
 
@@ -37,9 +38,11 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """He et al. (2016) with a CIFAR stem (3x3, stride 1, no pooling) and a feature layer.
+    """He et al. (2016) with a feature layer.
 
-    Global average pooling, ReLU, a fully connected layer to ``num_features`` (the feature
+    The stem for small images is a 3x3 convolution of stride 1; that of the original, for large
+    ones, a 7x7 convolution of stride 2 and a 3x3 max-pooling of stride 2. After the four stages
+    come global average pooling, ReLU, a fully connected layer to ``num_features`` (the feature
     space), then the softmax layer. Initialised as PyTorch does by default.
 
     Attributes:
@@ -48,6 +51,7 @@ class ResNet18(nn.Module):
       std: per channel.
       num_features: d; 128 in the paper.
       width: channels of the first of the four stages, doubled in each; 64 in the paper.
+      stem: "cifar" for small images, as in the paper, or "imagenet" for large ones.
       dtype: of the computation; parameters, statistics, features and logits stay float32.
       axis_name: device axis over which training batch statistics are shared, if any.
     """
@@ -57,6 +61,7 @@ class ResNet18(nn.Module):
     std: Sequence[float]
     num_features: int = 128
     width: int = 64
+    stem: str = "cifar"
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -66,11 +71,19 @@ class ResNet18(nn.Module):
 
         With ``train`` batch norm uses and updates the statistics of this batch
         (``mutable=["batch_stats"]``), without it the running ones.
+
+        Raises:
+          InputError: (a ValueError) for an unknown stem.
         """
+        _validate.one_of("stem", self.stem, ("cifar", "imagenet"))
+        large = self.stem == "imagenet"
         x = normalise(images, self.mean, self.std, self.dtype)
-        x = conv(self.width, x, size=3, dtype=self.dtype, name="stem_conv")
+        x = conv(self.width, x, size=7 if large else 3, stride=2 if large else 1,
+                 dtype=self.dtype, name="stem_conv")
         x = nn.relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
                                name="stem_bn"))
+        if large:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         blocks = {}
         for stage in range(4):
             for index in range(2):

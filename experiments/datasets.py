@@ -1,0 +1,69 @@
+"""The data set of a run, and the record of its files beside the run."""
+
+import contextlib
+import functools
+import pathlib
+
+from experiments import runs
+from experiments.config import RunConfig
+from experiments.progress import Progress, progress
+from jaxrobust import data
+from jaxrobust.data import Dataset
+
+
+def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:
+    """The data set that a configuration names; runs that share it share what is in memory.
+
+    Says which files of an image folder are left out.
+
+    Raises:
+      InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
+    """
+    if not config.dataset.startswith(data.FOLDER_PREFIX):
+        return _load(config.dataset, data_dir, in_memory)
+    return _load_folder(config.dataset, config.image_size, config.split_seed, config.skip_bad,
+                        data_dir, in_memory)
+
+
+@functools.cache
+def _load(name, data_dir, in_memory):
+    return data.load_dataset(name, data_dir, in_memory=in_memory)
+
+
+@functools.cache
+def _load_folder(name, image_size, split_seed, skip_bad, data_dir, in_memory):
+    shown: list[Progress] = []
+    with contextlib.ExitStack() as stack:
+
+        def decoded(done, total):
+            if not shown:  # Nothing is shown where all images are decoded already.
+                shown.append(stack.enter_context(progress("decode", total)))
+            shown[0].advance()
+
+        dataset = data.load_dataset(
+            name, data_dir, in_memory=in_memory, image_size=image_size, split_seed=split_seed,
+            skip_bad=skip_bad, progress=decoded)
+    if runs.is_writer():
+        for line in dataset.skipped:
+            print(f"Skipped: {line}", flush=True)
+        if dataset.skipped:
+            print(f"Skipped {len(dataset.skipped)} in all.", flush=True)
+    return dataset
+
+
+def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
+    """Checks that a run's folder is of a data set whose files are still the same.
+
+    Raises:
+      InputError: (a ValueError) if images have come, gone or moved since.
+    """
+    path = folder / "split.csv"
+    if dataset.files is not None and path.is_file():
+        data.check_same_files(data.files_from_csv(path.read_text()), dataset.files,
+                              f"{dataset.name}, with which {folder} was trained,")
+
+
+def save_files(dataset: Dataset, folder: pathlib.Path) -> None:
+    """Writes ``split.csv``, with path, class and side of every image, beside a run."""
+    if dataset.files is not None:
+        runs.write_text(folder / "split.csv", data.files_to_csv(dataset.files))

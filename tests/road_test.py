@@ -1,0 +1,281 @@
+"""The road recipe: a folder of photographs, weights from PyTorch, every row of Tables 3 and 4."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from command_line import call, one_line
+
+from experiments import (
+    datasets,
+    evaluation,
+    predict,
+    recipes,
+    report,
+    reproduce,
+    runs,
+    training,
+)
+from experiments.config import read_config
+from experiments.paper import TABLE4, TABLES
+from experiments.recipes import RECIPES
+from jaxrobust import data, models, perturbations
+from jaxrobust.models import pytorch
+
+pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
+              pytest.mark.usefixtures("quick_compilation")]
+
+SIZES = ("--image-size", "16", "20", "--model", "resnet18", "--width", "2", "--num-features", "8",
+         "--batch-size", "8", "--epochs", "2", "--optimizer.warmup-epochs", "0", "--no-tensorboard")
+PERTURB = ("gaussian(40/255)+occlusion(20,3)", "down_up(3)", "laplace(0.1)")
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(tmp_path_factory):
+    """Photographs of three classes, told apart by their colour: JPEG, of mixed sizes."""
+    folder, draw = tmp_path_factory.mktemp("road"), np.random.default_rng(0)
+    for number, label in enumerate(("dry", "snow", "wet")):
+        (folder / label).mkdir()
+        for index in range(15):
+            pixels = draw.uniform(0, 120, size=(18 + index, 26, 3))
+            pixels[..., number] += 120
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{index}.jpg")
+    return folder
+
+
+@pytest.fixture(name="data_dir", scope="module")
+def _data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(folder, data_dir, tmp_path_factory):
+    """A run that started from a file of PyTorch weights with other classes."""
+    place = tmp_path_factory.mktemp("runs")
+    weights, out = place / "weights.safetensors", place / "run"
+    model = models.create_model(
+        "resnet18", num_classes=10, num_features=8, width=2, mean=(0.5,) * 3, std=(0.5,) * 3)
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(7), np.zeros((1, 16, 20, 3), np.float32))
+    pytorch.write_state_dict(weights, pytorch.to_torch_state_dict(model, variables))
+    assert call("train", "road_small/robust", "--data-dir", data_dir, "--dataset",
+                f"folder:{folder}", *SIZES, "--init-from", weights, "--perturb",
+                "gaussian(40/255)+occlusion(2,4)", "--out", out) == 0
+    assert call("evaluate", out, "--noise-levels", "0", "40", "--num-draws", "2",
+                "--tsne-images", "9", "--perturb", *PERTURB, "--data-dir", data_dir) == 0
+    return out
+
+
+def load(run, data_dir):
+    config = read_config(run)
+    return training.load_run(run, config, datasets.open_dataset(config, data_dir))
+
+
+def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_dir, capsys):
+    files = data.files_from_csv((run / "split.csv").read_text())
+    assert len(files) == 45 and sum(file.split == "test" for file in files) == 9
+    extra = folder / "wet" / "new.jpg"
+    PIL.Image.new("RGB", (20, 20)).save(extra)
+    datasets._load_folder.cache_clear()
+    try:
+        capsys.readouterr()
+        assert call("evaluate", run, "--data-dir", data_dir) == 2
+        assert "1 new, 0 gone" in one_line(capsys)
+    finally:
+        extra.unlink()
+        datasets._load_folder.cache_clear()
+
+
+def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run):
+    facts = runs.read_json(run / "provenance.json")["init_from"]
+    assert facts["initialised_anew"] == ["head"] and len(facts["sha256"]) == 64
+    rows = runs.read_lines(run / "metrics.jsonl")
+    assert len(rows) == 2 and all(np.isfinite(row["align"]) for row in rows)
+
+
+def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir, tmp_path):
+    path = pathlib.Path(read_config(run).init_from)
+    hidden = path.rename(tmp_path / "away")
+    try:
+        assert load(run, data_dir).epoch in (1, 2)
+    finally:
+        hidden.rename(path)
+
+
+def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
+    found = runs.read_json(run / "evaluation.json")
+    assert [(one["perturb"], len(one["accuracies"])) for one in found["perturbations"]] == [
+        (PERTURB[0], 2), (PERTURB[1], 1), (PERTURB[2], 2)]
+    # Image by image, with the image's own key: what the table says can be had without the command.
+    trained = load(run, data_dir)
+    split = trained.dataset.test
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(evaluation.NOISE_SEED), 2), 0)
+    images = np.stack([perturbations.parse_perturbation(PERTURB[0])(
+        jax.random.fold_in(key, index), image[None].astype(np.float32) / 255)[0]
+        for index, image in enumerate(split.images)])
+    logits = trained.model.apply(
+        training.variables_of(trained.state), images, train=False).logits
+    assert found["perturbations"][0]["accuracies"][0] == np.mean(
+        np.argmax(logits, axis=1) == split.labels)
+    features = dict(np.load(run / "features.npz"))
+    assert features["clean"].shape == (9, 8)
+    assert str(features["noise"]) == "gaussian(40/255)+occlusion(2,4)"
+
+
+def test_predictions_are_the_networks_and_distances_those_to_the_centroids(
+        run, folder, data_dir, capsys):
+    paths = [folder / "snow" / "0.jpg", folder / "wet" / "3.jpg"]
+    trained = load(run, data_dir)
+    images = np.stack([data.read_image(path, (16, 20)) for path in paths])
+    outputs = trained.model.apply(
+        training.variables_of(trained.state), images.astype(np.float32) / 255, train=False)
+    probabilities = np.exp(outputs.logits) / np.exp(outputs.logits).sum(axis=1, keepdims=True)
+    best = probabilities.argmax(axis=1)
+    found = predict.predict_files(trained, paths)
+    for index, one in enumerate(found):
+        assert one.label == ("dry", "snow", "wet")[best[index]]
+        np.testing.assert_allclose(one.probability, probabilities[index].max(), rtol=1e-5)
+        centroid = np.asarray(trained.state.centroids.mean)[best[index]]
+        np.testing.assert_allclose(
+            one.distance, np.linalg.norm(outputs.features[index] - centroid), rtol=1e-4)
+    capsys.readouterr()
+    assert call("predict", run, *paths, "--data-dir", data_dir) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["image", "class"] and len(lines) == 3
+    assert lines[1].split()[:3] == [str(paths[0]), found[0].label, f"{found[0].probability:.4f}"]
+
+
+def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tmp_path):
+    out = tmp_path / "model.stablehlo"
+    assert call("export", run, "--out", out, "--data-dir", data_dir) == 0
+    images = np.stack([data.read_image(folder / "dry" / f"{i}.jpg", (16, 20)) for i in range(3)])
+    np.save(tmp_path / "images.npy", images)
+    script = ("import sys, pathlib, numpy as np, jax.export\n"
+              "folder = pathlib.Path(sys.argv[1])\n"
+              "network = jax.export.deserialize((folder / 'model.stablehlo').read_bytes())\n"
+              "found = network.call(np.load(folder / 'images.npy'))\n"
+              "np.savez(folder / 'found.npz', **found)\n"
+              "assert not {'jaxrobust', 'flax', 'experiments'} & set(sys.modules)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-I", "-c", script, str(tmp_path)], check=True,
+                   env=environment, cwd=tmp_path)
+    expected = predict.classify(load(run, data_dir), images)
+    for name, values in np.load(tmp_path / "found.npz").items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert facts["class_names"] == ["dry", "snow", "wet"]
+    assert facts["input"]["shape"] == ["b", 16, 20, 3]
+
+
+def test_weights_go_to_pytorch_and_back_to_the_same_bits(run, data_dir, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    assert call("export", run, "--out", out, "--data-dir", data_dir) == 0
+    trained = load(run, data_dir)
+    variables = training.variables_of(trained.state)
+    loaded = pytorch.load_torch_weights(
+        trained.model, jax.tree.map(np.zeros_like, variables), pytorch.read_state_dict(out))
+    assert not loaded.replaced
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+
+
+def test_the_recipe_is_reproduced_on_a_folder_with_both_tables(
+        folder, data_dir, tmp_path, monkeypatch):
+    small = RECIPES["road_small"]
+    rows = {row: dataclasses.replace(
+        config, model="small_cnn", image_size=(32, 40), width=2, num_features=8, epochs=1,
+        batch_size=8,
+        optimizer=dataclasses.replace(config.optimizer, warmup_epochs=0.0))
+        for row, config in small.rows.items() if row in ("both", "robust")}
+    recipe = dataclasses.replace(
+        small, rows=rows, evaluation=dataclasses.replace(small.evaluation, num_draws=2),
+        curvature=dataclasses.replace(small.curvature, num_images=2, num_probes=2,
+                                      smoothing_draws=3, batch_size=2))
+    monkeypatch.setitem(recipes.RECIPES, "road_small", recipe)
+    study = tmp_path / "study"
+    assert call("reproduce", "road_small", "--data", f"folder:{folder}", "--data-dir", data_dir,
+                "--no-tensorboard", "--out", study) == 0
+    assert reproduce.run_folder(study, "robust", 0).joinpath("split.csv").is_file()
+    page = (study / "report.md").read_text()
+    for title in (TABLES["table3"].title, TABLE4.title, *TABLE4.rows):
+        assert report._md(title) in page
+    assert "94.05 ± 0.75" in page and "93.65 ± 0.49" in page
+    lines = (study / "report.csv").read_text().splitlines()
+    assert sum("stripes(10,1)" in line for line in lines) == 4
+
+
+def test_table_4_is_beside_the_perturbations_of_both_recipes():
+    for name in ("road", "road_small"):
+        recipe = RECIPES[name]
+        assert set(recipe.paper_perturbations) == set(recipe.evaluation.perturb)
+        assert set(recipe.paper_perturbations.values()) == set(TABLE4.rows)
+        assert recipe.evaluation.noise_levels == TABLES["table3"].levels
+        assert set(TABLE4.methods) == set(TABLES["table3"].rows) == set(recipe.paper_rows.values())
+
+
+def test_the_road_recipe_has_the_papers_settings():
+    config = RECIPES["road"].rows["robust"]
+    assert config.robust.delta_v == 0.5 and config.robust.delta_d == 3
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adam", 1e-4)
+    assert config.optimizer.decay_epochs == (50,) and config.optimizer.decay_factor == 0.1
+    assert (config.epochs, config.noise_std, config.image_size) == (70, 40 / 255, (400, 500))
+
+
+def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, folder, capsys):
+    bad = tmp_path / "bad"
+    for label in ("dry", "wet"):
+        (bad / label).mkdir(parents=True)
+        for index in range(8):
+            name = f"{label}/{index}.jpg"
+            (bad / name).write_bytes((folder / name).read_bytes())
+    (bad / "wet" / "1.jpg").write_bytes((folder / "wet" / "1.jpg").read_bytes()[:300])
+    (bad / "dry" / "notes.txt").write_text("no image")
+    arguments = ("train", "road_small/normal", "--dataset", f"folder:{bad}", *SIZES, "--model",
+                 "small_cnn", "--validation-size", "3", "--data-dir", data_dir, "--out",
+                 tmp_path / "run")
+    assert call(*arguments) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and said[0].startswith("dry/notes.txt: ")
+    assert said[1].startswith("wet/1.jpg: ") and "--skip-bad" in said[2]
+    assert not (tmp_path / "run").exists()
+    assert call(*arguments, "--skip-bad") == 0
+    assert "Skipped 2 in all." in capsys.readouterr().out
+    assert len(data.files_from_csv((tmp_path / "run" / "split.csv").read_text())) == 15
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (("train", "road/robust"), "Expected a path after dataset='folder:'"),
+    (("train", "digits", "--dataset", "folder:nowhere"),
+     "Expected a folder of images or a CSV file at nowhere, got nothing."),
+    (("train", "digits", "--perturb", "occlusoin(2,3)"), "Did you mean 'occlusion'?"),
+    (("train", "digits", "--augmentation", "photos"), "Did you mean 'photo'?"),
+    (("train", "digits", "--optimizer.name", "adamw"), "Did you mean 'adam'?"),
+    (("train", "digits", "--validation-size", "1.5"), "Expected validation_size=1.5 to be"),
+    (("train", "digits", "--init-from", "weights.bin"), "Unknown suffix"),
+    (("train", "digits", "--init-from", "none.pth"), "which is not there"),
+    (("predict", "nowhere", "image.png"), "Expected a run in nowhere"),
+    (("export", "nowhere"), "Expected a run in nowhere"),
+    (("perturb", "image.png"), "image.png"),
+])
+def test_what_cannot_be_is_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    assert expected in one_line(capsys)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_perturb_command_draws_what_is_asked(folder, tmp_path, capsys):
+    image = next((folder / "dry").glob("*.jpg"))
+    out = tmp_path / "figures" / "perturbations"
+    assert call("perturb", image, "--image-size", "40", "50", "--perturb", "gaussian(0.1)",
+                "stripes(2,3)", "--out", out) == 0
+    assert f"The picture is in {out}.png" in capsys.readouterr().out
+    with PIL.Image.open(f"{out}.png") as picture:
+        assert picture.width > 100
