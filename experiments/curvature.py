@@ -18,6 +18,7 @@ from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, curvature, evaluation, parallel
 from jaxrobust.data.augment import to_float
 from jaxrobust.models.common import normalise
+from jaxrobust.parallel import make_layout
 
 PROBE_SEED = 0
 """Of all random directions."""
@@ -129,6 +130,22 @@ def losses_of(model, variables, labels):
         return model.apply(variables, images, train=False).logits
 
     return lambda images: _softmax_losses(logits(images), labels), logits
+
+
+def require_piecewise_linear(run: TrainedRun, images: np.ndarray, labels: np.ndarray,
+                             what: str) -> None:
+    """Checks, with these images, that the exact spectrum is that of the run's Hessian.
+
+    Raises:
+      InputError: (a ValueError) if the network is not made of affine pieces.
+    """
+    gap = float(np.median(_gap(run.model, make_layout("jit"), variables_of(run.state),
+                               images, labels, np.arange(len(labels)))))
+    if gap >= PIECEWISE_LINEAR_GAP:
+        raise InputError(
+            f"Expected a network of affine pieces for {what}, which needs the exact spectrum, got "
+            f"model={run.config.model!r}: its Hessian is off by {gap:.2g}. The command curvature "
+            "measures it by exact products.")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"))

@@ -25,7 +25,7 @@ from experiments.config import (
 from jaxrobust import data, parallel, training
 from jaxrobust.data import Dataset
 from jaxrobust.methods import make_method
-from jaxrobust.models import create_model, pytorch
+from jaxrobust.models import MobileNetV3, create_model, pytorch
 from jaxrobust.parallel import Layout
 from jaxrobust.training import TrainState
 
@@ -196,11 +196,13 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
     def order(key, epoch):
         return data.epoch_order(key, epoch, num_train)
 
+    compile_step = functools.partial(
+        parallel.compile_step, layout, ynnpack=not isinstance(model, MobileNetV3))
     return Program(
         layout, model, learning_rate,
-        resident=functools.cache(lambda num_steps: parallel.compile_step(
-            layout, functools.partial(resident, num_steps))),
-        streamed=parallel.compile_step(layout, streamed),
+        resident=functools.cache(
+            lambda num_steps: compile_step(functools.partial(resident, num_steps))),
+        streamed=compile_step(streamed),
         order=parallel.compile(layout, jax.vmap(order, (0, None)) if together else order))
 
 

@@ -12,7 +12,12 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from experiments import figures, runs
-from experiments.curvature import PROBE_SEED, PROBES_AT_ONCE, losses_of
+from experiments.curvature import (
+    PROBE_SEED,
+    PROBES_AT_ONCE,
+    losses_of,
+    require_piecewise_linear,
+)
 from experiments.evaluation import keep_result, make_test_split, settings_asked
 from experiments.page import Cell, Picture, Section, Table, TableRow, listed, significant
 from experiments.progress import progress
@@ -55,7 +60,8 @@ def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, l
     Does nothing if they are there already, with the same settings.
 
     Raises:
-      InputError: (a ValueError) if there is a study with other settings.
+      InputError: (a ValueError) if there is a study with other settings, or the network is not
+        made of affine pieces.
     """
     asked = settings_asked(settings)
     path = folder / "steps.json"
@@ -64,6 +70,8 @@ def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, l
     split = make_test_split(run.dataset, settings.test_size)
     count = settings.num_images
     _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
+    first = slice(min(count, BATCH_SIZE))
+    require_piecewise_linear(run, split.images[first], split.labels[first], "steps")
     parts: list[dict[str, np.ndarray]] = []
     with progress(f"{label}, steps",
                   len(PRECISIONS) * len(settings.steps) * -(-count // BATCH_SIZE)) as shown:

@@ -17,7 +17,7 @@ from scipy import stats
 
 from experiments import runs
 from experiments.config import InputError
-from experiments.curvature import losses_of
+from experiments.curvature import losses_of, require_piecewise_linear
 from experiments.evaluation import keep_result, make_test_split, pooled_blocks, settings_asked
 from experiments.page import significant
 from experiments.progress import progress
@@ -117,8 +117,8 @@ def measure_theory(
     already, with the same settings.
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings, or the run was
-        trained without noise.
+      InputError: (a ValueError) if there is a measurement with other settings, the run was
+        trained without noise, or the network is not made of affine pieces.
     """
     asked = settings_asked(settings)
     path = folder / "theory.json"
@@ -135,6 +135,8 @@ def measure_theory(
         if counts.min() < least:
             raise InputError(f"Expected {name}={len(split.labels)} to leave {least} images of "
                              f"every class, got {counts.min()}.")
+    first = slice(min(settings.num_images, BATCH_SIZE))
+    require_piecewise_linear(run, test_split.images[first], test_split.labels[first], "theory")
     batches = -(-settings.num_images // BATCH_SIZE)
     with progress(f"{label}, theory", batches * (
             settings.num_draws + settings.smoothed_draws + 1) + 5) as shown:

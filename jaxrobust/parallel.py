@@ -147,20 +147,31 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
     return jax.tree.map(place, rows)
 
 
-def compile(layout: Layout, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` of a function of which every device has the results whole."""
+def compile(layout: Layout, function: Callable[..., Any], *, ynnpack: bool = True,
+            **options: Any) -> Callable[..., Any]:
+    """``jax.jit`` of a function of which every device has the results whole.
+
+    Args:
+      layout: the devices.
+      function: to compile.
+      ynnpack: see :func:`compiler_options`.
+      **options: of ``jax.jit``.
+    """
     if layout.form != "jit":
         options["out_shardings"] = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.jit(function, compiler_options=compiler_options(layout), **options)
+    return jax.jit(function, compiler_options=compiler_options(layout, ynnpack), **options)
 
 
-def compiler_options(layout: Layout) -> dict[str, str]:
+def compiler_options(layout: Layout, ynnpack: bool = True) -> dict[str, str]:
     """Options that make a training step faster; none that are not known to this XLA.
 
-    On CPUs, elementwise operations and reductions by YNNPACK: less than half the time for a
-    ResNet18 of width 64, and no difference in accuracy beyond rounding.
+    Args:
+      layout: the devices.
+      ynnpack: on CPUs, elementwise operations and reductions by YNNPACK: less than half the time
+        for a step of ResNet18 of width 64, twice the time for one of MobileNetV3, and no
+        difference in accuracy beyond rounding.
     """
-    if layout.mesh.devices.flat[0].platform != "cpu":
+    if not ynnpack or layout.mesh.devices.flat[0].platform != "cpu":
         return {}
     return _known_options()
 
@@ -176,7 +187,9 @@ def _known_options() -> dict[str, str]:
     return options
 
 
-def compile_step(layout: Layout, make_step: Callable[[str | None], Step]) -> Step:
+def compile_step(
+    layout: Layout, make_step: Callable[[str | None], Step], *, ynnpack: bool = True
+) -> Step:
     """The compiled form of a step.
 
     Args:
@@ -185,12 +198,13 @@ def compile_step(layout: Layout, make_step: Callable[[str | None], Step]) -> Ste
         (:data:`AXIS`), or None where they are whole or ``jit`` sees to it, such as
         ``lambda axis: make_train_step(model, method, optimizer, axis_name=axis)`` with an
         argument added for what is shared.
+      ynnpack: see :func:`compiler_options`.
 
     Returns:
       The step. Its state must be placed by :func:`replicate` and is donated: it cannot be used
       again. Its rows must be placed by :func:`place_batch`.
     """
-    whole = compile(layout, make_step(None), donate_argnums=0)
+    whole = compile(layout, make_step(None), ynnpack=ynnpack, donate_argnums=0)
     if layout.form != "pmap":
         return whole
     mapped = jax.pmap(

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from command_line import call, one_line
 
-from experiments import config, curvature, runs, steps, training
+from experiments import config, curvature, runs, steps, theory, training
 from experiments.config import CurvatureConfig, InputError
 from experiments.recipes import RECIPES
 from experiments.study import Run, Study
@@ -151,6 +151,16 @@ def test_a_smooth_network_is_told_apart_and_measured_by_products(run, tmp_path):
             assert np.abs(table[name][b] - exact) < 5 * error + 1e-3 * np.abs(exact), name
 
 
+def test_what_needs_the_exact_spectrum_refuses_a_smooth_network(run, tmp_path):
+    smooth = run._replace(model=run.model.clone(activation=jax.nn.gelu))
+    with pytest.raises(InputError, match="affine pieces for steps, .* got model='small_cnn'"):
+        steps.study_steps(smooth, steps.StepSettings(num_images=4), tmp_path, "smooth")
+    with pytest.raises(InputError, match="affine pieces for theory, "):
+        theory.measure_theory(
+            smooth, theory.TheorySettings(num_images=4), tmp_path, "smooth")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_measures_and_refuses_other_settings(folder, capsys):
     assert call("curvature", folder, *OPTIONS) == 0
     before = (folder / "curvature.npz").stat().st_mtime_ns
@@ -187,7 +197,7 @@ def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):
     np.testing.assert_array_equal(curve.steps, settings.steps)
     assert curve.exact == np.median(table["exact"][table["bits"] == 64])
     study = Study("s", "s", "", "", "", {"normal": "Normal"}, {"normal": "normal"}, (0,), None, {},
-                  {}, {"normal": (Run(folder, 0, None, {}, (), None),)})
+                  {}, {}, {"normal": (Run(folder, 0, None, {}, (), None),)})
     section = steps.section(study)
     assert len(section.tables[0].rows) == 1 and section.pictures[0].name == "steps"
     assert steps.section(dataclasses.replace(study, runs={"normal": ()})) is None

@@ -191,6 +191,7 @@ def test_the_form_follows_from_what_is_there():
 def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
     layout = make_layout("jit")
     assert parallel.compiler_options(layout).keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    assert parallel.compiler_options(layout, ynnpack=False) == {}
     # An XLA without it refuses the compilation.
     known = parallel._known_options.__wrapped__
     jit = jax.jit
