@@ -408,7 +408,7 @@ class Bench:
 
     benchmark: Positional[str] = "train"
     """"train": the losses, a training step and the programs of runs; "curvature"; "profile": where
-    the time of a step goes."""
+    the time of a step goes; "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
     """Sections of "train", a to i, to be measured anew; if not given, those that are not there
     yet."""

@@ -26,8 +26,8 @@ from experiments.bench import timing
 from experiments.bench.curvature_page import (
     LABELS,
     cost_figure,
-    markdown,
     memory_figure,
+    page_text,
     ratio_table,
 )
 from experiments.progress import progress
@@ -130,7 +130,7 @@ def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
              for name, sweep in _sweeps(settings).items()}
     figures.save(cost_figure(swept), folder / "cost")
     figures.save(memory_figure(result["memory"]), folder / "memory")
-    runs.write_text(folder / "bench.md", markdown(result, swept))
+    runs.write_text(folder / "bench.md", page_text(result, swept))
     return ratio_table(result)
 
 

@@ -1,12 +1,13 @@
 """The tables and figures of ``bench curvature``, from its numbers."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.bench import markdown
 from experiments.figures import row_style
 from experiments.page import significant
 
@@ -33,7 +34,7 @@ CONTENDERS = ("spectrum", "eq21", "frobenius")
 _MIB = 2**20
 
 
-def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
+def page_text(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
     """The page.
 
     Args:
@@ -41,7 +42,6 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
       swept: by the size that varies, the cases of it.
     """
     settings, provenance = result["settings"], result["provenance"]
-    load = provenance["load_average"]
     parts = [
         "# Curvature: time and memory",
         "ResNet18 (128 features, random weights, batch norm in evaluation mode) on "
@@ -71,16 +71,7 @@ def markdown(result: Mapping, swept: Mapping[str, Sequence[Mapping]]) -> str:
         _memory(result["memory"]),
         _memory_text(result),
         "## Provenance",
-        _table(("", ""), [
-            ("Command", f"`{provenance['command']}`"),
-            ("Commit", provenance["commit"]),
-            ("Started", provenance["started"]),
-            ("Hardware", provenance["hardware"]),
-            ("Cores used", provenance["cores"]),
-            ("Processes running (1-minute load), before and after",
-             " and ".join(map(str, load))),
-            ("Versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())),
-        ]),
+        markdown.provenance(provenance),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -98,7 +89,8 @@ def ratio_table(result: Mapping) -> str:
             rows.append((*head, f"{row['ratio']:.2f}",
                          f"{row['smallest']:.2f} to {row['largest']:.2f}", target,
                          "met" if row["met"] else "not met"))
-    return _table(("Time of", "Width", "Images at once", "Ratio", "Range", "Target", ""), rows)
+    return markdown.table(
+        ("Time of", "Width", "Images at once", "Ratio", "Range", "Target", ""), rows)
 
 
 def cost_figure(swept: Mapping[str, Sequence[Mapping]]) -> Figure:
@@ -143,7 +135,7 @@ def memory_figure(memory: Sequence[Mapping]) -> Figure:
 def _comparison(result: Mapping) -> str:
     cases = [case for case in result["cases"] if "eq21_one" in case["ms_per_image"]]
     names = [name for name in LABELS if name in cases[0]["ms_per_image"]]
-    return _table(
+    return markdown.table(
         ("Contender", *(f"Width {case['width']}, {case['batch_size']} images" for case in cases)),
         [(LABELS[name], *(_time(case, name) for case in cases)) for name in names])
 
@@ -165,7 +157,7 @@ def _threads_text(result: Mapping) -> str:
 def _sweep(name: str, cases: Sequence[Mapping]) -> str:
     head = (SIZES[name], "Images at once", *(f"{LABELS[c]} [ms]" for c in CONTENDERS),
             *(f"{LABELS[c]} [MiB]" for c in CONTENDERS), "compiling the spectrum [s]")
-    return _table(head, [
+    return markdown.table(head, [
         (case[name], case["batch_size"], *(_time(case, c) for c in CONTENDERS),
          *(significant(case["temp_bytes"][c] / _MIB) for c in CONTENDERS),
          f"{case['compile_seconds']['spectrum']:.1f}")
@@ -189,7 +181,7 @@ def _crossover_text(result: Mapping) -> str:
 
 def _memory(memory: Sequence[Mapping]) -> str:
     names = [name for name in CONTENDERS if name in memory[0]]
-    return _table(("Probes", *(f"{LABELS[name]} [MiB]" for name in names)), [
+    return markdown.table(("Probes", *(f"{LABELS[name]} [MiB]" for name in names)), [
         (row["num_probes"], *(significant(row[name] / _MIB) for name in names))
         for row in memory])
 
@@ -216,10 +208,6 @@ def _fixed(name: str, cases: Sequence[Mapping]) -> str:
     return ", ".join(text.format(cases[0][other]) for other, text in words.items()
                      if other != name)
 
-
-def _table(head: Sequence, rows: Iterable[Sequence]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _figure(width: float, height: float) -> Figure:

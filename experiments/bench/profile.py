@@ -23,7 +23,7 @@ import numpy as np
 from jax.profiler import ProfileData
 
 from experiments import runs
-from experiments.bench import programs, timing
+from experiments.bench import markdown, programs, timing
 from experiments.page import significant
 from jaxrobust.parallel import make_layout
 
@@ -106,7 +106,7 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
     }
     (folder / "trace.json.gz").write_bytes(_packed(kept))
     runs.write_json(folder / "profile.json", result)
-    runs.write_text(folder / "profile.md", markdown(result))
+    runs.write_text(folder / "profile.md", page_text(result))
     return kind_table(result)
 
 
@@ -324,10 +324,10 @@ def kind_table(result: Mapping) -> str:
     """The share of each kind in the time of the step."""
     rows = [(kind, f"{100 * row['share']:.1f} %", significant(row["ms"]))
             for kind, row in result["kinds"].items()]
-    return _table(("Kind of operation", "Share", "Time [ms]"), rows)
+    return markdown.table(("Kind of operation", "Share", "Time [ms]"), rows)
 
 
-def markdown(result: Mapping) -> str:
+def page_text(result: Mapping) -> str:
     """The page, from the content of ``profile.json``."""
     provenance, step = result["provenance"], result["step_ms"]
     kept = result["trace_events"]
@@ -342,7 +342,7 @@ def markdown(result: Mapping) -> str:
         f"Recorded on {result['lines']} thread(s) or stream(s). Where several operations run at "
         "once, each has an equal part of that time. A fusion counts as what weighs most in it.",
         "## Largest operations",
-        _table(("Operation", "Kind", "Time [ms]", "From"), [
+        markdown.table(("Operation", "Kind", "Time [ms]", "From"), [
             (f"`{row['op']}`", row["kind"], significant(row["ms"]),
              f"`{row['source']}`" if row["source"] else "–") for row in result["largest"]]),
         "Time on the operation's own thread or stream, which others may share.",
@@ -350,17 +350,6 @@ def markdown(result: Mapping) -> str:
             "." if kept[0] == kept[1] else
             f"; it holds the {kept[1]} longest of {kept[0]} events."),
         "## Provenance",
-        _table(("", ""), [
-            ("Command", f"`{provenance['command']}`"), ("Commit", provenance["commit"]),
-            ("Started", provenance["started"]), ("Hardware", provenance["hardware"]),
-            ("Cores used", provenance["cores"]),
-            ("Processes running (1-minute load), before and after",
-             " and ".join(map(str, provenance["load_average"]))),
-            ("Versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()))]),
+        markdown.provenance(provenance),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: Sequence, rows: Iterable[Sequence]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -145,5 +145,5 @@ def _write(folder: pathlib.Path, result: Mapping) -> None:
         measured = result["sections"]["g"]["result"]
         figures.save(train_page.scaling_figure(measured["scaling"]), folder / "scaling")
         figures.save(train_page.devices_figure(measured["cases"]), folder / "devices")
-    runs.write_text(folder / "bench.md", train_page.markdown(result))
+    runs.write_text(folder / "bench.md", train_page.page_text(result))
     runs.write_json(folder / "bench.json", result)  # Last: what it holds is not measured again.

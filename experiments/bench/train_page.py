@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.bench import markdown
 from experiments.bench.programs import PHASES, to_first_step
 from experiments.figures import Style, add_legend, new_figure, row_style
 from experiments.page import duration, significant
@@ -59,13 +60,13 @@ def ratios(measured: Mapping[str, Mapping]) -> list[dict]:
 
 def ratio_table(rows: Sequence[Mapping]) -> str:
     """Every ratio, its target, and whether it is met."""
-    return _table(("", "Times of", "Case", "Ratio", "Range", "Target", ""), [
+    return markdown.table(("", "Times of", "Case", "Ratio", "Range", "Target", ""), [
         (row["section"], f"{_label(row['numerator'])} / {_label(row['denominator'])}", row["case"],
          significant(row["ratio"]) if "ratio" in row else "–", _range(row), *_verdict(row))
         for row in rows], left=3)
 
 
-def markdown(result: Mapping) -> str:
+def page_text(result: Mapping) -> str:
     """The page, from the content of ``bench.json``."""
     parts = [
         "# Training: time and memory",
@@ -134,8 +135,8 @@ def _losses(result: Mapping, settings: Mapping) -> list[str]:
     return [
         "The robust loss alone, on random features: value, gradients by features, noisy features "
         f"and softmax layer, and the next centroids. {settings['losses']['rounds']} rounds.",
-        _table(("Size", *(f"{_label(name)} [ms]" for name in names), "Working memory, JAX [MiB]",
-                "PyTorch's threads"), [
+        markdown.table(("Size", *(f"{_label(name)} [ms]" for name in names),
+                        "Working memory, JAX [MiB]", "PyTorch's threads"), [
             (_sizes(size), *(_time(size["ms"].get(name)) for name in names),
              significant(size["temp_bytes"] / _MIB),
              ", ".join(f"{number} ({form})" for form, number in size["torch_threads"].items())
@@ -147,7 +148,7 @@ def _steps(result: Mapping, _: Mapping) -> list[str]:
     names = list(dict.fromkeys(name for case in result["cases"]
                                for name in (*case["ms"], *case["not_measured"])))
     compiled = [name for name in names if name not in ("torch", "torch_channels_last")]
-    table = _table(
+    table = markdown.table(
         ("Step of", *(f"{_label(name)} [ms]" for name in names),
          *(f"{_label(name)}, compiling [s]" for name in compiled)),
         [(_step_case(case), *(_time(case["ms"].get(name)) for name in names),
@@ -163,8 +164,8 @@ def _steps(result: Mapping, _: Mapping) -> list[str]:
 def _peak(result: Mapping, _: Mapping) -> list[str]:
     return [
         "A step of `normal`, against the fastest product of two square matrices in the same type.",
-        _table(("Step of", "Step [ms]", "Operations in a step [10⁹]", "Step [10¹²/s]",
-                "Matrix product [10¹²/s]", "Its size", "Share"), [
+        markdown.table(("Step of", "Step [ms]", "Operations in a step [10⁹]", "Step [10¹²/s]",
+                        "Matrix product [10¹²/s]", "Its size", "Share"), [
             (_step_case(case), significant(case["step_ms"]), significant(case["step_flops"] / 1e9),
              significant(case["step_flops_per_second"] / 1e12),
              significant(case["peak_flops"] / 1e12), case["peak_size"],
@@ -172,7 +173,7 @@ def _peak(result: Mapping, _: Mapping) -> list[str]:
 
 
 def _seeds(result: Mapping, _: Mapping) -> list[str]:
-    return [_table(
+    return [markdown.table(
         ("Case", "Seeds", "Updates in a call", "One seed [ms]", "All seeds in one program [ms]",
          "One after the other [ms]"),
         [(case["case"], case["seeds"], case["steps_per_call"],
@@ -188,8 +189,9 @@ def _host(result: Mapping, _: Mapping) -> list[str]:
         "The host is busy until a call returns; the result comes later. On a CPU the same cores "
         "compute meanwhile and may take the host's from it, so there the processor time of its "
         "thread is what counts.",
-        _table(("Case", "In a call", "Update [ms]", "until the call returns [ms]",
-                "processor time of the host's thread [ms]", "First call, which compiles [s]"), [
+        markdown.table(("Case", "In a call", "Update [ms]", "until the call returns [ms]",
+                        "processor time of the host's thread [ms]",
+                        "First call, which compiles [s]"), [
             (case["case"], case["form"],
              *(_time(case["ms_per_update"][name]) for name in ("step", "returns", "thread")),
              significant(case["first_call_s"])) for case in result["cases"]], left=2),
@@ -199,7 +201,7 @@ def _host(result: Mapping, _: Mapping) -> list[str]:
 
 
 def _scaling(result: Mapping, _: Mapping) -> list[str]:
-    sweeps = [_table((_SIZES[name], "Time [ms]", "Working memory [MiB]"), [
+    sweeps = [markdown.table((_SIZES[name], "Time [ms]", "Working memory [MiB]"), [
         (row[name], _time(row["ms"]), significant(row["temp_bytes"] / _MIB))
         for row in result["scaling"] if row["sweep"] == name]) for name in _SIZES]
     shared = ("**The devices are views of the same cores: this is what the forms cost, and no "
@@ -215,7 +217,7 @@ def _scaling(result: Mapping, _: Mapping) -> list[str]:
         "each for mesh and pmap, and a level one for jit on one device. The table holds the "
         "numbers.](devices.png)",
         shared,
-        _table(("Case", "Form", "Devices", "Update [ms]"), [
+        markdown.table(("Case", "Form", "Devices", "Update [ms]"), [
             (case["case"], case["form"], case["devices"], _time(case["ms_per_update"]))
             for case in result["cases"]], left=2)]
 
@@ -228,8 +230,8 @@ def _start(result: Mapping, _: Mapping) -> list[str]:
         "A process of its own for each line. Warm: with `JAX_COMPILATION_CACHE_DIR` set to a "
         "folder that the cold one filled, and `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`. "
         "One round.",
-        _table(("Case", "Cache", *(f"{_PHASES[phase]} [s]" for phase in PHASES),
-                "to the first step [s]"), rows, left=2)]
+        markdown.table(("Case", "Cache", *(f"{_PHASES[phase]} [s]" for phase in PHASES),
+                        "to the first step [s]"), rows, left=2)]
 
 
 def _epoch(result: Mapping, settings: Mapping) -> list[str]:
@@ -238,7 +240,8 @@ def _epoch(result: Mapping, settings: Mapping) -> list[str]:
     epochs = settings["programs"]["epochs"]
     return [
         "Images resident on the device, without validation and checkpoints.",
-        _table(("Case", "Images", "Updates", "An epoch [s]", f"{epochs} epochs, projected"), [
+        markdown.table(("Case", "Images", "Updates", "An epoch [s]",
+                        f"{epochs} epochs, projected"), [
             (case["case"], case["images"], case["updates"], _time(case["seconds"]),
              duration(case["projected_s"])) for case in result["cases"]]),
         f"**A projection: the median epoch times {epochs}. Nothing was trained for so long.**"]
@@ -269,11 +272,11 @@ def _provenance(sections: Mapping[str, Mapping]) -> list[str]:
                          for value, which in letters.items())
 
     return [
-        _table(("Section", "Started", "Seconds", "Load before", "Load after"), [
+        markdown.table(("Section", "Started", "Seconds", "Load before", "Load after"), [
             (letter, each["started"].replace("T", " "), f"{each['seconds']:.0f}",
              *map(str, each["load_average"])) for letter, each in where.items()]),
         "Load: processes that ran or waited, over the last minute.",
-        _table(("", ""), [
+        markdown.table(("", ""), [
             ("Command", said(lambda each: f"`{each['command']}`")),
             ("Commit", said(lambda each: each["commit"])),
             ("Hardware", said(lambda each: each["hardware"])),
@@ -338,10 +341,6 @@ def _time(summary: Mapping | None) -> str:
                          for name in ("median", "lower_quartile", "upper_quartile"))
     return f"{median} [{low}–{high}]"
 
-
-def _table(head: Sequence, rows: Iterable[Sequence], left: int = 1) -> str:
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *rows))
 
 
 def _line(ax: Axes, style: Style, x: Sequence[float], values: Sequence) -> None:
