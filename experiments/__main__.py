@@ -381,12 +381,12 @@ class Perturb:
     given, all there are, in the paper's strengths."""
     image_size: tuple[int, int] = (400, 500)
     """Height and width to which the image is resized."""
-    out: pathlib.Path = pathlib.Path("perturbations")
-    """Where the picture goes; .png and .svg are added."""
+    out: pathlib.Path = pathlib.Path("perturbations.png")
+    """Where the picture goes: a .png, .jpg, .webp or .svg file."""
 
     def __call__(self) -> None:
         perturb_figure.show_perturbations(self.image, self.image_size, self.perturb, self.out)
-        print(f"The picture is in {self.out}.png")
+        print(f"The picture is in {self.out}")
 
 
 @dataclasses.dataclass(frozen=True)

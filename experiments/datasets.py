@@ -14,7 +14,9 @@ from jaxrobust.data import Dataset
 def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:
     """The data set that a configuration names; runs that share it share what is in memory.
 
-    Says which files of an image folder are left out.
+    The images of a folder stay in the file of those decoded, which the system keeps in memory as
+    far as there is room: ``in_memory`` is of the other data sets. Says which files of a folder are
+    left out.
 
     Raises:
       InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
@@ -22,7 +24,7 @@ def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool =
     if not config.dataset.startswith(data.FOLDER_PREFIX):
         return _load(config.dataset, data_dir, in_memory)
     return _load_folder(config.dataset, config.image_size, config.split_seed, config.skip_bad,
-                        data_dir, in_memory)
+                        data_dir)
 
 
 @functools.cache
@@ -31,7 +33,7 @@ def _load(name, data_dir, in_memory):
 
 
 @functools.cache
-def _load_folder(name, image_size, split_seed, skip_bad, data_dir, in_memory):
+def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
     shown: list[Progress] = []
     with contextlib.ExitStack() as stack:
 
@@ -41,7 +43,7 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir, in_memory):
             shown[0].advance()
 
         dataset = data.load_dataset(
-            name, data_dir, in_memory=in_memory, image_size=image_size, split_seed=split_seed,
+            name, data_dir, in_memory=False, image_size=image_size, split_seed=split_seed,
             skip_bad=skip_bad, progress=decoded)
     if runs.is_writer():
         for line in dataset.skipped:

@@ -7,7 +7,6 @@ import os
 import platform
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import InputError
@@ -95,7 +94,7 @@ class Feed:
                 _validate.in_range(name, getattr(self, name), 1)
 
     def in_memory(self) -> bool:
-        """Whether the data set is to be read into memory before training."""
+        """Whether a prepared data set is to be read into memory before training."""
         return self.input == "resident" or self.input == "auto" and jax.process_count() == 1
 
     def resolve(self, layout: Layout, split: Split, num_runs: int) -> "Feed":
@@ -107,10 +106,9 @@ class Feed:
         device = layout.mesh.local_devices[0]
         chosen = self.input
         if chosen == "auto":
-            limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+            limit = (device.memory_stats() or {}).get("bytes_limit") or _host_memory()
             small = math.prod(split.images.shape) <= limit / 4
-            alone = jax.process_count() == 1 and isinstance(split.images, np.ndarray)
-            chosen = "resident" if small and alone else "stream"
+            chosen = "resident" if small and jax.process_count() == 1 else "stream"
         if chosen == "stream":
             if num_runs > 1:
                 raise InputError(
@@ -122,6 +120,13 @@ class Feed:
         default = 1 if device.platform == "cpu" else STEPS_PER_CALL
         return dataclasses.replace(
             self, input=chosen, steps_per_call=self.steps_per_call or default)
+
+
+def _host_memory() -> float:
+    """Bytes that this machine has, if the system tells."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import figures
-from jaxrobust import data, perturbations
+from jaxrobust import _validate, data, perturbations
 from jaxrobust.data.augment import to_float
 
 EVERY = (
@@ -17,15 +17,20 @@ EVERY = (
     "gaussian(40/255)+occlusion(20,70)", "down_up(3)+occlusion(20,70)", "down_up(3)+stripes(10,6)")
 """Those of the paper, in its strengths for images of 400 x 500, and the others."""
 
+SUFFIXES = (".png", ".jpg", ".webp", ".svg")
+"""Of the picture; noise is large in a format that keeps every pixel."""
+
 
 def show_perturbations(
     path: pathlib.Path, image_size: tuple[int, int], texts: Sequence[str], out: pathlib.Path
 ) -> None:
-    """Writes a picture of an image under each perturbation, ``out.png`` and ``out.svg``.
+    """Writes a picture of an image under each perturbation, in the format of ``out``'s suffix.
 
     Raises:
-      InputError: (a ValueError) if the image cannot be read, or a perturbation not be applied.
+      InputError: (a ValueError) if the image cannot be read, a perturbation not be applied, or the
+        suffix is none of :data:`SUFFIXES`.
     """
+    _validate.one_of("suffix of the picture", out.suffix, SUFFIXES)
     image = to_float(jnp.asarray(data.read_image(path, image_size)))[None]
     views = [perturbations.parse_perturbation(text)(jax.random.key(0), image)[0] for text in texts]
     columns = math.ceil(math.sqrt(len(texts)))
@@ -39,4 +44,4 @@ def show_perturbations(
         ax.imshow(view, interpolation="nearest")
         ax.set_title(text, fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(figure, out)
+    figure.savefig(out, dpi=figures.DPI)

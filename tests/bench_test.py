@@ -11,8 +11,9 @@ from optax.losses import softmax_cross_entropy_with_integer_labels
 
 from experiments import bench, runs
 from experiments.bench import curvature as curvature_bench
+from experiments.bench import folder as folder_bench
 from experiments.bench import timing
-from jaxrobust import curvature
+from jaxrobust import curvature, data
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -150,6 +151,30 @@ def test_an_unknown_benchmark_is_one_line_and_status_2(tmp_path, monkeypatch, ca
         "error: Unknown benchmark 'curvatur'. Did you mean 'curvature'? "
         f"Expected one of: {', '.join(bench.BENCHMARKS)}.\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_photographs_are_timed_on_their_way_to_the_network(tmp_path):
+    folder = tmp_path / "bench"
+    assert call("bench", "folder", "--quick", "--out", folder) == 0
+    result = runs.read_json(folder / "folder.json")
+    costs = result["ms_per_image"]
+    assert all(0 < row["lower_quartile"] <= row["median"] for row in costs.values())
+    assert {len(row["rounds"]) for row in costs.values()} == {folder_bench.QUICK.rounds}
+    update = costs["an update of normal, with its augmentation and noise"]["median"]
+    assert update > costs["augment on the device"]["median"]
+    page = (folder / "folder.md").read_text()
+    share = costs["add Gaussian noise"]["median"] / update
+    assert f"| {100 * share:.1f} % |" in page and result["provenance"]["commit"] in page
+    assert all(f"| {name} |" in page for name in costs)
+
+
+def test_the_photographs_of_the_benchmark_are_as_large_as_said(tmp_path):
+    kilobytes = folder_bench.write_photographs(tmp_path, 4, (45, 60))
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert [path.parent.name for path in files] == ["china", "china", "flower", "flower"]
+    assert kilobytes == pytest.approx(np.mean([path.stat().st_size for path in files]) / 1000)
+    assert {data.read_image(path, (45, 60)).shape for path in files} == {(45, 60, 3)}
+    assert len({path.read_bytes() for path in files}) == 4
 
 
 def test_contenders_take_turns_and_another_one_begins_each_round():

@@ -13,6 +13,7 @@ from experiments import config, program, training
 from experiments.config import InputError
 from experiments.execution import Feed
 from experiments.recipes import RECIPES
+from jaxrobust import data
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -219,6 +220,10 @@ def test_every_swept_setting_reaches_the_update(method, digits):
 def test_a_set_too_large_for_the_device_is_streamed(digits, monkeypatch):
     layout = make_layout("jit")
     assert Feed().resolve(layout, digits.train, 1).input == "resident"
+    # CPUs have the memory of the machine.
+    terabyte = data.StoredImages(lambda rows: [], 10**6, (1000, 1000, 1), "photographs")
+    photographs = data.Split(terabyte, np.zeros(10**6, np.int32))
+    assert Feed().resolve(layout, photographs, 1).input == "stream"
     monkeypatch.setattr(type(layout.mesh.devices.flat[0]), "memory_stats",
                         lambda self: {"bytes_limit": digits.train.images.size}, raising=False)
     assert Feed().resolve(layout, digits.train, 1).input == "stream"

@@ -263,6 +263,7 @@ def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, fo
     (("predict", "nowhere", "image.png"), "Expected a run in nowhere"),
     (("export", "nowhere"), "Expected a run in nowhere"),
     (("perturb", "image.png"), "image.png"),
+    (("perturb", "image.png", "--out", "picture.gif"), "Unknown suffix of the picture '.gif'"),
 ])
 def test_what_cannot_be_is_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -273,9 +274,9 @@ def test_what_cannot_be_is_one_line(arguments, expected, capsys, tmp_path, monke
 
 def test_the_perturb_command_draws_what_is_asked(folder, tmp_path, capsys):
     image = next((folder / "dry").glob("*.jpg"))
-    out = tmp_path / "figures" / "perturbations"
+    out = tmp_path / "figures" / "perturbations.jpg"
     assert call("perturb", image, "--image-size", "40", "50", "--perturb", "gaussian(0.1)",
                 "stripes(2,3)", "--out", out) == 0
-    assert f"The picture is in {out}.png" in capsys.readouterr().out
-    with PIL.Image.open(f"{out}.png") as picture:
+    assert f"The picture is in {out}" in capsys.readouterr().out
+    with PIL.Image.open(out) as picture:
         assert picture.width > 100
