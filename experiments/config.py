@@ -79,6 +79,10 @@ class RunConfig:
     """Channels of the model's first stage; 16 for the usual MobileNetV3."""
     num_features: int = 128
     """Dimension of the penultimate layer."""
+    feature_layer: str = "dense"
+    """What the penultimate layer of a ResNet18 is: "dense", a fully connected one, as in the paper;
+    "dense_relu", followed by ReLU; "pooled", the pooled output of the last stage, of dimension 8
+    times the width."""
     dtype: str = "float32"
     """Of the network's computation: "float32" or "bfloat16". Parameters, batch statistics,
     features, centroids and losses are float32 in both."""
@@ -86,7 +90,8 @@ class RunConfig:
     """Over several devices, batch statistics of the whole batch, "synchronised", or of each
     device's share, "per_device"; the result then depends on how many there are."""
     method: str = "robust"
-    """"normal", "noisy", "both", "stability" or "robust"."""
+    """"normal", "noisy", "both", "stability", "robust", or "robust_clean": the constraints on clean
+    images alone, as in the paper's ablation."""
     robust: RobustLossConfig = RobustLossConfig()
     """Of the method "robust"."""
     stability_weight: float = 1.0
@@ -275,13 +280,13 @@ METHOD_LABELS = {
 
 def method_rows(base: RunConfig) -> dict[str, RunConfig]:
     """A row for each of the five methods, alike in all else."""
-    return {method: dataclasses.replace(base, method=method) for method in METHODS}
+    return {method: dataclasses.replace(base, method=method) for method in METHOD_LABELS}
 
 
 SHORT_SCHEDULE_LABELS = {**METHOD_LABELS, "robust": "Robust, short-schedule settings"}
 """For recipes in which the paper's method does not have the paper's settings."""
 
-METHOD_PAPER_ROWS = {method: method for method in METHODS}
+METHOD_PAPER_ROWS = {method: method for method in METHOD_LABELS}
 """Each method beside its own row of the paper's table."""
 
 

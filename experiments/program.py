@@ -34,7 +34,8 @@ def model_of(config: RunConfig, dataset: Dataset) -> nn.Module:
     """The model of a run."""
     return create_model(
         config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
-        width=config.width, mean=dataset.mean, std=dataset.std, dtype=jnp.dtype(config.dtype))
+        width=config.width, feature_layer=config.feature_layer, mean=dataset.mean, std=dataset.std,
+        dtype=jnp.dtype(config.dtype))
 
 
 def learning_rate_schedule(

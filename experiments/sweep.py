@@ -33,9 +33,10 @@ from jaxrobust.methods import METHODS
 from jaxrobust.parallel import Layout, make_layout
 
 USERS = {
-    "noise_std": tuple(method for method in METHODS if method != "normal"),
+    "noise_std": tuple(method for method in METHODS if method not in ("normal", "robust_clean")),
     "stability_weight": ("stability",),
-    **{name: ("robust",) for name in SWEPT if name.startswith("robust.")},
+    **{name: ("robust", "robust_clean") for name in SWEPT if name.startswith("robust.")},
+    "robust.lam": ("robust",),
 }
 """By setting that can be swept, the methods that it makes a difference to."""
 

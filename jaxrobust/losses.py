@@ -43,6 +43,7 @@ def compactness_loss(
     *,
     delta_v: float,
     squared: bool = True,
+    linear_beyond: float | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
     r"""Pulls features into a ball of radius delta_v around their class centroid.
@@ -60,13 +61,17 @@ def compactness_loss(
       centroids: [C, d], with momentum in the paper. The gradient flows into them.
       delta_v: radius of the ball, in the units of the features, >= 0.
       squared: whether the hinge is squared, as in the paper (Appendix A.1 discusses both).
+      linear_beyond: the hinge k, > 0, from which its square goes on as its tangent, 2 k h - k^2,
+        so that no example's gradient is longer than 2 k (Huber, 1964); None, as in the paper, for
+        never.
       axis_name: the device axis over which the batch is split, if any.
 
     Returns:
       The loss, []; 0 for a batch in which no label counts.
 
     Raises:
-      InputError: (a ValueError) if shapes do not match or delta_v < 0.
+      InputError: (a ValueError) if shapes do not match, delta_v < 0, or ``linear_beyond`` is not
+        above 0 or comes without ``squared``.
 
     >>> centroids = jnp.array([[0.0, 0.0]])
     >>> compactness_loss(jnp.array([[3.0, 4.0]]), jnp.array([0]), centroids, delta_v=2.0).item()
@@ -75,9 +80,18 @@ def compactness_loss(
     Source: Eq. 8, after De Brabandere et al. (2017).
     """
     _validate.in_range("delta_v", delta_v, 0)
+    _check_linear_beyond("linear_beyond", linear_beyond, squared)
     _validate.shapes(features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))
     own, shares = _own_centroids(centroids, labels, axis_name)
-    return _pull(features, own, shares, delta_v, squared, axis_name)
+    return _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name)
+
+
+def _check_linear_beyond(name: str, value: float | None, squared: bool) -> None:
+    if value is None:
+        return
+    _validate.in_range(name, value, 0, open_low=True)
+    if not squared:
+        raise _validate.InputError(f"Expected {name} only with a squared hinge, got {value}.")
 
 
 def _own_centroids(centroids, labels, axis_name):
@@ -90,10 +104,15 @@ def _own_centroids(centroids, labels, axis_name):
     return class_rows(centroids, labels), class_rows(shares, labels)
 
 
-def _pull(features, own, shares, delta_v, squared, axis_name):
+def _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name):
     """Eq. 8 or 12, from what :func:`_own_centroids` returns."""
     hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
-    total = jnp.sum(shares * (jnp.square(hinge) if squared else hinge))
+    if linear_beyond is not None:
+        near = jnp.minimum(hinge, linear_beyond)
+        hinge = near * (2 * hinge - near)
+    elif squared:
+        hinge = jnp.square(hinge)
+    total = jnp.sum(shares * hinge)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
@@ -265,6 +284,9 @@ class RobustLossConfig:
     """gamma of Section 4.4: the share of the stored centroid, in [0, 1)."""
     compact_squared: bool = True
     """Whether the hinge of compactness and alignment is squared (Appendix A.1)."""
+    compact_linear_beyond: float | None = None
+    """Hinge of compactness and alignment from which its square goes on linearly, in the units of
+    the features, > 0; none, as in the paper, for never."""
     margin_squared: bool = False
     """Whether the hinge of the margin is squared (Appendix A.1)."""
     boundaries: str = "max"
@@ -280,6 +302,8 @@ class RobustLossConfig:
         for name in ("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d"):
             _validate.in_range(name, getattr(self, name), 0)
         _validate.in_range("momentum", self.momentum, 0, 1)
+        _check_linear_beyond(
+            "compact_linear_beyond", self.compact_linear_beyond, self.compact_squared)
         _validate.one_of("boundaries", self.boundaries, ("max", "mean"))
         for name in ("compact_centroids", "margin_centroids", "norm_centroids"):
             _validate.one_of(name, getattr(self, name), ("momentum", "naive"))
@@ -343,7 +367,7 @@ def robust_loss(
     own, shares = _own_centroids(chosen[config.compact_centroids], labels, axis_name)
     pull = functools.partial(
         _pull, own=own, shares=shares, delta_v=config.delta_v, squared=config.compact_squared,
-        axis_name=axis_name)
+        linear_beyond=config.compact_linear_beyond, axis_name=axis_name)
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     terms = RobustLossTerms(
         compact=pull(features),

@@ -1,4 +1,4 @@
-"""The five training methods of the paper (Section 7.1), each one objective function.
+"""The training methods of the paper (Section 7.1 and 7.6), each one objective function.
 
 An objective sees the model as a function ``forward(batch_stats, images)`` and knows nothing of
 optimisers or devices. It returns the loss of the whole batch, also where the batch is split
@@ -159,8 +159,26 @@ def _robust(config: RobustLossConfig):
     return add
 
 
-METHODS = ("normal", "noisy", "both", "stability", "robust")
-"""The paper's methods: the rows of its tables, in their order."""
+def _robust_clean(config: RobustLossConfig) -> Objective:
+    """The softmax loss plus the constraints, all on the clean view (Eq. 7)."""
+    config = dataclasses.replace(config, lam=0.0)
+
+    def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
+        outputs, batch_stats = forward(batch_stats, batch.clean)
+        softmax = softmax_loss(outputs.logits, batch.labels, axis_name=axis_name)
+        ours, terms, centroids = robust_loss(
+            outputs.features, outputs.features, batch.labels, *head, centroids, config,
+            axis_name=axis_name)
+        metrics = {"softmax": softmax,
+                   "accuracy_clean": _accuracy(outputs.logits, batch.labels, axis_name),
+                   "compact": terms.compact, "margin": terms.margin, "norm": terms.norm}
+        return softmax + weight * ours, Evaluated(batch_stats, centroids, metrics)
+
+    return objective
+
+
+METHODS = ("normal", "noisy", "both", "stability", "robust", "robust_clean")
+"""The rows of the paper's tables in their order, and the method of its ablation (Table 5)."""
 
 
 def make_method(
@@ -174,11 +192,12 @@ def make_method(
 
     ``normal``: softmax loss on clean images. ``noisy``: on noisy images. ``both``: on both,
     in one pass. ``stability``: on clean images, plus the distance between the features of
-    both. ``robust``: on clean images, plus the paper's loss (Eq. 13).
+    both. ``robust``: on clean images, plus the paper's loss (Eq. 13). ``robust_clean``: the same
+    without noisy images (Eq. 7).
 
     Args:
       name: one of :data:`METHODS`.
-      robust: of ``robust`` alone.
+      robust: of the last two alone.
       stability_weight: of ``stability`` alone, >= 0.
       one_pass: of ``stability`` and ``robust``, whether clean and noisy images go through the
         network together, as they always do for ``both``, or one after the other, as in the paper.
@@ -186,7 +205,7 @@ def make_method(
     Raises:
       InputError: (a ValueError) for an unknown name or a negative weight.
 
-    Source: Section 7.1.
+    Source: Section 7.1; Section 7.6.
     """
     _validate.one_of("method", name, METHODS)
     _validate.in_range("stability_weight", stability_weight, 0)
@@ -196,5 +215,6 @@ def make_method(
         "both": _two_views(_nothing, one_pass=True, softmax_on_noisy=True),
         "stability": _two_views(_stability(stability_weight), one_pass=one_pass),
         "robust": _two_views(_robust(robust), one_pass=one_pass),
+        "robust_clean": _robust_clean(robust),
     }
     return Method(name, objectives[name])

@@ -14,7 +14,6 @@ from command_line import call, metrics_of, one_line
 from experiments import config, paper, prepare, reproduce, runs, training
 from experiments.config import InputError
 from experiments.recipes import RECIPES, get_recipe
-from jaxrobust.methods import METHODS
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -115,7 +114,7 @@ def _study(tmp_path_factory, digits):
 
 
 def test_every_method_is_trained_tested_and_measured(study):
-    for row in METHODS:
+    for row in config.METHOD_LABELS:
         folder = reproduce.run_folder(study, row, 0)
         evaluation = runs.read_json(folder / "evaluation.json")
         assert evaluation["num_images"] == 50
@@ -240,7 +239,7 @@ def test_the_papers_recipes_are_those_of_appendix_h1():
     for name, dataset, noise, table in (
             ("cifar10", "cifar10", 0.06, "table1"), ("svhn", "svhn_cropped", 0.15, "table2")):
         recipe = get_recipe(name)
-        assert tuple(recipe.rows) == METHODS
+        assert tuple(recipe.rows) == tuple(config.METHOD_LABELS)
         assert recipe.evaluation.noise_levels == paper.TABLES[table].levels
         assert recipe.evaluation.num_draws == 10
         for method, run in recipe.rows.items():

@@ -63,6 +63,7 @@ CASES = (
     ((8, 5, 2), config_of(0.0, 0.0, 2.0, boundaries="mean")),
     ((9, 3, 4), config_of(0.9, 1.0, 1.0, compact_squared=False)),
     ((6, 2, 3), config_of(0.5, 0.5, 0.0, compact_centroids="naive", norm_centroids="naive")),
+    ((8, 3, 3), config_of(0.9, 0.5, 1.0, compact_linear_beyond=0.8)),
     ((7, 4, 1), config_of(0.99, 0.5, 2.0, margin_centroids="momentum")),
     ((8, 3, 5), config_of(0.9, 0.2, 3.0, boundaries="mean", margin_squared=True,
                           compact_squared=False, compact_centroids="naive",
@@ -98,7 +99,8 @@ def reference_terms(features, noisy, kernel, bias, problem, config):
     for_compact, for_margin, for_norm = reference_centroids(features, problem, config)
     compact, align = (
         reference.compactness(rows, problem.labels, for_compact, config.delta_v,
-                              config.compact_squared) for rows in (features, noisy))
+                              config.compact_squared, config.compact_linear_beyond or np.inf)
+        for rows in (features, noisy))
     margin = reference.margin(for_margin, kernel.T, bias, config.delta_d, config.margin_squared,
                               config.boundaries)
     norm = reference.centroid_norm(for_norm)
@@ -660,6 +662,18 @@ def test_the_compactness_gradient_has_norm_one_or_twice_the_excess(squared):
         np.linalg.norm(gradient), 2 * excess if squared else 1, rtol=1e-6)
     # Downhill is towards the centroid.
     assert np.vdot(-gradient, centroids - feature) > 0
+
+
+@pytest.mark.parametrize("excess", [0.1, 0.7, 0.8, 0.9, 30.0, 1e6])
+def test_no_gradient_is_longer_than_twice_the_hinge_from_which_it_is_linear(excess):
+    compactness = functools.partial(
+        losses.compactness_loss, labels=jnp.array([0]), centroids=jnp.zeros((1, 2)), delta_v=0.5,
+        linear_beyond=0.8)
+    feature = jnp.array([[0.6, 0.8]]) * (0.5 + excess)
+    value, gradient = jax.value_and_grad(compactness)(feature)
+    near = min(excess, 0.8)
+    np.testing.assert_allclose(value, near**2 + 1.6 * (excess - near), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(gradient), 2 * near, rtol=1e-5)
 
 
 @pytest.mark.parametrize("squared", [True, False])

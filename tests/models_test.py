@@ -132,6 +132,39 @@ def test_bfloat16_keeps_parameters_features_and_logits_in_float32(name):
     assert 0 < error < 0.05
 
 
+def test_the_feature_layer_of_resnet18_is_where_it_is_asked_to_be():
+    outputs = {}
+    for layer, size in (("dense", 7), ("dense_relu", 7), ("pooled", 32)):
+        model = make("resnet18", feature_layer=layer, num_features=size)
+        variables = random_variables(model, SHAPE[1:])
+        images = jax.random.uniform(jax.random.key(1), SHAPE)
+        outputs[layer] = apply(model, variables, images)
+        assert ("features" in variables["params"]) == (layer != "pooled")
+        kernel, bias = models.head_parameters(variables["params"])
+        chex.assert_shape(outputs[layer].features, (4, size))
+        chex.assert_trees_all_close(outputs[layer].logits,
+                                    outputs[layer].features @ kernel + bias[None], rtol=1e-5,
+                                    atol=1e-5)
+    # The same weights throughout, but for the last layer of "pooled".
+    np.testing.assert_allclose(outputs["dense_relu"].features,
+                               np.maximum(outputs["dense"].features, 0), rtol=1e-6)
+    assert np.any(outputs["dense"].features < 0)
+    np.testing.assert_allclose(
+        outputs["pooled"].features,
+        np.maximum(np.mean(outputs["pooled"].blocks["block4"], axis=(1, 2)), 0), rtol=1e-5,
+        atol=1e-6)
+
+
+def test_a_feature_layer_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="Unknown feature_layer .* 'pool'. Did you mean 'pooled'"):
+        make("resnet18", feature_layer="pool")
+    with pytest.raises(InputError, match="Unknown feature_layer of small_cnn 'pooled'"):
+        make("small_cnn", feature_layer="pooled")
+    with pytest.raises(InputError, match="num_features=7 to be 32, 8 times the width"):
+        jax.eval_shape(functools.partial(make("resnet18", feature_layer="pooled").init,
+                                         train=False), jax.random.key(0), jnp.zeros(SHAPE))
+
+
 def test_unknown_model_names_the_nearest():
     with pytest.raises(InputError, match="Unknown model 'resnet81'. Did you mean 'resnet18'"):
         make("resnet81")

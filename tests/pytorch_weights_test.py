@@ -285,6 +285,9 @@ def test_of_torchvisions_resnet18_all_but_its_softmax_layer_is_taken(small):
                   "fc.bias": np.ones(CLASSES, np.float32)}
     assert_only_replaced("resnet18_imagenet", backbone | classifier, ("features", "head"),
                          num_features=8 * WIDTH)
+    # Without a feature layer of its own it is the same network.
+    assert_only_replaced("resnet18_imagenet", backbone | classifier, (),
+                         feature_layer="pooled", num_features=8 * WIDTH)
 
 
 def test_torchvisions_resnet18_takes_all_but_the_layers_at_the_end(small, torch):

@@ -59,15 +59,21 @@ def stored_centroids(features, labels, num_classes, previous, gamma):
     return {**previous, **momentum_centroids(features, labels, num_classes, previous, gamma)}
 
 
-def compactness(features, labels, centroids, delta_v, squared=True):
-    """Eq. 8; with the features of noisy images Eq. 12."""
+def compactness(features, labels, centroids, delta_v, squared=True, linear_beyond=math.inf):
+    """Eq. 8; with the features of noisy images Eq. 12.
+
+    A squared hinge above ``linear_beyond`` goes on as the tangent there.
+    """
     total = 0.0
     for c in centroids:
         rows = members(features, labels, c)
         inner = 0.0
         for q in rows:
             hinge = relu(np.linalg.norm(centroids[c] - q) - delta_v)
-            inner += hinge**2 if squared else hinge
+            if squared and hinge > linear_beyond:
+                inner += linear_beyond**2 + 2 * linear_beyond * (hinge - linear_beyond)
+            else:
+                inner += hinge**2 if squared else hinge
         total += inner / len(rows)
     return total / len(centroids) if centroids else 0.0
 

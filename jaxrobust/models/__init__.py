@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, head_parameters
 from jaxrobust.models.mobilenet import MobileNetV3
-from jaxrobust.models.resnet import ResNet18
+from jaxrobust.models.resnet import FEATURE_LAYERS, ResNet18
 from jaxrobust.models.small_cnn import SmallCNN
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -32,7 +32,7 @@ __all__ = ["MODELS", "MobileNetV3", "Outputs", "ResNet18", "SmallCNN", "create_m
 
 def create_model(
     name: str, *, num_classes: int, num_features: int, width: int,
-    mean: Sequence[float], std: Sequence[float], dtype=jnp.float32,
+    mean: Sequence[float], std: Sequence[float], feature_layer: str = "dense", dtype=jnp.float32,
 ) -> nn.Module:
     """The model of that name.
 
@@ -43,15 +43,22 @@ def create_model(
       width: channels of the first stage: 64 in the usual ResNet18, 16 in MobileNetV3.
       mean: per channel, of pixels in [0, 1], subtracted from the images.
       std: per channel, by which they are then divided.
+      feature_layer: of a ResNet18, one of :data:`~jaxrobust.models.resnet.FEATURE_LAYERS`; the
+        others have "dense" alone.
       dtype: of the computation, such as bfloat16; parameters, batch statistics, features and
         logits stay float32.
 
     Raises:
-      InputError: (a ValueError) for an unknown name, or a size below 1.
+      InputError: (a ValueError) for an unknown name, a size below 1, or a feature layer that the
+        model does not have.
     """
     _validate.one_of("model", name, MODELS)
     _validate.in_range("num_classes", num_classes, 2)
     _validate.in_range("num_features", num_features, 1)
     _validate.in_range("width", width, 1)
+    has_others = name.startswith("resnet18")
+    _validate.one_of(f"feature_layer of {name}", feature_layer,
+                     FEATURE_LAYERS if has_others else ("dense",))
+    options = {"feature_layer": feature_layer} if has_others else {}
     return MODELS[name](num_classes=num_classes, num_features=num_features, width=width,
-                        mean=tuple(mean), std=tuple(std), dtype=dtype)
+                        mean=tuple(mean), std=tuple(std), dtype=dtype, **options)

@@ -3,7 +3,8 @@
 A state dict is a flat mapping of PyTorch's names to arrays in PyTorch's layout. Known are those of
 
 - torchvision's ``mobilenet_v3_small`` and ``mobilenet_v3_large``,
-- torchvision's ``resnet18``, whose softmax layer ``fc`` works on other features than ours,
+- torchvision's ``resnet18``, whose softmax layer ``fc`` works on the features of
+  ``feature_layer="pooled"``, and on other ones than those of a feature layer,
 - the ResNet18 of the paper's authors: ``shortcut`` for ``downsample``, and at the end
   ``fc_layer.1``, the feature layer, and ``fc_layer.2``, the softmax layer.
 
@@ -275,7 +276,7 @@ def _names(model, variables, *, shortcut: str) -> tuple[dict[str, tuple], dict[s
     if isinstance(model, MobileNetV3):
         layers = _mobilenet_layers(model)
     elif isinstance(model, ResNet18):
-        layers = _resnet_layers(shortcut)
+        layers = _resnet_layers(shortcut, pooled=model.feature_layer == "pooled")
     else:
         raise _validate.InputError("Expected a ResNet18 or a MobileNetV3, whose PyTorch weights "
                                    f"are known, got a {type(model).__name__}.")
@@ -288,7 +289,7 @@ def _names(model, variables, *, shortcut: str) -> tuple[dict[str, tuple], dict[s
     return names, {layer: layers[layer] for layer in ("features", "head")}
 
 
-def _resnet_layers(shortcut: str) -> dict[str, str]:
+def _resnet_layers(shortcut: str, *, pooled: bool) -> dict[str, str]:
     layers = {"stem_conv": "conv1", "stem_bn": "bn1"}
     for stage in range(1, 5):
         for index in range(2):
@@ -297,7 +298,8 @@ def _resnet_layers(shortcut: str) -> dict[str, str]:
                        for name in ("conv1", "bn1", "conv2", "bn2")}
             layers |= {f"{ours}.shortcut_conv": f"{theirs}.{shortcut}.0",
                        f"{ours}.shortcut_bn": f"{theirs}.{shortcut}.1"}
-    return layers | {"features": "fc_layer.1", "head": "fc_layer.2"}
+    # Without a feature layer it is torchvision's network.
+    return layers | {"features": "fc_layer.1", "head": "fc" if pooled else "fc_layer.2"}
 
 
 def _mobilenet_layers(model: MobileNetV3) -> dict[str, str]:

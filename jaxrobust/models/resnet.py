@@ -11,6 +11,9 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
 
+FEATURE_LAYERS = ("dense", "dense_relu", "pooled")
+"""Of a ResNet18."""
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut, which a 1x1 convolution projects if need be."""
@@ -52,6 +55,9 @@ class ResNet18(nn.Module):
       num_features: d; 128 in the paper.
       width: channels of the first of the four stages, doubled in each; 64 in the paper.
       stem: "cifar" for small images, as in the paper, or "imagenet" for large ones.
+      feature_layer: "dense", the fully connected layer, as in the paper; "dense_relu", that layer
+        followed by ReLU; or "pooled", the pooled output of the last stage, of 8 times the width, as
+        in the original, which has no other.
       dtype: of the computation; parameters, statistics, features and logits stay float32.
       axis_name: device axis over which training batch statistics are shared, if any.
     """
@@ -62,6 +68,7 @@ class ResNet18(nn.Module):
     num_features: int = 128
     width: int = 64
     stem: str = "cifar"
+    feature_layer: str = "dense"
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -73,9 +80,11 @@ class ResNet18(nn.Module):
         (``mutable=["batch_stats"]``), without it the running ones.
 
         Raises:
-          InputError: (a ValueError) for an unknown stem.
+          InputError: (a ValueError) for an unknown stem or feature layer, or ``num_features`` that
+            the pooled output does not have.
         """
         _validate.one_of("stem", self.stem, ("cifar", "imagenet"))
+        _validate.one_of("feature_layer", self.feature_layer, FEATURE_LAYERS)
         large = self.stem == "imagenet"
         x = normalise(images, self.mean, self.std, self.dtype)
         x = conv(self.width, x, size=7 if large else 3, stride=2 if large else 1,
@@ -93,6 +102,14 @@ class ResNet18(nn.Module):
                     name=f"block{stage + 1}_{index + 1}")(x, train=train)
             blocks[f"block{stage + 1}"] = x
         x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(np.promote_types(self.dtype, jnp.float32))
-        features = dense(self.num_features, x, name="features", dtype=x.dtype)
+        if self.feature_layer == "pooled":
+            if self.num_features != x.shape[-1]:
+                raise _validate.InputError(
+                    f"Expected num_features={self.num_features} to be {x.shape[-1]}, 8 times the "
+                    "width, with feature_layer='pooled'.")
+            features = x
+        else:
+            features = dense(self.num_features, x, name="features", dtype=x.dtype)
+            features = nn.relu(features) if self.feature_layer == "dense_relu" else features
         logits = dense(self.num_classes, features, name="head", dtype=x.dtype)
         return Outputs(logits, features, blocks)
