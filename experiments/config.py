@@ -214,6 +214,20 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What all rows of a recipe take for one seed, training and tests."""
+
+    cpu_hours: float
+    """On two CPU cores, with --jobs 2."""
+    cpu_gigabytes: float
+    """Memory of the processes together."""
+    gpu_hours: float
+    """On one GPU."""
+    basis: str
+    """Where the numbers come from."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A comparison of methods: one row of the tables for each run, over all seeds."""
 
@@ -234,6 +248,10 @@ class Recipe:
     """By perturbation of the evaluation, the row of the paper's Table 4 to be shown beside it."""
     note: str = ""
     """What a reader of the report must know, such as what differs from the paper."""
+    cost: Cost | None = None
+    """Expected; none if it is not known."""
+    may_diverge: bool = False
+    """Whether a run that diverges is a result, as in a study of learning rates, and no failure."""
 
     def run(self, row: str, seed: int) -> RunConfig:
         """The configuration of one run.

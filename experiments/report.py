@@ -242,8 +242,10 @@ def missing_runs(study: Study) -> list[str]:
 
 
 def _progress(run: Run) -> str:
-    if not run.config or not run.epochs:
+    if not run.config or not (run.epochs or run.diverged):
         return "not trained"
+    if run.diverged:
+        return f"diverged in epoch {run.diverged} of {run.config.epochs}"
     done = run.epochs[-1]["epoch"]
     if done < run.config.epochs:
         return f"{done} of {run.config.epochs} epochs trained"
@@ -282,17 +284,18 @@ def accuracy_table(study: Study) -> Table:
                        if level in values) for level in levels}
     rows = []
     for row, values in by_row.items():
-        cells = [_accuracy_cell(values.get(level), best[level], several_seeds(study))
+        absent = "diverged" if any(run.diverged for run in study.runs[row]) else "–"
+        cells = [_accuracy_cell(values.get(level), best[level], several_seeds(study), absent)
                  for level in levels]
         time = Cell(_mean_duration(study.finished(row)))
         rows.append(TableRow(study.labels[row], (*cells, time)))
         numbers = paper_numbers(study, row)
         if any(level in numbers for level in levels):
-            cells = [Cell(with_spread(*numbers[level]) if level in numbers else "–")
-                     for level in levels]
             key = study.paper_rows[row]
-            rows.append(TableRow(f"paper: {METHOD_LABELS.get(key, key)}", (*cells, Cell("–")),
-                                 muted=True))
+            for head, text in ((f"paper: {METHOD_LABELS.get(key, key)}", _papers),
+                               ("difference", _difference)):
+                cells = [Cell(text(values.get(level), numbers.get(level))) for level in levels]
+                rows.append(TableRow(head, (*cells, Cell("–")), muted=True))
     return Table("Accuracy in %, clean and under Gaussian noise.",
                  ("Method", *map(level_name, levels), "Training time"), tuple(rows),
                  _accuracy_details(study), _accuracy_note(study))
@@ -312,21 +315,32 @@ def perturbation_table(study: Study) -> Table | None:
             _accuracy_cell(by_row[row].get(text), best, several_seeds(study)) for row in shown)))
         if key:
             numbers = dict(zip(TABLE4.methods, TABLE4.rows[key], strict=True))
-            rows.append(TableRow(f"paper: {key}", tuple(
-                Cell(with_spread(*numbers[study.paper_rows[row]])
-                     if row in study.paper_rows else "–") for row in shown), muted=True))
+            for head, cell in ((f"paper: {key}", _papers), ("difference", _difference)):
+                rows.append(TableRow(head, tuple(
+                    Cell(cell(by_row[row].get(text), numbers.get(study.paper_rows.get(row))))
+                    for row in shown), muted=True))
     note = ("How to read: NAME(ARGUMENTS) as in the documentation of perturbations; those joined "
             "by + are applied from left to right. Higher is better; bold: the best of the line.")
     if study.paper_perturbations:
-        note += f" Rows in grey: the paper’s {TABLE4.title}, on its own images."
+        note += (f" Rows in grey: the paper’s {TABLE4.title}, on its own images, and ours less "
+                 "the paper’s.")
     return Table("Accuracy in % under other perturbations.",
                  ("Perturbation", *(study.labels[row] for row in shown)), tuple(rows),
                  _accuracy_details(study), note)
 
 
-def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool) -> Cell:
+def _papers(ours: Accuracy | None, theirs: tuple[float, float | None] | None) -> str:
+    del ours
+    return "–" if theirs is None else with_spread(*theirs)
+
+
+def _difference(ours: Accuracy | None, theirs: tuple[float, float | None] | None) -> str:
+    return "–" if ours is None or theirs is None else signed(ours.mean - theirs[0])
+
+
+def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool, absent: str = "–") -> Cell:
     if accuracy is None:
-        return Cell("–")
+        return Cell(absent)
     std = accuracy.std_over_seeds if seeds else accuracy.std_over_draws
     return Cell(with_spread(accuracy.mean, std), bold=round(accuracy.mean, 2) == best)
 
@@ -382,7 +396,7 @@ def _accuracy_note(study: Study) -> str:
             text += f" Fewer seeds finished in: {', '.join(fewer)}; no ± for one seed."
     if any(paper_numbers(study, row) for row in study.labels):
         text += (f" Rows in grey: the paper’s {study.paper.title}, ± standard deviation over "
-                 f"{PAPER_DRAWS} noise draws.")
+                 f"{PAPER_DRAWS} noise draws, and ours less the paper’s.")
     return text + " Training time: mean over the seeds."
 
 

@@ -22,6 +22,7 @@ class Run:
     provenance: dict
     epochs: tuple[dict, ...]
     evaluation: dict | None
+    diverged: int | None = None  # epoch in which the loss was no longer finite
 
     @functools.cached_property
     def curvature(self) -> dict | None:
@@ -122,7 +123,8 @@ def _load_run(folder: pathlib.Path, seed: int) -> Run:
         config=read_config(folder) if (folder / "config.json").is_file() else None,
         provenance=_read_json(folder / "provenance.json") or {},
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        evaluation=_read_json(folder / "evaluation.json"))
+        evaluation=_read_json(folder / "evaluation.json"),
+        diverged=(_read_json(folder / "diverged.json") or {}).get("epoch"))
 
 
 def _read_json(path: pathlib.Path) -> dict | None:

@@ -244,19 +244,16 @@ def run_sweep(
         first, last = (done + start + number for number in (1, len(group)))
         label = (f"run {first} of {len(configs)}, {group[0]}" if first == last else
                  f"runs {first} to {last} of {len(configs)}")
-        failures = train_together(
+        for message in train_together(
             [configs[name] for name in group], dataset, [places[name] for name in group],
-            resume=True, tensorboard=tensorboard, label=label, layout=layout, feed=feed)
+            resume=True, tensorboard=tensorboard, label=label, layout=layout, feed=feed):
+            print(message, flush=True)
         runs.barrier("trained")
         for name in group:
             place = places[name]
             if (place / "done.json").is_file():
                 evaluate_run(load_run(place, configs[name], dataset, layout), plan.evaluation,
                              place, name)
-            else:  # It was trained to the end or to the epoch in which it diverged.
-                message, = (line for line in failures if f" {place} is " in line)
-                print(message, flush=True)
-                runs.write_json(place / "diverged.json", {"message": message})
     runs.barrier("tested")
     return [name for name, place in places.items() if (place / "diverged.json").is_file()]
 

@@ -95,8 +95,9 @@ def train_together(
     Each has the result, up to rounding, that it has alone, and the same files:
     ``config.json``, ``split.csv`` (of an image folder), ``provenance.json``, ``metrics.jsonl`` (a
     line an epoch),
-    ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``. A run
-    that is done is left as it is; one that is not goes on from its latest checkpoint, to the
+    ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``, or
+    ``diverged.json`` if the loss was no longer finite. A run that is done or has diverged, which it
+    would do again, is left as it is; one that is not goes on from its latest checkpoint, to the
     same result as if it had never stopped.
 
     Args:
@@ -124,13 +125,14 @@ def train_together(
     program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
     left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
-            if not (folder / "done.json").is_file()]
+            if not is_trained(folder)]
     first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
         check_files(dataset, folder)
         runs.claim_run(folder, config)
         save_files(dataset, folder)
-    failures: list[str] = []
+    failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
+                if (folder / "diverged.json").is_file()]
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
         steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
@@ -142,6 +144,11 @@ def train_together(
         for group in begun.values():
             failures += _train_group(group, dataset, splits, layout, feed, label)
     return failures
+
+
+def is_trained(folder: pathlib.Path) -> bool:
+    """Whether nothing is left to train of the run in a folder: it is done, or has diverged."""
+    return any((folder / name).is_file() for name in ("done.json", "diverged.json"))
 
 
 def _first_state(config, folder, dataset, layout):
@@ -281,6 +288,8 @@ def _train_group(group, dataset, splits, layout, feed, label):
                     failures[index] = (
                         f"The loss of {running.folder} is {row['loss']} in epoch {epoch}: the run "
                         "has diverged. Lower the learning rate or set a clip norm.")
+                    runs.write_json(running.folder / "diverged.json",
+                                    {"epoch": epoch, "message": failures[index]})
                     continue
                 select = None if splits.selection is None else functools.partial(
                     accuracy, program.model, own, splits.selection, layout)

@@ -1,14 +1,33 @@
-"""The recipes: comparisons of methods, by name."""
+"""The recipes: comparisons of methods, by name, and the studies that have one at every scale."""
 
 from experiments.config import Recipe
-from experiments.recipes import authors_release, cifar10, cifar10_small, digits, road, svhn
+from experiments.recipes import (
+    ablations,
+    authors_release,
+    cifar10,
+    cifar10_small,
+    digits,
+    road,
+    svhn,
+    svhn_small,
+)
+from experiments.recipes.scales import SCALES, tiny
 from jaxrobust import _validate
+
+STUDIES: dict[str, dict[str, Recipe]] = {
+    "cifar10": {"full": cifar10.RECIPE, "small": cifar10_small.RECIPE,
+                "tiny": tiny(cifar10.RECIPE)},
+    "svhn": {"full": svhn.RECIPE, "small": svhn_small.RECIPE, "tiny": tiny(svhn.RECIPE)},
+    "road": {"full": road.ROAD, "small": road.ROAD_SMALL, "tiny": tiny(road.ROAD)},
+    **{study: {scale: ablations.at_scale(study, scale) for scale in SCALES}
+       for study in ablations.STUDIES},
+}
+"""By name, the recipe at each scale."""
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (digits.RECIPE, cifar10.RECIPE, svhn.RECIPE, cifar10_small.RECIPE,
-                   authors_release.CIFAR10, authors_release.SVHN,
-                   road.ROAD, road.ROAD_SMALL)
+    for recipe in (digits.RECIPE, authors_release.CIFAR10, authors_release.SVHN,
+                   *(recipe for scales in STUDIES.values() for recipe in scales.values()))
 }
 
 

@@ -1,0 +1,213 @@
+"""The paper's ablation (Table 5), and the questions that it leaves open.
+
+    python -m experiments reproduce table5 --scale small
+    python -m experiments reproduce centroids --scale small
+
+Each row changes one thing of the paper's method and keeps all else; :data:`QUESTIONS` says which
+rows answer what. At full scale the rest is the recipe `cifar10` (for Table 5 `svhn` too). The small
+scale is half of `cifar10_small`: 5,120 training images, 12 epochs; the weights of the paper's loss
+are the small ones that its short schedule bears (see `cifar10_small`), so that what is alpha = 1 at
+full scale is 0.01 there, beta = 1 is 0.05 and lambda = 1 is 0.05.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments.config import (
+    METHOD_LABELS,
+    Cost,
+    CurvatureConfig,
+    Evaluation,
+    Recipe,
+    RunConfig,
+    with_settings,
+)
+from experiments.paper import TABLES
+from experiments.recipes import cifar10, cifar10_small, svhn
+from experiments.recipes.scales import name_at, tiny
+
+Rows = dict[str, tuple[str, RunConfig]]
+"""By row, its label and its configuration."""
+
+
+class Base(NamedTuple):
+    """What all rows at a scale have in common."""
+
+    run: RunConfig  # of the method "robust"
+    evaluation: Evaluation
+    curvature: CurvatureConfig
+    note: str
+    cpu_hours: float  # of one run, as in Cost
+    cpu_gigabytes: float
+    gpu_hours: float
+
+
+FULL = Base(cifar10.RECIPE.rows["robust"], cifar10.RECIPE.evaluation, CurvatureConfig(), "",
+            cpu_hours=60.0, cpu_gigabytes=6.0, gpu_hours=0.15)
+
+SMALL = Base(
+    dataclasses.replace(cifar10_small.BASE, train_size=5120, epochs=12),
+    Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=5, test_size=2000, tsne_images=200),
+    CurvatureConfig(num_images=200, num_probes=4, smoothing_draws=16),
+    "5,120 training images, a ResNet18 of width 8 and 960 steps instead of 156,000, with the "
+    "weights of the paper's loss that so short a schedule bears (alpha 0.01, beta 0.05, lambda "
+    "0.05 where the paper has 1): compare the rows with each other, not with the paper's.",
+    cpu_hours=0.04, cpu_gigabytes=2.0, gpu_hours=0.01)
+
+RATES = (0.002, 0.02, 0.2)
+"""Learning rates of the rows that train without clipping."""
+
+DISTANCES = (0.5, 1.0, 2.0, 5.0)
+"""delta_d of the rows with delta_v = 0.5: a half, one, two and five times the ball's diameter."""
+
+QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "centroids": ("How centroids are tracked", ("robust", "naive", "momentum", "slow")),
+    "noise": ("Level and family of the training noise",
+              ("robust", "half", "double", "uniform", "laplace", "speckle", "salt_and_pepper")),
+    "passes": ("One or two forward passes for the two views",
+               ("both", "robust", "robust_one", "stability", "stability_one")),
+    "alignment": ("The weight of the alignment", ("robust", "lam_0", "lam_4", "lam_20")),
+    "margin": ("The margin against the diameter of the balls",
+               tuple(f"distance_{index}" for index in range(len(DISTANCES)))),
+    "features": ("Where the feature layer sits",
+                 ("both", "both_relu", "both_pooled", "robust", "robust_relu", "robust_pooled")),
+    "rates": ("Learning rates without clipping", tuple(
+        f"{method}_rate_{index}" for method in ("normal", "both", "paper")
+        for index in range(len(RATES)))),
+    "stabilisers": ("What lets the paper's weights bear a high rate",
+                    ("both", "robust", "paper", "paper_clip", "paper_warm", "paper_linear",
+                     "paper_linear_clip", "paper_linear_warm_clip")),
+}
+"""By name, in words, and the rows that answer it."""
+
+
+def _changed(run: RunConfig, **settings) -> RunConfig:
+    """The run with other settings; __ stands for the dot in a name."""
+    return with_settings(run, {name.replace("__", "."): value for name, value in settings.items()})
+
+
+def ablation_rows(run: RunConfig) -> Rows:
+    """The rows of all questions, from a run of the paper's method."""
+    by_method = {method: dataclasses.replace(run, method=method) for method in METHOD_LABELS}
+    return {
+        **{method: (METHOD_LABELS[method], by_method[method])
+           for method in ("normal", "both", "stability", "robust")},
+        "robust_one": ("Robust, one pass", _changed(run, one_pass=True)),
+        "stability_one": ("Stability, one pass",
+                          _changed(by_method["stability"], one_pass=True)),
+        **_centroid_rows(run), **_noise_rows(run), **_weight_rows(run),
+        **_feature_rows(by_method), **_rate_rows(run, by_method)}
+
+
+def _centroid_rows(run: RunConfig) -> Rows:
+    naive = {f"robust__{name}_centroids": "naive" for name in ("compact", "margin", "norm")}
+    return {
+        "naive": ("Centroids of the batch alone", _changed(run, **naive)),
+        "momentum": ("Momentum for the margin too",
+                     _changed(run, robust__margin_centroids="momentum")),
+        "slow": ("Momentum of 0.99", _changed(run, robust__momentum=0.99)),
+    }
+
+
+def _noise_rows(run: RunConfig) -> Rows:
+    std = run.noise_std
+    # Of the same power as the Gaussian noise; speckle on values with a mean square of 1/4.
+    families = {"uniform": f"uniform({std * 3 ** 0.5:.3g})", "laplace": f"laplace({std:g})",
+                "speckle": f"speckle({2 * std:g})",
+                "salt_and_pepper": f"salt_and_pepper({4 * std**2:.2g})"}
+    return {
+        "half": (f"gaussian({std / 2:g})", _changed(run, noise_std=std / 2)),
+        "double": (f"gaussian({2 * std:g})", _changed(run, noise_std=2 * std)),
+        **{name: (text, _changed(run, perturb=text)) for name, text in families.items()},
+    }
+
+
+def _weight_rows(run: RunConfig) -> Rows:
+    lam = run.robust.lam
+    ball = _changed(run, robust__delta_v=0.5)
+    return {
+        **{f"lam_{factor}": (f"λ = {factor * lam:g}", _changed(run, robust__lam=factor * lam))
+           for factor in (0, 4, 20)},
+        **{f"distance_{index}": (f"δ_v = 0.5, δ_d = {distance:g}",
+                                 _changed(ball, robust__delta_d=distance))
+           for index, distance in enumerate(DISTANCES)},
+    }
+
+
+def _feature_rows(by_method: dict[str, RunConfig]) -> Rows:
+    rows = {}
+    for method in ("both", "robust"):
+        run = by_method[method]
+        rows[f"{method}_relu"] = (
+            f"{METHOD_LABELS[method]}, ReLU on the features",
+            _changed(run, feature_layer="dense_relu"))
+        rows[f"{method}_pooled"] = (
+            f"{METHOD_LABELS[method]}, no feature layer",
+            _changed(run, feature_layer="pooled", num_features=8 * run.width))
+    return rows
+
+
+def _rate_rows(run: RunConfig, by_method: dict[str, RunConfig]) -> Rows:
+    free = {"optimizer__clip_norm": None}
+    paper = _changed(run, robust__alpha=1.0, robust__beta=1.0, robust__lam=1.0,
+                     robust__delta_v=0.5, **free)
+    labels = {"normal": "Normal", "both": "Both", "paper": "Robust, the paper's weights"}
+    runs = {"normal": by_method["normal"], "both": by_method["both"], "paper": paper}
+    clip, linear = {"optimizer__clip_norm": 1.0}, {"robust__compact_linear_beyond": 1.0}
+    warm = {"constraint_warmup_epochs": run.epochs / 2}
+    return {
+        **{f"{name}_rate_{index}": (
+            f"{label}, rate {rate:g}",
+            _changed(runs[name], optimizer__learning_rate=rate, **free))
+           for name, label in labels.items() for index, rate in enumerate(RATES)},
+        "paper": ("The paper's weights", paper),
+        "paper_clip": ("… clipped to norm 1", _changed(paper, **clip)),
+        "paper_warm": ("… warmed up over half of the epochs", _changed(paper, **warm)),
+        "paper_linear": ("… hinge linear beyond 1", _changed(paper, **linear)),
+        "paper_linear_clip": ("… linear and clipped", _changed(paper, **linear, **clip)),
+        "paper_linear_warm_clip": ("… linear, warmed up and clipped",
+                                   _changed(paper, **linear, **warm, **clip)),
+    }
+
+
+def table5_rows(run: RunConfig) -> Rows:
+    """The constraints one by one, and the weight of the norm, on clean images alone."""
+    run = dataclasses.replace(run, method="robust_clean")
+    return {
+        "compact": ("Compactness alone (β = 0)", _changed(run, robust__beta=0.0)),
+        "margin": ("Margin alone (α = 0)", _changed(run, robust__alpha=0.0)),
+        "both": ("Both, γ_reg = 0.001", run),
+        "gamma_0": ("Both, γ_reg = 0", _changed(run, robust__gamma_reg=0.0)),
+        "gamma_1": ("Both, γ_reg = 1", _changed(run, robust__gamma_reg=1.0)),
+        "softmax": ("Softmax loss alone", dataclasses.replace(run, method="normal")),
+    }
+
+
+TABLE5 = {"table5_cifar10": cifar10.RECIPE, "table5_svhn": svhn.RECIPE}
+"""By study, the recipe whose data set and noise it has."""
+
+STUDIES = ("ablations", *TABLE5)
+"""Of this module."""
+
+
+def at_scale(study: str, scale: str) -> Recipe:
+    """The recipe of one of :data:`STUDIES` at one of the scales."""
+    small = scale == "small"
+    base = SMALL if small else FULL
+    if study == "ablations":
+        title, rows, paper = "Changes to the method, one at a time", ablation_rows(base.run), {}
+    else:
+        title = f"The constraints one by one: {TABLES[study].title}"
+        peer = TABLE5[study].rows["robust"]
+        rows = table5_rows(dataclasses.replace(
+            base.run, dataset=peer.dataset, noise_std=peer.noise_std))
+        base = base._replace(evaluation=dataclasses.replace(base.evaluation, noise_levels=(0,)))
+        paper = {"paper_table": study, "paper_rows": {row: row for row in TABLES[study].rows}}
+    recipe = Recipe(
+        name=name_at(study, "small" if small else "full"), title=title,
+        rows={row: run for row, (_, run) in rows.items()},
+        labels={row: label for row, (label, _) in rows.items()}, evaluation=base.evaluation,
+        curvature=base.curvature, seeds=(0, 1, 2), note=base.note, may_diverge=True,
+        cost=Cost(cpu_hours=base.cpu_hours * len(rows), cpu_gigabytes=base.cpu_gigabytes,
+                  gpu_hours=base.gpu_hours * len(rows), basis="projected"), **paper)
+    return tiny(recipe) if scale == "tiny" else recipe

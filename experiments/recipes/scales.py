@@ -1,0 +1,46 @@
+"""The scales of a study: the paper's, a smaller one for CPUs, and the smallest that runs it all."""
+
+import dataclasses
+
+from experiments.config import (
+    Cost,
+    CurvatureConfig,
+    OptimizerConfig,
+    Recipe,
+    RunConfig,
+)
+
+SCALES = ("full", "small", "tiny")
+
+
+def name_at(study: str, scale: str) -> str:
+    """The name of a study's recipe at a scale: the study's own for the full one."""
+    return study if scale == "full" else f"{study}_{scale}"
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """A recipe that runs through the same code in seconds, and whose numbers say nothing.
+
+    A network of two convolutions, 160 training images, two epochs, 60 test images; images of a
+    folder at 32 x 40.
+    """
+    def shrink(config: RunConfig) -> RunConfig:
+        return dataclasses.replace(
+            config, model="small_cnn", feature_layer="dense", width=4, num_features=8,
+            image_size=(32, 40), train_size=160, validation_size=40, batch_size=40, epochs=2,
+            checkpoint_every=1, constraint_warmup_epochs=min(1.0, config.constraint_warmup_epochs),
+            optimizer=OptimizerConfig(learning_rate=0.01, clip_norm=1.0))
+
+    return dataclasses.replace(
+        recipe, name=name_at(recipe.name, "tiny"), title=f"{recipe.title}, tiny",
+        rows={row: shrink(config) for row, config in recipe.rows.items()},
+        evaluation=dataclasses.replace(
+            recipe.evaluation, num_draws=2, test_size=60, tsne_images=40,
+            perturb=tuple(text.replace("70", "6").replace("(10,6)", "(2,1)")
+                          for text in recipe.evaluation.perturb)),
+        paper_perturbations={text.replace("70", "6").replace("(10,6)", "(2,1)"): row
+                             for text, row in recipe.paper_perturbations.items()},
+        curvature=CurvatureConfig(num_images=40, num_probes=2, smoothing_draws=3, batch_size=40),
+        seeds=(0,), may_diverge=True,
+        note="Tiny: it shows that everything runs. Its numbers say nothing.",
+        cost=Cost(cpu_hours=0.02, cpu_gigabytes=1.0, gpu_hours=0.02, basis="estimated"))
