@@ -24,15 +24,25 @@ from experiments import (
     steps,
     sweep,
     sweep_report,
+    targets,
     theory,
     training,
 )
-from experiments.config import CurvatureConfig, Evaluation, InputError, RunConfig, read_config
+from experiments.config import (
+    CurvatureConfig,
+    Evaluation,
+    InputError,
+    Recipe,
+    RunConfig,
+    read_config,
+)
 from experiments.datasets import open_dataset
 from experiments.execution import Execution, Feed, keep_freed_memory
-from experiments.recipes import get_recipe
-from jaxrobust.data import BadFiles
+from experiments.recipes import RECIPES, get_recipe
+from experiments.robustness import FigureSettings
+from jaxrobust.data import BadFiles, Dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
+from jaxrobust.parallel import Layout
 
 Positional = tyro.conf.Positional
 Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
@@ -53,17 +63,24 @@ def say(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Train the rows of a recipe for all its seeds, test them, and write the report.
+    """Make a table or figure of the paper, or run a whole recipe: train, test, measure, report.
 
     What is done already is left as it is; what was broken off goes on.
     """
 
-    recipe: Positional[str]
-    """Name of a recipe, such as digits, cifar10_small, cifar10 or svhn."""
+    what: Positional[str]
+    """A table, figure or question, such as table1, figure9 or centroids; "paper", "questions" or
+    "all" of them; or a recipe, such as digits, cifar10_small or road."""
+    scale: str | None = None
+    """Of tables, figures and questions: "full", the paper's, for GPUs; "small", for CPUs; "tiny",
+    which shows that everything runs; "full" if none is given. A recipe has its own."""
+    dry_run: bool = False
+    """Only say what would be done, and what it takes."""
     out: pathlib.Path | None = None
-    """Folder of the results; runs/RECIPE if none is given."""
+    """Folder of a recipe's results, or above those of tables and figures; runs/RECIPE, and runs, if
+    none is given."""
     rows: tuple[str, ...] | None = None
-    """Rows to run; all if none is given."""
+    """Rows of a recipe to run; all if none is given."""
     seeds: Seeds | None = None
     """Training seeds; the recipe's if none is given."""
     jobs: int = 1
@@ -73,9 +90,13 @@ class Reproduce:
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
     data: str | None = None
-    """Data set of all rows instead of the recipe's, such as folder:PATH."""
+    """Data set instead of the recipe's, such as folder:PATH; of tables and figures, that of the
+    road images."""
+    studies: tuple[str, ...] | None = None
+    """Of tables and figures made from several data sets, such as "cifar10" and "svhn", those to be
+    made; all if none is given."""
     init_from: str | None = None
-    """File of PyTorch weights, .safetensors or .pth, that all rows start from."""
+    """File of PyTorch weights that all rows start from; of tables and figures, as data."""
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
     together: bool | None = None
@@ -85,39 +106,78 @@ class Reproduce:
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
-        recipe = reproduce.with_sources(get_recipe(self.recipe), self.data, self.init_from)
-        rows = list(self.rows or recipe.rows)
-        seeds = list(self.seeds or recipe.seeds)
-        for row in rows:
-            recipe.run(row, seeds[0])
         if self.jobs > 1 and self.execution != Execution():
             raise InputError(f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
+        plan = self._plan()
+        if self.dry_run:
+            print(plan.text())
+            return
         layout = self.execution.start()
-        folder = self.out or pathlib.Path("runs") / recipe.name
-        dataset = reproduce.load_recipe_dataset(
-            recipe, self.data_dir, in_memory=self.feed.in_memory())
+        say(plan.text())
+        # Of all studies, before the first of them is run.
+        datasets = [reproduce.load_recipe_dataset(
+            study.recipe, self.data_dir, in_memory=self.feed.in_memory())
+            for study in plan.studies.values()]
+        failures = []
+        for study, dataset in zip(plan.studies.values(), datasets, strict=True):
+            failures += self._run(study, dataset, layout)
+            if self.report and runs.is_writer():
+                print(f"The report is in {report.write_report(study.folder)}")
+            runs.barrier("report")
+        if self.report and runs.is_writer():
+            for path in targets.write_targets(plan):
+                print(f"Written: {path}")
+        runs.barrier("targets")
+        if failures:
+            raise InputError("; ".join(failures))
+
+    def _plan(self) -> targets.Plan:
+        if self.what in RECIPES:
+            recipe = reproduce.with_sources(get_recipe(self.what), self.data, self.init_from)
+            if self.scale is not None:
+                raise InputError(f"Expected scale only with a table, figure or question, got "
+                                 f"{self.scale!r} with the recipe {self.what}.")
+            return targets.plan_of_recipe(
+                recipe, self.out or pathlib.Path("runs") / recipe.name, self.rows, self.seeds)
+        if self.rows is not None:
+            raise InputError(f"Expected rows only with a recipe, got them with {self.what!r}.")
+        return targets.make_plan(
+            self.what, self.scale or "full", self.out or pathlib.Path("runs"), seeds=self.seeds,
+            data=self.data, init_from=self.init_from, only=self.studies)
+
+    def _run(self, study: targets.StudyPlan, dataset: Dataset, layout: Layout) -> list[str]:
+        """Runs a study of a plan; a line for each run that failed."""
+        recipe, folder = study.recipe, study.folder
+        rows, seeds = list(study.rows), list(study.seeds)
         reproduce.claim_study(
             folder, reproduce.describe_study(recipe, seeds, list(dataset.class_names)))
         if self.jobs > 1:
-            arguments = ["--data-dir", str(self.data_dir)]
-            arguments += [] if self.tensorboard else ["--no-tensorboard"]
-            arguments += [] if self.data is None else ["--data", self.data]
-            arguments += [] if self.init_from is None else ["--init-from", self.init_from]
-            arguments += [word for name, value in dataclasses.asdict(self.feed).items()
-                          if value is not None
-                          for word in (f"--{name.replace('_', '-')}", str(value))]
             failures = reproduce.run_study_in_parallel(
-                recipe, folder, rows=rows, seeds=seeds, jobs=self.jobs, arguments=arguments)
+                recipe, folder, rows=rows, seeds=seeds, jobs=self.jobs,
+                arguments=self._arguments(recipe))
         else:
             failures = reproduce.run_study(
                 recipe, dataset, folder, rows=rows, seeds=seeds, tensorboard=self.tensorboard,
                 together=self.together, layout=layout, feed=self.feed)
             failures = [] if recipe.may_diverge else failures
-        if self.report and runs.is_writer():
-            print(f"The report is in {report.write_report(folder)}")
-        runs.barrier("report")
-        if failures:
-            raise InputError("; ".join(failures))
+        for place in study.places(study.measured):
+            if (place / "done.json").is_file():
+                config = read_config(place)
+                robustness.measure_robustness(
+                    training.load_run(place, config, dataset), FigureSettings(), place, place.name)
+        return failures
+
+    def _arguments(self, recipe: Recipe) -> list[str]:
+        """Of the processes that run a recipe's rows."""
+        arguments = ["--data-dir", str(self.data_dir)]
+        arguments += [] if self.tensorboard else ["--no-tensorboard"]
+        row, first = next(iter(recipe.rows.items()))
+        usual = get_recipe(recipe.name).rows[row]
+        arguments += [] if first.dataset == usual.dataset else ["--data", first.dataset]
+        arguments += [] if first.init_from == usual.init_from else ["--init-from", first.init_from]
+        return arguments + [
+            word for name, value in dataclasses.asdict(self.feed).items() if value is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,8 +338,7 @@ class Figures(_OnRuns):
     Measures what is missing, then writes the report of the study that the runs belong to anew.
     """
 
-    settings: Annotated[robustness.FigureSettings, tyro.conf.arg(name="")] = (
-        robustness.FigureSettings())
+    settings: Annotated[FigureSettings, tyro.conf.arg(name="")] = FigureSettings()
     out: pathlib.Path | None = None
     """Folder of the figures of runs that belong to no study; "figures" beside the first of them
     if none is given."""

@@ -740,6 +740,11 @@ def section_markdown(section: Section, folder: str) -> list[str]:
               f"**{_md(picture.caption)}** {_md(picture.note)}" for picture in section.pictures)]
 
 
+def paragraph_markdown(text: str) -> str:
+    """Plain text as paragraphs of Markdown."""
+    return "\n\n".join(map(_md, paragraphs(text)))
+
+
 def _md_table(table: Table) -> str:
     align = "---:" if table.numeric else "---"
     lines = [table.columns, ("---", *[align] * (len(table.columns) - 1))]

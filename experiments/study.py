@@ -94,6 +94,24 @@ def load_study(folder: pathlib.Path) -> Study:
     return study
 
 
+def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
+    """The study with some of its rows alone, or with all.
+
+    Raises:
+      InputError: (a ValueError) if none of their runs is finished.
+    """
+    if rows is None:
+        return study
+    part = dataclasses.replace(
+        study, labels={row: study.labels[row] for row in rows},
+        methods={row: study.methods[row] for row in rows},
+        runs={row: study.runs[row] for row in rows})
+    if not part.all_finished():
+        raise InputError(f"Expected a finished run of {study.name} in {', '.join(rows)}, found "
+                         "none.")
+    return part
+
+
 def study_of_runs(folders: Sequence[pathlib.Path]) -> Study:
     """Runs that belong to no study, each a row of its own with its folder's name.
 

@@ -1,0 +1,304 @@
+"""The paper's tables and figures, and the open questions, each by name.
+
+    target ─ studies at a scale ─▶ runs (reproduce) ─▶ Study, the rows needed ─▶ tables and figures
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+from experiments import figures, report, reproduce, robustness_report, runs
+from experiments.config import InputError, Recipe
+from experiments.page import Section, Table, duration, listed
+from experiments.recipes import STUDIES, ablations
+from experiments.recipes.scales import SCALES
+from experiments.study import Study, load_study, with_rows
+from jaxrobust import _validate
+from jaxrobust.data import FOLDER_PREFIX
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A table, a figure or a question, and what it is made from."""
+
+    title: str
+    studies: tuple[str, ...]
+    """Keys of :data:`experiments.recipes.STUDIES`."""
+    build: Callable[[Study], Section]
+    """What is shown of each."""
+    rows: tuple[str, ...] | None = None
+    """Of the studies; none for all."""
+    measured: bool = False
+    """Whether it takes what the command ``figures`` measures."""
+
+
+def _accuracy(study: Study) -> Section:
+    return Section("accuracy", study.title, " ".join([report.lead(study),
+                                                      *report.comparisons(study)]),
+                   (report.accuracy_table(study),), (report.accuracy_picture(study),))
+
+
+def _clean_accuracy(study: Study) -> Section:
+    # With one noise level there is nothing to draw against.
+    return Section("accuracy", study.title, report.lead(study), (report.accuracy_table(study),))
+
+
+def _perturbations(study: Study) -> Section:
+    return Section("perturbations", study.title, "", (report.perturbation_table(study),))
+
+
+def _curvature(study: Study) -> Section:
+    return Section("curvature", study.title, "", (report.curvature_table(study),),
+                   (report.curvature_picture(study),))
+
+
+def _features(study: Study) -> Section:
+    picture = report.tsne_picture(study)
+    return Section("features", study.title, "", (), (picture,) if picture else ())
+
+
+def _question(study: Study) -> Section:
+    return Section("question", study.title, report.lead(study),
+                   (report.accuracy_table(study), report.curvature_table(study)),
+                   (report.accuracy_picture(study),))
+
+
+def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
+    """Of the sections on curvature and robustness, the pictures of these names with their tables.
+    """
+    def build(study: Study) -> Section:
+        found = [section for section in robustness_report.sections(study)
+                 if any(picture.name in names for picture in section.pictures)]
+        return Section(
+            "robustness", study.title, " ".join(section.lead for section in found).strip(),
+            tuple(table for section in found for table in section.tables),
+            tuple(picture for section in found for picture in section.pictures
+                  if picture.name in names))
+
+    return build
+
+
+_TWO = ("normal", "robust")
+
+PAPER: dict[str, Target] = {
+    "table1": Target("Table 1: CIFAR-10 under Gaussian noise", ("cifar10",), _accuracy),
+    "table2": Target("Table 2: SVHN under Gaussian noise", ("svhn",), _accuracy),
+    "table3": Target("Table 3: road images under Gaussian noise", ("road",), _accuracy),
+    "table4": Target("Table 4: road images under other perturbations", ("road",), _perturbations),
+    "table5": Target("Table 5: the constraints one by one", ("table5_cifar10", "table5_svhn"),
+                     _clean_accuracy),
+    "figure1": Target("Fig. 1: features of CIFAR-10, clean and noisy", ("cifar10",), _features,
+                      rows=("normal", "both", "robust")),
+    "figure8": Target("Fig. 8: accuracy on the images of low curvature", ("cifar10", "svhn"),
+                      _robustness(("accuracy_by_curvature",)), rows=_TWO, measured=True),
+    "figure9": Target("Fig. 9: curvature and correct predictions", ("cifar10", "svhn"),
+                      _robustness(("curvature_by_correct",)), rows=_TWO, measured=True),
+    "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _curvature),
+    "figure11": Target("Fig. 11: the loss around an image", ("svhn", "cifar10"),
+                       _robustness(("loss_surfaces",)), rows=_TWO, measured=True),
+    "figure12": Target("Fig. 12: features of the blocks, clean", ("cifar10",),
+                       _robustness(("blocks_clean",)), rows=_TWO, measured=True),
+    "figure13": Target("Fig. 13: features of the blocks, noisy", ("cifar10",),
+                       _robustness(("blocks_noisy",)), rows=_TWO, measured=True),
+}
+"""The paper's, by name."""
+
+QUESTIONS: dict[str, Target] = {
+    name: Target(title, ("ablations",), _question, rows=rows)
+    for name, (title, rows) in ablations.QUESTIONS.items()}
+"""What the paper leaves open, by name."""
+
+TARGETS = PAPER | QUESTIONS
+EVERY = {"all": tuple(TARGETS), "paper": tuple(PAPER), "questions": tuple(QUESTIONS)}
+"""Names for several targets together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyPlan:
+    """What is to be run of one study."""
+
+    recipe: Recipe
+    folder: pathlib.Path
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measured: tuple[str, ...]  # rows of which ``figures`` is to measure what it shows
+
+    def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
+        """The folders of the runs, of all rows or of some."""
+        return [reproduce.run_folder(self.folder, row, seed)
+                for seed in self.seeds for row in (self.rows if rows is None else rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Targets and the studies that they are made from."""
+
+    targets: dict[str, Target]
+    scale: str
+    studies: dict[str, StudyPlan]  # by key of STUDIES
+    out: pathlib.Path
+
+    def text(self) -> str:
+        """What is to be done, what is there already, and what it takes."""
+        lines = [f"{name}: {target.title}; in {self.out / name}"
+                 for name, target in self.targets.items()]
+        return "\n".join([*lines, *map(study_text, self.studies.values())])
+
+
+def study_text(plan: StudyPlan) -> str:
+    """A study of a plan in some lines: its runs, its settings, what it takes."""
+    places = plan.places()
+    done = sum((place / "curvature.json").is_file() or (place / "diverged.json").is_file()
+               for place in places)
+    begun = sum((place / "config.json").is_file() for place in places) - done
+    first = plan.recipe.rows[plan.rows[0]]
+    size = "all" if first.train_size is None else f"{first.train_size:,}"
+    lines = [f"{plan.recipe.name}: {len(places)} runs ({len(plan.rows)} rows, seeds "
+             f"{listed(plan.seeds)}), {done} done, {begun} begun; in {plan.folder}",
+             f"  {first.dataset}, {size} training images, {first.model} of width {first.width}, "
+             f"{first.epochs} epochs, batches of {first.batch_size}"]
+    cost = plan.recipe.cost
+    if cost is not None:
+        share = (len(places) - done) / len(plan.recipe.rows)
+        lines.append(
+            f"  left, on two CPU cores with --jobs 2: {duration(3600 * share * cost.cpu_hours)}, "
+            f"{cost.cpu_gigabytes:g} GB; on one GPU: {duration(3600 * share * cost.gpu_hours)} "
+            f"({cost.basis})")
+    return "\n".join(lines)
+
+
+def make_plan(
+    name: str, scale: str, root: pathlib.Path, *, seeds: Sequence[int] | None = None,
+    data: str | None = None, init_from: str | None = None, only: Sequence[str] | None = None,
+) -> Plan:
+    """The plan of a target, or of several.
+
+    Args:
+      name: one of :data:`TARGETS` or :data:`EVERY`.
+      scale: one of :data:`experiments.recipes.scales.SCALES`.
+      root: folder of the studies, and of the folder of the tables and figures.
+      seeds: of all runs; those of each recipe if none are given.
+      data: the data set of the studies on folders of images.
+      init_from: file of PyTorch weights that these start from.
+      only: the studies to be used, of targets that are made from several; all if none are given.
+
+    Raises:
+      InputError: (a ValueError) for an unknown target, scale or study, a target of which no study
+        is left, or a study of a folder without one.
+    """
+    _validate.one_of("target", name, (*TARGETS, *EVERY))
+    _validate.one_of("scale", scale, SCALES)
+    chosen = {one: TARGETS[one] for one in EVERY.get(name, (name,))}
+    if only is not None:
+        known = sorted({study for target in chosen.values() for study in target.studies})
+        for study in only:
+            _validate.one_of("study", study, known)
+        chosen = {one: dataclasses.replace(target, studies=tuple(
+            study for study in target.studies if study in only))
+            for one, target in chosen.items()}
+        chosen = {one: target for one, target in chosen.items() if target.studies}
+    studies: dict[str, StudyPlan] = {}
+    for target in chosen.values():
+        for study in target.studies:
+            recipe = STUDIES[study][scale]
+            if next(iter(recipe.rows.values())).dataset.startswith(FOLDER_PREFIX):
+                if data is None:
+                    raise InputError(f"Expected data=folder:PATH, a folder of images, for {name}: "
+                                     f"{recipe.name} has no data set of its own.")
+                recipe = reproduce.with_sources(recipe, data, init_from)
+            rows = target.rows or tuple(recipe.rows)
+            known = studies.get(study)
+            needed = {*rows, *(known.rows if known else ())}
+            measured = {*(rows if target.measured else ()), *(known.measured if known else ())}
+            studies[study] = StudyPlan(
+                recipe, root / recipe.name,
+                tuple(row for row in recipe.rows if row in needed),
+                tuple(seeds or recipe.seeds),
+                tuple(row for row in recipe.rows if row in measured))
+    return Plan(chosen, scale, studies, root / scale)
+
+
+def plan_of_recipe(
+    recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None, seeds: Sequence[int] | None
+) -> Plan:
+    """The plan of a recipe alone, or of some of its rows.
+
+    Raises:
+      InputError: (a ValueError) for an unknown row.
+    """
+    rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
+    for row in rows:
+        recipe.run(row, seeds[0])
+    return Plan({}, "", {recipe.name: StudyPlan(recipe, folder, rows, seeds, ())}, folder)
+
+
+def write_targets(plan: Plan) -> list[pathlib.Path]:
+    """Writes each target's folder: ``NAME.md``, ``NAME.csv``, ``NAME.json`` and its figures.
+
+    Returns:
+      The Markdown files.
+
+    Raises:
+      InputError: (a ValueError) if a study has no finished run in the rows of a target.
+    """
+    return [_write_target(name, plan) for name in plan.targets]
+
+
+def _write_target(name: str, plan: Plan) -> pathlib.Path:
+    target, folder = plan.targets[name], plan.out / name
+    studies = [with_rows(load_study(plan.studies[key].folder), target.rows)
+               for key in target.studies]
+    sections = [target.build(study) for study in studies]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {target.title}", f"Scale: {plan.scale}. {_made_by(name, plan)}"]
+    tables = []
+    for study, section in zip(studies, sections, strict=True):
+        # Pictures of two studies would have the same name.
+        section = section._replace(pictures=tuple(
+            picture._replace(name=f"{study.name}-{picture.name}") for picture in section.pictures))
+        for picture in section.pictures:
+            figures.save(picture.figure, folder / picture.name)
+        parts += report.section_markdown(section, "")
+        parts += [] if not study.note else [report.paragraph_markdown(study.note)]
+        tables += [(study.name, table) for table in section.tables]
+    runs.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
+    runs.write_text(folder / f"{name}.csv", _csv(tables))
+    runs.write_json(folder / f"{name}.json", {
+        "target": name, "title": target.title, "scale": plan.scale,
+        "studies": [_facts(study) for study in studies],
+        "tables": [{"study": study, "caption": table.caption, "columns": table.columns,
+                    "rows": [[row.head, *(cell.text for cell in row.cells)] for row in table.rows]}
+                   for study, table in tables]})
+    return folder / f"{name}.md"
+
+
+def _made_by(name: str, plan: Plan) -> str:
+    words = f"`python -m experiments reproduce {name} --scale {plan.scale}`"
+    return f"Made by {words}; the runs' provenance is in `{name}.json`."
+
+
+def _facts(study: Study) -> dict:
+    """Where the runs of a study come from."""
+    finished = study.all_finished()
+    return {
+        "name": study.name, "command": study.command, "commit": study.commit,
+        "runs": {run.folder.name: {
+            "commit": run.provenance.get("commit"), "seconds": run.provenance.get("seconds"),
+            "seed": run.seed, "epoch": run.evaluation["epoch"]} for run in finished},
+        "diverged": [run.folder.name for of_row in study.runs.values() for run in of_row
+                     if run.diverged],
+        "hardware": sorted({run.provenance["hardware"] for run in finished}),
+        "versions": finished[0].provenance["versions"],
+    }
+
+
+def _csv(tables: Sequence[tuple[str, Table]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for study, table in tables:
+        writer.writerow([study, table.caption])
+        writer.writerow(table.columns)
+        writer.writerows([row.head, *(cell.text for cell in row.cells)] for row in table.rows)
+    return out.getvalue()
