@@ -292,7 +292,7 @@ def accuracy_table(study: Study) -> Table:
         numbers = paper_numbers(study, row)
         if any(level in numbers for level in levels):
             key = study.paper_rows[row]
-            for head, text in ((f"paper: {METHOD_LABELS.get(key, key)}", _papers),
+            for head, text in ((f"paper: {METHOD_LABELS.get(key, study.labels[row])}", _papers),
                                ("difference", _difference)):
                 cells = [Cell(text(values.get(level), numbers.get(level))) for level in levels]
                 rows.append(TableRow(head, (*cells, Cell("–")), muted=True))

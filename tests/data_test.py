@@ -7,10 +7,10 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import real_formats
 
 from jaxrobust import data, perturbations
 from jaxrobust._validate import InputError
-from jaxrobust.data import sources
 
 
 def test_digits_are_the_1797_real_ones_divided_by_class():
@@ -64,59 +64,12 @@ def test_an_unknown_data_set_names_the_nearest():
         data.load_dataset("cifar-10")
 
 
-def write_cifar10(folder, random):
-    """The binary batches of the CIFAR-10 site, with 3 images each."""
-    batches = folder / "cifar-10-batches-bin"
-    batches.mkdir(parents=True)
-    names = [f"data_batch_{index}.bin" for index in range(1, 6)] + ["test_batch.bin"]
-    images = random.integers(0, 256, (18, 32, 32, 3), np.uint8)
-    labels = (np.arange(18) % 10).astype(np.uint8)
-    for index, name in enumerate(names):
-        part = slice(3 * index, 3 * index + 3)
-        rows = np.concatenate(
-            [labels[part, None], images[part].transpose(0, 3, 1, 2).reshape(3, -1)], axis=1)
-        (batches / name).write_bytes(rows.tobytes())
-    (batches / "batches.meta.txt").write_text("\n".join(
-        "airplane automobile bird cat deer dog frog horse ship truck".split()) + "\n")
-    return folder, (images[:15], labels[:15]), (images[15:], labels[15:])
-
-
-def write_svhn(folder, random):
-    """The MATLAB files of the SVHN site, with 5 and 4 images; label 10 is the digit 0."""
-    import scipy.io
-
-    folder.mkdir(parents=True)
-    written = {}
-    for name, size in (("train", 5), ("test", 4), ("extra", 1)):
-        images = random.integers(0, 256, (size, 32, 32, 3), np.uint8)
-        labels = np.arange(size, dtype=np.uint8)
-        scipy.io.savemat(folder / f"{name}_32x32.mat", {
-            "X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None]})
-        written[name] = images, labels
-    return folder, written["train"], written["test"]
-
-
-def prepare(name, raw, data_dir):
-    """Has TFDS itself prepare what lies in ``raw`` as if it had been downloaded."""
-    import tensorflow_datasets as tfds
-
-    def paths(_, urls):
-        if isinstance(urls, dict):
-            return {key: str(raw / url.rsplit("/", 1)[-1]) for key, url in urls.items()}
-        return raw
-
-    builder = sources.tfds_builder(name, data_dir)
-    manager = tfds.download.DownloadManager
-    with mock.patch.object(manager, "download_and_extract", paths), mock.patch.object(
-            manager, "download", paths):
-        builder.download_and_prepare()
-
-
 @pytest.mark.filterwarnings("default")  # TFDS and TensorFlow have warnings of their own.
-@pytest.mark.parametrize("name, write", [("cifar10", write_cifar10), ("svhn_cropped", write_svhn)])
+@pytest.mark.parametrize("name, write", [
+    ("cifar10", real_formats.write_cifar10), ("svhn_cropped", real_formats.write_svhn)])
 def test_what_tfds_prepared_is_read_back_to_the_bit(name, write, tmp_path):
     raw, *expected = write(tmp_path / "raw", np.random.default_rng(0))
-    prepare(name, raw, tmp_path / "data")
+    real_formats.prepare(name, raw, tmp_path / "data")
     dataset = data.load_dataset(name, tmp_path / "data")
     for split, (images, labels) in zip((dataset.train, dataset.test), expected, strict=True):
         # TFDS shuffles what it writes.

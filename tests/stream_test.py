@@ -8,10 +8,10 @@ import threading
 import time
 from unittest import mock
 
-import data_test
 import jax
 import numpy as np
 import pytest
+import real_formats
 
 from jaxrobust import data
 from jaxrobust._validate import InputError
@@ -352,7 +352,7 @@ def test_without_grain_the_extra_to_install_is_named():
 # --- what TFDS prepared -----------------------------------------------------------------------
 
 TFDS = pytest.mark.filterwarnings("default")  # TFDS and TensorFlow have warnings of their own.
-WRITERS = {"cifar10": data_test.write_cifar10, "svhn_cropped": data_test.write_svhn}
+WRITERS = {"cifar10": real_formats.write_cifar10, "svhn_cropped": real_formats.write_svhn}
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +361,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     for name, write in WRITERS.items():
         raw, *_ = write(folder / f"raw-{name}", np.random.default_rng(0))
-        data_test.prepare(name, raw, folder / "data")
+        real_formats.prepare(name, raw, folder / "data")
     return folder / "data"
 
 

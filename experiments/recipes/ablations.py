@@ -176,7 +176,7 @@ def table5_rows(run: RunConfig) -> Rows:
     return {
         "compact": ("Compactness alone (β = 0)", _changed(run, robust__beta=0.0)),
         "margin": ("Margin alone (α = 0)", _changed(run, robust__alpha=0.0)),
-        "both": ("Both, γ_reg = 0.001", run),
+        "alpha_beta": ("Both, γ_reg = 0.001", run),
         "gamma_0": ("Both, γ_reg = 0", _changed(run, robust__gamma_reg=0.0)),
         "gamma_1": ("Both, γ_reg = 1", _changed(run, robust__gamma_reg=1.0)),
         "softmax": ("Softmax loss alone", dataclasses.replace(run, method="normal")),

@@ -9,6 +9,7 @@ As `cifar10`, with noise of 0.15. Expected by the paper: robust 96.13 % clean an
 from experiments.config import (
     METHOD_LABELS,
     METHOD_PAPER_ROWS,
+    Cost,
     Evaluation,
     Recipe,
     RunConfig,
@@ -23,4 +24,5 @@ RECIPE = Recipe(
     evaluation=Evaluation(noise_levels=(0, 5, 10, 20, 36, 42)),
     paper_rows=METHOD_PAPER_ROWS,
     paper_table="table2",
+    cost=Cost(cpu_hours=427, cpu_gigabytes=3, gpu_hours=0.55, basis="projected"),
 )

@@ -1,0 +1,246 @@
+"""`reproduce` of tables, figures and questions: everything at the tiny scale, from nothing."""
+
+import csv
+import dataclasses
+import json
+import math
+import statistics
+
+import numpy as np
+import PIL.Image
+import pytest
+import real_formats
+from command_line import call, one_line
+
+from experiments import paper, runs, targets
+from experiments.config import InputError, get_setting
+from experiments.recipes import RECIPES, STUDIES, ablations
+from experiments.recipes.scales import SCALES
+from experiments.study import load_study, with_rows
+
+# TensorBoard's writer, Orbax and TFDS warn about themselves.
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
+
+
+@pytest.fixture(name="place", scope="module")
+def _place(tmp_path_factory):
+    """Small data sets in the real formats, and everything made from them."""
+    place, random = tmp_path_factory.mktemp("targets"), np.random.default_rng(0)
+    for name, write, sizes in (("cifar10", real_formats.write_cifar10, (80,)),
+                               ("svhn_cropped", real_formats.write_svhn, (400, 80))):
+        raw, *_ = write(place / f"raw-{name}", random, *sizes)
+        real_formats.prepare(name, raw, place / "data")
+    real_formats.write_folder(place / "road", random, 110)
+    assert call("reproduce", "all", *words(place)) == 0
+    return place
+
+
+def words(place):
+    return ("--scale", "tiny", "--data", f"folder:{place / 'road'}", "--data-dir", place / "data",
+            "--no-tensorboard", "--out", place / "runs")
+
+
+def made(place, name):
+    """A target's folder, and its content for machines."""
+    folder = place / "runs" / "tiny" / name
+    return folder, runs.read_json(folder / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_every_target_is_made_with_its_tables_and_figures(name, place):
+    folder, content = made(place, name)
+    target, page = targets.TARGETS[name], (folder / f"{name}.md").read_text()
+    assert page.startswith(f"# {target.title}\n")
+    assert [study["name"] for study in content["studies"]] == [
+        STUDIES[key]["tiny"].name for key in target.studies]
+    # Each picture that the page shows is there, and is no empty one.
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert all(f"]({picture})" in page for picture in pictures)
+    assert page.count("![") == len(pictures)
+    for picture in pictures:
+        with PIL.Image.open(folder / picture) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20
+    assert len(content["tables"]) + len(pictures) >= len(target.studies)
+    expected = {"table": (1, 0), "figure": (0, 1)}.get(name.rstrip("0123456789"), (2, 1))
+    assert len(content["tables"]) >= expected[0] and len(pictures) >= expected[1]
+    for study in content["studies"]:
+        assert study["commit"] and study["hardware"] and study["versions"]["jax"]
+        assert all(run["seconds"] > 0 for run in study["runs"].values())
+    lines = list(csv.reader((folder / f"{name}.csv").open()))
+    for table in content["tables"]:
+        assert [*table["columns"]] in lines and all(row in lines for row in table["rows"])
+
+
+@pytest.mark.parametrize("name, key", [("table1", "table1"), ("table2", "table2"),
+                                       ("table3", "table3")])
+def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, place):
+    _, content = made(place, name)
+    table, = content["tables"]
+    heads = [row[0] for row in table["rows"]]
+    assert len(heads) == 15
+    recipe = STUDIES[targets.TARGETS[name].studies[0]]["tiny"]
+    for index, method in enumerate(recipe.rows):
+        ours, theirs, difference = (row[1:-1] for row in table["rows"][3 * index : 3 * index + 3])
+        evaluation = runs.read_json(
+            place / "runs" / recipe.name / f"{method}-seed0" / "evaluation.json")
+        for column, (mean, _) in enumerate(paper.TABLES[key].rows[method]):
+            accuracy = 100 * statistics.fmean(evaluation["levels"][column]["accuracies"])
+            assert float(ours[column].split()[0]) == pytest.approx(accuracy, abs=0.006)
+            assert float(theirs[column].split()[0]) == pytest.approx(mean, abs=0.006)
+            assert float(difference[column].replace("−", "-")) == pytest.approx(
+                accuracy - mean, abs=0.006)
+
+
+def test_table_4_has_every_perturbation_of_the_paper(place):
+    _, content = made(place, "table4")
+    table, = content["tables"]
+    heads = [row[0] for row in table["rows"]]
+    assert [head.removeprefix("paper: ") for head in heads[1::3]] == list(paper.TABLE4.rows)
+    assert all(head.startswith("paper: ") for head in heads[1::3])
+    assert set(heads[2::3]) == {"difference"}
+
+
+def test_table_5_is_of_clean_images_alone(place):
+    _, content = made(place, "table5")
+    for table, key in zip(content["tables"], ("table5_cifar10", "table5_svhn"), strict=True):
+        assert table["columns"] == ["Method", "Clean", "Training time"]
+        theirs = [float(row[1]) for row in table["rows"] if row[0].startswith("paper: ")]
+        assert theirs == [row[0][0] for row in paper.TABLES[key].rows.values()]
+    metrics = runs.read_lines(
+        place / "runs" / "table5_cifar10_tiny" / "alpha_beta-seed0" / "metrics.jsonl")
+    assert "accuracy_noisy" not in metrics[0] and metrics[0]["margin"] > 0
+
+
+def test_what_is_done_is_not_done_again(place, capsys):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in (place / "runs").rglob("*-seed0/*.json*")}
+
+    before = stamps()
+    assert call("reproduce", "figure9", *words(place)[:2], *words(place)[4:]) == 0
+    assert stamps() == before
+    said = capsys.readouterr().out
+    # The rows of the figure alone.
+    assert "cifar10_tiny: 2 runs (2 rows, seeds 0), 2 done, 0 begun" in said
+    assert "0 s" in said
+
+
+def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for scale in SCALES:
+        assert call("reproduce", "all", "--scale", scale, "--dry-run", "--data",
+                    "folder:nowhere") == 0
+        said = capsys.readouterr().out
+        for name, target in targets.TARGETS.items():
+            assert f"{name}: {target.title}; in runs/{scale}/{name}" in said
+        for study in STUDIES.values():
+            assert f"{study[scale].name}: " in said
+        assert said.count("on one GPU") == len(STUDIES)
+    assert call("reproduce", "digits", "--dry-run") == 0
+    assert "digits: 15 runs (5 rows, seeds 0, 1, 2), 0 done" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_of_two_data_sets_can_be_made_of_one(capsys):
+    assert call("reproduce", "paper", "--scale", "small", "--dry-run", "--studies", "cifar10",
+                "table5_cifar10") == 0
+    said = capsys.readouterr().out
+    assert "table1" in said and "figure11" in said and "table5_cifar10_small" in said
+    assert "svhn" not in said and "road" not in said and "table2" not in said
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (("table6",), "Unknown target 'table6'. Did you mean 'table"),
+    (("table1", "--scale", "smal"), "Unknown scale 'smal'. Did you mean 'small'?"),
+    (("digits", "--scale", "small"), "Expected scale only with a table, figure or question"),
+    (("table1", "--rows", "robust"), "Expected rows only with a recipe"),
+    (("table3", "--scale", "small"), "Expected data=folder:PATH, a folder of images, for table3"),
+    (("figure9", "--studies", "cifar"), "Unknown study 'cifar'. Did you mean 'cifar10'?"),
+    (("table1", "--jobs", "2", "--parallel", "jit"), "Expected jobs=1 with several devices"),
+])
+def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("reproduce", *arguments) == 2
+    assert expected in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_sets_are_looked_for_before_anything_is_run(tmp_path, capsys):
+    assert call("reproduce", "figure8", "--scale", "tiny", "--data-dir", tmp_path / "data",
+                "--out", tmp_path / "runs") == 2
+    assert "The data set cifar10 is not prepared in" in one_line(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_rows_of_a_question_differ_in_what_it_asks():
+    for scale in SCALES:
+        recipe = STUDIES["ablations"][scale]
+        for name, (_, rows) in ablations.QUESTIONS.items():
+            configs = [recipe.rows[row] for row in rows]
+            if scale != "tiny":  # which has one network for all.
+                assert len(set(configs)) == len(configs), name
+    small = STUDIES["ablations"]["small"].rows
+    changes = {
+        "naive": ("robust.margin_centroids", "robust.compact_centroids", "robust.norm_centroids"),
+        "momentum": ("robust.margin_centroids",), "slow": ("robust.momentum",),
+        "half": ("noise_std",), "double": ("noise_std",), "uniform": ("perturb",),
+        "laplace": ("perturb",), "speckle": ("perturb",), "salt_and_pepper": ("perturb",),
+        "robust_one": ("one_pass",), "lam_0": ("robust.lam",), "lam_4": ("robust.lam",),
+        "lam_20": ("robust.lam",), "robust_relu": ("feature_layer",),
+        "robust_pooled": ("feature_layer", "num_features"), "both": ("method",)}
+    for row, names in changes.items():
+        found = {name for name in _settings(small["robust"])
+                 if get_setting(small[row], name) != get_setting(small["robust"], name)}
+        # "momentum" is the paper's choice for all but the margin.
+        assert found == set(names), row
+
+
+def _settings(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def test_families_of_noise_have_the_power_of_the_gaussian():
+    """On values uniform in [0, 1], before clipping, up to the rounding of what is written."""
+    import jax
+
+    from jaxrobust import perturbations
+
+    small = STUDIES["ablations"]["small"].rows
+    images = jax.random.uniform(jax.random.key(0), (8, 32, 32, 3)) * 0.5 + 0.25
+    for row in ("uniform", "laplace"):
+        perturb = perturbations.parse_perturbation(small[row].perturb)
+        change = perturb(jax.random.key(1), images) - images
+        assert math.sqrt(float((change**2).mean())) == pytest.approx(0.06, rel=0.02), row
+
+
+def test_every_recipe_of_a_study_says_what_it_costs():
+    for study, scales in STUDIES.items():
+        assert tuple(scales) == SCALES
+        for recipe in scales.values():
+            assert recipe.cost is not None and recipe.cost.cpu_hours > 0, recipe.name
+            assert recipe is RECIPES[recipe.name]
+        assert scales["full"].name == study
+
+
+def test_a_study_with_some_rows_has_those_alone(place):
+    study = load_study(place / "runs" / "cifar10_tiny")
+    part = with_rows(study, ("normal", "robust"))
+    assert list(part.labels) == ["normal", "robust"] == list(part.runs)
+    assert with_rows(study, None) is study
+    empty = dataclasses.replace(study, runs={**study.runs, "both": ()})
+    with pytest.raises(InputError, match="a finished run of cifar10_tiny in both, found none"):
+        with_rows(empty, ("both",))
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    shared = json.dumps([paper.TABLES[name].rows["robust"][0][0]
+                         for name in ("table1", "table2", "table3")])
+    assert shared == "[92.67, 96.13, 97.37]"
+    for table in paper.TABLES.values():
+        assert all(len(row) == len(table.levels) for row in table.rows.values())
+        assert all(0 < mean < 100 for row in table.rows.values() for mean, _ in row)
