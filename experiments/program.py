@@ -102,12 +102,16 @@ def optimizer_of(
     learning_rate = learning_rate_schedule(
         config.optimizer, epochs=config.epochs,
         steps_per_epoch=len(data.batch_sizes(num_train, config.batch_size)))
-    shared = {"weight_decay": config.optimizer.weight_decay,
-              "clip_norm": config.optimizer.clip_norm}
-    if config.optimizer.name == "adam":
-        return training.adam(learning_rate, **shared), learning_rate
-    return training.sgd(
-        learning_rate, momentum=config.optimizer.momentum, **shared), learning_rate
+    return _transformation(config.optimizer, learning_rate), learning_rate
+
+
+def _transformation(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    shared = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm}
+    if config.name == "adam":
+        return training.adam(learning_rate, **shared)
+    return training.sgd(learning_rate, momentum=config.momentum, **shared)
 
 
 def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
@@ -215,11 +219,17 @@ def _with_axis(state_and_metrics):
 def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainState:
     """The state of one run before its first step, on the devices."""
     sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
-    optimizer, _ = optimizer_of(config, num_train_of(config, dataset))
-    # Compiled as a whole: layer by layer it takes longer than compiling the update.
-    create = jax.jit(functools.partial(
-        training.create_train_state, model_of(config, dataset), optimizer))
+    create = _state_of(model_of(config, dataset), config.optimizer)
     return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
+
+
+@functools.lru_cache(maxsize=8)
+def _state_of(model: nn.Module, optimizer: OptimizerConfig) -> Callable[..., TrainState]:
+    """``(key, images) -> state`` before the first step; compiled once for all runs of a kind."""
+    # What an optimiser begins with does not depend on its schedule.
+    transformation = _transformation(optimizer, optax.schedules.constant_schedule(0.0))
+    # Compiled as a whole: layer by layer it takes longer than compiling the update.
+    return jax.jit(functools.partial(training.create_train_state, model, transformation))
 
 
 def start_from(
