@@ -38,9 +38,9 @@ class Settings:
 
     file_size: tuple[int, int] = (900, 1200)
     image_size: tuple[int, int] = (400, 500)
-    num_files: int = 128
+    num_files: int = 96
     batch_size: int = 16
-    rounds: int = 5
+    rounds: int = 15
     methods: tuple[str, ...] = ("normal", "robust")
 
 
