@@ -1,0 +1,145 @@
+"""The numbers of the README and the docs are those of the files under results/."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ("README.md", *sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")), "results/README.md")
+
+
+def tables(text):
+    """The Markdown tables of a text, each a list of rows of cells."""
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")]
+             for line in table.splitlines() if not re.fullmatch(r"[|\-: ]+", line)]
+            for table in found]
+
+
+def accuracy_tables():
+    """Tables of pages that follow a link to a study's report, or name its folder."""
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for table in tables(text):
+            head = table[0]
+            if any(re.fullmatch(r"\d+/255", cell) for cell in head[1:]):
+                before = text[: text.index("|" + "|".join(f" {cell} " for cell in head[1:]))]
+                named = re.findall(r"results/(\w+)/report\.md|reproduce (\w+)", before)
+                study = next(a or b for a, b in reversed(named)
+                             if (ROOT / "results" / (a or b) / "report.json").is_file())
+                yield page, study, table
+
+
+TABLES = list(accuracy_tables())
+
+
+def test_the_accuracy_tables_are_found():
+    assert {study for _, study, _ in TABLES} >= {"digits", "cifar10_small", "road_small"}
+
+
+@pytest.mark.parametrize("page, study, table", TABLES,
+                         ids=[f"{page}-{study}" for page, study, _ in TABLES])
+def test_accuracies_are_those_of_the_report(page, study, table):
+    rows = json.loads((ROOT / "results" / study / "report.json").read_text())["rows"]
+    by_label = {name(row): row for row in rows}
+    columns = [column(cell) for cell in table[0][1:]]
+    best = {}
+    for label, *cells in table[1:]:
+        row = by_label[label]
+        accuracy = {one["noise_std_255"]: one for one in row["accuracy"]}
+        accuracy |= {one["perturbation"].split("(")[0]: one for one in row.get("perturbed", ())
+                     if "+" not in one["perturbation"]}
+        for key, cell in zip(columns, cells, strict=True):
+            one, text = accuracy[key], cell.strip("*")
+            mean, _, spread = text.partition(" ± ")
+            assert mean == f"{one['mean']:.2f}", (label, key)
+            std = one["std_over_seeds"] if len(row["seeds"]) > 1 else one["std_over_draws"]
+            if spread:
+                assert spread == f"{std:.2f}", (label, key)
+            best.setdefault(key, []).append((round(one["mean"], 2), cell.startswith("**")))
+    for key, found in best.items():
+        top = max(mean for mean, _ in found)
+        assert [bold for _, bold in found] == [mean == top for mean, _ in found], key
+
+
+def name(row):
+    """What a row of a report is called in the pages."""
+    short = {"robust": "robust, short-schedule settings",
+             "robust_paper": "robust, the paper's settings"}
+    return short.get(row["row"], row["row"])
+
+
+def column(cell):
+    """The noise level or the perturbation of a column."""
+    words = {"clean": 0, "down-up": "down_up"}
+    level = re.fullmatch(r"(\d+)/255", cell)
+    return float(level[1]) if level else words.get(cell, cell)
+
+
+def benchmark_tables():
+    """Tables of the README and the docs that follow a link to a benchmark's page."""
+    for page in PAGES[:-1]:
+        text = (ROOT / page).read_text()
+        for link in re.finditer(
+                r"results/(bench\w*)/\w+\.md\)\)[^|]*\n\n?((?:\|.*\|\n)+)", text):
+            yield page, link[1], tables(link[2])[0]
+
+
+BENCHMARKS = list(benchmark_tables())
+
+
+def test_the_benchmark_tables_are_found():
+    assert {folder for _, folder, _ in BENCHMARKS} >= {
+        "bench", "bench_curvature", "bench_folder"}
+
+
+@pytest.mark.parametrize("page, folder, table", BENCHMARKS,
+                         ids=[f"{page}-{folder}" for page, folder, _ in BENCHMARKS])
+def test_every_number_of_a_benchmark_is_one_of_its_file(page, folder, table):
+    file, = (path for path in (ROOT / "results" / folder).glob("*.json")
+             if path.name in ("bench.json", "folder.json"))
+    known = list(numbers(json.loads(file.read_text())))
+    for _, *cells in table[1:]:
+        for cell in cells:
+            for text in re.findall(r"\d[\d,]*\.?\d*", cell):
+                digits = len(text.partition(".")[2])
+                value = float(text.replace(",", ""))
+                # As it is, or rounded to the digits shown.
+                assert any(abs(one - value) <= 0.5000001 * 10**-digits for one in known), (
+                    page, cell, text)
+
+
+def numbers(value):
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from numbers(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_links_to_is_there(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_result_names_what_made_it():
+    found = 0
+    for path in (ROOT / "results").rglob("provenance.json"):
+        facts = json.loads(path.read_text())
+        assert {"command", "commit", "started", "hardware", "versions", "seconds"} <= set(facts)
+        assert re.fullmatch(r"[0-9a-f]{40}( \(with changes\))?", facts["commit"]), path
+        found += 1
+    assert found >= 20
+    for path in (ROOT / "results").rglob("*"):
+        if path.suffix in (".json", ".md", ".csv", ".jsonl"):
+            assert not re.search(r"/(tmp|root|home)/", path.read_text()), path
+        assert path.is_dir() or path.stat().st_size < 1e6, path
