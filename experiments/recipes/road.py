@@ -13,10 +13,10 @@ validation accuracy", so that its test images probably chose the epoch; here the
 
     python -m experiments reproduce road_small --data folder:PATH
 
-is the same at 64 x 80 from random weights, for a thousand images in three quarters of an hour on two
-CPU cores, with the sizes of patches and stripes scaled by 64/400: it compares the methods with each
-other, not with the paper. Weights of the loss and schedule are those of `cifar10_small`; they were
-not searched for.
+is the same at 64 x 80 from random weights, in three quarters of an hour on two CPU cores for a
+thousand images, with the sizes of patches and stripes scaled by 64/400: it compares the methods
+with each other, not with the paper. Weights of the loss and schedule are those of `cifar10_small`;
+they were not searched for.
 """
 
 import dataclasses
