@@ -378,13 +378,26 @@ class Theory(_OnRuns):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the report of a folder that `reproduce` made, from what is there."""
+    """Write the report of a folder that `reproduce` made, or of any finished runs."""
 
-    folder: Positional[pathlib.Path]
-    """Folder of the study."""
+    folders: Positional[tuple[pathlib.Path, ...]]
+    """Folder of the study; or folders of runs, of which those that differ in the seed alone are one
+    row."""
+    out: pathlib.Path | None = None
+    """Folder of a report of runs; "report" beside the first if none is given."""
 
     def __call__(self) -> None:
-        print(f"The report is in {report.write_report(self.folder)}")
+        if not self.folders:
+            raise InputError("Expected a folder of a study, or folders of runs, got none.")
+        first = self.folders[0]
+        if len(self.folders) == 1 and not (first / "config.json").is_file():
+            if self.out is not None:
+                raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
+                                 f"report. Got {self.out}.")
+            path = report.write_report(first)
+        else:
+            path = report.write_report_of_runs(self.folders, self.out or first.parent / "report")
+        print(f"The report is in {path}")
 
 
 @dataclasses.dataclass(frozen=True)

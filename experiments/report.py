@@ -22,7 +22,7 @@ import jinja2
 import numpy as np
 
 from experiments import figures, robustness_report, steps, theory_report
-from experiments.config import METHOD_LABELS
+from experiments.config import METHOD_LABELS, InputError
 from experiments.page import (
     Cell,
     Picture,
@@ -70,7 +70,25 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       InputError: (a ValueError) if the folder holds no study, or no finished run.
     """
-    study = load_study(folder)
+    return _write_report(load_study(folder), folder)
+
+
+def write_report_of_runs(folders: Sequence[pathlib.Path], out: pathlib.Path) -> pathlib.Path:
+    """Writes one report of any finished runs; returns the path of ``report.html``.
+
+    Those that differ in nothing but the seed are one row.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds no run, none is finished, or two are the same.
+    """
+    study = study_of_runs(folders, together=True)
+    if not study.all_finished():
+        raise InputError(f"Expected a finished run in {', '.join(map(str, folders))}, found none.")
+    out.mkdir(parents=True, exist_ok=True)
+    return _write_report(study, out)
+
+
+def _write_report(study: Study, folder: pathlib.Path) -> pathlib.Path:
     sections = _sections(study)
     pictures = [picture for section in sections for picture in section.pictures]
     (folder / "figures").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,20 +113,35 @@ def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
     return part
 
 
-def study_of_runs(folders: Sequence[pathlib.Path]) -> Study:
+def study_of_runs(folders: Sequence[pathlib.Path], *, together: bool = False) -> Study:
     """Runs that belong to no study, each a row of its own with its folder's name.
 
-    Where two have the same name, that of the folder above is before it.
+    Where two have the same name, that of the folder above is before it. With ``together`` runs
+    that differ in nothing but the seed are one row, with the name of the first but for its seed.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds no run; or, with ``together``, two hold the same.
     """
-    names = [folder.name for folder in folders]
-    labels = {str(folder): folder.name if names.count(folder.name) == 1 else
-              f"{folder.parent.name}/{folder.name}" for folder in folders}
-    runs = {str(folder): (_load_run(folder, read_config(folder).seed),) for folder in folders}
+    rows: dict[str | RunConfig, list[Run]] = {}
+    for folder in folders:
+        run = _load_run(folder, read_config(folder).seed)
+        row = dataclasses.replace(run.config, seed=0) if together else str(folder)
+        for other in rows.get(row, ()):
+            if other.seed == run.seed:
+                raise InputError(f"Expected different runs, got {other.folder} and {folder}, which "
+                                 "are the same.")
+        rows.setdefault(row, []).append(run)
+    runs = {str(of_row[0].folder): tuple(sorted(of_row, key=lambda run: run.seed))
+            for of_row in rows.values()}
+    names = {row: re.sub(r"-seed\d+$", "", pathlib.Path(row).name) if together else
+             pathlib.Path(row).name for row in runs}
+    labels = {row: name if list(names.values()).count(name) == 1 else
+              f"{pathlib.Path(row).parent.name}/{name}" for row, name in names.items()}
     return Study(
         name="runs", title="Runs", note="", command="", commit="", labels=labels,
-        methods={row: run.config.method for row, (run,) in runs.items()},
-        seeds=tuple(sorted({run.seed for run, in runs.values()})), paper=None, paper_rows={},
-        paper_perturbations={}, class_names={}, runs=runs)
+        methods={row: of_row[0].config.method for row, of_row in runs.items()},
+        seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
+        paper=None, paper_rows={}, paper_perturbations={}, class_names={}, runs=runs)
 
 
 def class_labels(names: Sequence[str]) -> dict[int, str]:

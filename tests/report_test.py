@@ -4,9 +4,12 @@ import csv
 import html.parser
 import json
 import re
+import shutil
+import statistics
 
 import numpy as np
 import pytest
+from command_line import call, one_line
 
 from experiments import figures, report
 from experiments.config import InputError, RunConfig, to_json
@@ -169,7 +172,55 @@ def test_paper_row_follows_ours_at_the_same_levels(one_seed):
     rows = Page(one_seed[1]).rows
     below = rows[rows.index(table_rows(one_seed[1], LABELS["robust"])[0]) + 1]
     assert below == ["paper: Robust (the paper's method)", "92.67", "92.70 ± 0.05", "–"]
+    ours = table_rows(one_seed[1], LABELS["robust"])[0]
+    difference = rows[rows.index(below) + 1]
+    assert difference == ["difference", *(
+        f"{float(ours[1 + place].split()[0]) - mean:+.2f}".replace("-", "−")
+        for place, mean in enumerate((92.67, 92.70))), "–"]
     assert not table_rows(one_seed[1], "paper: Training on both clean and noisy images")
+
+
+def test_a_row_that_diverged_says_so_and_the_others_are_compared(tmp_path):
+    write_study(tmp_path / "study", {("both", 0): ([0.9], [0.7])}, seeds=[0])
+    gone = tmp_path / "study" / "robust-seed0"
+    gone.mkdir()
+    (gone / "config.json").write_text(to_json(
+        RunConfig(method="robust", epochs=9, select="last")))
+    write_json(gone / "diverged.json", {"epoch": 3, "message": "The loss is nan."})
+    page = report.write_report(tmp_path / "study").read_text()
+    assert table_rows(page, LABELS["robust"])[0][1:] == ["diverged", "diverged", "–"]
+    assert "seed 0: diverged in epoch 3 of 9" in page
+
+
+def test_any_runs_make_a_report_in_which_seeds_are_together(tmp_path, capsys):
+    write_study(tmp_path / "study", THREE_SEEDS, seeds=[0, 1, 2])
+    folders = [tmp_path / "study" / f"{row}-seed{seed}" for row in ("robust", "both")
+               for seed in (2, 0, 1)]
+    assert call("report", *folders) == 0
+    out = tmp_path / "study" / "report"
+    assert f"The report is in {out / 'report.html'}" in capsys.readouterr().out
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(row["label"], row["seeds"]) for row in rows] == [
+        ("robust", [0, 1, 2]), ("both", [0, 1, 2])]
+    means = [statistics.fmean(draws[1]) for (row, _), draws in THREE_SEEDS.items()
+             if row == "robust"]
+    assert rows[0]["accuracy"][1]["mean"] == pytest.approx(100 * statistics.fmean(means))
+    assert rows[0]["accuracy"][1]["std_over_seeds"] == pytest.approx(100 * statistics.stdev(means))
+    assert call("report", *folders[:2], "--out", tmp_path / "some") == 0
+    assert len(json.loads((tmp_path / "some" / "report.json").read_text())["rows"]) == 1
+
+
+def test_a_report_of_what_are_no_runs_or_the_same_is_one_line(tmp_path, capsys):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0])
+    run = tmp_path / "study" / "both-seed0"
+    shutil.copytree(run, tmp_path / "copy")
+    for arguments, expected in (
+            ((), "Expected a folder of a study, or folders of runs, got none."),
+            ((run, tmp_path / "copy"), "Expected different runs, got "),
+            ((run, tmp_path), f"Expected a run in {tmp_path}, found no config.json"),
+            ((tmp_path / "study", "--out", tmp_path / "out"), "Expected out only with runs")):
+        assert call("report", *arguments) == 2
+        assert expected in one_line(capsys)
 
 
 def test_no_paper_row_without_a_paper_table(tmp_path):
