@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 import warnings
@@ -390,7 +391,7 @@ def test_without_pillow_the_extra_to_install_is_named(folder, load):
 
 def test_the_library_is_imported_without_pillow():
     script = "import sys; sys.modules['PIL'] = None; import jaxrobust.data"
-    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script]) == 0
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --- bad files --------------------------------------------------------------------------------

@@ -41,11 +41,12 @@ class Settings:
     num_files: int = 96
     batch_size: int = 16
     rounds: int = 15
+    model: str = "mobilenet_v3_small"
     methods: tuple[str, ...] = ("normal", "robust")
 
 
 QUICK = Settings(file_size=(60, 80), image_size=(32, 40), num_files=10, batch_size=2, rounds=2,
-                 methods=("normal",))
+                 model="small_cnn", methods=("normal",))
 """Shows that everything works, and nothing else."""
 
 
@@ -154,6 +155,7 @@ def run_config(method: str, settings: Settings) -> RunConfig:
     """The run of the recipe `road` whose update is timed."""
     return dataclasses.replace(
         get_recipe("road").run(method, 0), dataset="folder:photographs", validation_size=0,
+        model=settings.model,
         image_size=settings.image_size, batch_size=settings.batch_size, select="last")
 
 
