@@ -198,9 +198,6 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
 
         return step
 
-    def order(key, epoch):
-        return data.epoch_order(key, epoch, num_train)
-
     compile_step = functools.partial(
         parallel.compile_step, layout, ynnpack=not isinstance(model, MobileNetV3))
     return Program(
@@ -208,7 +205,16 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
         resident=functools.cache(
             lambda num_steps: compile_step(functools.partial(resident, num_steps))),
         streamed=compile_step(streamed),
-        order=parallel.compile(layout, jax.vmap(order, (0, None)) if together else order))
+        order=_order_of(layout, num_train, together))
+
+
+@functools.lru_cache(maxsize=8)
+def _order_of(layout: Layout, num_train: int, together: bool) -> Callable[..., jax.Array]:
+    """``order`` of a :class:`Program`; compiled once for all runs on as many images."""
+    def order(key, epoch):
+        return data.epoch_order(key, epoch, num_train)
+
+    return parallel.compile(layout, jax.vmap(order, (0, None)) if together else order)
 
 
 def _with_axis(state_and_metrics):
