@@ -8,6 +8,7 @@ import sys
 from typing import Annotated, Union
 
 import absl.logging
+import jax
 import tyro
 
 from experiments import (
@@ -113,7 +114,11 @@ class Reproduce:
             print(plan.text())
             return
         layout = self.execution.start()
-        say(plan.text())
+        if any(study.measured for study in plan.studies.values()) and jax.process_count() > 1:
+            raise InputError(f"Expected one process to make {self.what!r}, got "
+                             f"{jax.process_count()}. Its studies alone can be run by several.")
+        if self.report:
+            say(plan.text())
         # Of all studies, before the first of them is run.
         datasets = [reproduce.load_recipe_dataset(
             study.recipe, self.data_dir, in_memory=self.feed.in_memory())
