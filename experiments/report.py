@@ -224,6 +224,15 @@ def comparisons(study: Study) -> list[str]:
             for peer in study.labels if study.methods[peer] in PEERS and by_row[peer]]
 
 
+def comparisons_with(study: Study, reference: str) -> list[str]:
+    """A sentence or two on each other row against the row ``reference``."""
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    if not by_row[reference]:
+        return []
+    return [_comparison(study.labels[row], study.labels[reference], values, by_row[reference])
+            for row, values in by_row.items() if row != reference and values]
+
+
 def _best(study: Study, level: float) -> str:
     by_row = {row: accuracies(study.finished(row)) for row in study.labels}
     means = {row: round(values[level].mean, 2) for row, values in by_row.items() if level in values}

@@ -153,7 +153,7 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str],
 def blocks_figure(planes: Sequence[BlockPlanes], class_names: dict[int, str]) -> Figure:
     """Fig. 12 and 13: the outputs of each block, a line of panels for each row of the table."""
     columns = max(len(plane.blocks) for plane in planes)
-    figure = new_figure(0.6 + 2.5 * columns, 1.2 + 2.0 * len(planes))
+    figure = new_figure(max(7.5, 0.6 + 2.5 * columns), 1.2 + 2.0 * len(planes))
     grid = figure.subplots(len(planes), columns, squeeze=False)
     for line, plane in zip(grid, planes, strict=True):
         for ax in line[len(plane.blocks):]:

@@ -59,10 +59,15 @@ def _features(study: Study) -> Section:
     return Section("features", study.title, "", (), (picture,) if picture else ())
 
 
-def _question(study: Study) -> Section:
-    return Section("question", study.title, report.lead(study),
-                   (report.accuracy_table(study), report.curvature_table(study)),
-                   (report.accuracy_picture(study),))
+def _question(reference: str) -> Callable[[Study], Section]:
+    """The rows that answer it, and in words how they compare with one of them."""
+    def build(study: Study) -> Section:
+        words = [report.lead(study), *report.comparisons_with(study, reference)]
+        return Section("question", study.title, " ".join(words),
+                       (report.accuracy_table(study), report.curvature_table(study)),
+                       (report.accuracy_picture(study),))
+
+    return build
 
 
 def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
@@ -106,8 +111,9 @@ PAPER: dict[str, Target] = {
 """The paper's, by name."""
 
 QUESTIONS: dict[str, Target] = {
-    name: Target(title, ("ablations",), _question, rows=rows)
-    for name, (title, rows) in ablations.QUESTIONS.items()}
+    name: Target(question.title, ("ablations",), _question(question.reference),
+                 rows=question.rows)
+    for name, question in ablations.QUESTIONS.items()}
 """What the paper leaves open, by name."""
 
 TARGETS = PAPER | QUESTIONS
@@ -235,7 +241,8 @@ def plan_of_recipe(
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
-    """Writes each target's folder: ``NAME.md``, ``NAME.csv``, ``NAME.json`` and its figures.
+    """Writes each target's folder: ``NAME.md``, ``NAME.json``, its figures, and ``NAME.csv`` if it
+    has tables.
 
     Returns:
       The Markdown files.
@@ -264,7 +271,8 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
         parts += [] if not study.note else [report.paragraph_markdown(study.note)]
         tables += [(study.name, table) for table in section.tables]
     runs.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-    runs.write_text(folder / f"{name}.csv", _csv(tables))
+    if tables:
+        runs.write_text(folder / f"{name}.csv", _csv(tables))
     runs.write_json(folder / f"{name}.json", {
         "target": name, "title": target.title, "scale": plan.scale,
         "studies": [_facts(study) for study in studies],

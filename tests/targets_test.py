@@ -67,9 +67,21 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
     for study in content["studies"]:
         assert study["commit"] and study["hardware"] and study["versions"]["jax"]
         assert all(run["seconds"] > 0 for run in study["runs"].values())
-    lines = list(csv.reader((folder / f"{name}.csv").read_text().splitlines()))
+    assert (folder / f"{name}.csv").is_file() == bool(content["tables"])
     for table in content["tables"]:
+        lines = list(csv.reader((folder / f"{name}.csv").read_text().splitlines()))
         assert [*table["columns"]] in lines and all(row in lines for row in table["rows"])
+
+
+def test_the_rows_of_a_question_are_compared_with_one_in_words(place):
+    folder, content = made(place, "alignment")
+    page = (folder / "alignment.md").read_text()
+    labels = [row[0] for row in content["tables"][0]["rows"]]
+    reference = STUDIES["ablations"]["tiny"].labels["robust"]
+    assert len(labels) == 4
+    for label in labels:
+        assert (f"“{label}” against “{reference}”, in percentage points: " in page) == (
+            label != reference)
 
 
 @pytest.mark.parametrize("name, key", [("table1", "table1"), ("table2", "table2"),
@@ -175,8 +187,9 @@ def test_data_sets_are_looked_for_before_anything_is_run(tmp_path, capsys):
 def test_the_rows_of_a_question_differ_in_what_it_asks():
     for scale in SCALES:
         recipe = STUDIES["ablations"][scale]
-        for name, (_, rows) in ablations.QUESTIONS.items():
-            configs = [recipe.rows[row] for row in rows]
+        for name, question in ablations.QUESTIONS.items():
+            configs = [recipe.rows[row] for row in question.rows]
+            assert question.reference in question.rows
             if scale != "tiny":  # which has one network for all.
                 assert len(set(configs)) == len(configs), name
     small = STUDIES["ablations"]["small"].rows

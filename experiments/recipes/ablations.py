@@ -62,25 +62,39 @@ RATES = (0.005, 0.05, 0.2)
 DISTANCES = (0.5, 1.0, 2.0, 5.0)
 """delta_d of the rows with delta_v = 0.5: a half, one, two and five times the ball's diameter."""
 
-QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "centroids": ("How centroids are tracked", ("robust", "naive", "momentum", "slow")),
-    "noise": ("Level and family of the training noise",
-              ("robust", "half", "double", "uniform", "laplace", "speckle", "salt_and_pepper")),
-    "passes": ("One or two forward passes for the two views",
-               ("both", "robust", "robust_one", "stability", "stability_one")),
-    "alignment": ("The weight of the alignment", ("robust", "lam_0", "lam_4", "lam_20")),
-    "margin": ("The margin against the diameter of the balls",
-               tuple(f"distance_{index}" for index in range(len(DISTANCES)))),
-    "features": ("Where the feature layer sits",
-                 ("both", "both_relu", "both_pooled", "robust", "robust_relu", "robust_pooled")),
-    "rates": ("Learning rates without clipping", tuple(
+class Question(NamedTuple):
+    """A question, and the rows that answer it."""
+
+    title: str
+    rows: tuple[str, ...]
+    reference: str = "robust"  # the row that the others are compared with
+
+
+QUESTIONS: dict[str, Question] = {
+    "centroids": Question("How centroids are tracked", ("robust", "naive", "momentum", "slow")),
+    "noise": Question(
+        "Level and family of the training noise",
+        ("robust", "half", "double", "uniform", "laplace", "speckle", "salt_and_pepper")),
+    "passes": Question(
+        "One or two forward passes for the two views",
+        ("both", "robust", "robust_one", "stability", "stability_one"), "both"),
+    "alignment": Question("The weight of the alignment", ("robust", "lam_0", "lam_4", "lam_20")),
+    "margin": Question(
+        "The margin against the diameter of the balls",
+        tuple(f"distance_{index}" for index in range(len(DISTANCES))),
+        f"distance_{len(DISTANCES) - 1}"),
+    "features": Question(
+        "Where the feature layer sits",
+        ("both", "both_relu", "both_pooled", "robust", "robust_relu", "robust_pooled")),
+    "rates": Question("Learning rates without clipping", tuple(
         f"{method}_rate_{index}" for method in ("normal", "both", "paper")
-        for index in range(len(RATES)))),
-    "stabilisers": ("What lets the paper's weights bear a high rate",
-                    ("both_rate_1", "paper_rate_1", "paper_clip", "paper_warm", "paper_linear",
-                     "paper_linear_clip", "paper_linear_warm_clip", "small_weights")),
+        for index in range(len(RATES))), "both_rate_1"),
+    "stabilisers": Question(
+        "What lets the paper's weights bear a high rate",
+        ("both_rate_1", "paper_rate_1", "paper_clip", "paper_warm", "paper_linear",
+         "paper_linear_clip", "paper_linear_warm_clip", "small_weights"), "both_rate_1"),
 }
-"""By name, in words, and the rows that answer it."""
+"""By name."""
 
 
 def _changed(run: RunConfig, **settings) -> RunConfig:

@@ -32,7 +32,8 @@ def tiny(recipe: Recipe) -> Recipe:
             optimizer=OptimizerConfig(learning_rate=0.01, clip_norm=1.0))
 
     return dataclasses.replace(
-        recipe, name=name_at(recipe.name, "tiny"), title=f"{recipe.title}, tiny",
+        recipe, name=name_at(recipe.name, "tiny"),
+        title=recipe.title.replace(", the paper's settings", "") + ", tiny",
         rows={row: shrink(config) for row, config in recipe.rows.items()},
         evaluation=dataclasses.replace(
             recipe.evaluation, num_draws=2, test_size=60, tsne_images=40,
