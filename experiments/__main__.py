@@ -41,6 +41,7 @@ from experiments.datasets import open_dataset
 from experiments.execution import Execution, Feed, keep_freed_memory
 from experiments.recipes import RECIPES, get_recipe
 from experiments.robustness import FigureSettings
+from jaxrobust import _validate
 from jaxrobust.data import BadFiles, Dataset
 from jaxrobust.data.sources import DEFAULT_DATA_DIR
 from jaxrobust.parallel import Layout
@@ -137,6 +138,8 @@ class Reproduce:
             raise InputError("; ".join(failures))
 
     def _plan(self) -> targets.Plan:
+        _validate.one_of("table, figure, question or recipe", self.what,
+                         (*targets.TARGETS, *targets.EVERY, *RECIPES))
         if self.what in RECIPES:
             recipe = reproduce.with_sources(get_recipe(self.what), self.data, self.init_from)
             if self.scale is not None:

@@ -128,28 +128,30 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
     if config.batch_norm == "per_device" and layout.form != "pmap":
         raise InputError(
             f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
-    # The same program whatever the values of what is swept: any that are valid for all.
-    nominal = dict.fromkeys(swept_settings(configs), 0.5)
+    swept_settings(configs)  # Says in what they may not differ.
+    # One program whatever the values of what can be swept, here any that are valid for all: rows of
+    # a study that differ in these alone are compiled once.
+    nominal = dict.fromkeys(SWEPT, 0.5)
     return _program(
         with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
         num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
 def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
-    """The settings in which runs differ, each [R] float32.
+    """The values of :data:`experiments.config.SWEPT`, each [R] float32; [] of one run.
 
     Raises:
       InputError: (a ValueError) if they differ in one that is the same for all runs that are
         trained together.
     """
-    names = [name for name in SWEPT if len({get_setting(config, name) for config in configs}) > 1]
-    alike = {name: get_setting(configs[0], name) for name in names}
+    alike = {name: get_setting(configs[0], name) for name in SWEPT}
     for config in configs:
         if dataclasses.replace(with_settings(config, alike), seed=configs[0].seed) != configs[0]:
             raise InputError("Expected runs that are trained together to differ in nothing but "
                              f"the seed, {', '.join(SWEPT)}.")
-    return {name: np.array([get_setting(config, name) for config in configs], np.float32)
-            for name in names}
+    values = {name: np.array([get_setting(config, name) for config in configs], np.float32)
+              for name in SWEPT}
+    return values if len(configs) > 1 else {name: value[0] for name, value in values.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -161,7 +163,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
                "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
     def update(axis_name, state, images, labels, positions, swept):
-        run = with_settings(config, swept)
+        run = with_settings(config, {name: swept[name] for name in SWEPT})
         method = make_method(run.method, robust=run.robust, one_pass=run.one_pass,
                              stability_weight=run.stability_weight)
         train_step = training.make_train_step(

@@ -185,7 +185,8 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (("reproduce", "cifr10"), "error: Unknown recipe 'cifr10'. Did you mean 'cifar10'?"),
+    (("reproduce", "cifr10"), "error: Unknown table, figure, question or recipe 'cifr10'. "
+     "Did you mean 'cifar10'?"),
     (("train", "digits/robst"), "error: Unknown row 'robst'. Did you mean 'robust'?"),
     (("train", "digits", "--method", "stabilty"), "Did you mean 'stability'?"),
     (("train", "digits", "--dataset", "digit"), "Did you mean 'digits'?"),

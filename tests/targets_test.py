@@ -162,7 +162,7 @@ def test_a_target_of_two_data_sets_can_be_made_of_one(capsys):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (("table6",), "Unknown target 'table6'. Did you mean 'table"),
+    (("table6",), "Unknown table, figure, question or recipe 'table6'. Did you mean 'table"),
     (("table1", "--scale", "smal"), "Unknown scale 'smal'. Did you mean 'small'?"),
     (("digits", "--scale", "small"), "Expected scale only with a table, figure or question"),
     (("table1", "--rows", "robust"), "Expected rows only with a recipe"),
