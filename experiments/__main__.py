@@ -127,7 +127,7 @@ class Reproduce:
         failures = []
         for study, dataset in zip(plan.studies.values(), datasets, strict=True):
             failures += self._run(study, dataset, layout)
-            if self.report and runs.is_writer():
+            if self.report and not plan.targets and runs.is_writer():
                 print(f"The report is in {report.write_report(study.folder)}")
             runs.barrier("report")
         if self.report and runs.is_writer():
