@@ -141,6 +141,9 @@ class Reproduce:
         _validate.one_of("table, figure, question or recipe", self.what,
                          (*targets.TARGETS, *targets.EVERY, *RECIPES))
         if self.what in RECIPES:
+            if self.studies is not None:
+                raise InputError("Expected studies only with a table or figure, got them with the "
+                                 f"recipe {self.what}.")
             recipe = reproduce.with_sources(get_recipe(self.what), self.data, self.init_from)
             if self.scale is not None:
                 raise InputError(f"Expected scale only with a table, figure or question, got "

@@ -32,12 +32,9 @@ def prepare(name: str, folder: pathlib.Path) -> str:
     if builder.is_prepared():
         return f"{name} is already in {folder}."
     check_reachable(name, folder)
-    try:
-        import tensorflow  # noqa: F401  (TFDS writes images through it)
-    except ImportError as error:
-        raise _validate.InputError(
-            f"Preparing {name} needs TensorFlow ({error}). Install it with: "
-            "pip install tensorflow-cpu") from error
+    # TFDS writes images through it.
+    _validate.installed(
+        "tensorflow", "TensorFlow", f"Preparing {name}", "pip install tensorflow-cpu")
     builder.download_and_prepare()
     return f"{name} is ready in {folder}."
 

@@ -318,11 +318,10 @@ def accuracy_table(study: Study) -> Table:
         rows.append(TableRow(study.labels[row], (*cells, time)))
         numbers = paper_numbers(study, row)
         if any(level in numbers for level in levels):
-            key = study.paper_rows[row]
-            for head, text in ((f"paper: {METHOD_LABELS.get(key, study.labels[row])}", _papers),
-                               ("difference", _difference)):
-                cells = [Cell(text(values.get(level), numbers.get(level))) for level in levels]
-                rows.append(TableRow(head, (*cells, Cell("–")), muted=True))
+            # None for the training time.
+            rows += _paper_rows(
+                METHOD_LABELS.get(study.paper_rows[row], study.labels[row]),
+                [*map(values.get, levels), None], [*map(numbers.get, levels), None])
     return Table("Accuracy in %, clean and under Gaussian noise.",
                  ("Method", *map(level_name, levels), "Training time"), tuple(rows),
                  _accuracy_details(study), _accuracy_note(study))
@@ -342,10 +341,8 @@ def perturbation_table(study: Study) -> Table | None:
             _accuracy_cell(by_row[row].get(text), best, several_seeds(study)) for row in shown)))
         if key:
             numbers = dict(zip(TABLE4.methods, TABLE4.rows[key], strict=True))
-            for head, cell in ((f"paper: {key}", _papers), ("difference", _difference)):
-                rows.append(TableRow(head, tuple(
-                    Cell(cell(by_row[row].get(text), numbers.get(study.paper_rows.get(row))))
-                    for row in shown), muted=True))
+            rows += _paper_rows(key, [by_row[row].get(text) for row in shown],
+                                [numbers.get(study.paper_rows.get(row)) for row in shown])
     note = ("How to read: NAME(ARGUMENTS) as in the documentation of perturbations; those joined "
             "by + are applied from left to right. Higher is better; bold: the best of the line.")
     if study.paper_perturbations:
@@ -356,13 +353,14 @@ def perturbation_table(study: Study) -> Table | None:
                  _accuracy_details(study), note)
 
 
-def _papers(ours: Accuracy | None, theirs: tuple[float, float | None] | None) -> str:
-    del ours
-    return "–" if theirs is None else with_spread(*theirs)
-
-
-def _difference(ours: Accuracy | None, theirs: tuple[float, float | None] | None) -> str:
-    return "–" if ours is None or theirs is None else signed(ours.mean - theirs[0])
+def _paper_rows(name: str, ours: Sequence[Accuracy | None],
+                theirs: Sequence[tuple[float, float | None] | None]) -> list[TableRow]:
+    """The paper's (mean, std) below a row of ours, and ours less the paper's."""
+    papers = ["–" if number is None else with_spread(*number) for number in theirs]
+    differences = ["–" if accuracy is None or number is None else signed(accuracy.mean - number[0])
+                   for accuracy, number in zip(ours, theirs, strict=True)]
+    return [TableRow(head, tuple(map(Cell, cells)), muted=True)
+            for head, cells in ((f"paper: {name}", papers), ("difference", differences))]
 
 
 def _accuracy_cell(accuracy: Accuracy | None, best: float, seeds: bool, absent: str = "–") -> Cell:

@@ -1,6 +1,8 @@
 """Checks of arguments, each failing with one line that names the argument and its value."""
 
 import difflib
+import importlib
+import types
 from collections.abc import Iterable
 
 import chex
@@ -14,6 +16,22 @@ class InputError(ValueError):
     A subclass of ValueError, so that a command can report bad input in one line
     without hiding the traceback of a defect.
     """
+
+
+def installed(module: str, library: str, what: str, install: str) -> types.ModuleType:
+    """The module of an optional library, or InputError that says how to install it.
+
+    Args:
+      module: its full name.
+      library: its name in words.
+      what: that needs it, as the beginning of a sentence.
+      install: what to do, as the end of one.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs {library} ({error}). Install it with: {install}") from error
 
 
 def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,

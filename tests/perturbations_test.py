@@ -234,14 +234,19 @@ def rectangles_of(mask, height, width):
     return np.array_equal(opened, mask), scipy.ndimage.label(mask)[1]
 
 
+def masked_by(perturb, images, seed):
+    """Which pixels [B, H, W] of images without black a perturbation masks; the others stay."""
+    result = np.asarray(perturb(jax.random.key(seed), images))
+    masked = np.all(result == 0, axis=-1)
+    np.testing.assert_array_equal(result[~masked], np.asarray(images)[~masked])
+    return masked
+
+
 @hypothesis.given(number=st.integers(1, 4), size=st.integers(1, 7), seed=st.integers(0, 2**16))
 @hypothesis.settings(max_examples=25)
 def test_occlusion_masks_whole_patches_within_the_image(number, size, seed):
     images = 0.1 + 0.9 * images_of(2, 9, 7, 3)
-    result = np.asarray(occlusion(number, size)(jax.random.key(seed), images))
-    masked = np.all(result == 0, axis=-1)
-    np.testing.assert_array_equal(result[~masked], np.asarray(images)[~masked])
-    for mask in masked:
+    for mask in masked_by(occlusion(number, size), images, seed):
         whole, apart = rectangles_of(mask, size, size)
         assert whole and 1 <= apart <= number
         assert size**2 <= mask.sum() <= number * size**2
@@ -251,10 +256,8 @@ def test_occlusion_masks_whole_patches_within_the_image(number, size, seed):
 @hypothesis.settings(max_examples=25)
 def test_stripes_mask_whole_columns(number, thickness, seed):
     images = 0.1 + 0.9 * images_of(2, 5, 11, 1)
-    result = np.asarray(stripes(number, thickness)(jax.random.key(seed), images))
-    masked = np.all(result == 0, axis=-1)
+    masked = masked_by(stripes(number, thickness), images, seed)
     np.testing.assert_array_equal(masked, masked[:, :1] & np.ones_like(masked))
-    np.testing.assert_array_equal(result[~masked], np.asarray(images)[~masked])
     for mask in masked:
         whole, apart = rectangles_of(mask, 5, thickness)
         assert whole and 1 <= apart <= number

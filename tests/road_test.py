@@ -94,11 +94,21 @@ def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_di
         datasets._load_folder.cache_clear()
 
 
-def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run):
+def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run, data_dir):
     facts = runs.read_json(run / "provenance.json")["init_from"]
     assert facts["initialised_anew"] == ["head"] and len(facts["sha256"]) == 64
     rows = runs.read_lines(run / "metrics.jsonl")
     assert len(rows) == 2 and all(np.isfinite(row["align"]) for row in rows)
+    # All layers are trained, and some steps later are still near to where they started.
+    given = pytorch.read_state_dict(read_config(run).init_from)
+    trained = load(run, data_dir)
+    now = pytorch.to_torch_state_dict(trained.model, training.variables_of(trained.state))
+    for name, values in given.items():
+        if name.startswith("fc_layer.2.") or name.endswith("num_batches_tracked"):
+            continue
+        assert not np.array_equal(now[name], values), name
+        if values.ndim == 4:
+            assert np.linalg.norm(now[name] - values) < np.linalg.norm(values) / 2, name
 
 
 def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir, tmp_path):

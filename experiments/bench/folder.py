@@ -106,7 +106,7 @@ def _of_files(settings: Settings) -> tuple[dict[str, list[float]], float]:
         root = pathlib.Path(temporary)
         kilobytes = write_photographs(root / "images", settings.num_files, settings.file_size)
 
-        def load(cache):
+        def load(cache, threads):
             start = time.perf_counter()
             dataset = data.load_folder(
                 root / "images", cache_dir=root / cache, image_size=settings.image_size,
@@ -115,9 +115,9 @@ def _of_files(settings: Settings) -> tuple[dict[str, list[float]], float]:
 
         for number in range(settings.rounds):
             for threads in sorted({1, timing.cores()}):
-                dataset, cost = load(f"cache-{number}-{threads}")
+                dataset, cost = load(f"cache-{number}-{threads}", threads)
                 spent.setdefault(f"decode and resize, {threads} thread(s), once", []).append(cost)
-            _, cost = load(f"cache-{number}-{threads}")
+            _, cost = load(f"cache-{number}-{threads}", threads)
             spent.setdefault("open the decoded files again", []).append(cost)
             rows = np.random.default_rng(number).permutation(len(dataset.train.labels))
             start = time.perf_counter()

@@ -368,12 +368,7 @@ def _without(num_bad: int) -> str:
 # --- decoding ---------------------------------------------------------------------------------
 
 def _require_pillow(what: str) -> None:
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise _validate.InputError(
-            f"{what} needs Pillow ({error}). Install it with: pip install 'jaxrobust[data]'"
-        ) from error
+    _validate.installed("PIL.Image", "Pillow", what, "pip install 'jaxrobust[data]'")
 
 
 def _check_size(image_size: tuple[int, int]) -> None:

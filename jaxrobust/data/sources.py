@@ -94,16 +94,16 @@ def _read_named(read, positions: list[int], what: str):
     """``read(positions)``; if it fails, one by one, so that the error names the record."""
     try:
         return read(positions)
-    except Exception:
-        values = []
-    for position in positions:
-        try:
-            values.extend(read([position]))
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise _validate.InputError(
-                f"Cannot read {what.format(position)}: {reason}") from error
-    return values
+    except Exception:  # Of any reader. Nothing is passed over: the record at fault fails again.
+        return [value for position in positions for value in _read_one(read, position, what)]
+
+
+def _read_one(read, position: int, what: str):
+    try:
+        return read([position])
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _validate.InputError(f"Cannot read {what.format(position)}: {reason}") from error
 
 
 class Split(NamedTuple):
@@ -327,10 +327,6 @@ def tfds_builder(name: str, folder: pathlib.Path):
     Raises:
       InputError: (a ValueError) if TensorFlow Datasets is not installed.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise _validate.InputError(
-            f"The data set {name} needs TensorFlow Datasets ({error}). Install it with: "
-            "pip install 'jaxrobust[data]'") from error
+    tfds = _validate.installed("tensorflow_datasets", "TensorFlow Datasets", f"The data set {name}",
+                               "pip install 'jaxrobust[data]'")
     return tfds.builder(name, data_dir=folder, file_format="array_record")

@@ -92,12 +92,7 @@ class _Pieces:
 
 def _reading(source, num_threads, buffer_size):
     """A Grain data set that reads the elements of ``source`` in order, ahead of their use."""
-    try:
-        import grain
-    except ImportError as error:
-        raise _validate.InputError(
-            f"Streaming needs Grain ({error}). Install it with: "
-            "pip install 'jaxrobust[data]'") from error
+    grain = _validate.installed("grain", "Grain", "Streaming", "pip install 'jaxrobust[data]'")
     options = grain.ReadOptions(
         num_threads=min(num_threads, buffer_size), prefetch_buffer_size=buffer_size)
     return grain.MapDataset.source(source).to_iter_dataset(options)

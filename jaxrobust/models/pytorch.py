@@ -123,23 +123,13 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
 
 
 def _import_torch(path: pathlib.Path):
-    try:
-        import torch
-    except ImportError as error:
-        raise _validate.InputError(
-            f"{path} needs PyTorch ({error}). Install it with: pip install torch, or use a "
-            ".safetensors file.") from error
-    return torch
+    return _validate.installed(
+        "torch", "PyTorch", str(path), "pip install torch, or use a .safetensors file.")
 
 
 def _import_safetensors(path: pathlib.Path):
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise _validate.InputError(
-            f"{path} needs safetensors ({error}). Install it with: pip install "
-            "'jaxrobust[weights]'") from error
-    return safetensors.numpy
+    return _validate.installed(
+        "safetensors.numpy", "safetensors", str(path), "pip install 'jaxrobust[weights]'")
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> _validate.InputError:
