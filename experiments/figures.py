@@ -156,6 +156,28 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     return figure
 
 
+def perturbation_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
+    """Accuracy under perturbations, a line of the figure for each; the lines' levels are their
+    numbers among ``names``, and rows stand one below the other."""
+    figure = new_figure(8, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
+    ax = figure.subplots()
+    for index, line in enumerate(lines):
+        shift = 0.7 * (index - (len(lines) - 1) / 2) / len(lines)
+        ax.errorbar(line.mean, line.levels + shift, xerr=line.std, color=line.style.color,
+                    marker=line.style.marker, markersize=6, linestyle="none", capsize=2,
+                    markeredgecolor="white", markeredgewidth=0.6)
+    for border in range(1, len(names)):
+        ax.axhline(border - 0.5, **GRID)
+    ax.set_yticks(range(len(names)), [name.replace("+", " +\n") for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("Test accuracy [%]")
+    add_legend(figure, [
+        Line2D([], [], color=line.style.color, marker=line.style.marker, linestyle="none",
+               label=wrap(line.label)) for line in lines])
+    ax.grid(visible=False, axis="y")
+    return figure
+
+
 def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
     """Training loss, and the accuracy by which the epoch is chosen where there is any.
 

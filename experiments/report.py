@@ -21,8 +21,9 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import figures, robustness_report, steps, theory_report
+from experiments import figures, networks_report, robustness_report, steps, theory_report
 from experiments.config import METHOD_LABELS, InputError
+from experiments.networks_report import CURVATURES
 from experiments.page import (
     Cell,
     Picture,
@@ -43,13 +44,6 @@ from experiments.study import Run, Study, load_study, study_of_runs
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
-
-CURVATURES = {
-    "frobenius_squared": "Exact Hessian",
-    "finite_difference": "Finite differences",
-    "smoothed_frobenius_squared": "Noise-averaged loss",
-}
-"""Columns of the curvature file; different quantities on a ReLU network."""
 
 PAPER_DRAWS = 10
 """Noise draws behind a number of the paper."""
@@ -602,6 +596,28 @@ def accuracy_picture(study: Study) -> Picture:
         + (f" Thin and dashed: the paper’s {study.paper.title}." if paper else ""))
 
 
+def perturbation_picture(study: Study) -> Picture | None:
+    """Accuracy under each perturbation; None without any."""
+    by_row = {row: perturbed_accuracies(study.finished(row)) for row in study.labels}
+    names = list(dict.fromkeys(text for values in by_row.values() for text in values))
+    if not names:
+        return None
+    spread = "std_over_seeds" if several_seeds(study) else "std_over_draws"
+    lines = [figures.AccuracyLine(
+        study.labels[row], figures.row_style(index),
+        np.array([names.index(text) for text in values]),
+        np.array([value.mean for value in values.values()]),
+        np.array([getattr(value, spread) or 0.0 for value in values.values()]))
+        for index, (row, values) in enumerate(by_row.items()) if values]
+    over = "training seeds" if several_seeds(study) else "noise draws"
+    return Picture(
+        "perturbations", figures.perturbation_figure(names, lines),
+        "Accuracy under other perturbations.",
+        f"Dot plot of test accuracy in per cent, a marker for each of {len(lines)} methods in "
+        f"each of {len(names)} lines. The table of perturbations holds the numbers.",
+        f"How to read: further right is better; error bars: standard deviation over the {over}.")
+
+
 def training_picture(study: Study) -> Picture | None:
     """Loss, and accuracy on the images for choosing the epoch; None without any metrics."""
     logged = [(index, row, run) for index, row in enumerate(study.labels)
@@ -698,7 +714,8 @@ def tsne_picture(study: Study) -> Picture | None:
 
 def _sections(study: Study) -> list[Section]:
     tables = filter(None, (accuracy_table(study), perturbation_table(study)))
-    sections = [Section("accuracy", "Accuracy", "", tuple(tables), (accuracy_picture(study),))]
+    pictures = filter(None, (accuracy_picture(study), perturbation_picture(study)))
+    sections = [Section("accuracy", "Accuracy", "", tuple(tables), tuple(pictures))]
     training = training_picture(study)
     if training:
         sections.append(Section("training", "Training", "", (), (training,)))
@@ -708,7 +725,7 @@ def _sections(study: Study) -> list[Section]:
             "How fast the gradient of the loss turns when the image changes a little. The paper "
             "argues that robustness to noise and low curvature go together.",
             (curvature_table(study),), (curvature_picture(study),)))
-    sections += filter(None, [steps.section(study)])
+    sections += filter(None, [networks_report.section(study), steps.section(study)])
     sections += robustness_report.sections(study)
     tsne = tsne_picture(study)
     if tsne:

@@ -30,6 +30,12 @@ class Run:
         """What the command ``curvature`` measured, image by image."""
         return self.result("curvature")
 
+    @property
+    def medians(self) -> dict | None:
+        """By measure of curvature, the median over the images."""
+        facts = _read_json(self.folder / "curvature.json")
+        return facts["median"] if facts else None
+
     @functools.cached_property
     def features(self) -> dict | None:
         """Penultimate features of the first test images."""

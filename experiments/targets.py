@@ -9,7 +9,7 @@ import io
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-from experiments import figures, report, reproduce, robustness_report, runs
+from experiments import figures, networks_report, report, reproduce, robustness_report, runs
 from experiments.config import InputError, Recipe
 from experiments.page import Section, Table, duration, listed
 from experiments.recipes import STUDIES, ablations
@@ -46,7 +46,17 @@ def _clean_accuracy(study: Study) -> Section:
 
 
 def _perturbations(study: Study) -> Section:
-    return Section("perturbations", study.title, "", (report.perturbation_table(study),))
+    return Section("perturbations", study.title, "", (report.perturbation_table(study),),
+                   (report.perturbation_picture(study),))
+
+
+def _networks(study: Study) -> Section:
+    section = networks_report.section(study)
+    if section is None:
+        raise InputError(
+            f"Expected {networks_report.FEWEST} finished networks in {study.name} with curvature, "
+            "clean accuracy and accuracy under noise, found fewer.")
+    return section._replace(heading=study.title)
 
 
 def _curvature(study: Study) -> Section:
@@ -64,8 +74,9 @@ def _question(reference: str) -> Callable[[Study], Section]:
     def build(study: Study) -> Section:
         words = [report.lead(study), *report.comparisons_with(study, reference)]
         return Section("question", study.title, " ".join(words),
-                       (report.accuracy_table(study), report.curvature_table(study)),
-                       (report.accuracy_picture(study),))
+                       (report.accuracy_table(study), report.perturbation_table(study),
+                        report.curvature_table(study)),
+                       (report.accuracy_picture(study), report.perturbation_picture(study)))
 
     return build
 
@@ -113,7 +124,10 @@ PAPER: dict[str, Target] = {
 QUESTIONS: dict[str, Target] = {
     name: Target(question.title, ("ablations",), _question(question.reference),
                  rows=question.rows)
-    for name, question in ablations.QUESTIONS.items()}
+    for name, question in ablations.QUESTIONS.items()} | {
+    "transfer": Target("Perturbations that training has not seen", ("cifar10",), _perturbations),
+    "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks),
+}
 """What the paper leaves open, by name."""
 
 TARGETS = PAPER | QUESTIONS

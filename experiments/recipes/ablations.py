@@ -49,7 +49,8 @@ FULL = Base(cifar10.RECIPE.rows["robust"], cifar10.RECIPE.evaluation, CurvatureC
 
 SMALL = Base(
     dataclasses.replace(cifar10_small.BASE, train_size=5120, epochs=12),
-    Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=5, test_size=2000, tsne_images=200),
+    Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=5, test_size=2000, tsne_images=200,
+               perturb=cifar10.NOISES),
     CurvatureConfig(num_images=200, num_probes=4, smoothing_draws=16),
     "5,120 training images, a ResNet18 of width 8 and 960 steps instead of 156,000, with the "
     "weights of the paper's loss that so short a schedule bears (alpha 0.01, beta 0.05, lambda "
@@ -220,7 +221,8 @@ def at_scale(study: str, scale: str) -> Recipe:
         peer = TABLE5[study].rows["robust"]
         rows = table5_rows(dataclasses.replace(
             base.run, dataset=peer.dataset, noise_std=peer.noise_std))
-        base = base._replace(evaluation=dataclasses.replace(base.evaluation, noise_levels=(0,)))
+        base = base._replace(evaluation=dataclasses.replace(
+            base.evaluation, noise_levels=(0,), perturb=()))
         paper = {"paper_table": study, "paper_rows": {row: row for row in TABLES[study].rows}}
     recipe = Recipe(
         name=name_at(study, "small" if small else "full"), title=title,

@@ -21,12 +21,18 @@ from experiments.config import (
     method_rows,
 )
 
+NOISES = ("uniform(0.104)", "laplace(0.06)", "speckle(0.12)", "salt_and_pepper(0.014)")
+"""Of the power of the Gaussian noise of training, speckle on values with a mean square of 1/4."""
+
+MASKS = ("occlusion(4,6)", "stripes(3,2)", "down_up(2)")
+"""The paper's perturbations of road images, at the size of these."""
+
 RECIPE = Recipe(
     name="cifar10",
     title="CIFAR-10, the paper's settings",
     rows=method_rows(RunConfig(dataset="cifar10", validation_size=5000)),
     labels=METHOD_LABELS,
-    evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20)),
+    evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20), perturb=(*NOISES, *MASKS)),
     paper_rows=METHOD_PAPER_ROWS,
     paper_table="table1",
     # 156,000 steps a run: 0.9 s with one view and 1.8 s with two on two cores; 1.5 ms for both,

@@ -32,12 +32,12 @@ from experiments.config import (
     METHOD_PAPER_ROWS,
     SHORT_SCHEDULE_LABELS,
     Cost,
-    Evaluation,
     OptimizerConfig,
     Recipe,
     RunConfig,
     method_rows,
 )
+from experiments.recipes import cifar10
 from jaxrobust.losses import RobustLossConfig
 
 BASE = RunConfig(
@@ -58,10 +58,7 @@ RECIPE = Recipe(
         **SHORT_SCHEDULE_LABELS,
         "robust_paper": "Robust, the paper's settings",
     },
-    evaluation=Evaluation(
-        noise_levels=(0, 2, 4, 8, 16, 20), test_size=5000,
-        perturb=("uniform(0.104)", "laplace(0.06)", "speckle(0.12)", "salt_and_pepper(0.014)",
-                 "occlusion(4,6)", "stripes(3,2)", "down_up(2)")),
+    evaluation=dataclasses.replace(cifar10.RECIPE.evaluation, test_size=5000),
     seeds=(0, 1, 2),
     cost=Cost(cpu_hours=1, cpu_gigabytes=3, gpu_hours=0.1,
               basis="measured on CPUs, projected on GPUs"),
