@@ -49,7 +49,7 @@ FULL = Base(cifar10.RECIPE.rows["robust"], cifar10.RECIPE.evaluation, CurvatureC
 
 SMALL = Base(
     dataclasses.replace(cifar10_small.BASE, train_size=5120, epochs=12),
-    Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=5, test_size=2000, tsne_images=200,
+    Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=3, test_size=2000, tsne_images=200,
                perturb=cifar10.NOISES),
     CurvatureConfig(num_images=200, num_probes=4, smoothing_draws=16),
     "5,120 training images, a ResNet18 of width 8 and 960 steps instead of 156,000, with the "
