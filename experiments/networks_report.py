@@ -23,7 +23,7 @@ CURVATURES = {
 }
 """Columns of the curvature file; different quantities on a ReLU network."""
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 """Of the rows, with replacement, for the interval of a correlation."""
 
 SHARE = 0.95
@@ -60,15 +60,20 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Coeffi
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    return float(stats.spearmanr(x, y).statistic)
+    # Several times as fast as scipy.stats.spearmanr, which also makes a p-value.
+    return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
 
 
 def section(study: Study) -> Section | None:
-    """The section; None for fewer than :data:`FEWEST` networks with curvature and accuracies."""
+    """The section; None for fewer than :data:`FEWEST` networks with curvature, or without clean
+    and noisy accuracies that all of them have."""
     found = [(row, run) for row in study.labels for run in study.finished(row)
              if run.medians is not None and np.isfinite(list(run.medians.values())).all()]
-    levels = [test["std_255"] for test in found[0][1].evaluation["levels"]] if found else []
-    if len(found) < FEWEST or len(levels) < 2 or levels[0] != 0:
+    if len(found) < FEWEST:
+        return None
+    levels = sorted(set.intersection(*(
+        {test["std_255"] for test in run.evaluation["levels"]} for _, run in found)))
+    if len(levels) < 2 or levels[0] != 0:
         return None
     return Section(
         "networks", "Curvature and robustness, network by network",

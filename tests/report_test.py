@@ -60,7 +60,8 @@ def write_run(run, row, seed, draws, selected_on):
     np.savez(run / "curvature.npz", frobenius_squared=np.array([0.0, 1.0, 3.0, 100.0]),
              finite_difference=np.array([10.0, 20.0, 30.0, 40.0]))
     write_json(run / "curvature.json", {"num_images": 4, "num_probes": 20, "step": 1e-2,
-                                        "with_respect_to": "pixels in [0, 1]"})
+                                        "with_respect_to": "pixels in [0, 1]", "median": {
+                                            "frobenius_squared": 2.0, "finite_difference": 25.0}})
     np.savez(run / "features.npz", clean=rng.normal(size=(12, 5)), noisy=rng.normal(size=(12, 5)),
              labels=np.arange(12) % 3, noise="std 2/255")
 
