@@ -21,6 +21,8 @@ from jaxrobust import losses
 from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
 from jaxrobust.losses import AUTHORS_RELEASE, RobustLossConfig, robust_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NUM_DEVICES = 8
 ARRAYS = (0, 1, 2, 3)  # features, noisy features, kernel, bias: what is differentiated
 

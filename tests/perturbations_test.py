@@ -31,6 +31,8 @@ from jaxrobust.perturbations import (
     uniform,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CLIPPED = {"gaussian": gaussian, "uniform": uniform}
 """Noise with an option not to clip it."""
 STRENGTHS = {**CLIPPED, "laplace": laplace, "speckle": speckle, "salt_and_pepper": salt_and_pepper}
