@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from scipy import stats
 
 from experiments import figures, networks_report, robustness_report, steps, theory_report
 from experiments.config import METHOD_LABELS, InputError
@@ -188,13 +189,13 @@ def several_seeds(study: Study) -> bool:
     return any(len(study.finished(row)) > 1 for row in study.labels)
 
 
-def pooled_std(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Pooled standard deviation (ddof=1) of two samples; None if both have one value only."""
-    freedom = len(first) + len(second) - 2
+def pooled_std(*samples: Sequence[float]) -> float | None:
+    """Pooled standard deviation (ddof=1) of samples; None if all have one value only."""
+    freedom = sum(len(sample) - 1 for sample in samples)
     if freedom == 0:
         return None
     squares = sum((value - statistics.fmean(sample)) ** 2
-                  for sample in (first, second) for value in sample)
+                  for sample in samples for value in sample)
     return math.sqrt(squares / freedom)
 
 
@@ -216,15 +217,6 @@ def comparisons(study: Study) -> list[str]:
     return [_comparison(study.labels[row], study.labels[peer], by_row[row], by_row[peer])
             for row in study.labels if study.methods[row] == "robust" and by_row[row]
             for peer in study.labels if study.methods[peer] in PEERS and by_row[peer]]
-
-
-def comparisons_with(study: Study, reference: str) -> list[str]:
-    """A sentence or two on each other row against the row ``reference``."""
-    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
-    if not by_row[reference]:
-        return []
-    return [_comparison(study.labels[row], study.labels[reference], values, by_row[reference])
-            for row, values in by_row.items() if row != reference and values]
 
 
 def _best(study: Study, level: float) -> str:
@@ -319,6 +311,45 @@ def accuracy_table(study: Study) -> Table:
     return Table("Accuracy in %, clean and under Gaussian noise.",
                  ("Method", *map(level_name, levels), "Training time"), tuple(rows),
                  _accuracy_details(study), _accuracy_note(study))
+
+
+def difference_table(study: Study, reference: str) -> Table | None:
+    """Each other row less the row ``reference``, with its uncertainty; None without that row.
+
+    The 95 % interval of a difference of means, t s (1/n + 1/m)^½, with the seeds' standard
+    deviation s pooled over all rows, and Student's t for its degrees of freedom.
+    """
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    peer, levels = by_row[reference], levels_of(study)
+    if not peer:
+        return None
+    rows = []
+    for row, own in by_row.items():
+        if row != reference and own:
+            rows.append(TableRow(study.labels[row], tuple(
+                _difference_cell(own.get(level), peer.get(level), [
+                    values[level].seed_means for values in by_row.values() if level in values])
+                for level in levels)))
+    spread = ("; ± half of the 95 % interval, from the seeds’ standard deviation pooled over the "
+              "rows. Bold: the interval does not hold 0. With many differences one in twenty does "
+              "so by chance" if several_seeds(study) else
+              "; each was trained once, so that the uncertainty is unknown")
+    return Table(f"Accuracy less that of “{study.labels[reference]}”, in percentage points.",
+                 ("Method", *map(level_name, levels)), tuple(rows),
+                 note=f"How to read: above 0 is better{spread}.")
+
+
+def _difference_cell(own: Accuracy | None, peer: Accuracy | None,
+                     samples: Sequence[Sequence[float]]) -> Cell:
+    if own is None or peer is None:
+        return Cell("–")
+    difference, spread = own.mean - peer.mean, pooled_std(*samples)
+    if spread is None:
+        return Cell(signed(difference))
+    freedom = sum(len(sample) - 1 for sample in samples)
+    half = float(stats.t.ppf(0.975, freedom)) * spread * math.sqrt(
+        1 / len(own.seed_means) + 1 / len(peer.seed_means))
+    return Cell(f"{signed(difference)} ± {half:.2f}", bold=abs(difference) > half)
 
 
 def perturbation_table(study: Study) -> Table | None:

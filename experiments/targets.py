@@ -35,14 +35,23 @@ class Target:
 
 
 def _accuracy(study: Study) -> Section:
-    return Section("accuracy", study.title, " ".join([report.lead(study),
-                                                      *report.comparisons(study)]),
-                   (report.accuracy_table(study),), (report.accuracy_picture(study),))
+    return Section("accuracy", study.title, _best(study), _accuracies(study, "both"),
+                   (report.accuracy_picture(study),))
 
 
 def _clean_accuracy(study: Study) -> Section:
     # With one noise level there is nothing to draw against.
-    return Section("accuracy", study.title, report.lead(study), (report.accuracy_table(study),))
+    return Section("accuracy", study.title, _best(study), _accuracies(study, "softmax"))
+
+
+def _best(study: Study) -> str:
+    return " ".join(report.best_rows(study))
+
+
+def _accuracies(study: Study, reference: str) -> tuple[Table, ...]:
+    """The accuracies, and how they differ from those of one row."""
+    return tuple(filter(None, (report.accuracy_table(study),
+                               report.difference_table(study, reference))))
 
 
 def _perturbations(study: Study) -> Section:
@@ -70,11 +79,10 @@ def _features(study: Study) -> Section:
 
 
 def _question(reference: str) -> Callable[[Study], Section]:
-    """The rows that answer it, and in words how they compare with one of them."""
+    """The rows that answer it, and how they compare with one of them."""
     def build(study: Study) -> Section:
-        words = [report.lead(study), *report.comparisons_with(study, reference)]
-        return Section("question", study.title, " ".join(words),
-                       (report.accuracy_table(study), report.perturbation_table(study),
+        return Section("question", study.title, _best(study),
+                       (*_accuracies(study, reference), report.perturbation_table(study),
                         report.curvature_table(study)),
                        (report.accuracy_picture(study), report.perturbation_picture(study)))
 
@@ -297,8 +305,10 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
 
 
 def _made_by(name: str, plan: Plan) -> str:
-    words = f"`python -m experiments reproduce {name} --scale {plan.scale}`"
-    return f"Made by {words}; the runs' provenance is in `{name}.json`."
+    words = f"python -m experiments reproduce {name} --scale {plan.scale}"
+    if plan.targets[name].studies != TARGETS[name].studies:
+        words += f" --studies {' '.join(plan.targets[name].studies)}"
+    return f"Made by `{words}`; the runs' provenance is in `{name}.json`."
 
 
 def _facts(study: Study) -> dict:

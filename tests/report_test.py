@@ -9,6 +9,7 @@ import statistics
 
 import numpy as np
 import pytest
+import scipy.stats
 from command_line import call, one_line
 
 from experiments import figures, report
@@ -222,6 +223,33 @@ def test_a_report_of_what_are_no_runs_or_the_same_is_one_line(tmp_path, capsys):
             ((tmp_path / "study", "--out", tmp_path / "out"), "Expected out only with runs")):
         assert call("report", *arguments) == 2
         assert expected in one_line(capsys)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # SciPy, of three equal numbers.
+def test_differences_have_the_interval_of_the_t_test(three_seeds):
+    study = report.load_study(three_seeds[0])
+    table = report.difference_table(study, "both")
+    row, = table.rows
+    assert row.head == LABELS["robust"] and "“Training on both”" in table.caption
+    for level, cell in enumerate(row.cells):
+        own, peer = ([100 * np.mean(draws[level]) for (name, _), draws in THREE_SEEDS.items()
+                      if name == wanted] for wanted in ("robust", "both"))
+        test = scipy.stats.ttest_ind(own, peer)
+        low, high = test.confidence_interval(0.95)
+        difference, half = cell.text.replace("−", "-").split(" ± ")
+        assert float(difference) == pytest.approx((low + high) / 2, abs=0.006)
+        assert float(half) == pytest.approx((high - low) / 2, abs=0.006)
+        assert cell.bold == (test.pvalue < 0.05)
+    assert [cell.bold for cell in row.cells] == [True, False]
+
+
+def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
+    table = report.difference_table(report.load_study(one_seed[0]), "robust")
+    assert [cell.text for cell in table.rows[0].cells] == ["+1.00", "−4.00"]
+    assert "the uncertainty is unknown" in table.note
+    folder = tmp_path / "study"
+    write_study(folder, {("both", 0): ONE_SEED["both", 0]}, seeds=[0])
+    assert report.difference_table(report.load_study(folder), "robust") is None
 
 
 def test_no_paper_row_without_a_paper_table(tmp_path):
