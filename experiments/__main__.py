@@ -22,6 +22,7 @@ from experiments import (
     reproduce,
     robustness,
     runs,
+    sharpness,
     steps,
     sweep,
     sweep_report,
@@ -297,12 +298,14 @@ class _OnRuns:
     data_dir: pathlib.Path = DATA_DIR
     """Folder of TensorFlow Datasets."""
 
-    def _load(self, layout=None):
+    def _configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
+        """Of all runs before the first is measured, which takes long."""
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
-        # All before the first is measured, which takes long.
-        configs = [read_config(folder) for folder in self.runs]
-        for folder, config in zip(self.runs, configs, strict=True):
+        return [(folder, read_config(folder)) for folder in self.runs]
+
+    def _load(self, layout=None):
+        for folder, config in self._configs():
             yield folder, training.load_run(
                 folder, config, open_dataset(config, self.data_dir), layout)
 
@@ -372,6 +375,22 @@ class Steps(_OnRuns):
         for folder, run in self._load():
             steps.study_steps(run, self.settings, folder, folder.name)
             print(f"The study is in {folder / 'steps.npz'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness(_OnRuns):
+    """Measure how sharply the loss and its terms bend in the parameters, and the learning rate
+    that bears it: before training, and of finished runs in the best epoch. Runs that diverged are
+    welcome."""
+
+    settings: Annotated[sharpness.SharpnessSettings, tyro.conf.arg(name="")] = (
+        sharpness.SharpnessSettings())
+
+    def __call__(self) -> None:
+        for folder, config in self._configs():
+            found = sharpness.measure_sharpness(
+                config, open_dataset(config, self.data_dir), self.settings, folder, folder.name)
+            print(f"{folder}\n{sharpness.table_text(found, config.optimizer.momentum)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,7 +529,8 @@ class Bench:
 
 COMMANDS = {
     "reproduce": Reproduce, "train": Train, "sweep": Sweep, "evaluate": Evaluate,
-    "curvature": Curvature, "steps": Steps, "figures": Figures, "theory": Theory, "report": Report,
+    "curvature": Curvature, "steps": Steps, "figures": Figures, "theory": Theory,
+    "sharpness": Sharpness, "report": Report,
     "predict": Predict, "export": Export, "perturb": Perturb, "prepare": Prepare, "bench": Bench,
 }
 

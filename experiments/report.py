@@ -22,7 +22,14 @@ import jinja2
 import numpy as np
 from scipy import stats
 
-from experiments import figures, networks_report, robustness_report, steps, theory_report
+from experiments import (
+    figures,
+    networks_report,
+    robustness_report,
+    sharpness,
+    steps,
+    theory_report,
+)
 from experiments.config import METHOD_LABELS, InputError
 from experiments.networks_report import CURVATURES
 from experiments.page import (
@@ -761,7 +768,7 @@ def _sections(study: Study) -> list[Section]:
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
-    sections += filter(None, [theory_report.section(study)])
+    sections += filter(None, [theory_report.section(study), sharpness.section(study)])
     sections.append(Section(
         "provenance", "How these numbers were made", "",
         (common_provenance_table(study), run_table(study), *configuration_tables(study))))

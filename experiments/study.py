@@ -33,7 +33,7 @@ class Run:
     @property
     def medians(self) -> dict | None:
         """By measure of curvature, the median over the images."""
-        facts = _read_json(self.folder / "curvature.json")
+        facts = self.facts("curvature")
         return facts["median"] if facts else None
 
     @functools.cached_property
@@ -41,10 +41,14 @@ class Run:
         """Penultimate features of the first test images."""
         return _read_arrays(self.folder / "features.npz") if self.evaluation else None
 
+    def facts(self, name: str) -> dict | None:
+        """``name.json``, if it is there."""
+        return _read_json(self.folder / f"{name}.json")
+
     def result(self, name: str) -> dict | None:
         """The facts of ``name.json`` and the arrays of ``name.npz`` together, if they are there."""
         # Arrays are whole only once the JSON file beside them is there: it is written after them.
-        facts = _read_json(self.folder / f"{name}.json")
+        facts = self.facts(name)
         arrays = _read_arrays(self.folder / f"{name}.npz") if facts else None
         return facts | arrays if arrays else None
 

@@ -12,7 +12,7 @@ import optax
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, init_centroids
-from jaxrobust.methods import Batch, Method
+from jaxrobust.methods import Batch, Evaluated, Method
 from jaxrobust.models.common import head_parameters
 
 
@@ -52,6 +52,37 @@ def create_train_state(
         centroids=init_centroids(kernel.shape[1], kernel.shape[0]), key=train_key)
 
 
+def make_objective(
+    model: nn.Module,
+    method: Method,
+    *,
+    axis_name: str | None = None,
+    constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
+) -> Callable[[Any, TrainState, Batch], tuple[jax.Array, Evaluated]]:
+    """What a train step minimises, as a pure function ``(params, state, batch)``.
+
+    The parameters in the state are not used. Batch norm is in training mode.
+
+    Args:
+      model, method, axis_name, constraint_weight: as of :func:`make_train_step`.
+
+    Returns:
+      A function that returns the loss [] and :class:`~jaxrobust.methods.Evaluated`.
+    """
+    def objective(params, state, batch):
+        def forward(batch_stats, images):
+            outputs, updated = model.apply(
+                {"params": params, "batch_stats": batch_stats}, images, train=True,
+                mutable=["batch_stats"])
+            return outputs, updated.get("batch_stats", batch_stats)
+
+        return method.objective(
+            forward, head_parameters(params), state.batch_stats, state.centroids, batch,
+            weight=_of_float(constraint_weight)(state.step), axis_name=axis_name)
+
+    return objective
+
+
 def make_train_step(
     model: nn.Module,
     method: Method,
@@ -83,21 +114,13 @@ def make_train_step(
       The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
       on the views, and the terms of the method.
     """
-    model = model.clone(axis_name=axis_name if sync_batch_norm else None)
+    objective = make_objective(
+        model.clone(axis_name=axis_name if sync_batch_norm else None), method,
+        axis_name=axis_name, constraint_weight=constraint_weight)
 
     def train_step(state, batch):
-        def objective(params):
-            def forward(batch_stats, images):
-                outputs, updated = model.apply(
-                    {"params": params, "batch_stats": batch_stats}, images, train=True,
-                    mutable=["batch_stats"])
-                return outputs, updated.get("batch_stats", batch_stats)
-
-            return method.objective(
-                forward, head_parameters(params), state.batch_stats, state.centroids, batch,
-                weight=_of_float(constraint_weight)(state.step), axis_name=axis_name)
-
-        (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(
+            state.params, state, batch)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
             if not sync_batch_norm:

@@ -62,7 +62,8 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
         with PIL.Image.open(folder / picture) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert len(content["tables"]) + len(pictures) >= len(target.studies)
-    expected = {"table": (1, 0), "figure": (0, 1)}.get(name.rstrip("0123456789"), (2, 1))
+    expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1)}.get(
+        name.rstrip("0123456789"), (4, 2))
     assert len(content["tables"]) >= expected[0] and len(pictures) >= expected[1]
     for study in content["studies"]:
         assert study["commit"] and study["hardware"] and study["versions"]["jax"]

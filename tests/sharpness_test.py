@@ -1,0 +1,145 @@
+"""Sharpness in the parameters: eigenvalues against a whole Hessian, the rate's limit, the command.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from command_line import call, one_line
+from jax.flatten_util import ravel_pytree
+
+from experiments import report, runs, sharpness
+from experiments.config import OptimizerConfig, RunConfig, to_json, training_perturbation
+from experiments.datasets import open_dataset
+from experiments.program import initial_state, model_of
+from jaxrobust import data, training
+from jaxrobust.losses import RobustLossConfig
+from jaxrobust.methods import make_method
+from jaxrobust.parallel import make_layout
+
+pytestmark = [pytest.mark.filterwarnings("default"),
+              pytest.mark.usefixtures("quick_compilation")]
+
+CONFIG = RunConfig(
+    dataset="digits", method="robust", model="small_cnn", feature_layer="dense", width=2,
+    num_features=4, train_size=60, validation_size=20,
+    batch_size=20, epochs=1, noise_std=0.1, robust=RobustLossConfig(alpha=0.5, lam=2.0),
+    optimizer=OptimizerConfig(learning_rate=0.01, momentum=0.9, clip_norm=1.0))
+TERMS = {"softmax", "compact", "margin", "norm", "align", "loss"}
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(tmp_path_factory):
+    """Trained by the command, and measured."""
+    study = tmp_path_factory.mktemp("sharp")
+    folder = study / "robust-seed0"
+    changes = ("--width", 2, "--num-features", 4, "--train-size", 60, "--validation-size", 20,
+               "--batch-size", 20, "--epochs", 1, "--optimizer.warmup-epochs", 0)
+    assert call("train", "digits", *changes, "--out", folder, "--no-tensorboard") == 0
+    assert call("sharpness", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_limit_of_the_rate_is_where_a_quadratic_is_left(momentum):
+    curvature = 7.0
+    limit = sharpness.stable_rate(curvature, momentum)
+    for factor, stays in ((0.98, True), (1.02, False)):
+        optimizer = optax.sgd(factor * limit, momentum=momentum or None, nesterov=True)
+
+        def step(carry, _, optimizer=optimizer):
+            x, state = carry
+            updates, state = optimizer.update(curvature * x, state)
+            return (x + updates, state), x
+
+        x = jnp.float32(1)
+        (last, _), _ = jax.lax.scan(step, (x, optimizer.init(x)), length=400)
+        assert (abs(last) < 1e-2) == stays
+    assert sharpness.stable_rate(0.0, momentum) == np.inf == sharpness.stable_rate(-1.0, momentum)
+
+
+def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
+    random = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(random.normal(size=(30, 30)))
+    values = np.concatenate([[-50.0, 4.0], random.uniform(-1, 1, size=28)])
+    matrix = basis * values @ basis.T
+    assert sharpness.largest_eigenvalue(matrix.__matmul__, 30) == pytest.approx(4.0, rel=1e-3)
+    assert sharpness.largest_eigenvalue(np.zeros((30, 30)).__matmul__, 30) == 0
+
+
+def test_each_term_has_the_eigenvalue_of_its_whole_hessian(tmp_path):
+    dataset = open_dataset(CONFIG, tmp_path)
+    found = sharpness.measure_sharpness(
+        CONFIG, dataset, sharpness.SharpnessSettings(12), tmp_path, "digits")
+    assert set(found) == {"initial"} and set(found["initial"]) == TERMS
+    state = initial_state(CONFIG, dataset, make_layout("jit"))
+    split = sharpness.make_splits(dataset, CONFIG).train
+    batch = data.make_batch(
+        jax.random.key(0), jnp.asarray(split.images[:12]), jnp.asarray(split.labels[:12]),
+        augment=lambda key, image: image, perturb=training_perturbation(CONFIG))
+    flat, unravel = ravel_pytree(state.params)
+    objective = training.make_objective(
+        model_of(CONFIG, dataset), make_method("robust", robust=CONFIG.robust))
+
+    def values(flat):
+        loss, evaluated = objective(unravel(flat), state, batch)
+        return {**{name: evaluated.metrics[name] for name in TERMS - {"loss"}}, "loss": loss}
+
+    assert flat.size < 600
+    for name, hessian in jax.jit(jax.hessian(values))(flat).items():
+        expected = np.linalg.eigvalsh(hessian).max()
+        assert found["initial"][name] == pytest.approx(expected, rel=0.02, abs=1e-3), name
+    config = CONFIG.robust
+    # The whole is the sum of the terms with their weights.
+    now = {name: float(value) for name, value in values(flat).items()}
+    assert now["loss"] == pytest.approx(
+        now["softmax"] + config.alpha * now["compact"] + config.beta * now["margin"]
+        + config.gamma_reg * now["norm"] + config.lam * now["align"], rel=1e-5)
+
+
+def test_a_finished_run_is_measured_before_and_after(run, capsys):
+    result = runs.read_json(run / "sharpness.json")
+    assert set(result["eigenvalues"]) == {"initial", "best"}
+    assert all(set(values) == TERMS for values in result["eigenvalues"].values())
+    assert result["eigenvalues"]["initial"] != result["eigenvalues"]["best"]
+    assert result["settings"]["num_images"] == 20 and result["provenance"]["commit"]
+    before = (run / "sharpness.json").stat().st_mtime_ns
+    assert call("sharpness", run) == 0
+    assert (run / "sharpness.json").stat().st_mtime_ns == before
+    said = capsys.readouterr().out
+    assert "before training: compact: " in said and "trained: loss: " in said
+    assert call("sharpness", run, "--num-images", 30) == 2
+    assert "was made with num_images=20, not 30" in one_line(capsys)
+
+
+def test_the_report_shows_what_was_measured(run, tmp_path):
+    assert call("evaluate", run, "--noise-levels", 0, 16) == 0
+    page = report.write_report_of_runs([run], tmp_path / "report").read_text()
+    assert "Largest eigenvalue of the Hessian in the parameters." in page
+    found = runs.read_json(run / "sharpness.json")["eigenvalues"]["best"]["loss"]
+    limit = sharpness.stable_rate(found, 0.9)
+    assert f"<td>{sharpness.significant(limit)}</td>" in page.replace(' class="number"', "")
+
+
+def test_a_run_that_diverged_is_measured_before_training(tmp_path, capsys):
+    folder = tmp_path / "diverged"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(CONFIG))
+    (folder / "diverged.json").write_text(json.dumps({"epoch": 1}))
+    assert call("sharpness", folder) == 0
+    assert "trained" not in capsys.readouterr().out
+    assert set(runs.read_json(folder / "sharpness.json")["eigenvalues"]) == {"initial"}
+
+
+def test_bad_input_is_one_line(tmp_path, run, capsys):
+    assert call("sharpness") == 2
+    assert "Expected at least one folder of a run" in one_line(capsys)
+    assert call("sharpness", tmp_path) == 2
+    assert "found no config.json there" in one_line(capsys)
+    (run / "sharpness.json").rename(tmp_path / "kept")
+    assert call("sharpness", run, "--num-images", 1000) == 2
+    assert "num_images=1000" in one_line(capsys)
+    (tmp_path / "kept").rename(run / "sharpness.json")
