@@ -9,7 +9,15 @@ import io
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-from experiments import figures, networks_report, report, reproduce, robustness_report, runs
+from experiments import (
+    figures,
+    networks_report,
+    report,
+    reproduce,
+    robustness_report,
+    runs,
+    sharpness,
+)
 from experiments.config import InputError, Recipe
 from experiments.page import Section, Table, duration, listed
 from experiments.recipes import STUDIES, ablations
@@ -81,9 +89,10 @@ def _features(study: Study) -> Section:
 def _question(reference: str) -> Callable[[Study], Section]:
     """The rows that answer it, and how they compare with one of them."""
     def build(study: Study) -> Section:
+        sharp = sharpness.section(study)
         return Section("question", study.title, _best(study),
                        (*_accuracies(study, reference), report.perturbation_table(study),
-                        report.curvature_table(study)),
+                        report.curvature_table(study), *(sharp.tables if sharp else ())),
                        (report.accuracy_picture(study), report.perturbation_picture(study)))
 
     return build

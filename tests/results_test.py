@@ -79,6 +79,31 @@ def column(cell):
     return float(level[1]) if level else words.get(cell, cell)
 
 
+def findings():
+    """Each page of findings with the tables of the targets whose commands it names."""
+    for page in PAGES:
+        if page.startswith("docs/findings/") and not page.endswith("README.md"):
+            text = (ROOT / page).read_text()
+            named = re.findall(r"reproduce (\w+) --scale (\w+)", text)
+            yield page, [table for target, scale in named for table in json.loads(
+                (ROOT / "results" / scale / target / f"{target}.json").read_text())["tables"]]
+
+
+@pytest.mark.parametrize("page, made", findings(), ids=[page for page, _ in findings()])
+def test_the_tables_of_a_finding_are_those_of_its_targets(page, made):
+    cells = {}
+    for table in made:
+        for head, *values in table["rows"]:
+            for column, value in zip(table["columns"][1:], values, strict=True):
+                cells.setdefault((head, column.lower()), set()).add(value)
+    found = tables((ROOT / page).read_text())
+    assert made and found
+    for (_, *columns), *rows in found:
+        for head, *values in rows:
+            for column, value in zip(columns, values, strict=True):
+                assert value.strip("*") in cells.get((head, column.lower()), ()), (head, column)
+
+
 def benchmark_tables():
     """Tables of the README and the docs that follow a link to a benchmark's page."""
     for page in PAGES[:-1]:
