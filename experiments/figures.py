@@ -156,9 +156,9 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     return figure
 
 
-def perturbation_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
-    """Accuracy under perturbations, a line of the figure for each; the lines' levels are their
-    numbers among ``names``, and rows stand one below the other."""
+def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
+    """Accuracy in tests of these names, one below the other, and in each the rows; the lines'
+    levels are the tests' numbers among the names."""
     figure = new_figure(8, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
     ax = figure.subplots()
     for index, line in enumerate(lines):

@@ -637,9 +637,21 @@ def accuracy_picture(study: Study) -> Picture:
 def perturbation_picture(study: Study) -> Picture | None:
     """Accuracy under each perturbation; None without any."""
     by_row = {row: perturbed_accuracies(study.finished(row)) for row in study.labels}
-    names = list(dict.fromkeys(text for values in by_row.values() for text in values))
-    if not names:
+    if not any(by_row.values()):
         return None
+    return _dots(study, "perturbations", by_row, "Accuracy under other perturbations.")
+
+
+def levels_picture(study: Study) -> Picture:
+    """As :func:`accuracy_picture`, for so few noise levels that there is no line to draw."""
+    by_row = {row: {level_name(level): value for level, value in accuracies(
+        study.finished(row)).items()} for row in study.labels}
+    return _dots(study, "accuracy", by_row, "Test accuracy.")
+
+
+def _dots(study: Study, name: str, by_row: dict[str, dict[str, Accuracy]], caption: str
+          ) -> Picture:
+    names = list(dict.fromkeys(text for values in by_row.values() for text in values))
     spread = "std_over_seeds" if several_seeds(study) else "std_over_draws"
     lines = [figures.AccuracyLine(
         study.labels[row], figures.row_style(index),
@@ -649,10 +661,9 @@ def perturbation_picture(study: Study) -> Picture | None:
         for index, (row, values) in enumerate(by_row.items()) if values]
     over = "training seeds" if several_seeds(study) else "noise draws"
     return Picture(
-        "perturbations", figures.perturbation_figure(names, lines),
-        "Accuracy under other perturbations.",
+        name, figures.dots_figure(names, lines), caption,
         f"Dot plot of test accuracy in per cent, a marker for each of {len(lines)} methods in "
-        f"each of {len(names)} lines. The table of perturbations holds the numbers.",
+        f"each of {len(names)} lines. The table holds the numbers.",
         f"How to read: further right is better; error bars: standard deviation over the {over}.")
 
 

@@ -48,8 +48,8 @@ def _accuracy(study: Study) -> Section:
 
 
 def _clean_accuracy(study: Study) -> Section:
-    # With one noise level there is nothing to draw against.
-    return Section("accuracy", study.title, _best(study), _accuracies(study, "softmax"))
+    return Section("accuracy", study.title, _best(study), _accuracies(study, "softmax"),
+                   (report.levels_picture(study),))
 
 
 def _best(study: Study) -> str:
