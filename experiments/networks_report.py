@@ -23,7 +23,7 @@ CURVATURES = {
 }
 """Columns of the curvature file; different quantities on a ReLU network."""
 
-RESAMPLES = 1000
+RESAMPLES = 500
 """Of the rows, with replacement, for the interval of a correlation."""
 
 SHARE = 0.95

@@ -89,7 +89,10 @@ def findings():
                 (ROOT / "results" / scale / target / f"{target}.json").read_text())["tables"]]
 
 
-@pytest.mark.parametrize("page, made", findings(), ids=[page for page, _ in findings()])
+FINDINGS = list(findings())
+
+
+@pytest.mark.parametrize("page, made", FINDINGS, ids=[page for page, _ in FINDINGS])
 def test_the_tables_of_a_finding_are_those_of_its_targets(page, made):
     cells = {}
     for table in made:
