@@ -84,9 +84,9 @@ class Embedding(NamedTuple):
 
 
 def row_style(index: int) -> Style:
-    """The style of the ``index``-th row of the table; seven differ."""
-    return Style(*(styles[index % len(styles)]
-                   for styles in (_ROW_COLORS, _ROW_MARKERS, _ROW_DASHES)))
+    """The style of the ``index``-th row of the table; 49 differ, seven in colour."""
+    shape = (index + index // len(_ROW_COLORS)) % len(_ROW_MARKERS)
+    return Style(_ROW_COLORS[index % len(_ROW_COLORS)], _ROW_MARKERS[shape], _ROW_DASHES[shape])
 
 
 def lowest_share(values: np.ndarray) -> np.ndarray:

@@ -252,6 +252,13 @@ def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
     assert report.difference_table(report.load_study(folder), "robust") is None
 
 
+def test_rows_are_told_apart_by_more_than_their_colour():
+    styles = [figures.row_style(index) for index in range(49)]
+    assert len({(style.color, style.marker) for style in styles}) == 49
+    for first in range(0, 49, 7):
+        assert len({style.marker for style in styles[first : first + 7]}) == 7
+
+
 def test_no_paper_row_without_a_paper_table(tmp_path):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], paper_table=None)
     assert "paper: " not in report.write_report(tmp_path / "study").read_text()
