@@ -16,10 +16,10 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from experiments import runs
-from experiments.config import RunConfig, training_perturbation
+from experiments.config import InputError, RunConfig, training_perturbation
 from experiments.evaluation import keep_result, settings_asked
 from experiments.page import Cell, Section, Table, TableRow, listed, significant
-from experiments.program import initial_state, model_of
+from experiments.program import initial_state, model_of, start_from
 from experiments.progress import progress
 from experiments.study import Study
 from experiments.training import load_run, make_splits
@@ -90,8 +90,13 @@ def measure_sharpness(
       By state (``initial``, ``best``) and term; ``loss`` is the whole.
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings.
+      InputError: (a ValueError) if there is a measurement with other settings, the run is not
+        trained by SGD, of which alone the limit of the rate is, or the file of weights that it
+        starts from cannot be read.
     """
+    if config.optimizer.name != "sgd":
+        raise InputError(f"Expected optimizer.name=sgd of {folder}, whose limit of the rate is "
+                         f"known, got {config.optimizer.name}.")
     count = config.batch_size if settings.num_images is None else settings.num_images
     finished = (folder / "done.json").is_file()
     asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
@@ -103,7 +108,11 @@ def measure_sharpness(
     batch = jax.jit(functools.partial(
         data.make_batch, augment=lambda key, image: image, perturb=training_perturbation(config)))(
         jax.random.key(SEED), jnp.asarray(train.images[:count]), jnp.asarray(train.labels[:count]))
-    states = {"initial": initial_state(config, dataset, make_layout("jit"))}
+    layout = make_layout("jit")
+    states = {"initial": initial_state(config, dataset, layout)}
+    if config.init_from is not None:
+        states["initial"], _ = start_from(
+            config.init_from, states["initial"], config, dataset, layout)
     if finished:
         states["best"] = load_run(folder, config, dataset).state
     model = model_of(config, dataset)

@@ -1,6 +1,7 @@
 """Sharpness in the parameters: eigenvalues against a whole Hessian, the rate's limit, the command.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -132,6 +133,18 @@ def test_a_run_that_diverged_is_measured_before_training(tmp_path, capsys):
     assert call("sharpness", folder) == 0
     assert "trained" not in capsys.readouterr().out
     assert set(runs.read_json(folder / "sharpness.json")["eigenvalues"]) == {"initial"}
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"optimizer": OptimizerConfig(name="adam")}, "Expected optimizer.name=sgd of"),
+    ({"init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
+])
+def test_what_the_first_state_and_the_limit_depend_on_is_not_passed_over(
+        change, expected, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(CONFIG, **change)))
+    assert call("sharpness", tmp_path) == 2
+    assert expected in one_line(capsys)
+    assert not (tmp_path / "sharpness.json").exists()
 
 
 def test_bad_input_is_one_line(tmp_path, run, capsys):
