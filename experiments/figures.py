@@ -159,7 +159,7 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
 def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
     """Accuracy in tests of these names, one below the other, and in each the rows; the lines'
     levels are the tests' numbers among the names."""
-    figure = new_figure(8, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
+    figure = new_figure(9.5, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
     ax = figure.subplots()
     for index, line in enumerate(lines):
         shift = 0.7 * (index - (len(lines) - 1) / 2) / len(lines)
