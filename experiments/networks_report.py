@@ -38,30 +38,46 @@ class Coefficient(NamedTuple):
     high: float
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Coefficient:
+def rank_correlation(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, given: np.ndarray | None = None
+) -> Coefficient:
     """Spearman's coefficient of x and y [n], and the interval over resampled groups.
 
     Whole groups [n] (the seeds of a row, which are alike) are drawn with replacement, so that
-    many seeds of few rows do not pass for many networks. Resamples in which x or y is constant
-    have no coefficient and are left out.
+    many seeds of few rows do not pass for many networks. Resamples without a coefficient, such as
+    those in which x or y is constant, are left out.
+
+    Args:
+      x: one variable.
+      y: the other.
+      groups: what belongs together.
+      given: [n], whose ranks are held fixed: the partial coefficient.
     """
+    variables = (x, y) if given is None else (x, y, given)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     random, found = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         drawn = np.concatenate([members[index] for index in random.integers(
             len(members), size=len(members))])
-        found.append(_spearman(x[drawn], y[drawn]))
+        found.append(_spearman(*(values[drawn] for values in variables)))
     tail = (1 - SHARE) / 2
-    return Coefficient(_spearman(x, y), *(
+    return Coefficient(_spearman(*variables), *(
         float(np.nanquantile(found, q)) if np.isfinite(found).any() else float("nan")
         for q in (tail, 1 - tail)))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+def _spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> float:
+    variables = [x, y] if given is None else [x, y, given]
+    if any(np.ptp(values) == 0 for values in variables):
         return float("nan")
     # Several times as fast as scipy.stats.spearmanr, which also makes a p-value.
-    return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
+    correlations = np.corrcoef([stats.rankdata(values) for values in variables])
+    if given is None:
+        return float(correlations[0, 1])
+    (xy, xz), yz = correlations[0, 1:], correlations[1, 2]
+    rest = (1 - xz**2) * (1 - yz**2)
+    # Where one variable is ranked as the given one is, nothing is left of it.
+    return float((xy - xz * yz) / np.sqrt(rest)) if rest > 1e-9 else float("nan")
 
 
 def section(study: Study) -> Section | None:
@@ -103,12 +119,14 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
     measures = _measures(found)
     for level in levels:
         accuracy = _accuracies(found, level)
-        outcomes = {f"accuracy, {level_name(level).lower()}": accuracy}
+        outcomes = {f"accuracy, {level_name(level).lower()}": (accuracy, None)}
         if level:
-            outcomes[f"loss of accuracy at {level_name(level)}"] = clean - accuracy
+            outcomes |= {f"loss of accuracy at {level_name(level)}": (clean - accuracy, None),
+                         f"accuracy, {level_name(level)}, clean accuracy held fixed":
+                         (accuracy, clean)}
         rows += [TableRow(head, tuple(
-            Cell(_text(rank_correlation(_medians(found, key), values, groups)))
-            for key in measures)) for head, values in outcomes.items()]
+            Cell(_text(rank_correlation(_medians(found, key), values, groups, given)))
+            for key in measures)) for head, (values, given) in outcomes.items()]
     return Table(
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
         "with the accuracy and with what noise takes of it.",
@@ -117,7 +135,8 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
         "interval over resampled rows.",
         "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
         "and the loss of accuracy a positive one. Networks that are flat because they have "
-        "learnt little have low accuracy and lose little.")
+        "learnt little have low accuracy and lose little: that is taken out where the ranks of the "
+        "clean accuracy are held fixed (partial coefficients).")
 
 
 def _text(found: Coefficient) -> str:

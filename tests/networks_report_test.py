@@ -56,6 +56,30 @@ def test_the_coefficient_is_spearmans_and_ranks_alone_count(random, number):
     assert -1 <= found.low <= found.high <= 1 or np.isnan(found.low)
 
 
+@hypothesis.given(random=SAMPLES, number=st.integers(6, 30))
+@hypothesis.settings(max_examples=10)
+def test_what_is_held_fixed_is_regressed_out_of_both_ranks(random, number):
+    x, y, given = random.normal(size=(3, number))
+    y += given
+    found = rank_correlation(x, y, np.arange(number), given)
+    design = np.stack([np.ones(number), stats.rankdata(given)], axis=1)
+    rest = [ranks - design @ np.linalg.lstsq(design, ranks)[0]
+            for ranks in (stats.rankdata(x), stats.rankdata(y))]
+    assert found.value == pytest.approx(np.corrcoef(*rest)[0, 1])
+
+
+def test_a_common_cause_alone_leaves_nothing_once_it_is_held_fixed():
+    random = np.random.default_rng(3)
+    cause = random.normal(size=400)
+    x, y = cause + 0.5 * random.normal(size=(2, 400))
+    groups = np.arange(400)
+    assert rank_correlation(x, y, groups).low > 0.6
+    held = rank_correlation(x, y, groups, cause)
+    assert held.low < 0.05 and held.high > -0.05 and abs(held.value) < 0.15
+    # Nothing is left of a variable that is ranked as the one held fixed is.
+    assert np.isnan(rank_correlation(cause**3, y, groups, cause).value)
+
+
 def test_more_seeds_of_the_same_rows_make_no_interval_smaller():
     x, y = np.random.default_rng(1).normal(size=(2, 9))
     once = rank_correlation(x, y, np.arange(9))
@@ -85,11 +109,13 @@ def test_the_section_holds_every_level_and_measure(study):
     table, = section.tables
     assert table.columns == ("Outcome", "Exact Hessian", "Finite differences")
     heads = [row.head for row in table.rows]
-    assert heads == ["accuracy, clean", "accuracy, 8/255", "loss of accuracy at 8/255"]
+    assert heads == ["accuracy, clean", "accuracy, 8/255", "loss of accuracy at 8/255",
+                     "accuracy, 8/255, clean accuracy held fixed"]
     cells = [[cell.text for cell in row.cells] for row in table.rows]
     assert cells[0] == ["–", "–"]  # All have the same.
     assert cells[1] == ["−1.00 [−1.00, −1.00]", "+1.00 [+1.00, +1.00]"]
     assert cells[2] == ["+1.00 [+1.00, +1.00]", "−1.00 [−1.00, −1.00]"]
+    assert cells[3] == ["–", "–"]  # A constant cannot be held fixed.
     assert table.details.startswith("10 networks of 5 rows")
 
 
