@@ -634,8 +634,40 @@ def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
     Source: ``docs/theory.md``.
     """
     tau = jnp.maximum(tau, 0.5)
-    return jnp.log(2.0) + jax.scipy.special.xlogy(tau, tau) + jax.scipy.special.xlogy(
-        1 - tau, 1 - tau)
+    return jensen_shannon_decision_bound(tau, 1 - tau)
+
+
+def jensen_shannon_decision_bound(first: jax.Array, second: jax.Array) -> jax.Array:
+    r"""A lower bound on two classes' Jensen-Shannon divergence, from any decision between them.
+
+    .. math:: D_{JS} \ge h\big(\tfrac{p + q}{2}\big) - \tfrac{1}{2} (h(p) + h(q)), \qquad
+      h(t) = -t \log t - (1 - t) \log(1 - t)
+
+    p and q are the shares of the first and of the second class on one side of the decision. By the
+    data processing inequality; with equality where nothing but the side tells the classes apart.
+    It holds for the features decided on and, if these are a function of an earlier layer's, for
+    that layer. No balls, and no hypothesis: those of Theorem 6.3 say p >= tau and q <= 1 - tau
+    of the decision "in the first ball", which gives :func:`jensen_shannon_sharp_bound`.
+
+    Args:
+      first: p, in [0, 1]; any shape.
+      second: q, in [0, 1]; a shape that goes with it.
+
+    Returns:
+      In nats, from 0 (p = q) to log 2 (p = 1, q = 0).
+
+    >>> [round(float(jensen_shannon_decision_bound(p, 0.0)), 3) for p in (0.0, 0.5, 1.0)]
+    [0.0, 0.216, 0.693]
+
+    Source: ``docs/theory.md``.
+    """
+    def entropy(share):
+        return -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(
+            1 - share, 1 - share)
+
+    # Rounding alone makes it negative.
+    return jnp.maximum(
+        entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2, 0)
 
 
 def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimate:

@@ -82,25 +82,31 @@ def column(cell):
 
 
 def findings():
-    """Each page of findings with the tables of the targets whose commands it names."""
+    """Each page of findings with the tables of the targets whose commands it names, and of the
+    reports that it links to."""
     for page in PAGES:
         if page.startswith("docs/findings/") and not page.endswith("README.md"):
             text = (ROOT / page).read_text()
-            named = re.findall(r"reproduce (\w+) --scale (\w+)", text)
-            yield page, [table for target, scale in named for table in json.loads(
-                (ROOT / "results" / scale / target / f"{target}.json").read_text())["tables"]]
+            made = [table for target, scale in re.findall(r"reproduce (\w+) --scale (\w+)", text)
+                    for table in json.loads((ROOT / "results" / scale / target / f"{target}.json")
+                                            .read_text())["tables"]]
+            for study in set(re.findall(r"results/(\w+)/report\.md", text)):
+                report = re.sub(r"\\(.)", r"\1", (
+                    ROOT / "results" / study / "report.md").read_text())
+                made += [{"columns": columns, "rows": rows} for columns, *rows in tables(report)]
+            yield page, made
 
 
 FINDINGS = list(findings())
 
 
 @pytest.mark.parametrize("page, made", FINDINGS, ids=[page for page, _ in FINDINGS])
-def test_the_tables_of_a_finding_are_those_of_its_targets(page, made):
+def test_the_tables_of_a_finding_are_those_of_its_targets_and_reports(page, made):
     cells = {}
     for table in made:
         for head, *values in table["rows"]:
             for column, value in zip(table["columns"][1:], values, strict=True):
-                cells.setdefault((head, column.lower()), set()).add(value)
+                cells.setdefault((head, column.lower()), set()).add(value.strip("*"))
     found = tables((ROOT / page).read_text())
     assert made and found
     for (_, *columns), *rows in found:

@@ -13,7 +13,8 @@ from command_line import call
 from experiments import config, evaluation, report, reproduce, runs, theory, training
 from experiments.config import InputError
 from experiments.recipes import RECIPES
-from jaxrobust import data
+from jaxrobust import data, models
+from jaxrobust.theory import jensen_shannon_sharp_bound
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -90,6 +91,26 @@ def test_facts_that_hold_on_any_network(checked):
         assert values.shape == (45,) and np.all((values >= 0) & (values <= np.log(2)))
     assert np.all(np.array(separation["pair_bound"]) <= np.array(separation["pair_sharp_bound"])
                   + 1e-6)
+
+
+def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(checked):
+    folder = checked / "robust-seed0"
+    run = training.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    kernel, bias = (np.asarray(part) for part in models.head_parameters(run.state.params))
+    test = theory._layers_of(
+        run, evaluation.make_test_split(run.dataset, SETTINGS.test_size))
+    facts = runs.read_json(folder / "theory.json")["separation"]
+    for (a, b), sides, bound in zip(
+            facts["pairs"], facts["pair_sides"], facts["pair_decision_bound"], strict=True):
+        plane, offset = kernel[:, a] - kernel[:, b], bias[a] - bias[b]
+        expected = [np.mean([feature @ plane + offset > 0 for feature in
+                             np.asarray(test.features)[np.asarray(test.labels) == label]])
+                    for label in (a, b)]
+        np.testing.assert_allclose(sides, expected)
+        assert 0 <= bound <= np.log(2) + 1e-6
+        # No less than if both classes were on their side as seldom as the one that is so less.
+        worst = min(sides[0], 1 - sides[1])
+        assert bound >= jensen_shannon_sharp_bound(jnp.float32(worst)) - 1e-6
 
 
 def test_geometry_is_that_of_all_pairs_of_training_images(checked):

@@ -375,6 +375,22 @@ def test_the_sharp_bound_is_above_the_papers_and_attained(tau):
     assert paper <= sharp + 1e-6 <= math.log(2) + 2e-6
 
 
+@hypothesis.given(seed=st.integers(0, 10_000), number=st.integers(2, 6))
+def test_a_decision_shows_no_more_divergence_than_there_is(seed, number):
+    random = np.random.default_rng(seed)
+    p, q = random.dirichlet(np.full(number, 0.5), size=2)
+    side = random.random(number) < 0.5
+    shares = [min(values[side].sum(), 1.0) for values in (p, q)]
+    bound = theory.jensen_shannon_decision_bound(*jnp.float32(shares)).item()
+    assert 0 <= bound <= divergence(p, q) + 1e-5
+    # Equal to it where the two sides are all that there is; alike for either class and side.
+    two = [np.array([share, 1 - share]) for share in shares]
+    np.testing.assert_allclose(bound, divergence(*two), atol=1e-5)
+    for other in (shares[::-1], [1 - share for share in shares]):
+        np.testing.assert_allclose(
+            theory.jensen_shannon_decision_bound(*jnp.float32(other)), bound, atol=1e-6)
+
+
 def divergence(p, q):
     """The Jensen-Shannon divergence of two probability vectors, Definition G.2."""
     middle = (p + q) / 2
