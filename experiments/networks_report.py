@@ -3,6 +3,7 @@
 One point for each run, where :mod:`experiments.robustness_report` has one for each image.
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,46 +39,56 @@ class Coefficient(NamedTuple):
     high: float
 
 
-def rank_correlation(
-    x: np.ndarray, y: np.ndarray, groups: np.ndarray, given: np.ndarray | None = None
-) -> Coefficient:
-    """Spearman's coefficient of x and y [n], and the interval over resampled groups.
+class RankCorrelations:
+    """Spearman's coefficients between variables, and their intervals over resampled groups.
 
-    Whole groups [n] (the seeds of a row, which are alike) are drawn with replacement, so that
-    many seeds of few rows do not pass for many networks. Resamples without a coefficient, such as
-    those in which x or y is constant, are left out.
+    Whole groups (the seeds of a row, which are alike) are drawn with replacement, so that many
+    seeds of few rows do not pass for many networks. Resamples without a coefficient, such as those
+    in which a variable is constant, are left out.
 
     Args:
-      x: one variable.
-      y: the other.
-      groups: what belongs together.
-      given: [n], whose ranks are held fixed: the partial coefficient.
+      variables: by name, [n] each.
+      groups: [n], what belongs together.
     """
-    variables = (x, y) if given is None else (x, y, given)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    random, found = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        drawn = np.concatenate([members[index] for index in random.integers(
-            len(members), size=len(members))])
-        found.append(_spearman(*(values[drawn] for values in variables)))
-    tail = (1 - SHARE) / 2
-    return Coefficient(_spearman(*variables), *(
-        float(np.nanquantile(found, q)) if np.isfinite(found).any() else float("nan")
-        for q in (tail, 1 - tail)))
+
+    def __init__(self, variables: dict[Hashable, np.ndarray], groups: np.ndarray):
+        self._index = {name: index for index, name in enumerate(variables)}
+        values = np.stack(list(variables.values()), axis=1)
+        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        random = np.random.default_rng(0)
+        drawn = [np.concatenate([members[index] for index in random.integers(
+            len(members), size=len(members))]) for _ in range(RESAMPLES)]
+        # The first is of the networks as they are.
+        self._matrices = np.stack([_spearman(values[rows])
+                                   for rows in (np.arange(len(values)), *drawn)])
+
+    def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
+        """That of two variables; with the ranks of a third held fixed, the partial one."""
+        found = self._of(x, y)
+        if given is not None:
+            with_x, with_y = self._of(x, given), self._of(y, given)
+            rest = (1 - with_x**2) * (1 - with_y**2)
+            # Where one variable is ranked as the given one is, nothing is left of it.
+            rest[rest < 1e-9] = np.nan
+            found = (found - with_x * with_y) / np.sqrt(rest)
+        value, resampled = found[0], found[1:][np.isfinite(found[1:])]
+        tail = (1 - SHARE) / 2
+        low, high = (np.quantile(resampled, (tail, 1 - tail)) if len(resampled) else
+                     (np.nan, np.nan))
+        return Coefficient(float(value), float(low), float(high))
+
+    def _of(self, x: Hashable, y: Hashable) -> np.ndarray:
+        return self._matrices[:, self._index[x], self._index[y]]
 
 
-def _spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> float:
-    variables = [x, y] if given is None else [x, y, given]
-    if any(np.ptp(values) == 0 for values in variables):
-        return float("nan")
-    # Several times as fast as scipy.stats.spearmanr, which also makes a p-value.
-    correlations = np.corrcoef([stats.rankdata(values) for values in variables])
-    if given is None:
-        return float(correlations[0, 1])
-    (xy, xz), yz = correlations[0, 1:], correlations[1, 2]
-    rest = (1 - xz**2) * (1 - yz**2)
-    # Where one variable is ranked as the given one is, nothing is left of it.
-    return float((xy - xz * yz) / np.sqrt(rest)) if rest > 1e-9 else float("nan")
+def _spearman(values: np.ndarray) -> np.ndarray:
+    """The coefficients [k, k] of the columns of [n, k]; NaN for those that are constant."""
+    # Many times as fast as scipy.stats.spearmanr, which also makes p-values.
+    ranks = stats.rankdata(values, axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    norms[norms == 0] = np.nan
+    return (ranks.T @ ranks) / np.outer(norms, norms)
 
 
 def section(study: Study) -> Section | None:
@@ -115,18 +126,20 @@ def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
 
 def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
     groups = np.array([row for row, _ in found])
-    clean, rows = _accuracies(found, 0), []
-    measures = _measures(found)
+    measures, clean = _measures(found), _accuracies(found, 0)
+    variables: dict[str | float, np.ndarray] = {key: _medians(found, key) for key in measures}
+    outcomes: list[tuple] = []  # heading, variable, and that which is held fixed
     for level in levels:
-        accuracy = _accuracies(found, level)
-        outcomes = {f"accuracy, {level_name(level).lower()}": (accuracy, None)}
+        accuracy = variables[level] = _accuracies(found, level)
+        outcomes.append((f"accuracy, {level_name(level).lower()}", level, None))
         if level:
-            outcomes |= {f"loss of accuracy at {level_name(level)}": (clean - accuracy, None),
-                         f"accuracy, {level_name(level)}, clean accuracy held fixed":
-                         (accuracy, clean)}
-        rows += [TableRow(head, tuple(
-            Cell(_text(rank_correlation(_medians(found, key), values, groups, given)))
-            for key in measures)) for head, (values, given) in outcomes.items()]
+            lost = f"loss of accuracy at {level_name(level)}"
+            variables[lost] = clean - accuracy
+            outcomes += [(lost, lost, None), (
+                f"accuracy, {level_name(level)}, clean accuracy held fixed", level, 0)]
+    correlations = RankCorrelations(variables, groups)
+    rows = [TableRow(head, tuple(Cell(_text(correlations.between(key, outcome, given)))
+                                 for key in measures)) for head, outcome, given in outcomes]
     return Table(
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
         "with the accuracy and with what noise takes of it.",

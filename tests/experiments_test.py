@@ -150,19 +150,6 @@ def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path):
         reproduce.claim_study(tmp_path, reproduce.describe_study(get_recipe("digits"), [0], []))
 
 
-def test_runs_in_parallel_are_trained_and_tested(tmp_path, monkeypatch):
-    # The processes find the package where this one did.
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
-    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(reproduce.os, "sched_setaffinity", lambda *_: None, raising=False)
-    assert call("reproduce", "digits", "--rows", "normal", "noisy", "--seeds", "0", "--jobs", "2",
-                "--no-report", "--no-tensorboard", "--out", tmp_path / "study") == 0
-    for row in ("normal", "noisy"):
-        folder = reproduce.run_folder(tmp_path / "study", row, 0)
-        assert len(metrics_of(folder)) == RECIPES["digits"].rows[row].epochs
-        assert (folder / "curvature.npz").is_file()
-
-
 def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(
         learning_rate=1e8, schedule="cosine"))

@@ -10,10 +10,16 @@ import pytest
 from scipy import stats
 
 from experiments import figures, networks_report
-from experiments.networks_report import rank_correlation
+from experiments.networks_report import RankCorrelations
 from experiments.study import Run, Study
 
 SAMPLES = st.integers(0, 2**16).map(np.random.default_rng)
+
+
+def rank_correlation(x, y, groups, given=None):
+    """Of x and y alone, or with a third held fixed."""
+    variables = {"x": x, "y": y} | ({} if given is None else {"given": given})
+    return RankCorrelations(variables, groups).between("x", "y", None if given is None else "given")
 
 
 def network(folder, row, seed, medians, clean, noisy):

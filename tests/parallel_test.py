@@ -71,8 +71,9 @@ def updated(layout: Layout, name, dtype, sizes=SIZES, **options):
     return seen
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
-@pytest.mark.parametrize("name", methods.METHODS)
+# In float32, where rounding hides more, the method with every term alone.
+@pytest.mark.parametrize("name, dtype, tolerance", [
+    ("robust", "float32", 1e-5), *((name, "float64", 1e-12) for name in methods.METHODS)])
 def test_1_2_and_8_devices_give_the_same_update_after_update(name, dtype, tolerance):
     # Flax's batch norm asks for the common type of its input and float32.
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import pathlib
 import statistics
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import real_formats
 from command_line import call, one_line
 
-from experiments import paper, runs, targets
+from experiments import paper, reproduce, runs, targets
 from experiments.config import InputError, get_setting
 from experiments.recipes import RECIPES, STUDIES, ablations
 from experiments.recipes.scales import SCALES
@@ -140,6 +141,23 @@ def test_what_is_done_is_not_done_again(place, capsys):
     # The rows of the figure alone.
     assert "cifar10_tiny: 2 runs (2 rows, seeds 0), 2 done, 0 begun" in said
     assert "0 s" in said
+
+
+def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monkeypatch):
+    # The processes find the package where this one did.
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(reproduce.os, "sched_setaffinity", lambda *_: None, raising=False)
+    assert call("reproduce", "cifar10_tiny", "--rows", "normal", "noisy", "--jobs", "2",
+                "--data-dir", place / "data", "--no-report", "--no-tensorboard",
+                "--out", tmp_path / "study") == 0
+    for row in ("normal", "noisy"):
+        alone, together = (reproduce.run_folder(study, row, 0)
+                           for study in (place / "runs" / "cifar10_tiny", tmp_path / "study"))
+        assert (together / "curvature.npz").is_file()
+        for name in ("levels", "perturbations"):
+            assert (runs.read_json(together / "evaluation.json")[name]
+                    == runs.read_json(alone / "evaluation.json")[name])
 
 
 def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
