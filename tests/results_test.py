@@ -115,6 +115,40 @@ def test_the_tables_of_a_finding_are_those_of_its_targets_and_reports(page, made
                 assert value.strip("*") in cells.get((head, column.lower()), ()), (head, column)
 
 
+def report_tables():
+    """Tables of the README and the docs, of anything, that follow a link to a study's report within
+    the same section."""
+    for page in PAGES:
+        if not page.startswith("docs/findings/"):
+            text = (ROOT / page).read_text()
+            for link in re.finditer(
+                    r"results/(\w+)/report\.md\)[^|#]*\n\n?((?:\|.*\|\n)+)", text):
+                yield page, link[1], tables(link[2])[0]
+
+
+REPORTED = list(report_tables())
+
+
+@pytest.mark.parametrize("page, study, table", REPORTED,
+                         ids=[f"{page}-{study}" for page, study, _ in REPORTED])
+def test_every_number_of_a_table_is_one_of_its_report(page, study, table):
+    report = (ROOT / "results" / study / "report.md").read_text()
+    known = {number for made in tables(report) for row in made for cell in row
+             for number in numbers(cell)}
+    found = [number for _, *cells in table[1:] for cell in cells for number in numbers(cell)]
+    assert found and set(found) <= known, (page, set(found) - known)
+
+
+def numbers(cell):
+    """Those of a cell, as they are written but for the commas of thousands."""
+    return [text.replace(",", "")
+            for text in re.findall(r"[−+]?\d[\d,]*\.?\d*(?:e[+-]\d+)?", cell)]
+
+
+def test_the_tables_of_curvature_are_found():
+    assert any("exact" in table[0][1] for _, _, table in REPORTED)
+
+
 def benchmark_tables():
     """Tables of the README and the docs that follow a link to a benchmark's page."""
     for page in PAGES[:-1]:
