@@ -16,7 +16,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -321,35 +321,60 @@ def accuracy_table(study: Study) -> Table:
 
 
 def difference_table(study: Study, reference: str) -> Table | None:
-    """Each other row less the row ``reference``, with its uncertainty; None without that row.
+    """Each other row's accuracies less those of the row ``reference``; None without that row.
 
-    The 95 % interval of a difference of means, t s (1/n + 1/m)^½, with the seeds' standard
+    With the 95 % interval of a difference of means, t s (1/n + 1/m)^½, with the seeds' standard
     deviation s pooled over all rows, and Student's t for its degrees of freedom.
     """
-    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
-    peer, levels = by_row[reference], levels_of(study)
+    levels = levels_of(study)
+    found = _differences({row: accuracies(study.finished(row)) for row in study.labels}, reference)
+    if found is None:
+        return None
+    return Table(f"Accuracy less that of “{study.labels[reference]}”, in percentage points.",
+                 ("Method", *map(level_name, levels)),
+                 tuple(TableRow(study.labels[row], tuple(cells.get(level, Cell("–"))
+                                                         for level in levels))
+                       for row, cells in found.items()),
+                 note=_difference_note(study))
+
+
+def perturbation_difference_table(study: Study, reference: str) -> Table | None:
+    """The same of :func:`perturbation_table`; None without perturbations of that row."""
+    by_row = {row: perturbed_accuracies(study.finished(row)) for row in study.labels}
+    found = _differences(by_row, reference)
+    if found is None:
+        return None
+    return Table(f"Accuracy under other perturbations less that of “{study.labels[reference]}”, "
+                 "in percentage points.",
+                 ("Perturbation", *(study.labels[row] for row in found)),
+                 tuple(TableRow(text, tuple(cells.get(text, Cell("–"))
+                                            for cells in found.values()))
+                       for text in by_row[reference]),
+                 note=_difference_note(study))
+
+
+def _differences(by_row: dict[str, dict[Any, Accuracy]], reference: str,
+                 ) -> dict[str, dict[Any, Cell]] | None:
+    """By row and test, of those that the row and the reference share; None without reference."""
+    peer = by_row[reference]
     if not peer:
         return None
-    rows = []
-    for row, own in by_row.items():
-        if row != reference and own:
-            rows.append(TableRow(study.labels[row], tuple(
-                _difference_cell(own.get(level), peer.get(level), [
-                    values[level].seed_means for values in by_row.values() if level in values])
-                for level in levels)))
+    samples = {test: [values[test].seed_means for values in by_row.values() if test in values]
+               for test in peer}
+    return {row: {test: _difference_cell(own[test], peer[test], samples[test])
+                  for test in own if test in peer}
+            for row, own in by_row.items() if row != reference and own}
+
+
+def _difference_note(study: Study) -> str:
     spread = ("; ± half of the 95 % interval, from the seeds’ standard deviation pooled over the "
               "rows. Bold: the interval does not hold 0. With many differences one in twenty does "
               "so by chance" if several_seeds(study) else
               "; each was trained once, so that the uncertainty is unknown")
-    return Table(f"Accuracy less that of “{study.labels[reference]}”, in percentage points.",
-                 ("Method", *map(level_name, levels)), tuple(rows),
-                 note=f"How to read: above 0 is better{spread}.")
+    return f"How to read: above 0 is better{spread}."
 
 
-def _difference_cell(own: Accuracy | None, peer: Accuracy | None,
-                     samples: Sequence[Sequence[float]]) -> Cell:
-    if own is None or peer is None:
-        return Cell("–")
+def _difference_cell(own: Accuracy, peer: Accuracy, samples: Sequence[Sequence[float]]) -> Cell:
     difference, spread = own.mean - peer.mean, pooled_std(*samples)
     if spread is None:
         return Cell(signed(difference))

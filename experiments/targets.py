@@ -67,6 +67,16 @@ def _perturbations(study: Study) -> Section:
                    (report.perturbation_picture(study),))
 
 
+def _transfer(study: Study) -> Section:
+    return _perturbations(study)._replace(tables=_perturbed(study, "both"))
+
+
+def _perturbed(study: Study, reference: str) -> tuple[Table, ...]:
+    """The accuracies under other perturbations, and how they differ from those of one row."""
+    return tuple(filter(None, (report.perturbation_table(study),
+                               report.perturbation_difference_table(study, reference))))
+
+
 def _networks(study: Study) -> Section:
     section = networks_report.section(study)
     if section is None:
@@ -91,7 +101,7 @@ def _question(reference: str) -> Callable[[Study], Section]:
     def build(study: Study) -> Section:
         sharp = sharpness.section(study)
         return Section("question", study.title, _best(study),
-                       (*_accuracies(study, reference), report.perturbation_table(study),
+                       (*_accuracies(study, reference), *_perturbed(study, reference),
                         report.curvature_table(study), *(sharp.tables if sharp else ())),
                        (report.accuracy_picture(study), report.perturbation_picture(study)))
 
@@ -142,7 +152,7 @@ QUESTIONS: dict[str, Target] = {
     name: Target(question.title, ("ablations",), _question(question.reference),
                  rows=question.rows)
     for name, question in ablations.QUESTIONS.items()} | {
-    "transfer": Target("Perturbations that training has not seen", ("cifar10",), _perturbations),
+    "transfer": Target("Perturbations that training has not seen", ("cifar10",), _transfer),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks),
 }
 """What the paper leaves open, by name."""

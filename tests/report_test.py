@@ -243,6 +243,29 @@ def test_differences_have_the_interval_of_the_t_test(three_seeds):
     assert [cell.bold for cell in row.cells] == [True, False]
 
 
+def test_differences_under_perturbations_are_computed_as_those_under_noise(tmp_path):
+    folder = tmp_path / "study"
+    write_study(folder, THREE_SEEDS, seeds=[0, 1, 2])
+    for run in folder.glob("*-seed*"):
+        path = run / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        evaluation["perturbations"] = [
+            {"perturb": f"at {level['std_255']}", "accuracies": level["accuracies"]}
+            for level in evaluation["levels"]]
+        path.write_text(json.dumps(evaluation))
+    study = report.load_study(folder)
+    table = report.perturbation_difference_table(study, "both")
+    assert table.columns == ("Perturbation", LABELS["robust"])
+    assert [row.head for row in table.rows] == [f"at {level}" for level in LEVELS]
+    row, = report.difference_table(study, "both").rows
+    assert [cell for line in table.rows for cell in line.cells] == list(row.cells)
+
+
+def test_differences_under_perturbations_need_the_reference_to_be_tested(three_seeds):
+    study = report.load_study(three_seeds[0])
+    assert report.perturbation_difference_table(study, "both") is None
+
+
 def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
     table = report.difference_table(report.load_study(one_seed[0]), "robust")
     assert [cell.text for cell in table.rows[0].cells] == ["+1.00", "−4.00"]
