@@ -94,8 +94,9 @@ def _spearman(values: np.ndarray) -> np.ndarray:
 def section(study: Study) -> Section | None:
     """The section; None for fewer than :data:`FEWEST` networks with curvature, or without clean
     and noisy accuracies that all of them have."""
-    found = [(row, run) for row in study.labels for run in study.finished(row)
-             if run.medians is not None and np.isfinite(list(run.medians.values())).all()]
+    found = _different([
+        (row, run) for row in study.labels for run in study.finished(row)
+        if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
     if len(found) < FEWEST:
         return None
     levels = sorted(set.intersection(*(
@@ -106,6 +107,18 @@ def section(study: Study) -> Section | None:
         "networks", "Curvature and robustness, network by network",
         "Is a network whose loss curves less at clean images the one that loses less to noise?",
         (_table(found, levels),), (_picture(study, found, levels[-1]),))
+
+
+def _different(found: list[tuple[str, Run]]) -> list[tuple[str, Run]]:
+    """Without those that are an earlier one again, to the last digit.
+
+    A setting that does nothing in two rows, such as a bound that no gradient reaches, makes them
+    one network, which must not count twice.
+    """
+    results: dict[tuple, tuple[str, Run]] = {}
+    for row, run in found:
+        results.setdefault((str(run.medians), str(run.evaluation["levels"])), (row, run))
+    return list(results.values())
 
 
 def _medians(found: list[tuple[str, Run]], key: str) -> np.ndarray:
@@ -144,8 +157,8 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
         "with the accuracy and with what noise takes of it.",
         ("Outcome", *measures.values()), tuple(rows),
-        f"{len(found)} networks of {len(set(groups))} rows; in brackets the {100 * SHARE:g} % "
-        "interval over resampled rows.",
+        f"{len(found)} different networks of {len(set(groups))} rows; in brackets the "
+        f"{100 * SHARE:g} % interval over resampled rows.",
         "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
         "and the loss of accuracy a positive one. Networks that are flat because they have "
         "learnt little have low accuracy and lose little: that is taken out where the ranks of the "

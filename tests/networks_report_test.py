@@ -122,7 +122,7 @@ def test_the_section_holds_every_level_and_measure(study):
     assert cells[1] == ["−1.00 [−1.00, −1.00]", "+1.00 [+1.00, +1.00]"]
     assert cells[2] == ["+1.00 [+1.00, +1.00]", "−1.00 [−1.00, −1.00]"]
     assert cells[3] == ["–", "–"]  # A constant cannot be held fixed.
-    assert table.details.startswith("10 networks of 5 rows")
+    assert table.details.startswith("10 different networks of 5 rows")
 
 
 def test_the_figure_has_a_point_for_each_network(study, tmp_path):
@@ -156,4 +156,10 @@ def test_networks_without_finite_curvature_are_left_out(study, tmp_path):
                    enumerate((None, {"frobenius_squared": float("nan"),
                                      "finite_difference": 1.0})))
     section = networks_report.section(study_of({**study.runs, "broken": broken}))
+    assert section.tables == networks_report.section(study).tables
+
+
+def test_rows_that_came_out_the_same_are_one_network(study):
+    again = {"again": study.runs["row1"]}
+    section = networks_report.section(study_of({**study.runs, **again}))
     assert section.tables == networks_report.section(study).tables
