@@ -206,6 +206,32 @@ def pooled_std(*samples: Sequence[float]) -> float | None:
     return math.sqrt(squares / freedom)
 
 
+class Difference(NamedTuple):
+    """Of two mean accuracies, in percentage points."""
+
+    points: float
+    half: float | None  # of the 95 % interval; None where each row was trained once
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval does not hold 0."""
+        return self.half is not None and abs(self.points) > self.half
+
+
+def difference(own: Accuracy, peer: Accuracy) -> Difference:
+    """Of two rows, with the interval of Student's t test for two samples with one variance:
+
+    t s (1/n + 1/m)^½, the standard deviation s pooled over the seeds of these two rows alone: other
+    methods may scatter more, or less.
+    """
+    points, spread = own.mean - peer.mean, pooled_std(own.seed_means, peer.seed_means)
+    if spread is None:
+        return Difference(points, None)
+    n, m = len(own.seed_means), len(peer.seed_means)
+    t = float(stats.t.ppf(0.975, n + m - 2))
+    return Difference(points, t * spread * math.sqrt(1 / n + 1 / m))
+
+
 def best_rows(study: Study) -> list[str]:
     """A sentence each on the best row for clean images and at the strongest noise."""
     levels = levels_of(study)
@@ -236,23 +262,25 @@ def _best(study: Study, level: float) -> str:
 
 def _comparison(label: str, peer_label: str, own: dict[float, Accuracy],
                 peer: dict[float, Accuracy]) -> str:
-    """In words, at which levels a row is above, within the spread of, or below another."""
-    levels = [level for level in own if level in peer]
-    spreads = [pooled_std(own[level].seed_means, peer[level].seed_means) for level in levels]
-    known = None not in spreads
+    """In words, at which levels a row is above another, level with it, or below."""
+    differences = {level: difference(own[level], peer[level]) for level in own if level in peer}
+    known = all(found.half is not None for found in differences.values())
     words = (("clearly better", "no clear difference", "clearly worse") if known else
              ("higher", "equal", "lower"))
-    found = {word: [] for word in words}
-    for level, spread in zip(levels, spreads, strict=True):
-        difference = own[level].mean - peer[level].mean
-        threshold = spread or 0.0
-        index = 0 if difference > threshold else 2 if difference < -threshold else 1
-        after = f", spread {spread:.2f}" if known else ""
-        found[words[index]].append(f"{level_name(level).lower()} ({signed(difference)}{after})")
-    parts = [f"{word} at {len(where)} of {len(levels)} levels: {', '.join(where)}"
-             for word, where in found.items() if where]
+    where = {word: [] for word in words}
+    for level, found in differences.items():
+        told = found.clear if known else found.points != 0
+        index = 1 if not told else 0 if found.points > 0 else 2
+        where[words[index]].append(f"{level_name(level).lower()} ({difference_text(found)})")
+    parts = [f"{word} at {len(levels)} of {len(differences)} levels: {', '.join(levels)}"
+             for word, levels in where.items() if levels]
     end = "." if known else "; the spread over trainings is unknown."
     return f"“{label}” against “{peer_label}”, in percentage points: {'; '.join(parts)}{end}"
+
+
+def difference_text(found: Difference) -> str:
+    """The difference with its sign, and half of its interval if it has one."""
+    return signed(found.points) + ("" if found.half is None else f" ± {found.half:.2f}")
 
 
 def missing_runs(study: Study) -> list[str]:
@@ -285,8 +313,8 @@ def lead(study: Study) -> str:
     """The summary's opening paragraph: what is best, and what the comparisons rest on."""
     if several_seeds(study):
         basis = ("Below, a difference between the means over the training seeds is called clear "
-                 "if it exceeds the seeds’ pooled standard deviation (“spread”): a rough guide "
-                 "with so few trainings, not a statistical test.")
+                 "if its 95 % interval (±) does not hold 0; of many such differences one in twenty "
+                 "does so by chance.")
     else:
         basis = ("Each method was trained once, so the spread over trainings is unknown: a small "
                  "difference between rows may be chance.")
@@ -321,11 +349,7 @@ def accuracy_table(study: Study) -> Table:
 
 
 def difference_table(study: Study, reference: str) -> Table | None:
-    """Each other row's accuracies less those of the row ``reference``; None without that row.
-
-    With the 95 % interval of a difference of means, t s (1/n + 1/m)^½, with the seeds' standard
-    deviation s pooled over all rows, and Student's t for its degrees of freedom.
-    """
+    """Each other row's accuracies less those of the row ``reference``; None without that row."""
     levels = levels_of(study)
     found = _differences({row: accuracies(study.finished(row)) for row in study.labels}, reference)
     if found is None:
@@ -359,29 +383,21 @@ def _differences(by_row: dict[str, dict[Any, Accuracy]], reference: str,
     peer = by_row[reference]
     if not peer:
         return None
-    samples = {test: [values[test].seed_means for values in by_row.values() if test in values]
-               for test in peer}
-    return {row: {test: _difference_cell(own[test], peer[test], samples[test])
+    return {row: {test: _difference_cell(difference(own[test], peer[test]))
                   for test in own if test in peer}
             for row, own in by_row.items() if row != reference and own}
 
 
+def _difference_cell(found: Difference) -> Cell:
+    return Cell(difference_text(found), bold=found.clear)
+
+
 def _difference_note(study: Study) -> str:
-    spread = ("; ± half of the 95 % interval, from the seeds’ standard deviation pooled over the "
-              "rows. Bold: the interval does not hold 0. With many differences one in twenty does "
-              "so by chance" if several_seeds(study) else
+    spread = ("; ± half of the 95 % interval (Student’s t, from the seeds of the two rows). Bold: "
+              "the interval does not hold 0. With many differences one in twenty does so by chance"
+              if several_seeds(study) else
               "; each was trained once, so that the uncertainty is unknown")
     return f"How to read: above 0 is better{spread}."
-
-
-def _difference_cell(own: Accuracy, peer: Accuracy, samples: Sequence[Sequence[float]]) -> Cell:
-    difference, spread = own.mean - peer.mean, pooled_std(*samples)
-    if spread is None:
-        return Cell(signed(difference))
-    freedom = sum(len(sample) - 1 for sample in samples)
-    half = float(stats.t.ppf(0.975, freedom)) * spread * math.sqrt(
-        1 / len(own.seed_means) + 1 / len(peer.seed_means))
-    return Cell(f"{signed(difference)} ± {half:.2f}", bold=abs(difference) > half)
 
 
 def perturbation_table(study: Study) -> Table | None:

@@ -145,14 +145,14 @@ def test_three_seeds_give_mean_and_spread_over_trainings(three_seeds):
     assert line["num_seeds"] == "3"
 
 
-def test_summary_says_where_the_difference_exceeds_the_spread(three_seeds):
+def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
     folder, _ = three_seeds
     best_and_basis, comparison = json.loads((folder / "report.json").read_text())["summary"]
     assert "Best on clean images: “Robust <&> |method|”, with 94.00 %." in best_and_basis
     assert "Best at the strongest noise (2/255): “Training on both”, with 73.00 %" in best_and_basis
-    # Pooled: sqrt((0 + 4) / 2) = 1.41 < 4, and sqrt((4 + 7/3) / 2) = 1.78 > 0.67.
-    assert "clearly better at 1 of 2 levels: clean (+4.00, spread 1.41)" in comparison
-    assert "no clear difference at 1 of 2 levels: 2/255 (−0.67, spread 1.78)" in comparison
+    # Pooled: sqrt((0 + 4) / 2) = 1.41 and sqrt((4 + 7/3) / 2) = 1.78; times 2.776 sqrt(2/3).
+    assert "clearly better at 1 of 2 levels: clean (+4.00 ± 3.21)" in comparison
+    assert "no clear difference at 1 of 2 levels: 2/255 (−0.67 ± 4.03)" in comparison
 
 
 def test_summary_of_one_seed_does_not_claim_a_clear_difference(one_seed):
