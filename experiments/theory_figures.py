@@ -122,7 +122,7 @@ def separation_figure(lines: Sequence[SeparationLine]) -> Figure:
             ax.plot(len(line.layers) + np.arange(len(line.bounds)) + shift,
                     [values[panel] for values in line.bounds.values()], linestyle="none", **look)
         ticks = [*lines[0].layers, *lines[0].bounds]
-        ax.set_xticks(range(len(ticks)), ["\n".join(tick.rsplit(" ", 1)) for tick in ticks])
+        ax.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", rotation_mode="anchor")
         ax.axvline(len(lines[0].layers) - 0.5, color="#7F7F7F", linewidth=0.8)
         ax.axhline(math.log(2), color="#7F7F7F", linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_title(f"{name.capitalize()} over the pairs of classes")
