@@ -119,18 +119,20 @@ def joint_tsne(clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, np.nda
 def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]) -> Figure:
     """Accuracy against the noise level; ``paper`` holds the paper's lines, in the rows' styles.
 
-    With three rows or more, a second panel shows ours enlarged, without the range that only the
-    weakest row reaches, and with the markers of a level side by side.
+    Where the paper's lines or the weakest row take much of the range, a second panel shows ours
+    enlarged, without what only the weakest row reaches. In the last panel the markers of a level
+    are side by side.
     """
-    zoomed = len(lines) > 2
-    figure = new_figure(11 if zoomed else 7, 5.6)
-    axes = figure.subplots(1, 2 if zoomed else 1, squeeze=False)[0]
+    limits = _enlarged(lines, paper)
+    figure = new_figure(11 if limits else 7, 5.6)
+    axes = figure.subplots(1, 2 if limits else 1, squeeze=False)[0]
     levels = sorted({float(level) for line in lines for level in line.levels})
     for line in paper:
         axes[0].plot(line.levels, line.mean, color=line.style.color, linestyle=(0, (4, 3)),
                      linewidth=0.8, marker=line.style.marker, markersize=4,
                      markerfacecolor="white")
-    for ax, shift in zip(axes, (0.0, 0.009 * (levels[-1] - levels[0])), strict=False):
+    for ax in axes:
+        shift = 0.009 * (levels[-1] - levels[0]) if ax is axes[-1] else 0.0
         for index, line in enumerate(lines):
             ax.errorbar(line.levels + shift * (index - (len(lines) - 1) / 2), line.mean,
                         yerr=line.std, color=line.style.color, marker=line.style.marker,
@@ -139,13 +141,10 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
         ax.set_xticks(levels)
         ax.set_xlabel("Standard deviation of the test noise [1/255 of the pixel range]")
         ax.set_ylabel("Test accuracy [%]")
-    if zoomed:
-        bottom = sorted(float((line.mean - line.std).min()) for line in lines)[1]
-        top = max(float((line.mean + line.std).max()) for line in lines)
-        margin = 0.05 * max(top - bottom, 1)
-        axes[0].set_title("All" if not paper else "Ours and the paper's")
+    if limits:
+        axes[0].set_title("Ours and the paper's" if paper else "All")
         axes[1].set_title("Ours, enlarged (the weakest cut off)")
-        axes[1].set_ylim(bottom - margin, top + margin)
+        axes[1].set_ylim(*limits)
     handles = [Line2D([], [], color=line.style.color, marker=line.style.marker, linewidth=1.6,
                       label=wrap(line.label)) for line in lines]
     if paper:
@@ -154,6 +153,19 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
                               label="thin, dashed, open marker:\nthe paper's, same colour"))
     add_legend(figure, handles)
     return figure
+
+
+def _enlarged(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine],
+              ) -> tuple[float, float] | None:
+    """The range of all lines but the weakest; None if it is most of the whole."""
+    lowest = sorted(float((line.mean - line.std).min()) for line in lines)
+    highest = max(float((line.mean + line.std).max()) for line in lines)
+    whole = (max([highest, *(float(line.mean.max()) for line in paper)])
+             - min([lowest[0], *(float(line.mean.min()) for line in paper)]))
+    if len(lines) < 3 or highest - lowest[1] > 0.75 * whole:
+        return None
+    margin = 0.05 * max(highest - lowest[1], 1)
+    return lowest[1] - margin, highest + margin
 
 
 def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:

@@ -664,14 +664,14 @@ def accuracy_picture(study: Study) -> Picture:
                 study.labels[row], style, np.array(list(numbers)),
                 np.array(list(numbers.values())), np.zeros(len(numbers))))
     over = "training seeds" if several_seeds(study) else "noise draws"
+    figure = figures.accuracy_figure(lines, paper)
     return Picture(
-        "accuracy", figures.accuracy_figure(lines, paper), "Accuracy against the test noise.",
+        "accuracy", figure, "Accuracy against the test noise.",
         f"Line chart of test accuracy in per cent against the noise level, a line for each of "
         f"{len(lines)} methods. The accuracy table holds the numbers.",
         f"How to read: mean accuracy; error bars: standard deviation over the {over} (often "
-        "smaller than the marker). A flat, high line is a robust classifier."
-        + (" In the enlarged panel the markers of a level are set side by side."
-           if len(lines) > 2 else "")
+        "smaller than the marker). A flat, high line is a robust classifier. The markers of a "
+        f"level are set side by side{' in the enlarged panel' if len(figure.axes) > 1 else ''}."
         + (f" Thin and dashed: the paper’s {study.paper.title}." if paper else ""))
 
 

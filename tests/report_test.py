@@ -429,3 +429,16 @@ def test_no_finished_run_is_an_input_error_of_one_line(tmp_path):
     with pytest.raises(InputError, match="no evaluation.json") as error:
         report.write_report(tmp_path / "study")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("weakest", "panels"), [(40.0, 2), (87.0, 1)])
+def test_a_weak_row_gets_the_others_a_panel_of_their_own(weakest, panels):
+    levels, std = np.array([0.0, 8.0]), np.array([1.0, 1.0])
+    lines = [figures.AccuracyLine(f"method {index}", figures.row_style(index), levels,
+                                  np.array([mean, mean - 2.0]), std)
+             for index, mean in enumerate((90.0, 88.0, weakest))]
+    axes = figures.accuracy_figure(lines, []).axes
+    assert len(axes) == panels
+    if panels == 2:
+        low, high = axes[1].get_ylim()
+        assert weakest < low < 85 and high > 91
