@@ -158,14 +158,15 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
 def _enlarged(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine],
               ) -> tuple[float, float] | None:
     """The range of all lines but the weakest; None if it is most of the whole."""
-    lowest = sorted(float((line.mean - line.std).min()) for line in lines)
-    highest = max(float((line.mean + line.std).max()) for line in lines)
-    whole = (max([highest, *(float(line.mean.max()) for line in paper)])
-             - min([lowest[0], *(float(line.mean.min()) for line in paper)]))
-    if len(lines) < 3 or highest - lowest[1] > 0.75 * whole:
+    if len(lines) < 3:
         return None
-    margin = 0.05 * max(highest - lowest[1], 1)
-    return lowest[1] - margin, highest + margin
+    weakest, low = sorted(float((line.mean - line.std).min()) for line in lines)[:2]
+    high = max(float((line.mean + line.std).max()) for line in lines)
+    ends = [weakest, high, *(float(mean) for line in paper for mean in line.mean)]
+    if high - low > 0.75 * (max(ends) - min(ends)):
+        return None
+    margin = 0.05 * max(high - low, 1)
+    return low - margin, high + margin
 
 
 def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
