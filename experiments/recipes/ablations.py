@@ -65,6 +65,7 @@ RATES = (0.005, 0.05, 0.2)
 DISTANCES = (0.5, 1.0, 2.0, 5.0)
 """delta_d of the rows with delta_v = 0.5: a half, one, two and five times the ball's diameter."""
 
+
 class Question(NamedTuple):
     """A question, and the rows that answer it."""
 
