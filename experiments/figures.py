@@ -288,14 +288,21 @@ def wrap(label: str, width: int = 30) -> str:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
-    """One legend below all panels, which get their grid and lose their upper right spines."""
+    """One legend below all panels, which get their grid and lose their upper right spines.
+
+    In as many columns, up to ``columns``, as the figure is wide.
+    """
     for ax in figure.axes:
         ax.set_axisbelow(True)
         if ax.get_xticks().size:
             ax.grid(**GRID)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)),
-                  frameon=False, columnspacing=1.5, handlelength=2.6)
+    for count in range(min(columns, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=count,
+                               frameon=False, columnspacing=1.5, handlelength=2.6)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
 def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSample]) -> None:

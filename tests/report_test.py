@@ -442,3 +442,16 @@ def test_a_weak_row_gets_the_others_a_panel_of_their_own(weakest, panels):
     if panels == 2:
         low, high = axes[1].get_ylim()
         assert weakest < low < 85 and high > 91
+
+
+@pytest.mark.parametrize("length, columns", [(5, 3), (20, 2), (30, 1)])
+def test_a_legend_is_within_its_figure(length, columns):
+    levels = np.array([0.0, 2.0])
+    lines = [figures.AccuracyLine("M" * length, figures.row_style(index), levels,
+                                  np.array([90.0, 88.0]), np.ones(2)) for index in range(4)]
+    figure = figures.accuracy_figure(lines, [])
+    legend, = figure.legends
+    figure.draw_without_rendering()
+    extent = legend.get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1
+    assert len({text.get_window_extent().x0 for text in legend.get_texts()}) == columns
