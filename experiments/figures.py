@@ -25,11 +25,12 @@ DPI = 150
 
 _ORANGE, _SKY, _GREEN, _YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 _BLUE, _VERMILLION, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
-_ROW_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _VERMILLION, _BLACK, _SKY)
+_GREY = "#999999"
+_ROW_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _VERMILLION, _BLACK, _SKY, _GREY)
 _ROW_MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 _ROW_DASHES = ("-", (0, (6, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)),
                (0, (8, 2, 2, 2)), (0, (2, 2)))
-_CLASS_COLORS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK, _YELLOW, "#999999",
+_CLASS_COLORS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK, _YELLOW, _GREY,
                  "#7F4A1E")
 _CLASS_MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", ">", "*")
 GRID = {"color": "#D9D9D9", "linewidth": 0.6}
@@ -84,7 +85,7 @@ class Embedding(NamedTuple):
 
 
 def row_style(index: int) -> Style:
-    """The style of the ``index``-th row of the table; 49 differ, seven in colour."""
+    """The style of the ``index``-th row of the table; 56 differ, eight in colour."""
     shape = (index + index // len(_ROW_COLORS)) % len(_ROW_MARKERS)
     return Style(_ROW_COLORS[index % len(_ROW_COLORS)], _ROW_MARKERS[shape], _ROW_DASHES[shape])
 
@@ -120,8 +121,8 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     """Accuracy against the noise level; ``paper`` holds the paper's lines, in the rows' styles.
 
     Where the paper's lines or the weakest row take much of the range, a second panel shows ours
-    enlarged, without what only the weakest row reaches. In the last panel the markers of a level
-    are side by side.
+    enlarged, without what only the weakest row reaches and without rows that end below that. In
+    the last panel the markers of a level are side by side.
     """
     limits = _enlarged(lines, paper)
     figure = new_figure(11 if limits else 7, 5.6)
@@ -134,6 +135,8 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     for ax in axes:
         shift = 0.009 * (levels[-1] - levels[0]) if ax is axes[-1] else 0.0
         for index, line in enumerate(lines):
+            if limits and ax is axes[1] and line.mean.max() < limits[0]:
+                continue  # else its error bars alone would reach in
             ax.errorbar(line.levels + shift * (index - (len(lines) - 1) / 2), line.mean,
                         yerr=line.std, color=line.style.color, marker=line.style.marker,
                         markersize=6, linewidth=1.4, capsize=3, markeredgecolor="white",

@@ -276,9 +276,10 @@ def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
 
 
 def test_rows_are_told_apart_by_more_than_their_colour():
-    styles = [figures.row_style(index) for index in range(49)]
-    assert len({(style.color, style.marker) for style in styles}) == 49
-    for first in range(0, 49, 7):
+    styles = [figures.row_style(index) for index in range(56)]
+    assert len({(style.color, style.marker) for style in styles}) == 56
+    for first in range(0, 56, 8):
+        assert len({style.color for style in styles[first : first + 8]}) == 8
         assert len({style.marker for style in styles[first : first + 7]}) == 7
 
 
@@ -442,6 +443,7 @@ def test_a_weak_row_gets_the_others_a_panel_of_their_own(weakest, panels):
     if panels == 2:
         low, high = axes[1].get_ylim()
         assert weakest < low < 85 and high > 91
+        assert [len(ax.containers) for ax in axes] == [3, 2]
 
 
 @pytest.mark.parametrize("length, columns", [(5, 3), (20, 2), (30, 1)])
