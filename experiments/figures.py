@@ -121,8 +121,8 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
     """Accuracy against the noise level; ``paper`` holds the paper's lines, in the rows' styles.
 
     Where the paper's lines or the weakest row take much of the range, a second panel shows ours
-    enlarged, without what only the weakest row reaches and without rows that end below that. In
-    the last panel the markers of a level are side by side.
+    enlarged, down to where the second weakest ends; rows that lie wholly below are left out of it.
+    In the last panel the markers of a level are side by side.
     """
     limits = _enlarged(lines, paper)
     figure = new_figure(11 if limits else 7, 5.6)
