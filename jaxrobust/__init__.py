@@ -40,6 +40,7 @@ from jaxrobust.losses import (
     compactness_loss,
     margin_loss,
     robust_loss,
+    softmax_cross_entropy,
     stability_loss,
 )
 from jaxrobust.perturbations import gaussian, identity, per_example, uniform
@@ -98,6 +99,7 @@ __all__ = [
     "signed_boundary_distance",
     "smoothed_curvature",
     "smoothed_curvature_bound",
+    "softmax_cross_entropy",
     "spectral_density",
     "squared_frobenius",
     "stability_loss",

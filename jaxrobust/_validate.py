@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -86,6 +87,21 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
         sizes.update(
             (dim, size) for dim, size in zip(dims, array.shape, strict=False) if dim != "...")
     return sizes
+
+
+def class_numbers(name: str, value: jax.Array) -> jax.Array:
+    """Labels as int32, so that none wraps where classes are compared or indexed with it.
+
+    What no int32 holds becomes -1, which is no class. Raises InputError unless ``value`` is of an
+    integer dtype.
+    """
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise InputError(f"Expected {name} of an integer dtype, got {value.dtype}.")
+    if value.dtype.itemsize < 4 or value.dtype == jnp.int32:
+        return value.astype(jnp.int32)
+    held = (value >= 0) & (value <= jnp.iinfo(jnp.int32).max)
+    return jnp.where(held, value.astype(jnp.int32), -1)
 
 
 def labels(name: str, value: np.ndarray, num_classes: int) -> None:
