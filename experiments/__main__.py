@@ -115,6 +115,8 @@ class Reproduce:
         if self.dry_run:
             print(plan.text())
             return
+        for folder in (plan.out, *(study.folder for study in plan.studies.values())):
+            runs.require_writable(folder)
         layout = self.execution.start()
         if any(study.measured for study in plan.studies.values()) and jax.process_count() > 1:
             raise InputError(f"Expected one process to make {self.what!r}, got "
@@ -226,6 +228,8 @@ class Train:
                    for config in configs]
         if self.seeds is None and self.out is not None:
             folders = [self.out]
+        for folder in folders:
+            runs.require_writable(folder)
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
             say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
@@ -276,6 +280,7 @@ class Sweep:
         plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
         layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
+        runs.require_writable(folder)
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         # Says what cannot be before anything is written; the plan may grow by what is there.
         sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
@@ -302,7 +307,10 @@ class _OnRuns:
         """Of all runs before the first is measured, which takes long."""
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
-        return [(folder, read_config(folder)) for folder in self.runs]
+        configs = [(folder, read_config(folder)) for folder in self.runs]
+        for folder, _ in configs:
+            runs.require_writable(folder)
+        return configs
 
     def _load(self, layout=None):
         for folder, config in self._configs():
@@ -359,6 +367,8 @@ class Figures(_OnRuns):
 
     def __call__(self) -> None:
         report.group_by_study(self.runs)  # Says what is wrong with a study before hours of work.
+        if self.out is not None:
+            runs.require_writable(self.out)
         for folder, run in self._load():
             robustness.measure_robustness(run, self.settings, folder, folder.name)
         for path in report.write_figures(self.runs, self.out):
@@ -420,6 +430,8 @@ class Report:
         if not self.folders:
             raise InputError("Expected a folder of a study, or folders of runs, got none.")
         first = self.folders[0]
+        if self.out is not None:
+            runs.require_writable(self.out)
         if len(self.folders) == 1 and not (first / "config.json").is_file():
             if self.out is not None:
                 raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
@@ -464,6 +476,7 @@ class Export:
 
     def __call__(self) -> None:
         out = self.out or self.run / "model.stablehlo"
+        predict.require_exportable(out)
         predict.export_run(_load_one(self.run, self.data_dir), out)
         print(f"The network is in {out}")
 
@@ -502,6 +515,7 @@ class Prepare:
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
+        runs.require_writable(self.data_dir.expanduser())
         print(prepare.prepare(self.dataset, self.data_dir.expanduser()))
 
 
@@ -523,6 +537,7 @@ class Bench:
     def __call__(self) -> None:
         bench.check(self.benchmark, self.only)
         folder = self.out or pathlib.Path("runs") / f"bench-{self.benchmark}"
+        runs.require_writable(folder)
         print(bench.run(self.benchmark, folder, quick=self.quick, only=self.only))
         print(f"The results are in {folder}")
 

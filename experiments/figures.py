@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
+from experiments.runs import writing
+
 DPI = 150
 """Of the PNG files, and of the points that an SVG file holds as an image."""
 
@@ -273,9 +275,9 @@ def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) ->
 
 def save(figure: Figure, stem: pathlib.Path) -> None:
     """Writes ``stem.png`` and ``stem.svg``, the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": "jaxrobust"}):
+    with writing(stem), matplotlib.rc_context({"svg.hashsalt": "jaxrobust"}):
         figure.savefig(stem.with_suffix(".svg"), dpi=DPI, metadata={"Date": None})
-    figure.savefig(stem.with_suffix(".png"), dpi=DPI)
+        figure.savefig(stem.with_suffix(".png"), dpi=DPI)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from experiments import figures
+from experiments import figures, runs
 from jaxrobust import _validate, data, perturbations
 from jaxrobust.data.augment import to_float
 
@@ -28,9 +28,10 @@ def show_perturbations(
 
     Raises:
       InputError: (a ValueError) if the image cannot be read, a perturbation not be applied, or the
-        suffix is none of :data:`SUFFIXES`.
+        suffix is none of :data:`SUFFIXES`, or the picture cannot be written.
     """
     _validate.one_of("suffix of the picture", out.suffix, SUFFIXES)
+    runs.require_writable_file(out)
     image = to_float(jnp.asarray(data.read_image(path, image_size)))[None]
     views = [perturbations.parse_perturbation(text)(jax.random.key(0), image)[0] for text in texts]
     columns = math.ceil(math.sqrt(len(texts)))
@@ -43,5 +44,6 @@ def show_perturbations(
     for ax, text, view in zip(axes, texts, views, strict=False):
         ax.imshow(view, interpolation="nearest")
         ax.set_title(text, fontsize=7)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=figures.DPI)
+    runs.make_folder(out.parent)
+    with runs.writing(out):
+        figure.savefig(out, dpi=figures.DPI)

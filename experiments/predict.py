@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from experiments.config import InputError
 from experiments.evaluation import batch_size_of
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, data, evaluation
@@ -73,6 +72,12 @@ def table_text(predictions: Sequence[Prediction]) -> str:
                      .rstrip() for row in rows)
 
 
+def require_exportable(path: pathlib.Path) -> None:
+    """Raises InputError unless a network can be written to this path."""
+    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES))
+    runs.require_writable_file(path)
+
+
 def export_run(run: TrainedRun, path: pathlib.Path) -> None:
     """Writes a run's network for use without this package.
 
@@ -82,24 +87,24 @@ def export_run(run: TrainedRun, path: pathlib.Path) -> None:
     PyTorch's names and layout.
 
     Raises:
-      InputError: (a ValueError) for another suffix, a folder that is not there, or a network of
-        which PyTorch's names are not known.
+      InputError: (a ValueError) for another suffix, a file that cannot be written, or a network
+        of which PyTorch's names are not known.
     """
-    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES))
-    if not path.parent.is_dir():
-        raise InputError(f"Expected a folder at {path.parent} for {path.name}, found none.")
+    require_exportable(path)
+    runs.make_folder(path.parent)
     if path.suffix in pytorch.SUFFIXES:
-        variables = jax.device_get(variables_of(run.state))
-        pytorch.write_state_dict(path, pytorch.to_torch_state_dict(run.model, variables))
+        state_dict = pytorch.to_torch_state_dict(
+            run.model, jax.device_get(variables_of(run.state)))
+        with runs.writing(path):
+            pytorch.write_state_dict(path, state_dict)
         return
     shape = run.dataset.train.images.shape[1:]
     batch, = jax.export.symbolic_shape("b")
     exported = jax.export.export(
         jax.jit(lambda images: classify(run, images)), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct((batch, *shape), jnp.uint8))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(exported.serialize())
-    partial.replace(path)
+    with runs.replacing(path) as partial:
+        partial.write_bytes(exported.serialize())
     runs.write_text(path.with_suffix(".json"), json.dumps({
         "input": {"shape": ["b", *shape], "dtype": "uint8", "values": "RGB or grey, 0 to 255"},
         "output": {"probabilities": ["b", len(run.dataset.class_names)],

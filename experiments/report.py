@@ -48,6 +48,7 @@ from experiments.page import (
     with_spread,
 )
 from experiments.paper import TABLE4
+from experiments.runs import make_folder, write_text
 from experiments.study import Run, Study, load_study, study_of_runs
 
 PEERS = ("both", "stability")
@@ -86,24 +87,24 @@ def write_report_of_runs(folders: Sequence[pathlib.Path], out: pathlib.Path) -> 
     study = study_of_runs(folders, together=True)
     if not study.all_finished():
         raise InputError(f"Expected a finished run in {', '.join(map(str, folders))}, found none.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     return _write_report(study, out)
 
 
 def _write_report(study: Study, folder: pathlib.Path) -> pathlib.Path:
     sections = _sections(study)
     pictures = [picture for section in sections for picture in section.pictures]
-    (folder / "figures").mkdir(exist_ok=True)
+    make_folder(folder / "figures")
     for picture in pictures:
         figures.save(picture.figure, folder / "figures" / picture.name)
     images = {picture.name: _data_uri(folder / "figures" / f"{picture.name}.svg")
               for picture in pictures}
-    _write(folder / "report.md", markdown(study, sections))
-    _write(folder / "report.csv", accuracy_csv(study))
-    _write(folder / "report.json", json.dumps(summary_json(study), indent=2, allow_nan=False,
-                                              ensure_ascii=False) + "\n")
+    write_text(folder / "report.md", markdown(study, sections))
+    write_text(folder / "report.csv", accuracy_csv(study))
+    write_text(folder / "report.json", json.dumps(
+        summary_json(study), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     page = folder / "report.html"
-    _write(page, html(study, sections, images))
+    write_text(page, html(study, sections, images))
     return page
 
 
@@ -125,11 +126,11 @@ def write_figures(folders: Sequence[pathlib.Path], out: pathlib.Path | None) -> 
     if alone:
         out = out or alone[0].parent / "figures"
         sections = robustness_report.sections(study_of_runs(alone))
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for section in sections:
             for picture in section.pictures:
                 figures.save(picture.figure, out / picture.name)
-        _write(out / "figures.md", "\n\n".join(
+        write_text(out / "figures.md", "\n\n".join(
             part for section in sections for part in section_markdown(section, "")) + "\n")
         written.append(out / "figures.md")
     return written
@@ -965,7 +966,3 @@ def _curvature_json(curvature: dict) -> dict:
 
 def _data_uri(path: pathlib.Path) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

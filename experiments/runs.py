@@ -3,6 +3,7 @@
 In a job of several processes the first one writes; all must see the same folders.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -11,24 +12,73 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import jaxrobust
 from experiments.config import InputError, RunConfig, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "scikit-learn")
 """Whose versions are recorded with every result."""
 
 
+def require_writable(folder: pathlib.Path) -> None:
+    """Checks that files can be written into a folder, which need not be there yet.
+
+    It leaves nothing behind. Commands call it before their work begins.
+
+    Raises:
+      InputError: (a ValueError) if a file is in the way, or the system refuses.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"Cannot write {folder}: {nearest} is a file. Choose a folder.")
+    with writing(folder), tempfile.TemporaryFile(dir=nearest):
+        pass  # Permissions do not tell: a file system may be read-only, or hold no files at all.
+
+
+def require_writable_file(path: pathlib.Path) -> None:
+    """As :func:`require_writable`, for a file that is to be written or replaced."""
+    if path.is_dir():
+        raise InputError(f"Cannot write {path}: it is a folder. Name a file.")
+    require_writable(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns what the system refuses, such as on a full disk, into InputError that names the path.
+
+    Everything that a command writes is written within it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+      InputError: (a ValueError) if it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def claim(folder: pathlib.Path, name: str, content: str) -> None:
     """Makes ``folder`` the place of what the file ``name`` describes.
 
     Raises:
-      InputError: (a ValueError) if the folder belongs to something else already.
+      InputError: (a ValueError) if the folder belongs to something else already, or cannot be
+        written into.
     """
+    require_writable(folder)
     path = folder / name
     if path.is_file():
         if path.read_text() != content:
@@ -39,7 +89,7 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no {name}. Choose another --out.")
     barrier("claim")  # All have looked before one writes.
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(path, content)
     barrier("claimed")
 
@@ -63,27 +113,40 @@ def barrier(name: str) -> None:
 def append_line(path: pathlib.Path, row: dict) -> None:
     """Adds an object to a JSON-lines file."""
     if is_writer():
-        with path.open("a") as file:
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def write_text(path: pathlib.Path, content: str) -> None:
-    """Replaces a file as a whole, so that a kill leaves the old one or the new one."""
-    if not is_writer():
-        return
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a file to write, which then takes the place of ``path``.
+
+    A kill, or an error while it is written, leaves the old file or the new one.
+
+    Raises:
+      InputError: (a ValueError) if the system refuses.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Replaces a file as a whole, as :func:`replacing` does."""
+    if is_writer():
+        with replacing(path) as partial:
+            partial.write_text(content, encoding="utf-8", newline="\n")
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """As :func:`write_text`, for an ``.npz`` file."""
-    if not is_writer():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
+    if is_writer():
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -125,18 +188,29 @@ def command_line() -> str:
     return shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
 
 
-def commit() -> str:
-    """The commit of the code, marked if the working tree differs; "unknown" outside git."""
-    def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(pathlib.Path(__file__).parent), *arguments],
-            check=True, capture_output=True, text=True).stdout.strip()
+def commit(package: pathlib.Path = pathlib.Path(__file__).parent) -> str:
+    """The commit of the code, marked if the working tree differs from it.
 
+    It is that of the repository that the package itself is developed in: one that tracks it, at
+    its top. Elsewhere, as in an installation or in a copy within another project's repository,
+    whose commit says nothing of this code, it is the version, such as "jaxrobust 0.1.0".
+    """
+    def git(*arguments):
+        # Variables such as GIT_DIR, which a hook of another repository sets, would name that one.
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
+        ).stdout.strip()
+
+    version = f"jaxrobust {jaxrobust.__version__}"
     try:
+        top = pathlib.Path(git("rev-parse", "--show-toplevel"))
+        if not top.samefile(package.parent) or not git("ls-files", "--", "__init__.py"):
+            return version
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (" (with changes)" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return version
 
 
 def hardware() -> str:

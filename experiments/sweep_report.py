@@ -79,7 +79,7 @@ def write_sweep(folder: pathlib.Path, plan: Plan) -> pathlib.Path:
     runs.write_json(folder / "sweep.json", {**there, "results": results_json(plan, outcomes)})
     runs.write_text(folder / "sweep.csv", results_csv(plan, outcomes))
     section = _section(plan, outcomes)
-    (folder / "figures").mkdir(exist_ok=True)
+    runs.make_folder(folder / "figures")
     for picture in section.pictures:
         figures.save(picture.figure, folder / "figures" / picture.name)
     provenance = there["provenance"]

@@ -299,7 +299,7 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
     studies = [with_rows(load_study(plan.studies[key].folder), target.rows)
                for key in target.studies]
     sections = [target.build(study) for study in studies]
-    folder.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(folder)
     parts = [f"# {target.title}", f"Scale: {plan.scale}. {_made_by(name, plan)}"]
     tables = []
     for study, section in zip(studies, sections, strict=True):

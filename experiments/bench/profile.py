@@ -104,7 +104,8 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
         "largest": _largest(lines, compiled.as_text()),
         "trace_events": [len(trace), len(kept)],
     }
-    (folder / "trace.json.gz").write_bytes(_packed(kept))
+    with runs.replacing(folder / "trace.json.gz") as partial:
+        partial.write_bytes(_packed(kept))
     runs.write_json(folder / "profile.json", result)
     runs.write_text(folder / "profile.md", page_text(result))
     return kind_table(result)

@@ -110,13 +110,15 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
 
     Raises:
       InputError: (a ValueError) for another suffix, or a library that is missing.
+      OSError: if the system refuses to write the file.
     """
     path = pathlib.Path(path).expanduser()
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
     # Copies in C order, which both formats need, and which PyTorch may write to.
     arrays = {name: np.array(value, order="C") for name, value in state_dict.items()}
     if path.suffix == ".safetensors":
-        _import_safetensors(path).save_file(arrays, path)
+        # Not by save_file, whose errors are its own and whose files others may not read.
+        path.write_bytes(_import_safetensors(path).save(arrays))
     else:
         torch = _import_torch(path)
         torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, path)
