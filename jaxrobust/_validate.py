@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import numbers
 import types
 from collections.abc import Iterable
 
@@ -51,8 +52,9 @@ def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_
 
 
 def integer(name: str, value: int, low: int) -> None:
-    """Raises InputError unless ``value`` is an integer, at least ``low``."""
-    if not isinstance(value, int) or value < low:
+    """Raises InputError unless ``value`` is an integer, Python's or NumPy's, at least ``low``."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low:
         raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
 
 

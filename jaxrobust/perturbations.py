@@ -1,5 +1,9 @@
 r"""Perturbations of images: pure functions ``(key, images) -> images``, pixels in [0, 1].
 
+Images are of any floating dtype, which the result keeps. Draws are float32 in all of them, and so
+is what they are added to or multiplied with: in bfloat16, whose uniform draws are multiples of
+2^-7, a share of 0.004 would be 0 or 0.0078.
+
 Each is made by a function of its strength, is registered in :data:`PERTURBATIONS` by that
 function's name, and can be written as text: ``gaussian(40/255)+occlusion(20, 70)`` adds Gaussian
 noise and then masks patches (:func:`parse_perturbation`).
@@ -9,18 +13,26 @@ import ast
 import dataclasses
 import functools
 import inspect
+import numbers
 import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import _validate
 
 Perturbation = Callable[[jax.Array, jax.Array], jax.Array]
 """``(key, images [B, H, W, channels]) -> images``. Those made here are pytrees. The strength of
 noise is a leaf, so that a jitted function takes them as an argument and is compiled once for all
-strengths; sizes and numbers of patches are part of the structure."""
+strengths; sizes and numbers of patches are part of the structure.
+
+Applied to images that are not of a floating dtype, such as uint8, they raise InputError."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_MASKS = 10_000
+_SHOWN = 80  # Characters of a text that a message repeats.
 
 
 def identity() -> Perturbation:
@@ -36,9 +48,9 @@ def gaussian(std: float, *, clip: bool = True) -> Perturbation:
       clip: whether the result is clipped back to [0, 1], as the authors' release does.
 
     Raises:
-      InputError: (a ValueError) if std < 0.
+      InputError: (a ValueError) if std is negative or no float32.
     """
-    _validate.in_range("std", std, 0)
+    std = _strength("std", std)
     return jax.tree_util.Partial(_clipped_gaussian if clip else _gaussian, std)
 
 
@@ -50,9 +62,9 @@ def uniform(amplitude: float, *, clip: bool = True) -> Perturbation:
       clip: whether the result is clipped back to [0, 1], as the authors' release does.
 
     Raises:
-      InputError: (a ValueError) if amplitude < 0.
+      InputError: (a ValueError) if amplitude is negative or no float32.
     """
-    _validate.in_range("amplitude", amplitude, 0)
+    amplitude = _strength("amplitude", amplitude)
     return jax.tree_util.Partial(_clipped_uniform if clip else _uniform, amplitude)
 
 
@@ -66,9 +78,9 @@ def laplace(std: float) -> Perturbation:
       std: standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
 
     Raises:
-      InputError: (a ValueError) if std < 0.
+      InputError: (a ValueError) if std is negative or no float32.
     """
-    _validate.in_range("std", std, 0)
+    std = _strength("std", std)
     return jax.tree_util.Partial(_laplace, std)
 
 
@@ -81,9 +93,9 @@ def speckle(std: float) -> Perturbation:
       std: relative standard deviation, >= 0; 0 gives the image itself.
 
     Raises:
-      InputError: (a ValueError) if std < 0.
+      InputError: (a ValueError) if std is negative or no float32.
     """
-    _validate.in_range("std", std, 0)
+    std = _strength("std", std)
     return jax.tree_util.Partial(_speckle, std)
 
 
@@ -99,7 +111,7 @@ def salt_and_pepper(amount: float) -> Perturbation:
       InputError: (a ValueError) if amount is not in [0, 1].
     """
     _validate.in_range("amount", amount, 0, 1, open_high=False)
-    return jax.tree_util.Partial(_salt_and_pepper, amount)
+    return jax.tree_util.Partial(_salt_and_pepper, _strength("amount", amount))
 
 
 def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
@@ -110,7 +122,7 @@ def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
     is an error.
 
     Args:
-      patches: of each image, >= 1.
+      patches: of each image, in [1, 10000].
       size: of a patch's side, in pixels, >= 1.
 
     Raises:
@@ -118,8 +130,9 @@ def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
         is smaller than a patch.
     """
     _validate.integer("patches", patches, 1)
+    _validate.in_range("patches", patches, 1, _MOST_MASKS, open_high=False)
     _validate.integer("size", size, 1)
-    return jax.tree_util.Partial(_Masks(patches, size, size))
+    return jax.tree_util.Partial(_Masks(int(patches), int(size), int(size)))
 
 
 def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
@@ -129,7 +142,7 @@ def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
     Section 7.2.
 
     Args:
-      number: of stripes in each image, >= 1.
+      number: of stripes in each image, in [1, 10000].
       thickness: in pixels, >= 1.
 
     Raises:
@@ -137,8 +150,9 @@ def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
         is narrower than a stripe.
     """
     _validate.integer("number", number, 1)
+    _validate.in_range("number", number, 1, _MOST_MASKS, open_high=False)
     _validate.integer("thickness", thickness, 1)
-    return jax.tree_util.Partial(_Masks(number, None, thickness))
+    return jax.tree_util.Partial(_Masks(int(number), None, int(thickness)))
 
 
 def down_up(factor: int = 3) -> Perturbation:
@@ -157,6 +171,13 @@ def down_up(factor: int = 3) -> Perturbation:
     """
     _validate.in_range("factor", factor, 1)
     return jax.tree_util.Partial(_DownUp(factor))
+
+
+def _strength(name: str, value: float) -> float:
+    """A strength >= 0 that float32 holds; a number as a float, so that jit takes all alike."""
+    _validate.in_range(name, value, 0)
+    _validate.in_range(name, value, 0, _LARGEST, open_high=False)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def compose(*perturbations: Perturbation) -> Perturbation:
@@ -196,59 +217,74 @@ def parse_perturbation(text: str) -> Perturbation:
     True
     """
     try:
-        terms = _terms(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError) as error:  # ValueError: a null character
-        raise _not_of_the_form(text) from error
-    return compose(*(_make(text, term) for term in terms))
+        calls = [_read_call(node) for node in _terms(ast.parse(text.strip(), mode="eval").body)]
+    # ValueError: a null character. MemoryError: the parser's stack.
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise _validate.InputError(
+            f"Expected perturbation={_shown(text)} as NAME(NUMBER, ...)+NAME(...), such as "
+            f"gaussian(40/255)+occlusion(20, 70), of: {', '.join(PERTURBATIONS)}.") from error
+    return compose(*(_make(text, *call) for call in calls))
+
+
+def _shown(text):
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _terms(node):
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [*_terms(node.left), *_terms(node.right)]
-    return [node]
+    """The nodes of a sum, however deep, in their order."""
+    left, terms = [node], []
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            left += [node.left, node.right]
+        else:
+            terms.append(node)
+    return terms[::-1]
 
 
-def _not_of_the_form(text):
-    return _validate.InputError(
-        f"Expected perturbation={text!r} as NAME(NUMBER, ...)+NAME(...), such as "
-        f"gaussian(40/255)+occlusion(20, 70), of: {', '.join(PERTURBATIONS)}.")
-
-
-def _make(text, node):
+def _read_call(node):
+    """The name, the numbers and the named numbers of a call; SyntaxError for anything else."""
     # A name alone is a call without arguments.
     call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
             and all(keyword.arg for keyword in call.keywords)):
-        raise _not_of_the_form(text)
-    _validate.one_of("perturbation", call.func.id, PERTURBATIONS)
-    make = PERTURBATIONS[call.func.id]
-    numbers = [_number(text, node) for node in call.args]
-    named = {keyword.arg: _number(text, keyword.value) for keyword in call.keywords}
-    signature = inspect.signature(make).replace(return_annotation=inspect.Signature.empty)
-    try:
-        signature.bind(*numbers, **named)
-    except TypeError as error:
-        raise _validate.InputError(
-            f"Expected {make.__name__}{signature} in perturbation={text!r}: {error}.") from error
-    try:
-        return make(*numbers, **named)
-    except _validate.InputError as error:
-        raise _validate.InputError(f"{error} It is in perturbation={text!r}.") from error
+        raise SyntaxError("not a call")
+    named = [(keyword.arg, _number(keyword.value)) for keyword in call.keywords]
+    return call.func.id, [_number(node) for node in call.args], named
 
 
-def _number(text, node):
+def _number(node):
     """A number, or numbers with arithmetic between them."""
     operations = {ast.Div: operator.truediv, ast.Mult: operator.mul, ast.USub: operator.neg}
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # A bool is an int.
-        return node.value
-    if isinstance(node, ast.UnaryOp) and type(node.op) in operations:
-        return operations[type(node.op)](_number(text, node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op) in operations:
-        try:
-            return operations[type(node.op)](_number(text, node.left), _number(text, node.right))
-        except ZeroDivisionError as error:
-            raise _not_of_the_form(text) from error
-    raise _not_of_the_form(text)
+        number = node.value
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in operations:
+        number = operations[type(node.op)](_number(node.operand))
+    elif isinstance(node, ast.BinOp) and type(node.op) in operations:
+        number = operations[type(node.op)](_number(node.left), _number(node.right))
+    else:
+        raise SyntaxError("not a number")
+    float(number)  # OverflowError for an integer of some hundred digits.
+    return number
+
+
+def _make(text, name, values, named):
+    _validate.one_of("perturbation", name, PERTURBATIONS)
+    make = PERTURBATIONS[name]
+    signature = inspect.signature(make).replace(return_annotation=inspect.Signature.empty)
+    try:
+        names = [argument for argument, _ in named]
+        for argument in names:
+            if names.count(argument) > 1:  # Which the parser lets pass.
+                raise TypeError(f"{argument} is given {names.count(argument)} times")
+        signature.bind(*values, **dict(named))
+    except TypeError as error:
+        raise _validate.InputError(f"Expected {make.__name__}{signature} in "
+                                   f"perturbation={_shown(text)}: {error}.") from error
+    try:
+        return make(*values, **dict(named))
+    except _validate.InputError as error:
+        raise _validate.InputError(f"{error} It is in perturbation={_shown(text)}.") from error
 
 
 def is_random(perturb: Perturbation) -> bool:
@@ -259,40 +295,74 @@ def is_random(perturb: Perturbation) -> bool:
     return not (function is _identity or isinstance(function, _DownUp))
 
 
+def _check_images(images, spec):
+    """The sizes of images of a floating dtype, by the names in ``spec``."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise _validate.InputError(
+            f"Expected images of a floating dtype, pixels in [0, 1], got {images.dtype}.")
+    return _validate.shapes(images=(images, spec))
+
+
+def _widened(images):
+    """Images in float32, or in their own dtype if that is wider."""
+    return images.astype(jnp.float64 if images.dtype == jnp.float64 else jnp.float32)
+
+
+def _noised(change, strength, key, images, draw, *, clip=True):
+    """``change(images, strength * draw(key, shape, float32))``, rounded to the dtype last."""
+    _check_images(images, "B ...")
+    wide = _widened(images)
+    noise = jnp.asarray(strength, jnp.float32) * draw(key, images.shape, jnp.float32)
+    changed = change(wide, noise.astype(wide.dtype))
+    return (jnp.clip(changed, 0, 1) if clip else changed).astype(images.dtype)
+
+
+def _scaled(images, noise):
+    return images * (1 + noise)
+
+
+def _uniform_draw(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, minval=-1, maxval=1)
+
+
+def _laplace_draw(key, shape, dtype):
+    return jax.random.laplace(key, shape, dtype) * 0.5**0.5
+
+
 def _identity(key, images):
     del key
+    _check_images(images, "B ...")
     return images
 
 
 def _gaussian(std, key, images):
-    return images + std * jax.random.normal(key, images.shape, images.dtype)
+    return _noised(jnp.add, std, key, images, jax.random.normal, clip=False)
 
 
 def _uniform(amplitude, key, images):
-    return images + amplitude * jax.random.uniform(
-        key, images.shape, images.dtype, minval=-1, maxval=1)
+    return _noised(jnp.add, amplitude, key, images, _uniform_draw, clip=False)
 
 
 def _clipped_gaussian(std, key, images):
-    return jnp.clip(_gaussian(std, key, images), 0, 1)
+    return _noised(jnp.add, std, key, images, jax.random.normal)
 
 
 def _clipped_uniform(amplitude, key, images):
-    return jnp.clip(_uniform(amplitude, key, images), 0, 1)
+    return _noised(jnp.add, amplitude, key, images, _uniform_draw)
 
 
 def _laplace(std, key, images):
-    noise = jax.random.laplace(key, images.shape, images.dtype) * 0.5**0.5
-    return jnp.clip(images + std * noise, 0, 1)
+    return _noised(jnp.add, std, key, images, _laplace_draw)
 
 
 def _speckle(std, key, images):
-    noise = jax.random.normal(key, images.shape, images.dtype)
-    return jnp.clip(images * (1 + std * noise), 0, 1)
+    return _noised(_scaled, std, key, images, jax.random.normal)
 
 
 def _salt_and_pepper(amount, key, images):
-    draws = jax.random.uniform(key, images.shape, images.dtype)
+    _check_images(images, "B ...")
+    draws = jax.random.uniform(key, images.shape, jnp.float32)
+    amount = jnp.asarray(amount, jnp.float32)
     return jnp.where(draws < amount / 2, 0, jnp.where(draws < amount, 1, images))
 
 
@@ -305,7 +375,8 @@ class _Masks:
     width: int
 
     def __call__(self, key, images):
-        batch, rows, columns, _ = images.shape
+        size = _check_images(images, "B H W channels")
+        batch, rows, columns = size["B"], size["H"], size["W"]
         height = rows if self.height is None else self.height
         for name, size, side in (("height", height, rows), ("width", self.width, columns)):
             if size > side:
@@ -332,16 +403,16 @@ class _DownUp:
 
     def __call__(self, key, images):
         del key
-        batch, height, width, channels = images.shape
+        batch, height, width, channels = _check_images(images, "B H W channels").values()
         if min(height, width) < self.factor:
             raise _validate.InputError(
                 f"Expected images of {height} x {width} pixels to have at least "
                 f"factor={self.factor} on each side.")
         resize = functools.partial(jax.image.resize, method="bilinear", antialias=False)
-        small = resize(images, (
+        small = resize(_widened(images), (
             batch, int(height / self.factor), int(width / self.factor), channels))
         # Rounding may leave [0, 1] by a last digit.
-        return jnp.clip(resize(small, images.shape), 0, 1)
+        return jnp.clip(resize(small, images.shape), 0, 1).astype(images.dtype)
 
 
 def _composed(parts, key, images):
