@@ -368,6 +368,84 @@ def test_where_corners_leave_no_perspective_the_image_is_black(corners):
     np.testing.assert_array_equal(warp(image, coefficients), 0)
 
 
+def every_corners(height, width, distortion):
+    """All that can be drawn, [K, 4, 2], and whether three of them are on a line, [K]."""
+    most = int(distortion * (width // 2)), int(distortion * (height // 2))
+    moves = np.stack(np.meshgrid(*[np.arange(m + 1) for m in most * 4], indexing="ij"), -1)
+    corners = corners_of(height, width) + moves.reshape(-1, 4, 2) * np.array(
+        [[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    areas = np.stack([np.linalg.det(np.concatenate(  # Of three corners, times two.
+        [np.delete(corners, k, axis=1), np.ones((len(corners), 3, 1))], axis=2))
+        for k in range(4)])
+    return corners, np.any(np.abs(areas) < 0.5, axis=0)
+
+
+@pytest.mark.parametrize(("size", "distortion", "degenerate"), [
+    ((4, 4), 0.5, 1 / 16), ((8, 8), 0.5, 0), ((4, 8), 0.5, 0), ((5, 6), 0.5, 0),
+    ((2, 2), 1.0, 29 / 32)])
+def test_small_images_get_every_perspective_that_there_is(size, distortion, degenerate):
+    every, bad = every_corners(*size, distortion)
+    assert bad.mean() == degenerate
+    if distortion == 0.5:  # Convex: every turn, from side to side, is to the same hand.
+        sides = np.roll(every, -1, axis=1) - every
+        (x, y), (u, v) = (np.moveaxis(each, -1, 0) for each in (sides, np.roll(sides, -1, axis=1)))
+        assert np.all(bad | np.all(x * v - y * u > 0, axis=1))
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: geometric.random_corners(
+        key, *size, distortion=distortion)))(jax.random.split(jax.random.key(0), 20_000)))
+    found, counts = np.unique(draws.reshape(-1, 8), axis=0, return_counts=True)
+    possible = {tuple(corners.ravel()) for corners in every[~bad]}
+    assert possible.issuperset(map(tuple, found))
+    if len(possible) < 500:
+        expected = 20_000 / len(possible)
+        assert len(found) == len(possible)
+        assert np.all(np.abs(counts - expected) < 5 * expected ** 0.5)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8)])
+def test_every_perspective_of_a_small_image_reads_where_double_precision_does(size):
+    height, width = size
+    every, bad = every_corners(*size, 0.5)
+    every = every[~bad]
+    # To the corners and back, by two solvers in double precision: the origin always goes to the
+    # first corner, though nothing may come from it.
+    forwards = np.array([np.append(np.linalg.solve(*equations), 1).reshape(3, 3)
+                         for equations in map(functools.partial(forward_equations, size), every)])
+    backwards = np.linalg.inv(forwards)
+    last = np.abs(backwards[:, 2, 2]) / np.abs(backwards).max(axis=(1, 2))
+    assert np.any(last < 1e-9)  # Coefficients with 1 in its place cannot express these.
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    points = np.einsum("kij,jhw->kihw", backwards, np.stack([columns, rows, np.ones(size)]))
+    with np.errstate(divide="ignore"):  # Of pixels on the horizon.
+        points = points[:, :2] / points[:, 2:]
+    inside = np.all((points >= 0) & (points < np.reshape([width, height], (2, 1, 1))), axis=1)
+    clear = np.all([np.minimum(np.abs(points[:, k]), np.abs(points[:, k] - n)) > 1e-3
+                    for k, n in enumerate((width, height))], axis=0)
+    read = np.asarray(jax.jit(jax.vmap(lambda corners: geometric._warp(
+        jnp.asarray(ramps(*size)), geometric._perspective_matrix(corners, *size))))(every))
+    np.testing.assert_array_equal(np.any(read != 0, axis=-1)[clear], inside[clear])
+    # Linear interpolation gives a ramp's value but in the outer half of the border pixels.
+    limits = np.reshape([width, height], (2, 1, 1)) - 0.5
+    expected = np.moveaxis(np.clip(points, 0.5, limits), 1, -1)
+    np.testing.assert_allclose(read[inside & clear], expected[inside & clear], atol=1e-3)
+
+
+def forward_equations(size, corners):
+    """Those of the perspective from an image's corners to the moved ones."""
+    equations, values = [], []
+    for (x, y), (u, v) in zip(corners_of(*size), corners, strict=True):
+        equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    return np.array(equations, float), np.array(values, float)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8)])
+def test_no_small_image_turns_black(size):
+    results = over_keys(functools.partial(geometric.random_perspective, probability=1),
+                        np.ones((*size, 1), np.float32), 20_000)
+    # The corners move to (1, 1) .. (2, 2) or (2, 2) .. (5, 5) at most: this centre is between them.
+    assert np.all(results[:, size[0] // 2 - 1, size[1] // 2 - 1] == 1)
+
+
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(st.integers(0, 10_000), st.floats(0, 1), st.sampled_from([0.5, 0.9, 1.0]))
 def test_interpolated_pixels_stay_in_range(seed, low, most):

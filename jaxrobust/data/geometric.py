@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrobust import _validate
 
-_IDENTITY = np.array([1, 0, 0, 0, 1, 0, 0, 0], np.float32)
+_IDENTITY = np.eye(3, dtype=np.float32)
 
 _INWARDS = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.int32)
 """The direction (x, y) to the centre from each corner: top left, top right, bottom right,
@@ -89,15 +89,20 @@ def warp_perspective(image: jax.Array, coefficients: jax.Array) -> jax.Array:
     Raises:
       InputError: (a ValueError) if the shapes do not match.
     """
-    size = _validate.shapes(image=(image, "H W channels"))
-    _validate.shapes(coefficients=(coefficients, "8"))
-    a, b, c, d, e, f, g, h = coefficients.astype(jnp.float32)
-    x, y = _centres(size["H"], size["W"])
-    denominator = g * x + h * y + 1
+    _validate.shapes(image=(image, "H W channels"), coefficients=(coefficients, "8"))
+    return _warp(image, jnp.append(coefficients.astype(jnp.float32), 1.0).reshape(3, 3))
+
+
+def _warp(image, matrix):
+    """:func:`warp_perspective` by [[a, b, c], [d, e, f], [g, h, i]], with i in the place of 1."""
+    height, width, _ = image.shape
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    x, y = _centres(height, width)
+    denominator = g * x + h * y + i
     x, y = (a * x + b * y + c) / denominator, (d * x + e * y + f) / denominator
     inside = _inside(image, x, y)
-    left, right, across = _neighbours(jnp.where(inside, x, 0), size["W"])
-    top, bottom, along = _neighbours(jnp.where(inside, y, 0), size["H"])
+    left, right, across = _neighbours(jnp.where(inside, x, 0), width)
+    top, bottom, along = _neighbours(jnp.where(inside, y, 0), height)
     across, along = (part[..., None].astype(image.dtype) for part in (across, along))
 
     def between(first, second, part):
@@ -137,6 +142,15 @@ def perspective_coefficients(corners: jax.Array, height: int, width: int) -> jax
     _validate.in_range("height", height, 2)
     _validate.in_range("width", width, 2)
     _validate.shapes(corners=(corners, "4 2"))
+    matrix = _perspective_matrix(corners, height, width)
+    return (matrix / matrix[2, 2]).ravel()[:8]
+
+
+def _perspective_matrix(corners, height, width):
+    """[3, 3], which :func:`_warp` takes: finite wherever no three of the corners are on a line.
+
+    Its last entry is 0 where the origin, which may be outside of the corners, has no image.
+    """
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = corners.astype(jnp.float32)
     # From the unit square to the corners: [[a, b, x0], [d, e, y0], [g, h, 1]].
     sum_x, sum_y = x0 - x1 + x2 - x3, y0 - y1 + y2 - y3
@@ -145,21 +159,26 @@ def perspective_coefficients(corners: jax.Array, height: int, width: int) -> jax
     h = ((x1 - x2) * sum_y - sum_x * (y1 - y2)) / determinant
     a, b = x1 - x0 + g * x1, x3 - x0 + h * x3
     d, e = y1 - y0 + g * y1, y3 - y0 + h * y3
-    # And back: its adjugate, with 1 in the last place.
-    inverse = jnp.array([
-        (width - 1) * (e - y0 * h), (width - 1) * (x0 * h - b), (width - 1) * (b * y0 - x0 * e),
-        (height - 1) * (y0 * g - d), (height - 1) * (a - x0 * g), (height - 1) * (x0 * d - a * y0),
-        d * h - e * g, b * g - a * h])
-    return inverse / (a * e - b * d)
+    # And back: its adjugate.
+    return jnp.array([
+        [(width - 1) * (e - y0 * h), (width - 1) * (x0 * h - b), (width - 1) * (b * y0 - x0 * e)],
+        [(height - 1) * (y0 * g - d), (height - 1) * (a - x0 * g),
+         (height - 1) * (x0 * d - a * y0)],
+        [d * h - e * g, b * g - a * h, a * e - b * d]])
 
 
 def random_corners(key: jax.Array, height: int, width: int, *, distortion: float) -> jax.Array:
     """Corners of an image, each moved inwards at random, as torchvision does it.
 
+    In an image of a few pixels three corners may come to lie on a line: (1, 1), (2, 0) and (0, 2)
+    of 4 x 4 pixels at a distortion of 0.5, or 6 % of all draws there. They are those of no
+    perspective (torchvision solves the singular equations all the same, with any result). Such a
+    draw is repeated, so that the corners are uniform over those of a perspective.
+
     Args:
       key: a PRNG key.
-      height: of the image.
-      width: of the image.
+      height: of the image, at least 2.
+      width: of the image, at least 2.
       distortion: in [0, 1]. A corner moves by a whole number of pixels, uniform in
         0 .. int(distortion * (width // 2)) along x, and likewise with the height along y.
 
@@ -168,12 +187,33 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
       corner.
 
     Raises:
-      InputError: (a ValueError) if ``distortion`` is out of range.
+      InputError: (a ValueError) if an argument is out of range.
     """
+    _validate.in_range("height", height, 2)
+    _validate.in_range("width", width, 2)
     _validate.in_range("distortion", distortion, 0, 1, open_high=False)
     corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.int32)
     most = np.array([[int(distortion * (width // 2)), int(distortion * (height // 2))]], np.int32)
-    return corners + _INWARDS * jax.random.randint(key, (4, 2), 0, most + 1)
+
+    def draw(key):
+        return corners + _INWARDS * jax.random.randint(key, (4, 2), 0, most + 1)
+
+    first, (x, y) = draw(key), most[0].tolist()
+    # Whether even the corner moved furthest stays outside of the line through its neighbours,
+    # x / (width - 1 - x) + y / (height - 1 - y) < 1: there is no loop to compile then.
+    if x * (height - 1 - y) + y * (width - 1 - x) < (width - 1 - x) * (height - 1 - y):
+        return first
+    return jax.lax.while_loop(
+        lambda state: _three_on_a_line(state[1]),
+        lambda state: (jax.random.fold_in(state[0], 1), draw(jax.random.fold_in(state[0], 0))),
+        (key, first))[1]
+
+
+def _three_on_a_line(corners):
+    """Whether any three of four corners, [4, 2] integers, are."""
+    sides = jnp.roll(corners, -1, axis=0) - corners
+    following = jnp.roll(sides, -1, axis=0)
+    return jnp.any(sides[:, 0] * following[:, 1] == sides[:, 1] * following[:, 0])
 
 
 def random_perspective(
@@ -187,8 +227,8 @@ def random_perspective(
     Args:
       key: a PRNG key.
       image: [H, W, channels] in [0, 1], where the result stays too; H and W at least 2.
-      distortion: in [0, 1]. Up to 2/3 the moved corners always are those of a convex
-        quadrilateral; beyond, where they leave no perspective, the image is black.
+      distortion: in [0, 1]. Up to 1/2 the moved corners always are those of a convex
+        quadrilateral, within which no pixel is black; far beyond, they may cross over.
       probability: in [0, 1].
 
     Raises:
@@ -200,9 +240,9 @@ def random_perspective(
     apply_key, corners_key = jax.random.split(key)
     corners = random_corners(corners_key, size["H"], size["W"], distortion=distortion)
     # The identity reads every pixel at its centre: it gives the image itself, to the bit.
-    return warp_perspective(image, jnp.where(
+    return _warp(image, jnp.where(
         jax.random.bernoulli(apply_key, float(probability)),
-        perspective_coefficients(corners, size["H"], size["W"]), _IDENTITY))
+        _perspective_matrix(corners, size["H"], size["W"]), _IDENTITY))
 
 
 def _centres(height, width):
