@@ -44,7 +44,7 @@ from experiments.recipes import RECIPES, get_recipe
 from experiments.robustness import FigureSettings
 from jaxrobust import _validate
 from jaxrobust.data import BadFiles, Dataset
-from jaxrobust.data.sources import DEFAULT_DATA_DIR
+from jaxrobust.data.sources import default_data_dir
 from jaxrobust.parallel import Layout
 
 Positional = tyro.conf.Positional
@@ -55,7 +55,6 @@ Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda seeds: [
         str(seed) for seed in seeds])]
 """As ``0 1 2`` or ``0,1,2``."""
-DATA_DIR = pathlib.Path(DEFAULT_DATA_DIR)
 
 
 def say(text: str) -> None:
@@ -100,7 +99,7 @@ class Reproduce:
     made; all if none is given."""
     init_from: str | None = None
     """File of PyTorch weights that all rows start from; of tables and figures, as data."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     together: bool | None = None
     """Whether the seeds of a row are trained as one vmapped program; if not given, on
@@ -214,7 +213,7 @@ class Train:
     """Go on with a run begun before."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
@@ -269,7 +268,7 @@ class Sweep:
     """Folder of the results; runs/sweep-RECIPE-ROW if none is given."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
@@ -300,7 +299,7 @@ class Sweep:
 class _OnRuns:
     runs: Positional[tuple[pathlib.Path, ...]]
     """Folders of finished runs."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 
     def _configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
@@ -454,7 +453,7 @@ class Predict:
     """Folder of the run."""
     images: Positional[tuple[pathlib.Path, ...]]
     """JPEG, PNG or WebP files."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
@@ -471,7 +470,7 @@ class Export:
     out: pathlib.Path | None = None
     """FILE.stablehlo: the whole classifier, normalisation inside, for jax.export; FILE.safetensors
     or FILE.pth: the weights, in PyTorch's names; RUN/model.stablehlo if none is given."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
@@ -511,7 +510,7 @@ class Prepare:
 
     dataset: Positional[str]
     """"cifar10" or "svhn_cropped"; "digits" needs none."""
-    data_dir: pathlib.Path = DATA_DIR
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:

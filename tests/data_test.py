@@ -1,6 +1,9 @@
 """Data sets: digits, and CIFAR-10 and SVHN prepared by TFDS from small files in their format."""
 
+import dataclasses
 import functools
+import inspect
+import pathlib
 import sys
 from unittest import mock
 
@@ -8,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 import real_formats
+from command_line import call, one_line
 
+from experiments import __main__ as commands
 from jaxrobust import data, perturbations
 from jaxrobust._validate import InputError
 
@@ -89,6 +94,25 @@ def test_a_data_set_that_is_not_prepared_names_folder_and_command(tmp_path):
     assert str(error.value) == (
         f"The data set cifar10 is not prepared in {tmp_path}. Prepare it with: "
         f"python -m experiments prepare cifar10 --data-dir {tmp_path}")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_folder_is_that_of_tfds_own_variable_for_the_library_and_every_command(
+        tmp_path, monkeypatch, capsys):
+    found = [field.default_factory for _, command in inspect.getmembers(commands, inspect.isclass)
+             if dataclasses.is_dataclass(command) for field in dataclasses.fields(command)
+             if field.name == "data_dir"]
+    assert len(found) >= 8
+    for value, folder in ((str(tmp_path), str(tmp_path)), ("", "~/tensorflow_datasets")):
+        monkeypatch.setenv("TFDS_DATA_DIR", value)
+        assert {make() for make in found} == {pathlib.Path(folder)}
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "mine"))
+    with pytest.raises(InputError, match=f"is not prepared in {tmp_path}/mine"):
+        data.load_dataset("cifar10")
+    assert call("train", "cifar10/normal", "--out", tmp_path / "run") == 2
+    assert f"is not prepared in {tmp_path}/mine" in one_line(capsys)
+    with pytest.raises(InputError, match=f"is not prepared in {tmp_path}/other"):
+        data.load_dataset("cifar10", tmp_path / "other")
 
 
 def test_without_tfds_the_extra_to_install_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Data sets by name: scikit-learn's digits, CIFAR-10 and SVHN through TFDS, image folders."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,11 @@ import numpy as np
 
 from jaxrobust import _validate
 
-DEFAULT_DATA_DIR = "~/tensorflow_datasets"
+
+def default_data_dir() -> pathlib.Path:
+    """The folder of TensorFlow Datasets: the environment variable ``TFDS_DATA_DIR``, which TFDS
+    reads too; ``~/tensorflow_datasets`` if it is not set or empty."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 _READ_AT_ONCE = 512  # Records: reading a few of them costs nearly as much as reading many.
@@ -181,7 +186,7 @@ FOLDER_PREFIX = "folder:"
 
 
 def load_dataset(
-    name: str, data_dir: str | pathlib.Path = DEFAULT_DATA_DIR, *, in_memory: bool = True,
+    name: str, data_dir: str | pathlib.Path | None = None, *, in_memory: bool = True,
     **folder_options: Any,
 ) -> Dataset:
     """Loads a data set, or opens one that is to stay on disk.
@@ -194,8 +199,9 @@ def load_dataset(
 
     Args:
       name: one of :data:`DATASETS`, or ``folder:`` and a path.
-      data_dir: the folder of TensorFlow Datasets. The decoded images of ``folder:PATH`` are kept
-        in its folder ``image_folders``, unless ``cache_dir`` names another.
+      data_dir: the folder of TensorFlow Datasets; if none is given, what ``TFDS_DATA_DIR`` names
+        in the environment, or ``~/tensorflow_datasets``. The decoded images of ``folder:PATH``
+        are kept in its folder ``image_folders``, unless ``cache_dir`` names another.
       in_memory: False to leave the images of a prepared data set on disk, as
         :class:`StoredImages`, and read the labels alone. ``digits``, which has no files of its
         own, is in memory either way.
@@ -206,6 +212,7 @@ def load_dataset(
         one line names the folder and the command that prepares it. Also for a record that cannot
         be read, which it names; and as ``load_folder`` does.
     """
+    data_dir = default_data_dir() if data_dir is None else data_dir
     if name.startswith(FOLDER_PREFIX):
         from jaxrobust.data import folders  # Which builds on this module.
 
