@@ -89,6 +89,10 @@ class RunConfig:
     batch_norm: str = "synchronised"
     """Over several devices, batch statistics of the whole batch, "synchronised", or of each
     device's share, "per_device"; the result then depends on how many there are."""
+    batch_norm_statistics: str = "recomputed"
+    """What batch norm evaluates with: statistics "recomputed" from training images with the
+    parameters of that epoch, or the "running" averages of training, as in the paper, which in a
+    short training lag behind."""
     method: str = "robust"
     """"normal", "noisy", "both", "stability", "robust", or "robust_clean": the constraints on clean
     images alone, as in the paper's ablation."""
@@ -131,6 +135,8 @@ class RunConfig:
         _validate.one_of("method", self.method, METHODS)
         _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _validate.one_of("batch_norm", self.batch_norm, ("synchronised", "per_device"))
+        _validate.one_of(
+            "batch_norm_statistics", self.batch_norm_statistics, ("recomputed", "running"))
         _validate.one_of("select", self.select, ("validation", "test", "last"))
         _validate.one_of("augmentation", self.augmentation, ("crop", "photo"))
         training_perturbation(self)  # Says what is wrong with it.
@@ -334,10 +340,14 @@ def from_dict(cls, values: dict):
 def read_config(folder: pathlib.Path) -> RunConfig:
     """The configuration of the run in a folder.
 
+    Where ``batch_norm_statistics`` is not written, the run is from before there was a choice, and
+    they were the running ones.
+
     Raises:
       InputError: (a ValueError) if the folder holds no run.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"Expected a run in {folder}, found no config.json there.")
-    return from_dict(RunConfig, json.loads(path.read_text()))
+    return from_dict(
+        RunConfig, {"batch_norm_statistics": "running"} | json.loads(path.read_text()))

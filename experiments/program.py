@@ -22,8 +22,8 @@ from experiments.config import (
     training_perturbation,
     with_settings,
 )
-from jaxrobust import data, parallel, training
-from jaxrobust.data import Dataset
+from jaxrobust import batch_statistics, data, parallel, training
+from jaxrobust.data import Dataset, Split
 from jaxrobust.methods import make_method
 from jaxrobust.models import MobileNetV3, create_model, pytorch
 from jaxrobust.parallel import Layout
@@ -80,6 +80,9 @@ class Program:
     one update with images that have just come."""
     order: Callable[[jax.Array, int], jax.Array]
     """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
+    passes: parallel.Step
+    """``(statistics, (params, key, index, swept), (images [B, ...], labels [B], positions [B])) ->
+    (statistics, ())``, of one run: adds batch number ``index`` to batch norm's statistics."""
 
 
 def num_validation_of(config: RunConfig, dataset: Dataset) -> int:
@@ -162,19 +165,36 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
     augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
                "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
-    def update(axis_name, state, images, labels, positions, swept):
+    def method_of(swept):
         run = with_settings(config, {name: swept[name] for name in SWEPT})
-        method = make_method(run.method, robust=run.robust, one_pass=run.one_pass,
-                             stability_weight=run.stability_weight)
+        return run, make_method(run.method, robust=run.robust, one_pass=run.one_pass,
+                                stability_weight=run.stability_weight)
+
+    def batch_of(run, key, step, images, labels, positions):
+        return data.make_batch(
+            jax.random.fold_in(key, step), images, labels, positions=positions, augment=augment,
+            perturb=training_perturbation(run), independent_views=run.independent_views)
+
+    def update(axis_name, state, images, labels, positions, swept):
+        run, method = method_of(swept)
         train_step = training.make_train_step(
             model, method, optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
             constraint_weight=constraint_schedule(run, steps_per_epoch))
-        batch = data.make_batch(
-            jax.random.fold_in(state.key, state.step), images, labels, positions=positions,
-            augment=augment, perturb=training_perturbation(run),
-            independent_views=run.independent_views)
-        return train_step(state, batch)
+        return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
+
+    def passes(axis_name):
+        def step(statistics, shared, rows):
+            params, key, index, swept = shared
+            run, method = method_of(swept)
+            add = batch_statistics.make_pass_step(
+                model, method, axis_name=axis_name,
+                sync_batch_norm=run.batch_norm == "synchronised")
+            # Beyond the steps of any training, whose randomness is another.
+            batch = batch_of(run, key, index + jnp.uint32(2**31), *rows)
+            return add(statistics, params, batch), ()
+
+        return step
 
     def resident(num_steps, axis_name):
         def steps(state, shared, positions):
@@ -207,7 +227,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
         resident=functools.cache(
             lambda num_steps: compile_step(functools.partial(resident, num_steps))),
         streamed=compile_step(streamed),
-        order=_order_of(layout, num_train, together))
+        order=_order_of(layout, num_train, together), passes=compile_step(passes))
 
 
 @functools.lru_cache(maxsize=8)
@@ -259,6 +279,46 @@ def start_from(
     state = state.replace(**parallel.replicate(layout, loaded.variables))
     return state, {"init_from": {
         "path": str(path), "sha256": digest, "initialised_anew": list(loaded.replaced)}}
+
+
+STATISTICS_IMAGES = 2048
+"""The most training images that batch norm's statistics are recomputed from, filled up to whole
+batches. Wu & Johnson (2021) find a thousand enough."""
+
+
+def recompute_statistics(
+    program: Program, config: RunConfig, state: TrainState, split: Split
+) -> TrainState:
+    """The state of one run with batch norm's statistics recomputed from its training images.
+
+    Of those, at most :data:`STATISTICS_IMAGES` at random, or all, as batches of the training's
+    size, augmented and perturbed as in training, with a key of their own: the run's key alone
+    determines them, so that they are the same in all epochs, after a resumption, and whatever the
+    input and the devices. Without batch norm the state is as it was.
+    """
+    if not jax.tree.leaves(state.batch_stats):
+        return state
+    size, layout = config.batch_size, program.layout
+    # The epochs of training begin with 1.
+    order = data.host_epoch_order(state.key, len(split.labels))(0)
+    count = -(-min(len(order), STATISTICS_IMAGES) // size)
+    mine = layout.rows_of(size)
+    positions = np.arange(size, dtype=np.int32)[mine]
+    swept = parallel.replicate(layout, swept_settings([config]))
+    statistics = parallel.replicate(
+        layout, batch_statistics.init_pass_statistics(jax.device_get(state.batch_stats)))
+    # Where the images do not fill whole batches, the first ones do so.
+    for index, rows in enumerate(np.resize(order, (count, size))):
+        rows = rows[mine]
+        shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), swept)
+        statistics, _ = program.passes(statistics, shared, parallel.place_batch(
+            layout, (split.images[rows], split.labels[rows], positions), size))
+    return state.replace(batch_stats=_combine(layout)(statistics))
+
+
+@functools.cache
+def _combine(layout: Layout) -> Callable[..., Any]:
+    return parallel.compile(layout, batch_statistics.combine_passes)
 
 
 def stack_runs(states: Sequence[TrainState]) -> TrainState:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jaxrobust
-from experiments.config import InputError, RunConfig, to_json
+from experiments.config import InputError, RunConfig, read_config, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "scikit-learn")
 """Whose versions are recorded with every result."""
@@ -82,9 +82,7 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
     path = folder / name
     if path.is_file():
         if path.read_text() != content:
-            raise InputError(
-                f"{folder} holds another configuration (see {name} there). "
-                "Choose another folder with --out, or remove that one.")
+            raise _holds_another(folder, name)
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no {name}. Choose another --out.")
@@ -95,8 +93,16 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
 
 
 def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
-    """As :func:`claim`, for a run."""
-    claim(folder, "config.json", to_json(config))
+    """As :func:`claim`, for a run; one from before a setting was there is the same run."""
+    if not (folder / "config.json").is_file():
+        claim(folder, "config.json", to_json(config))
+    elif read_config(folder) != config:
+        raise _holds_another(folder, "config.json")
+
+
+def _holds_another(folder: pathlib.Path, name: str) -> InputError:
+    return InputError(f"{folder} holds another configuration (see {name} there). "
+                      "Choose another folder with --out, or remove that one.")
 
 
 def is_writer() -> bool:

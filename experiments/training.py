@@ -19,10 +19,12 @@ from experiments.config import InputError, RunConfig
 from experiments.datasets import check_files, save_files
 from experiments.execution import Feed
 from experiments.program import (
+    Program,
     initial_state,
     model_of,
     num_validation_of,
     program_of,
+    recompute_statistics,
     stack_runs,
     start_from,
     swept_settings,
@@ -136,6 +138,8 @@ def train_together(
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
         steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
+        if left:
+            _warn_of_lag(configs[0], model_of(configs[0], dataset), steps * configs[0].epochs)
         for (config, folder), (state, facts) in zip(left, first, strict=True):
             running = stack.enter_context(contextlib.closing(_Running(
                 config, folder, state, facts, steps, tensorboard)))
@@ -144,6 +148,19 @@ def train_together(
         for group in begun.values():
             failures += _train_group(group, dataset, splits, layout, feed, label)
     return failures
+
+
+LAG = 0.01
+"""Share of batch norm's initial statistics in the running ones from which a run is warned."""
+
+
+def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
+    """Says if running statistics will not have come near the network's before training ends."""
+    left = model.batch_norm_momentum**updates
+    if config.batch_norm_statistics == "running" and left > LAG and runs.is_writer():
+        print(f"Note: after {updates} updates batch norm's running statistics still hold "
+              f"{left:.0%} of what they began with, and tests may be far worse than training. "
+              "--batch-norm-statistics recomputed avoids that.", flush=True)
 
 
 def is_trained(folder: pathlib.Path) -> bool:
@@ -220,15 +237,17 @@ class _Running:
             name: value.tolist() for name, value in values.items()})
         checkpoints.save_checkpoint(self._within, step, state)
 
-    def record(self, row, state, selection_accuracy):
+    def record(self, row, state, ready, selection_accuracy):
         """Logs an epoch and, if it is time for it, saves the state.
 
-        ``selection_accuracy`` is a function, called for the epochs that are validated.
+        ``ready(state)`` is the state as it is evaluated, ``selection_accuracy(ready state)`` what
+        the epoch is chosen by, if there is such a choice; both are called only where needed.
         """
         epoch = row["epoch"]
         checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
+        best = ready(state) if checkpoint else None
         if checkpoint and selection_accuracy is not None:
-            row["selection_accuracy"] = selection_accuracy()
+            row["selection_accuracy"] = selection_accuracy(best)
         runs.append_line(self.folder / "metrics.jsonl", row)
         if self._events is not None:
             for name, value in row.items():
@@ -236,7 +255,7 @@ class _Running:
         self._history.append(row)
         if checkpoint:
             if is_best(self._history):
-                checkpoints.save_checkpoint(self._best, epoch, state)
+                checkpoints.save_checkpoint(self._best, epoch, best)
             checkpoints.save_checkpoint(self._latest, epoch, state)
 
     def finish(self, how):
@@ -266,6 +285,8 @@ def _train_group(group, dataset, splits, layout, feed, label):
     swept = parallel.replicate(layout, swept_settings(configs))
     state = stack_runs([running.state for running in group])
     failures: dict[int, str] = {}
+    select = None if splits.selection is None else functools.partial(
+        accuracy, program.model, split=splits.selection, layout=layout)
     first, before = group[0].done, [running.before for running in group]
     begun = int(group[0].state.step)
 
@@ -291,9 +312,9 @@ def _train_group(group, dataset, splits, layout, feed, label):
                     runs.write_json(running.folder / "diverged.json",
                                     {"epoch": epoch, "message": failures[index]})
                     continue
-                select = None if splits.selection is None else functools.partial(
-                    accuracy, program.model, own, splits.selection, layout)
-                running.record(row, own, select)
+                ready = functools.partial(
+                    _as_evaluated, program, running.config, split=splits.train)
+                running.record(row, own, ready, select)
             if len(failures) == len(group):
                 break
             shown.show(**_shown(rows[0]))
@@ -304,6 +325,15 @@ def _train_group(group, dataset, splits, layout, feed, label):
         if index not in failures:
             running.finish(how)
     return list(failures.values())
+
+
+def _as_evaluated(
+    program: Program, config: RunConfig, state: TrainState, split: Split
+) -> TrainState:
+    """The state that validation, and later all other commands, see of one in training."""
+    if config.batch_norm_statistics == "running":
+        return state
+    return recompute_statistics(program, config, state, split)
 
 
 class _Epochs:

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself
 HERE = pathlib.Path(__file__).parent
 TRAIN = ("train", "digits", "--train-size", "150", "--epochs", "3", "--width", "2",
          "--num-features", "4", "--batch-size", "16", "--checkpoint-every", "1",
-         "--optimizer.warmup-epochs", "0", "--no-tensorboard", "--resume")
+         "--optimizer.warmup-epochs", "0", "--batch-norm-statistics", "recomputed",
+         "--no-tensorboard", "--resume")
 EVALUATE = ("evaluate", "--noise-levels", "0", "32", "--num-draws", "2", "--test-size", "50",
             "--tsne-images", "20")
 CURVATURE = ("curvature", "--num-images", "10", "--num-probes", "2", "--smoothing-draws", "3",

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself
 # 150 images in batches of 16: the last of an epoch has 6.
 TINY = dataclasses.replace(
     RECIPES["digits"].rows["robust"], train_size=150, epochs=2, width=2, num_features=4,
-    batch_size=16, checkpoint_every=1, optimizer=config.OptimizerConfig(
+    batch_size=16, checkpoint_every=1, batch_norm_statistics="recomputed",
+    optimizer=config.OptimizerConfig(
         learning_rate=0.02, schedule="cosine", clip_norm=1.0))
 
 
@@ -112,9 +113,9 @@ def test_a_run_killed_within_an_epoch_goes_on_there(
     monkeypatch.undo()
     # Epochs have 10 updates.
     assert saved == [3, 6, 9, 13, 16][:saves]
-    updates, update = [], training.parallel.place_batch
-    monkeypatch.setattr(training.parallel, "place_batch",
-                        lambda *arguments: updates.append(1) or update(*arguments))
+    updates, place = [], training._Epochs._place
+    monkeypatch.setattr(training._Epochs, "_place",
+                        lambda *arguments: updates.append(1) or place(*arguments))
     training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed, resume=True)
     if source == "stream":
         assert len(updates) == 20 - saved[-1]

@@ -30,7 +30,8 @@ MASKS = ("occlusion(4,6)", "stripes(3,2)", "down_up(2)")
 RECIPE = Recipe(
     name="cifar10",
     title="CIFAR-10, the paper's settings",
-    rows=method_rows(RunConfig(dataset="cifar10", validation_size=5000)),
+    rows=method_rows(RunConfig(
+        dataset="cifar10", validation_size=5000, batch_norm_statistics="running")),
     labels=METHOD_LABELS,
     evaluation=Evaluation(noise_levels=(0, 2, 4, 8, 16, 20), perturb=(*NOISES, *MASKS)),
     paper_rows=METHOD_PAPER_ROWS,

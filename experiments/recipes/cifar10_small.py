@@ -44,6 +44,7 @@ from jaxrobust.losses import RobustLossConfig
 BASE = RunConfig(
     dataset="cifar10", validation_size=2000, train_size=10_240, width=8, num_features=32,
     epochs=30, robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0),
+    batch_norm_statistics="running",
     optimizer=OptimizerConfig(
         learning_rate=0.05, schedule="cosine", warmup_epochs=1.0, clip_norm=5.0))
 

@@ -27,6 +27,7 @@ RECIPE = Recipe(
     rows=method_rows(RunConfig(
         dataset="digits", validation_size=237, model="small_cnn", width=16, num_features=32,
         noise_std=0.15, crop_padding=1, epochs=60, checkpoint_every=6, one_pass=True,
+        batch_norm_statistics="running",
         robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05),
         optimizer=OptimizerConfig(
             learning_rate=0.01, schedule="cosine", warmup_epochs=2.0, clip_norm=5.0))),

@@ -55,7 +55,7 @@ def perturbations_of(patch: int, thickness: int) -> dict[str, str]:
 BASE = RunConfig(
     dataset=FOLDER_PREFIX, validation_size=0.125, model="mobilenet_v3_small", width=16,
     num_features=1024, robust=RobustLossConfig(delta_d=3.0), noise_std=40 / 255,
-    augmentation="photo", epochs=70,
+    augmentation="photo", epochs=70, batch_norm_statistics="running",
     optimizer=OptimizerConfig(name="adam", learning_rate=1e-4, decay_epochs=(50,),
                               decay_factor=0.1, weight_decay=0.0))
 
@@ -81,6 +81,7 @@ ROAD_SMALL = dataclasses.replace(
     title="A folder of photographs at 64 x 80, MobileNetV3 from random weights",
     rows=method_rows(dataclasses.replace(
         BASE, image_size=(64, 80), num_features=128, batch_size=32,
+        batch_norm_statistics="recomputed",
         robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_d=3.0),
         optimizer=OptimizerConfig(
             name="adam", learning_rate=2e-3, schedule="cosine", warmup_epochs=2.0,

@@ -19,7 +19,8 @@ from experiments.config import (
 RECIPE = Recipe(
     name="svhn",
     title="SVHN, the paper's settings",
-    rows=method_rows(RunConfig(dataset="svhn_cropped", validation_size=5000, noise_std=0.15)),
+    rows=method_rows(RunConfig(dataset="svhn_cropped", validation_size=5000, noise_std=0.15,
+                          batch_norm_statistics="running")),
     labels=METHOD_LABELS,
     evaluation=Evaluation(noise_levels=(0, 5, 10, 20, 36, 42)),
     paper_rows=METHOD_PAPER_ROWS,

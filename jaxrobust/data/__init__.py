@@ -25,11 +25,12 @@ from jaxrobust.data.sources import (
     load_dataset,
     split_off,
 )
-from jaxrobust.data.stream import stream_batches
+from jaxrobust.data.stream import host_epoch_order, stream_batches
 
 __all__ = [
     "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Dataset", "File", "Split",
     "StoredImages", "batch_sizes", "check_same_files", "epoch_order", "files_from_csv",
-    "files_to_csv", "group_batches", "load_dataset", "load_folder", "make_batch",
-    "photo_augmentation", "read_image", "split_off", "standard_augmentation", "stream_batches",
+    "files_to_csv", "group_batches", "host_epoch_order", "load_dataset", "load_folder",
+    "make_batch", "photo_augmentation", "read_image", "split_off", "standard_augmentation",
+    "stream_batches",
 ]

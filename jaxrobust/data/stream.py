@@ -64,7 +64,7 @@ def stream_batches(
     # Shares of a batch, not single records: Grain's own work for an element would take longer
     # than reading a small image.
     pieces = min(num_threads, max(1, len(range(batch_size)[rows_of(batch_size)])))
-    source = _Pieces(split, _host_epoch_order(key, size), batch_size, rows_of, start, stop, pieces)
+    source = _Pieces(split, host_epoch_order(key, size), batch_size, rows_of, start, stop, pieces)
     return _batches(_reading(source, num_threads, prefetch * pieces), pieces)
 
 
@@ -108,7 +108,7 @@ def _batches(dataset, pieces):
         iterator.close()
 
 
-def _host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
+def host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
     """``epoch -> epoch_order(key, epoch, size)``, computed on the host, for any thread.
 
     The accelerator is left to the training: the order is of integers, the same on any device.

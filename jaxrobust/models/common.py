@@ -88,8 +88,12 @@ def _depthwise_conv(inputs, kernel, strides, padding, **options) -> jax.Array:
             jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options))
 
 
+BATCH_NORM_MOMENTUM = 0.9
+"""Weight of the old running statistics in PyTorch's default, which calls it 0.1."""
+
+
 def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
-               momentum: float = 0.9, epsilon: float = 1e-5,
+               momentum: float = BATCH_NORM_MOMENTUM, epsilon: float = 1e-5,
                name: str | None = None) -> jax.Array:
     """Batch normalisation, by default with PyTorch's momentum and epsilon.
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -97,8 +97,12 @@ def _multiple_of_8(channels: float) -> int:
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
-# torchvision's: the paper trains with a decay of 0.99, TensorFlow's epsilon is 0.001.
-_batch_norm = functools.partial(common.batch_norm, momentum=0.99, epsilon=1e-3)
+BATCH_NORM_MOMENTUM = 0.99
+"""Howard et al. (2019) train with a decay of 0.99, and so does torchvision."""
+
+# TensorFlow's epsilon, as torchvision's.
+_batch_norm = functools.partial(
+    common.batch_norm, momentum=BATCH_NORM_MOMENTUM, epsilon=1e-3)
 _conv = functools.partial(
     common.conv, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 _dense = functools.partial(
@@ -174,6 +178,8 @@ class MobileNetV3(nn.Module):
     variant: str = "small"
     dtype: Any = jnp.float32
     axis_name: str | None = None
+
+    batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:

@@ -1,7 +1,7 @@
 """ResNet18 with the feature layer of the paper's Appendix H.1."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
+from jaxrobust.models.common import BATCH_NORM_MOMENTUM, Outputs, batch_norm, conv, dense, normalise
 
 FEATURE_LAYERS = ("dense", "dense_relu", "pooled")
 """Of a ResNet18."""
@@ -71,6 +71,8 @@ class ResNet18(nn.Module):
     feature_layer: str = "dense"
     dtype: Any = jnp.float32
     axis_name: str | None = None
+
+    batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:

@@ -1,14 +1,14 @@
 """A small convolutional network for small images, such as the 8 x 8 digits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust.models.common import Outputs, batch_norm, conv, dense, normalise
+from jaxrobust.models.common import BATCH_NORM_MOMENTUM, Outputs, batch_norm, conv, dense, normalise
 
 
 class SmallCNN(nn.Module):
@@ -33,6 +33,8 @@ class SmallCNN(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
     axis_name: str | None = None
+
+    batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
