@@ -1,8 +1,6 @@
 """``python -m experiments COMMAND --help``."""
 
-import contextlib
 import dataclasses
-import io
 import pathlib
 import sys
 from typing import Annotated, Union
@@ -30,15 +28,20 @@ from experiments import (
     theory,
     training,
 )
+from experiments.arguments import PROGRAM, one_line_of, parse_unchecked, unchecked_copy
 from experiments.config import (
     CurvatureConfig,
     Evaluation,
     InputError,
     Recipe,
     RunConfig,
+    check_image_size,
+    check_seeds,
+    distinct,
     read_config,
+    with_settings,
 )
-from experiments.datasets import open_dataset
+from experiments.datasets import check_perturbations, open_dataset
 from experiments.execution import Execution, Feed, keep_freed_memory
 from experiments.recipes import RECIPES, get_recipe
 from experiments.robustness import FigureSettings
@@ -107,6 +110,14 @@ class Reproduce:
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
+    def __post_init__(self):
+        _validate.in_range("jobs", self.jobs, 1)
+        check_seeds(self.seeds)
+        for name, one in (("rows", "row"), ("studies", "study")):
+            if getattr(self, name) is not None:
+                _validate.in_range(f"number of {name}", len(getattr(self, name)), 1)
+                distinct(one, getattr(self, name))
+
     def __call__(self) -> None:
         if self.jobs > 1 and self.execution != Execution():
             raise InputError(f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
@@ -123,6 +134,9 @@ class Reproduce:
         if self.report:
             say(plan.text())
         # Of all studies, before the first of them is run.
+        for study in plan.studies.values():
+            for row in study.rows:
+                check_perturbations(study.recipe.rows[row], study.recipe.evaluation.perturb)
         datasets = [reproduce.load_recipe_dataset(
             study.recipe, self.data_dir, in_memory=self.feed.in_memory())
             for study in plan.studies.values()]
@@ -198,11 +212,13 @@ class Train:
     """Train one run: `train RECIPE/ROW`, with any of its settings changed, or one for each of
     several seeds.
 
-    The defaults shown are those of the recipe's row named first on the command line.
+    The defaults shown are those of the recipe's row that the command line names; of digits/robust
+    where it names none.
     """
 
     recipe: Positional[str]
-    """RECIPE, or RECIPE/ROW, such as cifar10/both; the row is "robust" if none is given."""
+    """RECIPE/ROW, such as cifar10/both, anywhere among the words; the row is "robust" if none is
+    given."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: pathlib.Path | None = None
     """Folder of the run, or with several seeds above the runs; runs/RECIPE-ROW-seedSEED if none
@@ -218,6 +234,9 @@ class Train:
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
+    def __post_init__(self):
+        check_seeds(self.seeds)
+
     def __call__(self) -> None:
         name = self.recipe.replace("/", "-")
         layout = self.execution.start()
@@ -229,6 +248,7 @@ class Train:
             folders = [self.out]
         for folder in folders:
             runs.require_writable(folder)
+        check_perturbations(self.run, ())
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
             say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
@@ -253,11 +273,12 @@ class Sweep:
     """
 
     recipe: Positional[str]
-    """RECIPE, or RECIPE/ROW, such as cifar10_small/robust; the row is "robust" if none is given."""
+    """RECIPE/ROW, such as cifar10_small/robust, anywhere among the words; the row is "robust" if
+    none is given."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; once for each setting."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Training seeds of each combination, instead of --seed."""
     at_once: int | None = None
     """The most runs trained as one vmapped program; if not given, all on accelerators, where the
@@ -273,6 +294,11 @@ class Sweep:
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
+    def __post_init__(self):
+        check_seeds(self.seeds)
+        if self.at_once is not None:
+            _validate.in_range("at_once", self.at_once, 1)
+
     def __call__(self) -> None:
         name, _, row = self.recipe.partition("/")
         row = row or "robust"
@@ -280,6 +306,7 @@ class Sweep:
         layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
         runs.require_writable(folder)
+        check_perturbations(self.run, plan.evaluation.perturb)
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         # Says what cannot be before anything is written; the plan may grow by what is there.
         sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
@@ -326,7 +353,10 @@ class Evaluate(_OnRuns):
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __call__(self) -> None:
-        for folder, run in self._load(self.execution.start()):
+        layout = self.execution.start()
+        for _, config in self._configs():
+            check_perturbations(config, self.settings.perturb)
+        for folder, run in self._load(layout):
             evaluation.evaluate_run(run, self.settings, folder, folder.name)
             say(f"The accuracies are in {folder / 'evaluation.json'}")
 
@@ -343,6 +373,10 @@ class Curvature(_OnRuns):
     """Test images, drawn by class at random with seed 0, of which the first are taken; none for
     all, in their order."""
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
 
     def __call__(self) -> None:
         for folder, run in self._load(self.execution.start()):
@@ -499,6 +533,11 @@ class Perturb:
     out: pathlib.Path = pathlib.Path("perturbations.png")
     """Where the picture goes: a .png, .jpg, .webp or .svg file."""
 
+    def __post_init__(self):
+        check_image_size(self.image_size)
+        _validate.in_range("number of perturbations", len(self.perturb), 1)
+        distinct("perturbation", self.perturb)
+
     def __call__(self) -> None:
         perturb_figure.show_perturbations(self.image, self.image_size, self.perturb, self.out)
         print(f"The picture is in {self.out}")
@@ -553,34 +592,51 @@ def parse(arguments: list[str]):
     """The command, from its words.
 
     Raises:
-      InputError: (a ValueError) for an unknown recipe or row of ``train`` or ``sweep``, or a value
-        that a configuration refuses.
-      SystemExit: with status 2, for what tyro refuses.
+      InputError: (a ValueError) in one line, for words that do not fit the command, no or an
+        unknown recipe or row of ``train`` or ``sweep``, or a value that a configuration refuses.
+      SystemExit: with status 0, after the help.
     """
-    # The defaults of `train` and `sweep` are those of the recipe that their first word names.
-    named = arguments[1] if arguments[:1] in (["train"], ["sweep"]) and arguments[1:] else "-"
-    recipe = "digits" if named.startswith("-") else named
-    name, _, row = recipe.partition("/")
-    run = get_recipe(name).run(row or "robust", seed=0)
-    defaults = {command: {"default": COMMANDS[command](recipe=recipe, run=run)}
-                for command in ("train", "sweep")}
+    if arguments and not arguments[0].startswith("-"):
+        _validate.one_of("command", arguments[0], COMMANDS)
+    defaults = {}
+    if arguments[:1] in (["train"], ["sweep"]):
+        defaults[arguments[0]] = {"default": _default_of(COMMANDS[arguments[0]], arguments)}
     commands = tuple(
         Annotated[kind, tyro.conf.subcommand(name, **defaults.get(name, {}))]
         for name, kind in COMMANDS.items())
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Union[commands], prog="python -m experiments", args=arguments)  # noqa: UP007
-    except SystemExit as stop:
-        # tyro draws a box around what a configuration refuses; here that is one line.
-        cause: BaseException | None = stop
-        while cause is not None:
-            if isinstance(cause, InputError):
-                raise cause from None
-            cause = cause.__context__
-        sys.stderr.write(said.getvalue())
-        raise
+    return one_line_of(
+        lambda words: tyro.cli(Union[commands], prog=PROGRAM, args=words),  # noqa: UP007
+        arguments)
+
+
+def _default_of(kind: type[Train] | type[Sweep], arguments: list[str]):
+    """The command with the settings of the recipe that its words name, wherever among them.
+
+    Where so few epochs are asked for that the recipe's warm-up would not end within them, it is the
+    same share of them as in the recipe, and a line says so.
+    """
+    shown = kind(recipe="digits", run=get_recipe("digits").run("robust", seed=0))
+    nothing = unchecked_copy(shown)
+    nothing.recipe, nothing.run.epochs, nothing.run.optimizer.warmup_epochs = "", -1, -1.0
+    helping = [word for word in arguments if word in ("-h", "--help")]
+    asked = one_line_of(lambda words: parse_unchecked(nothing, words),
+                        [word for word in arguments if word not in helping])
+    if not asked.recipe:
+        if helping:
+            return shown
+        raise InputError(f"Expected a recipe, such as {arguments[0]} digits/both, got none. There "
+                         f"are: {', '.join(RECIPES)}.")
+    name, _, row = asked.recipe.partition("/")
+    run = get_recipe(name).run(row or "robust", seed=0)
+    warmup, epochs = run.optimizer.warmup_epochs, asked.run.epochs
+    if asked.run.optimizer.warmup_epochs == -1 and 0 < epochs <= warmup:
+        fitting = warmup * epochs / run.epochs
+        run = with_settings(dataclasses.replace(run, optimizer=dataclasses.replace(
+            run.optimizer, warmup_epochs=fitting)), {"epochs": epochs})
+        if not helping:
+            print(f"Warm-up of {fitting:.2g} epochs, not {warmup:g}: the same share of --epochs "
+                  f"{epochs} as in the recipe. --optimizer.warmup-epochs sets another.", flush=True)
+    return kind(recipe=asked.recipe, run=run)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxrobust import InputError, _validate
 from jaxrobust.data import DATASETS, FOLDER_PREFIX
@@ -12,6 +12,39 @@ from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import METHODS
 from jaxrobust.models import MODELS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
+
+SEEDS = 2**32
+"""Seeds are below: JAX takes the last 32 bits of them, so that this one would be 0 again."""
+
+MAX_NOISE_LEVEL = 255
+MIN_NOISE_LEVEL = 0.25
+"""Bounds of noise levels other than 0, in units of 1/255: the whole range of the pixels, and less
+than what rounding to 8 bits adds (0.29)."""
+
+
+def distinct(name: str, values: Sequence) -> None:
+    """Raises InputError for a value that is given twice."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise InputError(f"Expected each {name} once, got {value} twice.")
+
+
+def check_seeds(seeds: Sequence[int] | None) -> None:
+    """Raises InputError unless ``seeds``, if given, are at least one, all different and in range.
+    """
+    if seeds is None:
+        return
+    if not seeds:
+        raise InputError("Expected at least one seed, got none.")
+    for seed in seeds:
+        _validate.in_range("seed", seed, 0, SEEDS)
+    distinct("seed", seeds)
+
+
+def check_image_size(size: Sequence[int]) -> None:
+    """Raises InputError unless ``size`` is a height and a width."""
+    if len(size) != 2 or min(size) < 1:
+        raise InputError(f"Expected image_size={size} as a height and a width >= 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +76,14 @@ class OptimizerConfig:
         _validate.in_range("learning_rate", self.learning_rate, 0, open_low=True)
         _validate.one_of("schedule", self.schedule, ("piecewise", "cosine"))
         _validate.in_range("warmup_epochs", self.warmup_epochs, 0)
+        for epoch in self.decay_epochs:
+            _validate.in_range("decay_epochs", epoch, 1)
+        distinct("decay epoch", self.decay_epochs)
+        _validate.in_range("decay_factor", self.decay_factor, 0, open_low=True)
+        _validate.in_range("momentum", self.momentum, 0, 1)
+        _validate.in_range("weight_decay", self.weight_decay, 0)
+        if self.clip_norm is not None:
+            _validate.in_range("clip_norm", self.clip_norm, 0, open_low=True)
         if self.schedule == "piecewise" and self.warmup_epochs:
             raise InputError(
                 f"Expected warmup_epochs=0 with schedule='piecewise', got {self.warmup_epochs}.")
@@ -106,8 +147,8 @@ class RunConfig:
     constraint_warmup_epochs: float = 0.0
     """Epochs over which the terms beside the softmax loss grow linearly to their weight."""
     noise_std: float = 0.06
-    """Standard deviation of the training noise, in pixel values of [0, 1]; also the scale at which
-    curvature and theory look at the loss."""
+    """Standard deviation of the training noise, in pixel values of [0, 1], so that 40/255 is 0.157;
+    also the scale at which curvature and theory look at the loss."""
     perturb: str | None = None
     """What makes the noisy view, such as "laplace(0.06)" or "gaussian(40/255)+occlusion(20,70)";
     none for Gaussian noise of noise_std."""
@@ -129,8 +170,7 @@ class RunConfig:
     def __post_init__(self):
         if not self.dataset.startswith(FOLDER_PREFIX):
             _validate.one_of("dataset", self.dataset, (*DATASETS, f"{FOLDER_PREFIX}PATH"))
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise InputError(f"Expected image_size={self.image_size} as a height and a width >= 1.")
+        check_image_size(self.image_size)
         _validate.one_of("model", self.model, MODELS)
         _validate.one_of("method", self.method, METHODS)
         _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
@@ -139,16 +179,29 @@ class RunConfig:
             "batch_norm_statistics", self.batch_norm_statistics, ("recomputed", "running"))
         _validate.one_of("select", self.select, ("validation", "test", "last"))
         _validate.one_of("augmentation", self.augmentation, ("crop", "photo"))
+        try:
+            _validate.in_range("noise_std", self.noise_std, 0, 1, open_high=False)
+        except InputError as error:
+            hint = (f" Did you mean {self.noise_std:g}/255, which is {self.noise_std / 255:.3g}?"
+                    if 1 < self.noise_std <= 255 else "")
+            raise InputError(f"{str(error)[:-1]}, in pixel values of [0, 1].{hint}") from error
         training_perturbation(self)  # Says what is wrong with it.
         for name in ("width", "num_features", "epochs", "batch_size", "checkpoint_every"):
             _validate.in_range(name, getattr(self, name), 1)
-        for name in ("validation_size", "crop_padding", "noise_std", "stability_weight",
-                     "constraint_warmup_epochs", "seed", "split_seed"):
+        if self.train_size is not None:
+            _validate.in_range("train_size", self.train_size, 1)
+        for name in ("validation_size", "crop_padding", "stability_weight",
+                     "constraint_warmup_epochs"):
             _validate.in_range(name, getattr(self, name), 0)
+        for name in ("seed", "split_seed"):
+            _validate.in_range(name, getattr(self, name), 0, SEEDS)
         if self.validation_size >= 1 and self.validation_size != int(self.validation_size):
             raise InputError(f"Expected validation_size={self.validation_size} to be a number of "
                              "images, or a share below 1.")
-        _validate.in_range("warmup_epochs", self.optimizer.warmup_epochs, 0, self.epochs)
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"Expected optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} below "
+                f"epochs={self.epochs}: the warm-up must end within the training. Set both.")
         if self.select == "validation" and self.validation_size == 0:
             raise InputError("Expected validation_size=0 to be > 0 with select='validation'.")
 
@@ -201,7 +254,8 @@ class Evaluation:
     """How the runs of a recipe are tested."""
 
     noise_levels: tuple[float, ...]
-    """Standard deviations of the Gaussian noise, in units of 1/255; 0 is the clean image."""
+    """Standard deviations of the Gaussian noise, in units of 1/255, unlike noise_std: 15.3 here is
+    0.06 there. 0 is the clean image."""
     num_draws: int = 10
     """Independent draws of the noise at each level."""
     perturb: tuple[str, ...] = ()
@@ -215,8 +269,22 @@ class Evaluation:
     def __post_init__(self):
         for level in self.noise_levels:
             _validate.in_range("noise level", level, 0)
+            if level > MAX_NOISE_LEVEL:
+                raise InputError(f"Expected noise level={level:g} in [0, {MAX_NOISE_LEVEL}], in "
+                                 "units of 1/255 of the pixel range.")
+            if 0 < level < MIN_NOISE_LEVEL:
+                raise InputError(
+                    f"Expected noise level={level:g} as 0 or in [{MIN_NOISE_LEVEL}, "
+                    f"{MAX_NOISE_LEVEL}], in units of 1/255 of the pixel range. Did you mean "
+                    f"{255 * level:g}, which is {level:g} in pixel values of [0, 1]?")
+        distinct("noise level", self.noise_levels)
         for text in self.perturb:
             parse_perturbation(text)
+        distinct("perturbation", self.perturb)
+        _validate.in_range("num_draws", self.num_draws, 1)
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
+        _validate.in_range("tsne_images", self.tsne_images, 1)
 
 
 @dataclasses.dataclass(frozen=True)

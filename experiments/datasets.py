@@ -3,12 +3,37 @@
 import contextlib
 import functools
 import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 
 from experiments import runs
-from experiments.config import RunConfig
+from experiments.config import InputError, RunConfig
 from experiments.progress import Progress, progress
 from jaxrobust import data
 from jaxrobust.data import Dataset
+from jaxrobust.perturbations import parse_perturbation
+
+SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3)}
+"""Of the images of a data set by name: height, width, channels."""
+
+
+def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
+    """Checks that a run's images are large enough for its own perturbation and those of its tests,
+    before the data set is opened, which may take minutes.
+
+    Raises:
+      InputError: (a ValueError) if one cannot be applied; it names it.
+    """
+    shape = SHAPES.get(config.dataset, (*config.image_size, 3))
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    for text in (*texts, *([] if config.perturb is None else [config.perturb])):
+        try:
+            jax.eval_shape(parse_perturbation(text), jax.random.key(0), image)
+        except InputError as error:
+            raise InputError(f"{error} It is in perturbation={text!r}, for images of "
+                             f"{config.dataset}.") from error
 
 
 def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:

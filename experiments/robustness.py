@@ -18,7 +18,7 @@ import numpy as np
 import sklearn.neighbors
 
 from experiments import figures, runs
-from experiments.config import CurvatureConfig, InputError
+from experiments.config import CurvatureConfig, InputError, distinct
 from experiments.curvature import losses_of, measure_curvature
 from experiments.evaluation import (
     NOISE_SEED,
@@ -76,6 +76,14 @@ class FigureSettings:
             raise InputError(
                 f"Expected surface_resolution={self.surface_resolution} to be odd.")
         _validate.in_range("tsne_images", self.tsne_images, NEIGHBOURS + 1)
+        for name, least in (("curvature_images", 1), ("curvature_probes", 2), ("test_size", 1)):
+            if getattr(self, name) is not None:
+                _validate.in_range(name, getattr(self, name), least)
+        if self.surface_images is not None:
+            _validate.in_range("number of surface_images", len(self.surface_images), 1)
+            for number in self.surface_images:
+                _validate.in_range("surface_images", number, 0)
+            distinct("of surface_images", self.surface_images)
 
 
 def measure_robustness(

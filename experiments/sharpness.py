@@ -46,6 +46,10 @@ class SharpnessSettings:
     """Of the training images, the first so many, as one batch; the run's batch size if none is
     given."""
 
+    def __post_init__(self):
+        if self.num_images is not None:
+            _validate.in_range("num_images", self.num_images, 1)
+
 
 def stable_rate(curvature: float, momentum: float) -> float:
     r"""The learning rate from which SGD with Nesterov momentum leaves a quadratic valley.

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from experiments import figures, runs
+from experiments.config import distinct
 from experiments.curvature import (
     PROBE_SEED,
     PROBES_AT_ONCE,
@@ -50,6 +51,9 @@ class StepSettings:
         _validate.in_range("number of steps", len(self.steps), 1)
         _validate.in_range("num_images", self.num_images, 1)
         _validate.in_range("num_probes", self.num_probes, 3)
+        distinct("step", self.steps)
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
 
 
 def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, label: str) -> None:

@@ -19,6 +19,7 @@ from experiments.config import (
     InputError,
     Recipe,
     RunConfig,
+    distinct,
     get_setting,
     to_json,
     with_settings,
@@ -100,12 +101,10 @@ def make_plan(recipe: Recipe, row: str, run: RunConfig, over: Sequence[str],
             raise InputError(f"Expected each setting in one --over, got {name!r} in two.")
         if get_setting(run, name) != get_setting(unchanged, name):
             raise InputError(f"Expected {name} in --over or by its own option, got both.")
-        values[name] = _without_duplicates(name, [_number(name, n) for n in numbers.split(",")])
+        values[name] = _sorted_once(name, [_number(name, n) for n in numbers.split(",")])
     if seeds is not None and run.seed != unchanged.seed:
         raise InputError("Expected --seeds or --seed, got both.")
-    seeds = _without_duplicates("seed", [run.seed] if seeds is None else seeds)
-    if not seeds:
-        raise InputError("Expected at least one seed, got none.")
+    seeds = _sorted_once("seed", [run.seed] if seeds is None else seeds)
     plan = Plan(f"{recipe.name}/{row}", run, values, seeds, recipe.evaluation)
     plan.configs()  # The configuration refuses a value that is out of range.
     return plan
@@ -118,10 +117,8 @@ def _number(name: str, text: str) -> float:
         raise InputError(f"Expected {name}={text!r} to be a number.") from error
 
 
-def _without_duplicates(name: str, values: Sequence) -> tuple:
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise InputError(f"Expected each {name} once, got {value} twice.")
+def _sorted_once(name: str, values: Sequence) -> tuple:
+    distinct(name, values)
     return tuple(sorted(values))
 
 

@@ -16,7 +16,7 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_l
 from scipy import stats
 
 from experiments import runs
-from experiments.config import InputError
+from experiments.config import InputError, distinct
 from experiments.curvature import losses_of, require_piecewise_linear
 from experiments.evaluation import keep_result, make_test_split, pooled_blocks, settings_asked
 from experiments.page import significant
@@ -74,6 +74,10 @@ class TheorySettings:
     """Of each bound at each radius; divided among the values of rho."""
 
     def __post_init__(self):
+        _validate.in_range("num_images", self.num_images, 1)
+        for name in ("test_size", "train_size"):
+            if getattr(self, name) is not None:
+                _validate.in_range(name, getattr(self, name), 1)
         _validate.in_range("num_draws", self.num_draws, 2)
         _validate.in_range("smoothed_draws", self.smoothed_draws, _SMOOTHED_GROUP)
         if self.smoothed_draws % _SMOOTHED_GROUP:
@@ -82,6 +86,7 @@ class TheorySettings:
         for name in ("nus", "radii", "rho_shares"):
             if not getattr(self, name):
                 raise InputError(f"Expected {name} to hold at least one number.")
+            distinct(f"of {name}", getattr(self, name))
         for value in (*self.nus, *self.radii):
             _validate.in_range("nus and radii", value, 0, open_low=True)
         for value in self.rho_shares:

@@ -208,8 +208,9 @@ def parse_perturbation(text: str) -> Perturbation:
     named, and those with a default left out, as ``stripes(10, thickness=6)`` or ``down_up()``.
 
     Raises:
-      InputError: (a ValueError) if the text is not of that form, a name is unknown, or an
-        argument does not fit.
+      InputError: (a ValueError) if the text is not of that form, a name is unknown, an argument
+        does not fit, or the strength of noise is above 1, the whole range of the pixels, which a
+        text means in units of 1/255.
 
     >>> perturb = parse_perturbation("gaussian(40/255)+occlusion(2, 3)")
     >>> images = jnp.ones((1, 8, 8, 3))
@@ -277,11 +278,17 @@ def _make(text, name, values, named):
         for argument in names:
             if names.count(argument) > 1:  # Which the parser lets pass.
                 raise TypeError(f"{argument} is given {names.count(argument)} times")
-        signature.bind(*values, **dict(named))
+        arguments = signature.bind(*values, **dict(named)).arguments
     except TypeError as error:
         raise _validate.InputError(f"Expected {make.__name__}{signature} in "
                                    f"perturbation={_shown(text)}: {error}.") from error
     try:
+        for strength in {"std", "amplitude"} & arguments.keys():
+            if 1 < arguments[strength] <= 255:
+                raise _validate.InputError(
+                    f"Expected {strength}={arguments[strength]} in [0, 1], in pixel values of "
+                    f"[0, 1]. Did you mean {arguments[strength]}/255?")
+            _validate.in_range(strength, arguments[strength], 0, 1, open_high=False)
         return make(*values, **dict(named))
     except _validate.InputError as error:
         raise _validate.InputError(f"{error} It is in perturbation={_shown(text)}.") from error

@@ -181,7 +181,7 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
     (("train", "digits", "--robust.momentum", "1"), "error: Expected momentum=1.0 in [0, 1)."),
     (("train", "digits", "--batch-size", "1201"), "error: Expected batch_size=1201 <= 1200"),
     (("train", "digits", "--validation-size", "0"), "error: Expected validation_size=0 to be > 0"),
-    (("train", "digits", "--epochs", "2"), "error: Expected warmup_epochs=2.0 in [0, 2)."),
+    (("train", "digits", "--epochs", "0"), "error: Expected epochs=0 in [1, inf)."),
     (("evaluate", "nowhere"), "error: Expected a run in nowhere"),
     (("report", "nowhere"), "error: "),
     (("reproduce", "digits", "--rows", "bath"), "Did you mean 'both'?"),

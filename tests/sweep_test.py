@@ -241,7 +241,7 @@ def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
     ("robust", ("--over", "robust.lam=1", "--robust.lam", "2"),
      "Expected robust.lam in --over or by its own option, got both."),
     ("robust", ("--over", "robust.lam=1", "--seeds", "1", "1"), "Expected each seed once, got 1"),
-    ("robust", ("--over", "robust.lam=1", "--seeds", "-1"), "Expected seed=-1 in [0, inf)."),
+    ("robust", ("--over", "robust.lam=1", "--seeds", "-1"), "Expected seed=-1 in [0, 4294967296)."),
     ("robust", ("--over", "robust.lam=1", "--seeds"), "Expected at least one seed, got none."),
     ("robust", ("--over", "robust.lam=1", "--seeds", "0", "--seed", "1"),
      "Expected --seeds or --seed, got both."),
