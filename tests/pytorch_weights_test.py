@@ -396,6 +396,15 @@ def test_a_prefix_of_some_names_alone_is_no_wrapping(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_of_weights_have_the_mode_of_any_other_file(suffix, torch, tmp_path):
+    path, other = tmp_path / f"weights{suffix}", tmp_path / "other"
+    other.touch()
+    pytorch.write_state_dict(path, {"a": np.ones(2)})
+    assert path.stat().st_mode == other.stat().st_mode
+    assert sorted(tmp_path.iterdir()) == [other, path]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_bfloat16_is_widened(suffix, torch, tmp_path):
     path = tmp_path / f"weights{suffix}"
     values = {"a": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}

@@ -12,6 +12,7 @@ Normalisation of the images is no part of a state dict: for torchvision's networ
 the ``mean`` (0.485, 0.456, 0.406) and ``std`` (0.229, 0.224, 0.225) they were trained with.
 """
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -116,12 +117,14 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
     # Copies in C order, which both formats need, and which PyTorch may write to.
     arrays = {name: np.array(value, order="C") for name, value in state_dict.items()}
+    partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
         # Not by save_file, whose errors are its own and whose files others may not read.
-        path.write_bytes(_import_safetensors(path).save(arrays))
+        partial.write_bytes(_import_safetensors(path).save(arrays))
     else:
         torch = _import_torch(path)
-        torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, path)
+        torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, partial)
+    os.replace(partial, path)
 
 
 def _import_torch(path: pathlib.Path):
