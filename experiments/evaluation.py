@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
     """Writes ``evaluation.json`` and ``features.npz`` into the run's folder.
 
     Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
-    each draw; once where there is no randomness, as for clean images. Does nothing if they are
-    there already, with the same settings.
+    each draw; once where there is no randomness, as for clean images; and for each class, the mean
+    over the draws. Does nothing if they are there already, with the same settings.
 
     Raises:
       InputError: (a ValueError) if there is an evaluation with other settings, or the images are
@@ -83,26 +84,50 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
         jax.eval_shape(perturb, jax.random.key(0), to_float(jnp.asarray(split.images[:1])))
         tests.append(({"perturb": text}, text, perturb, perturbations.is_random(perturb)))
     draws = [settings.num_draws if random else 1 for *_, random in tests]
-    results = []
+    names, results = run.dataset.class_names, []
     with progress(f"{label}, evaluate", sum(draws)) as shown:
         for index, ((what, name, perturb, _), num_draws) in enumerate(
                 zip(tests, draws, strict=True)):
-            accuracies = []
+            accuracies, by_class = [], []
             for correct in evaluation.evaluate(
                 run.model, variables_of(run.state), split.images, split.labels, perturb=perturb,
                 key=jax.random.fold_in(jax.random.key(NOISE_SEED), index),
                 num_draws=num_draws, batch_size=batch_size_of(split.images), layout=run.layout,
             ):
                 accuracies.append(float(correct.mean()))
+                by_class.append(class_accuracies(correct, split.labels, len(names)))
                 shown.advance(**{f"accuracy at {name}": accuracies[-1]})
-            results.append({**what, "accuracies": accuracies})
+            results.append({**what, "accuracies": accuracies, "by_class": mean_by_class(by_class)})
     _write_features(run, split, settings.tsne_images, folder)
     num_levels = len(settings.noise_levels)
     runs.write_json(path, {
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
         "num_images": len(split.labels), "num_draws": settings.num_draws,
+        "classes": {"names": list(names),
+                    "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
         "settings": asked, "provenance": runs.provenance()})
+
+
+def class_accuracies(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The share of each class's images that are classified correctly, [C].
+
+    Args:
+      correct: [N], bool.
+      labels: [N], in [0, C).
+      num_classes: C.
+
+    Returns:
+      Float64; NaN for a class without images.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    right = np.bincount(labels, weights=correct, minlength=num_classes)
+    return np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+
+
+def mean_by_class(draws: Sequence[np.ndarray]) -> list[float | None]:
+    """Means over the draws of :func:`class_accuracies`, as JSON has them."""
+    return [None if np.isnan(value) else round(float(value), 6) for value in np.mean(draws, axis=0)]
 
 
 def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.Path) -> None:

@@ -16,11 +16,10 @@ import pathlib
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
-from scipy import stats
 
 from experiments import (
     figures,
@@ -29,6 +28,16 @@ from experiments import (
     sharpness,
     steps,
     theory_report,
+)
+from experiments.comparison import (
+    FEWEST_SEEDS,
+    Accuracy,
+    Difference,
+    accuracies,
+    classes_of,
+    difference,
+    perturbed_accuracies,
+    warnings_of_classes,
 )
 from experiments.config import METHOD_LABELS, InputError
 from experiments.networks_report import CURVATURES
@@ -49,22 +58,13 @@ from experiments.page import (
 )
 from experiments.paper import TABLE4
 from experiments.runs import make_folder, write_text
-from experiments.study import Run, Study, load_study, study_of_runs
+from experiments.study import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
 
 PAPER_DRAWS = 10
 """Noise draws behind a number of the paper."""
-
-
-class Accuracy(NamedTuple):
-    """Accuracy of one row at one noise level, over its finished seeds."""
-
-    mean: float  # per cent; over the seeds, of the mean over the noise draws
-    seed_means: tuple[float, ...]  # per cent
-    std_over_seeds: float | None  # per cent, ddof=1; None with one seed
-    std_over_draws: float | None  # per cent, ddof=1, averaged over the seeds; None with one draw
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
@@ -82,7 +82,8 @@ def write_report_of_runs(folders: Sequence[pathlib.Path], out: pathlib.Path) -> 
     Those that differ in nothing but the seed are one row.
 
     Raises:
-      InputError: (a ValueError) if a folder holds no run, none is finished, or two are the same.
+      InputError: (a ValueError) if a folder holds no run, none is finished, or two are the same or
+        of different data sets.
     """
     study = study_of_runs(folders, together=True)
     if not study.all_finished():
@@ -141,7 +142,8 @@ def group_by_study(folders: Sequence[pathlib.Path]
     """The folders of the studies that these runs belong to, and the runs that belong to none.
 
     Raises:
-      InputError: (a ValueError) if a study has no finished run.
+      InputError: (a ValueError) if a study has no finished run, or the runs that belong to none
+        are of different data sets.
     """
     studies: dict[pathlib.Path, set[str]] = {}
     alone = []
@@ -153,38 +155,12 @@ def group_by_study(folders: Sequence[pathlib.Path]
                                for run in runs}
         if folder.name not in studies.get(parent, ()):
             alone.append(folder)
+    check_same_data(alone)
     members = {folder.parent for folder in folders if folder not in alone}
     return [parent for parent in studies if parent in members], alone
 
 
 # --- Numbers ---------------------------------------------------------------------------------
-
-
-def accuracies(runs: Sequence[Run]) -> dict[float, Accuracy]:
-    """Accuracy by noise level (std in units of 1/255) over the seeds of one row."""
-    by_level = _by_test(runs, "levels", "std_255")
-    return {level: by_level[level] for level in sorted(by_level)}
-
-
-def perturbed_accuracies(runs: Sequence[Run]) -> dict[str, Accuracy]:
-    """Accuracy by perturbation, other than the levels of noise, over the seeds of one row."""
-    return _by_test(runs, "perturbations", "perturb")
-
-
-def _by_test(runs, tests, name):
-    draws: dict[float | str, list[np.ndarray]] = {}
-    for run in runs:
-        for test in run.evaluation.get(tests, ()):  # Older evaluations have noise levels alone.
-            draws.setdefault(test[name], []).append(100 * np.array(test["accuracies"]))
-    return {what: _accuracy(by_seed) for what, by_seed in draws.items()}
-
-
-def _accuracy(by_seed: Sequence[np.ndarray]) -> Accuracy:
-    means = tuple(float(np.mean(draws)) for draws in by_seed)
-    stds = [float(np.std(draws, ddof=1)) for draws in by_seed if len(draws) > 1]
-    return Accuracy(mean=statistics.fmean(means), seed_means=means,
-                    std_over_seeds=statistics.stdev(means) if len(means) > 1 else None,
-                    std_over_draws=statistics.fmean(stds) if stds else None)
 
 
 def levels_of(study: Study) -> list[float]:
@@ -195,42 +171,6 @@ def levels_of(study: Study) -> list[float]:
 def several_seeds(study: Study) -> bool:
     """Whether the ± of the tables is the spread over trainings, not over noise draws."""
     return any(len(study.finished(row)) > 1 for row in study.labels)
-
-
-def pooled_std(*samples: Sequence[float]) -> float | None:
-    """Pooled standard deviation (ddof=1) of samples; None if all have one value only."""
-    freedom = sum(len(sample) - 1 for sample in samples)
-    if freedom == 0:
-        return None
-    squares = sum((value - statistics.fmean(sample)) ** 2
-                  for sample in samples for value in sample)
-    return math.sqrt(squares / freedom)
-
-
-class Difference(NamedTuple):
-    """Of two mean accuracies, in percentage points."""
-
-    points: float
-    half: float | None  # of the 95 % interval; None where each row was trained once
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval does not hold 0."""
-        return self.half is not None and abs(self.points) > self.half
-
-
-def difference(own: Accuracy, peer: Accuracy) -> Difference:
-    """Of two rows, with the interval of Student's t test for two samples with one variance:
-
-    t s (1/n + 1/m)^½, the standard deviation s pooled over the seeds of these two rows alone: other
-    methods may scatter more, or less.
-    """
-    points, spread = own.mean - peer.mean, pooled_std(own.seed_means, peer.seed_means)
-    if spread is None:
-        return Difference(points, None)
-    n, m = len(own.seed_means), len(peer.seed_means)
-    t = float(stats.t.ppf(0.975, n + m - 2))
-    return Difference(points, t * spread * math.sqrt(1 / n + 1 / m))
 
 
 def best_rows(study: Study) -> list[str]:
@@ -265,23 +205,20 @@ def _comparison(label: str, peer_label: str, own: dict[float, Accuracy],
                 peer: dict[float, Accuracy]) -> str:
     """In words, at which levels a row is above another, level with it, or below."""
     differences = {level: difference(own[level], peer[level]) for level in own if level in peer}
-    known = all(found.half is not None for found in differences.values())
+    known = all(found.seeds is not None for found in differences.values())
     words = (("clearly better", "no clear difference", "clearly worse") if known else
              ("higher", "equal", "lower"))
     where = {word: [] for word in words}
     for level, found in differences.items():
         told = found.clear if known else found.points != 0
         index = 1 if not told else 0 if found.points > 0 else 2
-        where[words[index]].append(f"{level_name(level).lower()} ({difference_text(found)})")
+        where[words[index]].append(
+            f"{level_name(level).lower()} ({signed(found.points)} ± {found.half:.2f})")
     parts = [f"{word} at {len(levels)} of {len(differences)} levels: {', '.join(levels)}"
              for word, levels in where.items() if levels]
-    end = "." if known else "; the spread over trainings is unknown."
+    end = "." if known else (f"; ± of the test images alone, for with fewer than {FEWEST_SEEDS} "
+                             "seeds of a row the spread over trainings is unknown.")
     return f"“{label}” against “{peer_label}”, in percentage points: {'; '.join(parts)}{end}"
-
-
-def difference_text(found: Difference) -> str:
-    """The difference with its sign, and half of its interval if it has one."""
-    return signed(found.points) + ("" if found.half is None else f" ± {found.half:.2f}")
 
 
 def missing_runs(study: Study) -> list[str]:
@@ -314,12 +251,12 @@ def lead(study: Study) -> str:
     """The summary's opening paragraph: what is best, and what the comparisons rest on."""
     if several_seeds(study):
         basis = ("Below, a difference between the means over the training seeds is called clear "
-                 "if its 95 % interval (±) does not hold 0; of many such differences one in twenty "
-                 "does so by chance.")
+                 "if its 95 % interval (±), over trainings and test images, does not hold 0; of "
+                 "many such differences one in twenty does so by chance.")
     else:
         basis = ("Each method was trained once, so the spread over trainings is unknown: a small "
                  "difference between rows may be chance.")
-    return " ".join([*best_rows(study), basis])
+    return " ".join([*best_rows(study), *warnings_of_classes(study), basis])
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -344,61 +281,123 @@ def accuracy_table(study: Study) -> Table:
             rows += _paper_rows(
                 METHOD_LABELS.get(study.paper_rows[row], study.labels[row]),
                 [*map(values.get, levels), None], [*map(numbers.get, levels), None])
+    rows += _commonest_row(study, len(levels), 1)
     return Table("Accuracy in %, clean and under Gaussian noise.",
                  ("Method", *map(level_name, levels), "Training time"), tuple(rows),
                  _accuracy_details(study), _accuracy_note(study))
+
+
+def _commonest_row(study: Study, num_cells: int, num_others: int = 0) -> list[TableRow]:
+    """The accuracy of always saying the commonest class, below the rows of a table; none if the
+    classes of the test images are not known."""
+    classes = classes_of(study.all_finished())
+    if classes is None:
+        return []
+    name, share = classes.commonest
+    cells = [Cell(f"{share:.2f}")] * num_cells + [Cell("–")] * num_others
+    return [TableRow(f"always “{name}”, the commonest class", tuple(cells), muted=True)]
+
+
+def balanced_table(study: Study) -> Table | None:
+    """As :func:`accuracy_table`, every class counting the same; None where they are not known."""
+    levels = levels_of(study)
+    by_row = {row: accuracies(study.finished(row)) for row in study.labels}
+    classes = classes_of(study.all_finished())
+    if classes is None:
+        return None
+    rows = [TableRow(study.labels[row], tuple(
+        Cell(f"{values[level].balanced:.2f}" if level in values else "–") for level in levels))
+        for row, values in by_row.items() if values]
+    shown = sum(number > 0 for number in classes.counts)
+    return Table(
+        "Balanced accuracy in %: the mean of the accuracies on the images of each class.",
+        ("Method", *map(level_name, levels)), tuple(rows),
+        note=f"How to read: always saying one class gives {100 / shown:.2f} % here, however common "
+        "it is. Means over the noise draws and training seeds.", folded=not classes.uneven)
+
+
+def class_table(study: Study) -> Table | None:
+    """Accuracy on the images of each class, clean and at the strongest noise; None where the
+    classes are not known."""
+    levels = levels_of(study)
+    classes = classes_of(study.all_finished())
+    if classes is None:
+        return None
+    shown = {row: accuracies(study.finished(row)) for row in study.labels if study.finished(row)}
+    columns = [(row, level) for row in shown for level in dict.fromkeys((levels[0], levels[-1]))]
+    rows = []
+    for index, (name, number) in enumerate(zip(classes.names, classes.counts, strict=True)):
+        values = [shown[row][level].by_class[index] if level in shown[row] else None
+                  for row, level in columns]
+        rows.append(TableRow(f"{name} ({count(number)} images)", tuple(
+            Cell("–" if value is None else f"{value:.1f}") for value in values)))
+    return Table(
+        "Accuracy in % by class.",
+        ("Class", *(f"{study.labels[row]}: {level_name(level).lower()}"
+                    for row, level in columns)), tuple(rows),
+        note="How to read: of the test images of each class, the share that is classified "
+        "correctly. Means over the noise draws and training seeds. With few images of a class one "
+        "image more or less moves its number far.", folded=not classes.uneven)
 
 
 def difference_table(study: Study, reference: str) -> Table | None:
     """Each other row's accuracies less those of the row ``reference``; None without that row."""
     levels = levels_of(study)
     found = _differences({row: accuracies(study.finished(row)) for row in study.labels}, reference)
-    if found is None:
+    if not found:
         return None
     return Table(f"Accuracy less that of “{study.labels[reference]}”, in percentage points.",
                  ("Method", *map(level_name, levels)),
-                 tuple(TableRow(study.labels[row], tuple(cells.get(level, Cell("–"))
-                                                         for level in levels))
-                       for row, cells in found.items()),
-                 note=_difference_note(study))
+                 tuple(TableRow(study.labels[row], tuple(
+                     _difference_cell(ones[level]) if level in ones else Cell("–")
+                     for level in levels)) for row, ones in found.items()),
+                 note=_difference_note(study, _all(found)))
 
 
 def perturbation_difference_table(study: Study, reference: str) -> Table | None:
     """The same of :func:`perturbation_table`; None without perturbations of that row."""
     by_row = {row: perturbed_accuracies(study.finished(row)) for row in study.labels}
     found = _differences(by_row, reference)
-    if found is None:
+    if not found:
         return None
     return Table(f"Accuracy under other perturbations less that of “{study.labels[reference]}”, "
                  "in percentage points.",
                  ("Perturbation", *(study.labels[row] for row in found)),
-                 tuple(TableRow(text, tuple(cells.get(text, Cell("–"))
-                                            for cells in found.values()))
-                       for text in by_row[reference]),
-                 note=_difference_note(study))
+                 tuple(TableRow(text, tuple(
+                     _difference_cell(ones[text]) if text in ones else Cell("–")
+                     for ones in found.values())) for text in by_row[reference]),
+                 note=_difference_note(study, _all(found)))
 
 
 def _differences(by_row: dict[str, dict[Any, Accuracy]], reference: str,
-                 ) -> dict[str, dict[Any, Cell]] | None:
-    """By row and test, of those that the row and the reference share; None without reference."""
+                 ) -> dict[str, dict[Any, Difference]]:
+    """By row and test, of those that the row and the reference share; empty without reference."""
     peer = by_row[reference]
-    if not peer:
-        return None
-    return {row: {test: _difference_cell(difference(own[test], peer[test]))
-                  for test in own if test in peer}
-            for row, own in by_row.items() if row != reference and own}
+    return {row: {test: difference(own[test], peer[test]) for test in own if test in peer}
+            for row, own in by_row.items() if row != reference and own and peer}
+
+
+def _all(found: dict[str, dict[Any, Difference]]) -> list[Difference]:
+    return [one for ones in found.values() for one in ones.values()]
 
 
 def _difference_cell(found: Difference) -> Cell:
-    return Cell(difference_text(found), bold=found.clear)
+    return Cell(difference_text(found), bold=found.beyond_seeds)
 
 
-def _difference_note(study: Study) -> str:
-    spread = ("; ± half of the 95 % interval (Student’s t, from the seeds of the two rows). Bold: "
-              "the interval does not hold 0. With many differences one in twenty does so by chance"
-              if several_seeds(study) else
-              "; each was trained once, so that the uncertainty is unknown")
-    return f"How to read: above 0 is better{spread}."
+def difference_text(found: Difference) -> str:
+    """The difference with its sign, and half of its interval over trainings if it has one."""
+    return signed(found.points) + ("" if found.seeds is None else f" ± {found.seeds:.2f}")
+
+
+def _difference_note(study: Study, found: Iterable[Difference]) -> str:
+    images = max(one.images for one in found)
+    spread = ("; ± half of the 95 % interval over trainings, on these test images (Student’s t, "
+              "from the seeds of the two rows). Bold: the interval does not hold 0. With many "
+              "differences one in twenty does so by chance" if several_seeds(study) else
+              "; each was trained once, so that the spread over trainings is unknown")
+    return (f"How to read: above 0 is better{spread}. Other test images may move a difference by "
+            f"up to ± {images:.2f} (95 %, as if the two rows were tested on different ones).")
 
 
 def perturbation_table(study: Study) -> Table | None:
@@ -417,6 +416,7 @@ def perturbation_table(study: Study) -> Table | None:
             numbers = dict(zip(TABLE4.methods, TABLE4.rows[key], strict=True))
             rows += _paper_rows(key, [by_row[row].get(text) for row in shown],
                                 [numbers.get(study.paper_rows.get(row)) for row in shown])
+    rows += _commonest_row(study, len(shown))
     note = ("How to read: NAME(ARGUMENTS) as in the documentation of perturbations; those joined "
             "by + are applied from left to right. Higher is better; bold: the best of the line.")
     if study.paper_perturbations:
@@ -469,6 +469,12 @@ def _accuracy_details(study: Study) -> str:
     else:
         text += ("One training seed: mean ± standard deviation over the noise draws, as in the "
                  "paper; the spread over trainings is unknown. ")
+    errors = [one.error_of_images for row in study.labels
+              for by_test in (accuracies, perturbed_accuracies)
+              for one in by_test(study.finished(row)).values()]
+    text += ("The choice of test images adds a standard error of "
+             f"{' to '.join(dict.fromkeys(f'{one:.2f}' for one in (min(errors), max(errors))))} "
+             "points to each accuracy. ")
     return text + _selection_sentence(study)
 
 
@@ -584,7 +590,7 @@ def common_provenance_table(study: Study) -> Table:
               if field not in differing}
     for field, value in (("Command", study.command), ("Commit", study.commit)):
         if common.get(field) != value:
-            common[f"{field} of the study"] = value
+            common[f"{field} of the {'report' if study.name == 'runs' else 'study'}"] = value
     return Table("Common to all runs.", ("What", "Value"),
                  tuple(TableRow(name, (Cell(value),)) for name, value in common.items()),
                  numeric=False)
@@ -804,7 +810,8 @@ def tsne_picture(study: Study) -> Picture | None:
 
 
 def _sections(study: Study) -> list[Section]:
-    tables = filter(None, (accuracy_table(study), perturbation_table(study)))
+    tables = filter(None, (accuracy_table(study), balanced_table(study),
+                           perturbation_table(study), class_table(study)))
     pictures = filter(None, (accuracy_picture(study), perturbation_picture(study)))
     sections = [Section("accuracy", "Accuracy", "", tuple(tables), tuple(pictures))]
     training = training_picture(study)
@@ -903,7 +910,7 @@ def accuracy_csv(study: Study) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["source", "row", "label", "noise_std_255", "perturbation", "mean_percent",
                      "std_over_seeds_percent", "std_over_draws_percent", "num_seeds",
-                     "num_draws", "num_images"])
+                     "num_draws", "num_images", "balanced_percent"])
     for row, label in study.labels.items():
         runs = study.finished(row)
         by_level = {(f"{level:g}", ""): value for level, value in accuracies(runs).items()}
@@ -913,10 +920,10 @@ def accuracy_csv(study: Study) -> str:
                 "ours", row, label, *test, f"{value.mean:.4f}",
                 _number(value.std_over_seeds), _number(value.std_over_draws),
                 len(value.seed_means), listed(run.evaluation["num_draws"] for run in runs),
-                listed(run.evaluation["num_images"] for run in runs)])
+                listed(run.evaluation["num_images"] for run in runs), _number(value.balanced)])
         for level, (mean, std) in paper_numbers(study, row).items():
             writer.writerow(["paper", row, label, f"{level:g}", "", mean, "",
-                             "" if std is None else std, "", PAPER_DRAWS, ""])
+                             "" if std is None else std, "", PAPER_DRAWS, "", ""])
     return out.getvalue()
 
 
@@ -933,6 +940,7 @@ def summary_json(study: Study) -> dict:
         "spread": "over training seeds" if several_seeds(study) else "over noise draws",
         "missing": missing_runs(study),
         "epoch_chosen_on_test": chosen_on_test(study),
+        "classes": (classes := classes_of(study.all_finished())) and classes._asdict(),
         "rows": [_row_json(study, row) for row in study.labels],
     }
 

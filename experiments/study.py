@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from experiments.config import InputError, RunConfig, read_config
 from experiments.paper import TABLES, PaperTable
-from experiments.runs import read_json, read_lines
+from experiments.runs import command_line, commit, read_json, read_lines
+from jaxrobust.data import FOLDER_PREFIX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +131,10 @@ def study_of_runs(folders: Sequence[pathlib.Path], *, together: bool = False) ->
     that differ in nothing but the seed are one row, with the name of the first but for its seed.
 
     Raises:
-      InputError: (a ValueError) if a folder holds no run; or, with ``together``, two hold the same.
+      InputError: (a ValueError) if a folder holds no run, or two are of different data sets; or,
+        with ``together``, two hold the same.
     """
+    check_same_data(folders)
     rows: dict[str | RunConfig, list[Run]] = {}
     for folder in folders:
         run = _load_run(folder, read_config(folder).seed)
@@ -148,10 +151,45 @@ def study_of_runs(folders: Sequence[pathlib.Path], *, together: bool = False) ->
     labels = {row: name if list(names.values()).count(name) == 1 else
               f"{pathlib.Path(row).parent.name}/{name}" for row, name in names.items()}
     return Study(
-        name="runs", title="Runs", note="", command="", commit="", labels=labels,
+        name="runs", title="Runs", note="", command=command_line(), commit=commit(), labels=labels,
         methods={row: of_row[0].config.method for row, of_row in runs.items()},
         seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
-        paper=None, paper_rows={}, paper_perturbations={}, class_names={}, runs=runs)
+        paper=None, paper_rows={}, paper_perturbations={},
+        class_names=class_labels(_class_names(run for of_row in runs.values() for run in of_row)),
+        runs=runs)
+
+
+def check_same_data(folders: Sequence[pathlib.Path]) -> None:
+    """Checks that runs were tested on images of one test set: side by side, numbers of different
+    ones would look as if they could be compared.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds no run, or two are of different data sets or of
+        different splits of one.
+    """
+    first: tuple[str, int] | None = None
+    for folder in folders:
+        config = read_config(folder)
+        # Data sets of their own splits know no seed.
+        seed = config.split_seed if config.dataset.startswith(FOLDER_PREFIX) else 0
+        first = first or (config.dataset, seed)
+        if (config.dataset, seed) != first:
+            what = "dataset" if config.dataset != first[0] else "split_seed"
+            values = (first[0], config.dataset) if what == "dataset" else (first[1], seed)
+            raise InputError(f"Expected runs with one test set, got {folders[0]} with "
+                             f"{what}={values[0]} and {folder} with {what}={values[1]}. Ask for "
+                             "each apart.")
+
+
+def _class_names(runs: Iterable[Run]) -> Sequence[str]:
+    """As the first of the runs, or the study that it is in, says; none if none does."""
+    for run in runs:
+        study = _read_json(run.folder.parent / "study.json") or {}
+        evaluation = run.evaluation or {}
+        names = evaluation.get("classes", {}).get("names") or study.get("class_names")
+        if names:
+            return names
+    return ()
 
 
 def class_labels(names: Sequence[str]) -> dict[int, str]:

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from experiments import figures, runs
+from experiments.comparison import accuracies, classes_of
 from experiments.figures import add_legend, new_figure, row_style
 from experiments.page import (
     Cell,
@@ -33,7 +34,7 @@ from experiments.page import (
     listed,
     with_spread,
 )
-from experiments.report import accuracies, section_markdown
+from experiments.report import section_markdown
 from experiments.study import Run, study_of_runs
 from experiments.sweep import Plan, number_text, run_name, setting_name
 
@@ -242,6 +243,9 @@ def results_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table:
         rows.append(TableRow(head, (*map(Cell, others), Cell(_count_text(outcome)), *cells)))
     evaluations = [run.evaluation for outcome in outcomes for run in outcome.finished]
     tested = f"{count(evaluations[0]['num_images'])} test images, " if evaluations else ""
+    classes = classes_of([run for outcome in outcomes for run in outcome.finished])
+    commonest = ("" if classes is None else
+                 " Always saying “{}”, the commonest class: {:.2f} %.".format(*classes.commonest))
     selection = (f"{SELECTION}: on the {count(plan.run.validation_size)} images that choose the "
                  "epoch, bold where best; the test images have no say in that. "
                  if plan.run.select == "validation" else "")
@@ -251,7 +255,8 @@ def results_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table:
         "Accuracy in %, clean and under Gaussian noise.",
         (*plan.over, "n", *titles_of(plan)), tuple(rows),
         f"{tested}{plan.evaluation.num_draws} draws of the noise at each level. Mean ± standard "
-        "deviation over the n finished training seeds; with one, its spread is unknown.",
+        "deviation over the n finished training seeds; with one, its spread is unknown."
+        f"{commonest}",
         (selection + diverged).strip())
 
 

@@ -1,6 +1,8 @@
 """The report of a study: its numbers, its words, and that it is one file and reproducible."""
 
 import csv
+import dataclasses
+import html
 import html.parser
 import json
 import re
@@ -12,7 +14,7 @@ import pytest
 import scipy.stats
 from command_line import call, one_line
 
-from experiments import figures, report
+from experiments import comparison, figures, report, study
 from experiments.config import InputError, RunConfig, to_json
 
 LABELS = {"both": "Training on both", "robust": "Robust <&> |method|"}
@@ -28,7 +30,8 @@ THREE_SEEDS = {
 }
 
 
-def write_study(folder, accuracies, *, seeds, selected_on="last", **changes):
+def write_study(folder, accuracies, *, seeds, selected_on="last", num_images=500, classes=None,
+                by_class=None, **changes):
     """A study of two rows; ``accuracies`` by (row, seed): the draws at each of LEVELS."""
     folder.mkdir()
     study = {
@@ -38,10 +41,11 @@ def write_study(folder, accuracies, *, seeds, selected_on="last", **changes):
         "evaluation": {}, "command": "python -m experiments reproduce toy", "commit": "abc"}
     (folder / "study.json").write_text(json.dumps(study | changes))
     for (row, seed), draws in accuracies.items():
-        write_run(folder / f"{row}-seed{seed}", row, seed, draws, selected_on)
+        write_run(folder / f"{row}-seed{seed}", row, seed, draws, selected_on, num_images, classes,
+                  by_class)
 
 
-def write_run(run, row, seed, draws, selected_on):
+def write_run(run, row, seed, draws, selected_on, num_images=500, classes=None, by_class=None):
     rng = np.random.default_rng([seed, len(row)])
     run.mkdir()
     (run / "config.json").write_text(to_json(
@@ -55,9 +59,11 @@ def write_run(run, row, seed, draws, selected_on):
         '{"epoch": 2, "loss": 1.0, "softmax": 0.5, "selection_accuracy": 0.6}\n'
         '{"epoch": 3, "lo')
     write_json(run / "evaluation.json", {
-        "epoch": 2, "selected_on": selected_on, "split": "test", "num_images": 500,
-        "num_draws": 2, "levels": [{"std_255": level, "accuracies": list(values)}
-                                   for level, values in zip(LEVELS, draws, strict=True)]})
+        "epoch": 2, "selected_on": selected_on, "split": "test", "num_images": num_images,
+        "num_draws": 2, **({} if classes is None else {"classes": classes}),
+        "levels": [{"std_255": level, "accuracies": list(values),
+                    **({} if by_class is None else {"by_class": by_class})}
+                   for level, values in zip(LEVELS, draws, strict=True)]})
     np.savez(run / "curvature.npz", frobenius_squared=np.array([0.0, 1.0, 3.0, 100.0]),
              finite_difference=np.array([10.0, 20.0, 30.0, 40.0]))
     write_json(run / "curvature.json", {"num_images": 4, "num_probes": 20, "step": 1e-2,
@@ -150,24 +156,139 @@ def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
     best_and_basis, comparison = json.loads((folder / "report.json").read_text())["summary"]
     assert "Best on clean images: “Robust <&> |method|”, with 94.00 %." in best_and_basis
     assert "Best at the strongest noise (2/255): “Training on both”, with 73.00 %" in best_and_basis
-    # Pooled: sqrt((0 + 4) / 2) = 1.41 and sqrt((4 + 7/3) / 2) = 1.78; times 2.776 sqrt(2/3).
-    assert "clearly better at 1 of 2 levels: clean (+4.00 ± 3.21)" in comparison
-    assert "no clear difference at 1 of 2 levels: 2/255 (−0.67 ± 4.03)" in comparison
+    # Trainings: pooled sqrt((0 + 4) / 2) = 1.41 and sqrt((4 + 7/3) / 2) = 1.78; times
+    # 2.776 sqrt(2/3). 500 test images: 1.96 sqrt(p q / 502 + ...) of the shares 471 / 502 and
+    # 451 / 502, and 362.67 / 502 and 366 / 502. Together: sqrt(3.206^2 + 3.379^2) = 4.66 and
+    # sqrt(4.034^2 + 5.519^2) = 6.84.
+    assert ("no clear difference at 2 of 2 levels: clean (+4.00 ± 4.66), 2/255 (−0.67 ± 6.84)."
+            in comparison)
+
+
+def test_with_many_test_images_a_difference_beyond_the_trainings_is_called_clear(tmp_path):
+    write_study(tmp_path / "study", THREE_SEEDS, seeds=[0, 1, 2], num_images=50_000)
+    report.write_report(tmp_path / "study")
+    _, comparison = json.loads((tmp_path / "study" / "report.json").read_text())["summary"]
+    # sqrt(3.2059^2 + 0.3356^2), and sqrt(4.0341^2 + 0.5523^2).
+    assert "clearly better at 1 of 2 levels: clean (+4.00 ± 3.22)" in comparison
+    assert "no clear difference at 1 of 2 levels: 2/255 (−0.67 ± 4.07)" in comparison
 
 
 def test_summary_of_one_seed_does_not_claim_a_clear_difference(one_seed):
     folder, _ = one_seed
     _, comparison = json.loads((folder / "report.json").read_text())["summary"]
-    assert "higher at 1 of 2 levels: 2/255 (+4.00)" in comparison
-    assert "lower at 1 of 2 levels: clean (−1.00)" in comparison
-    assert "unknown" in comparison and "clear" not in comparison
+    # 500 test images, shares 431 / 502 and 411 / 502: 1.96 sqrt(2.419e-4 + 2.956e-4) = 4.54 points;
+    # 446 / 502 and 451 / 502: 1.96 sqrt(1.972e-4 + 1.818e-4) = 3.82.
+    assert "higher at 1 of 2 levels: 2/255 (+4.00 ± 4.54)" in comparison
+    assert "lower at 1 of 2 levels: clean (−1.00 ± 3.82)" in comparison
+    assert "± of the test images alone" in comparison and "unknown" in comparison
+    assert "clear" not in comparison
+
+
+def test_two_seeds_against_one_are_not_told_in_words(tmp_path):
+    # Two that tied, which alone would give an interval of 0, and two that are far apart, which
+    # with one degree of freedom would give one of 100 points.
+    for name, robust in (("tied", [0.90, 0.90]), ("apart", [0.80, 0.92])):
+        write_study(tmp_path / name, {
+            ("both", 0): ([0.94], [0.7]),
+            **{("robust", seed): ([clean], [0.7]) for seed, clean in enumerate(robust)}},
+            seeds=[0, 1])
+        report.write_report(tmp_path / name)
+        _, comparison = json.loads((tmp_path / name / "report.json").read_text())["summary"]
+        assert "clear" not in comparison and "lower at 1 of 2 levels: clean" in comparison
+        half = float(comparison.split("clean (")[1].split("± ")[1].split(")")[0])
+        assert 3 < half < 5
+
+
+def accuracy(*means, error):
+    return comparison.Accuracy(statistics.fmean(means), means, None, None, error, None, None)
+
+
+def test_a_difference_holds_trainings_and_test_images():
+    own, peer = accuracy(90, 92, 94, error=0.3), accuracy(80, 82, 84, error=0.4)
+    found = comparison.difference(own, peer)
+    # Student's t of 4 degrees of freedom, s = 2, and 1.96 * sqrt(0.3^2 + 0.4^2).
+    assert found.points == 10
+    assert found.seeds == pytest.approx(2.776445 * 2 * (2 / 3) ** 0.5, rel=1e-6)
+    assert found.images == pytest.approx(1.959964 * 0.5, rel=1e-6)
+    assert found.half == pytest.approx((found.seeds**2 + found.images**2) ** 0.5)
+    assert found.clear and found.beyond_seeds
+    wide = comparison.difference(own, accuracy(80, 82, 84, error=10))
+    assert not wide.clear and wide.beyond_seeds
+    two = comparison.difference(own, accuracy(80, 80, error=0.4))
+    assert two.seeds is None and two.half == two.images and not two.clear
+
+
+@pytest.mark.parametrize(("share", "number", "expected"), [
+    # 11 of 12 with one image more on either side; 5 of 8; and sqrt(p q / n) of many.
+    (1.0, 10, (11 / 12 * 1 / 12 / 12) ** 0.5), (0.5, 4, (0.25 / 6) ** 0.5),
+    (0.9, 10**8, 3e-5)])
+def test_the_error_of_a_share_is_never_zero(share, number, expected):
+    assert comparison.error_of_share(share, number) == pytest.approx(expected, rel=1e-6)
+
+
+def test_uneven_classes_are_told_of(tmp_path):
+    classes = {"names": ["cat", "dog", "emu"], "counts": [400, 100, 0]}
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0], classes=classes,
+                by_class=[1.0, 0.5, None])
+    page = report.write_report(tmp_path / "study").read_text()
+    # 400 of 500; (1 + 0.5) / 2, the class without test images apart.
+    assert "80.0 % of the test images are of the class “cat”" in page
+    assert table_rows(page, "always “cat”, the commonest class")[0][1:] == ["80.00", "80.00", "–"]
+    assert table_rows(page, LABELS["both"])[1] == [LABELS["both"], "75.00", "75.00"]
+    assert table_rows(page, "dog (100 images)")[0][1:] == ["50.0"] * 4
+    assert table_rows(page, "emu (0 images)")[0][1:] == ["–"] * 4
+    # Accuracies 90 and 89 when clean, 82 and 86 at 2/255.
+    assert "Balanced accuracy is far below accuracy" in page
+    assert f"“{LABELS['both']}” (75.00 % against 90.00 %)" in html.unescape(page)
+    with (tmp_path / "study" / "report.csv").open() as file:
+        assert {line["balanced_percent"] for line in csv.DictReader(file)
+                if line["source"] == "ours"} == {"75.0000"}
+
+
+def test_even_classes_are_shown_without_a_warning(tmp_path, one_seed):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0], by_class=[0.9, 0.8],
+                classes={"names": ["cat", "dog"], "counts": [255, 245]})
+    page = report.write_report(tmp_path / "study").read_text()
+    assert "of the class" not in page and "far below" not in page
+    assert "Balanced accuracy in %" in page and "commonest class" in page
+    # Evaluations that know no classes.
+    assert "alanced accuracy" not in one_seed[1] and "commonest class" not in one_seed[1]
+
+
+def test_runs_of_different_data_are_not_shown_side_by_side(tmp_path, capsys):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0])
+    run, other = (tmp_path / "study" / f"{row}-seed0" for row in LABELS)
+    for change in ({"dataset": "cifar10"}, {"dataset": "folder:x"}):
+        (other / "config.json").write_text(to_json(dataclasses.replace(
+            RunConfig(method="robust", epochs=2, select="last"), **change)))
+        for command in ("report", "figures"):
+            assert call(command, run, other) == 2
+            assert ("Expected runs with one test set, got" in (said := one_line(capsys))
+                    and f"with dataset={change['dataset']}" in said) or command == "figures"
+
+
+def test_a_report_of_runs_names_its_classes_command_and_commit(tmp_path):
+    write_study(tmp_path / "study", ONE_SEED, seeds=[0], class_names=["0", "1", "cat"])
+    runs = [tmp_path / "study" / f"{row}-seed0" for row in LABELS]
+    assert study.study_of_runs(runs).class_names == {0: "0", 1: "1", 2: "2 cat"}
+    assert call("report", *runs) == 0
+    page = (tmp_path / "study" / "report" / "report.html").read_text()
+    (_, command), = table_rows(page, "Command of the report")
+    assert command.startswith("python -m experiments report ")
+    (_, commit), = table_rows(page, "Commit of the report")
+    assert commit
+    # What an evaluation says is nearer than the study.
+    write_json(runs[0] / "evaluation.json", json.loads(
+        (runs[0] / "evaluation.json").read_text()) | {
+            "classes": {"names": ["ant", "bee"], "counts": [1, 1]}})
+    assert study.study_of_runs(runs).class_names == {0: "0 ant", 1: "1 bee"}
 
 
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [((1.0,), (5.0,), None), ((0.0, 2.0), (5.0,), 2**0.5), ((0.0, 2.0), (4.0, 8.0), 5**0.5)])
 def test_pooled_std_is_that_of_the_textbook(first, second, expected):
-    assert report.pooled_std(first, second) == (expected and pytest.approx(expected))
+    assert comparison.pooled_std(first, second) == (expected and pytest.approx(expected))
 
 
 def test_paper_row_follows_ours_at_the_same_levels(one_seed):
@@ -269,7 +390,7 @@ def test_differences_under_perturbations_need_the_reference_to_be_tested(three_s
 def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
     table = report.difference_table(report.load_study(one_seed[0]), "robust")
     assert [cell.text for cell in table.rows[0].cells] == ["+1.00", "−4.00"]
-    assert "the uncertainty is unknown" in table.note
+    assert "the spread over trainings is unknown" in table.note
     folder = tmp_path / "study"
     write_study(folder, {("both", 0): ONE_SEED["both", 0]}, seeds=[0])
     assert report.difference_table(report.load_study(folder), "robust") is None
