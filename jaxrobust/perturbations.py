@@ -283,13 +283,13 @@ def _make(text, name, values, named):
         raise _validate.InputError(f"Expected {make.__name__}{signature} in "
                                    f"perturbation={_shown(text)}: {error}.") from error
     try:
+        made = make(*values, **dict(named))
         for strength in {"std", "amplitude"} & arguments.keys():
-            if 1 < arguments[strength] <= 255:
+            if arguments[strength] > 1:
                 raise _validate.InputError(
                     f"Expected {strength}={arguments[strength]} in [0, 1], in pixel values of "
                     f"[0, 1]. Did you mean {arguments[strength]}/255?")
-            _validate.in_range(strength, arguments[strength], 0, 1, open_high=False)
-        return make(*values, **dict(named))
+        return made
     except _validate.InputError as error:
         raise _validate.InputError(f"{error} It is in perturbation={_shown(text)}.") from error
 
