@@ -149,6 +149,11 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     """A line for each file or class that was left out, with the reason."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels)."""
+        return self.train.images.shape[1:]
+
     def __post_init__(self):
         for name, split in (("train", self.train), ("test", self.test)):
             if not isinstance(split.images, StoredImages):  # These check what they read.
