@@ -399,9 +399,10 @@ class Figures(_OnRuns):
     if none is given."""
 
     def __call__(self) -> None:
-        report.group_by_study(self.runs)  # Says what is wrong with a study before hours of work.
+        # Says what is wrong before hours of work.
         if self.out is not None:
             runs.require_writable(self.out)
+        report.group_by_study(self.runs)
         for folder, run in self._load():
             robustness.measure_robustness(run, self.settings, folder, folder.name)
         for path in report.write_figures(self.runs, self.out):

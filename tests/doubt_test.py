@@ -88,7 +88,8 @@ def test_a_run_is_measured_at_first_use_on_the_images_that_chose_its_epoch(
 def test_statistics_of_classes_are_kept_for_the_scores_that_need_them(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    monkeypatch.setattr(doubt.metrics, "auroc", lambda scores, _: float(scores.max()))  # A distance's.
+    # The distances have the largest numbers.
+    monkeypatch.setattr(doubt.metrics, "auroc", lambda scores, _: float(scores.max()))
     _, score = predict.load_classifier(folder, tmp_path)
     assert score.score in ("distance", "mahalanobis")
     assert score.statistics.mean.shape == (10, 4) and score.statistics.precision.shape == (4, 4)
