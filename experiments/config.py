@@ -96,7 +96,8 @@ class RunConfig:
     dataset: str = "digits"
     """"digits", "cifar10", "svhn_cropped", or "folder:PATH": a folder with a sub-folder of images
     for each class, or a CSV file with the columns path and label. Four fifths of these, by class,
-    are for training, the rest is the test set."""
+    are for training, the rest is the test set, unless the split is given: by folders "train",
+    "test" and "val" with the classes in each, or by the column split."""
     image_size: tuple[int, int] = (400, 500)
     """Height and width to which the images of a folder are resized."""
     split_seed: int = 0
@@ -107,7 +108,7 @@ class RunConfig:
     """Training images, drawn by class at random with seed 0; none for all that are left."""
     validation_size: int | float = 0
     """Images held out of the training split, by class at random with seed 0: their number or, if
-    it is below 1, their share."""
+    it is below 1, their share. None are where the data set has validation images of its own."""
     select: str = "validation"
     """Which epoch is kept: the best on the "validation" images, the "last", or the best on the
     "test" images. The last of these is the paper's protocol; it leaks the test set."""

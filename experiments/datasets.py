@@ -41,7 +41,7 @@ def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool =
 
     The images of a folder stay in the file of those decoded, which the system keeps in memory as
     far as there is room: ``in_memory`` is of the other data sets. Says which files of a folder are
-    left out.
+    left out, and what else is to be known of it.
 
     Raises:
       InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
@@ -75,6 +75,8 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
             print(f"Skipped: {line}", flush=True)
         if dataset.skipped:
             print(f"Skipped {len(dataset.skipped)} in all.", flush=True)
+        for line in dataset.notes:
+            print(f"Note: {line}", flush=True)
     return dataset
 
 

@@ -22,7 +22,6 @@ from experiments.config import (
     training_perturbation,
     with_settings,
 )
-from experiments.network import Network
 from jaxrobust import batch_statistics, data, parallel, training
 from jaxrobust.data import Dataset, Split
 from jaxrobust.methods import make_method
@@ -31,7 +30,7 @@ from jaxrobust.parallel import Layout
 from jaxrobust.training import TrainState
 
 
-def model_of(config: RunConfig, dataset: Dataset | Network) -> nn.Module:
+def model_of(config: RunConfig, dataset: Dataset) -> nn.Module:
     """The model of a run."""
     return create_model(
         config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
@@ -86,18 +85,38 @@ class Program:
     (statistics, ())``, of one run: adds batch number ``index`` to batch norm's statistics."""
 
 
-def num_validation_of(config: RunConfig, dataset: Dataset) -> int:
-    """The number of images held out of the training split."""
-    if config.validation_size >= 1:
-        return int(config.validation_size)
-    return round(config.validation_size * len(dataset.train.labels))
+SUBSET_SEED = 0
+"""Of the choice of training and validation images: the same for all runs."""
+
+
+def rows_of(config: RunConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows of the training split that a run is trained on, and of those held out of it.
+
+    The latter are None if none are, as where the data set has images for validation of its own.
+    Copies of one image are held out together.
+
+    Raises:
+      InputError: (a ValueError) if there are fewer images than the configuration asks for.
+    """
+    labels, held_out = dataset.train.labels, None
+    rows, size = np.arange(len(labels)), config.validation_size
+    if size and dataset.validation is None:
+        size = int(size) if size >= 1 else round(size * len(labels))
+        rows, held_out = _divide(labels, size, "validation_size", dataset.groups)
+    if config.train_size is not None and config.train_size != len(rows):
+        rows = rows[_divide(labels[rows], config.train_size, "train_size")[1]]
+    return rows, held_out
+
+
+def _divide(labels, size, name, groups=None):
+    if size >= len(labels):
+        raise InputError(f"Expected {name}={size} < {len(labels)}, the images there are.")
+    return data.split_rows(labels, size, seed=SUBSET_SEED, groups=groups)
 
 
 def num_train_of(config: RunConfig, dataset: Dataset) -> int:
     """The number of images a run is trained on."""
-    if config.train_size is not None:
-        return config.train_size
-    return len(dataset.train.labels) - num_validation_of(config, dataset)
+    return len(rows_of(config, dataset)[0])
 
 
 def optimizer_of(
@@ -246,11 +265,9 @@ def _with_axis(state_and_metrics):
     return state, jax.tree.map(lambda value: value[None], metrics)
 
 
-def initial_state(
-    config: RunConfig, dataset: Dataset | Network, layout: Layout
-) -> TrainState:
+def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainState:
     """The state of one run before its first step, on the devices."""
-    sample = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
     create = _state_of(model_of(config, dataset), config.optimizer)
     return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
 

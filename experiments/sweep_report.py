@@ -37,6 +37,7 @@ from experiments.page import (
 from experiments.report import section_markdown
 from experiments.study import Run, study_of_runs
 from experiments.sweep import Plan, number_text, run_name, setting_name
+from jaxrobust.data import FOLDER_PREFIX
 
 SELECTION = "Validation accuracy"
 MAX_FACETS = 6
@@ -246,8 +247,11 @@ def results_table(plan: Plan, outcomes: Sequence[Outcome]) -> Table:
     classes = classes_of([run for outcome in outcomes for run in outcome.finished])
     commonest = ("" if classes is None else
                  " Always saying “{}”, the commonest class: {:.2f} %.".format(*classes.commonest))
-    selection = (f"{SELECTION}: on the {count(plan.run.validation_size)} images that choose the "
-                 "epoch, bold where best; the test images have no say in that. "
+    # A folder may have images of its own for that, of any number.
+    known = plan.run.validation_size >= 1 and not plan.run.dataset.startswith(FOLDER_PREFIX)
+    held_out = f"{count(plan.run.validation_size)} images" if known else "images"
+    selection = (f"{SELECTION}: on the {held_out} that choose the epoch, bold where best; the test "
+                 "images have no say in that. "
                  if plan.run.select == "validation" else "")
     diverged = ("A setting of which a run diverged cannot be the best: the others alone flatter it."
                 if any(outcome.diverged for outcome in outcomes) and selection else "")

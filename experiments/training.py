@@ -18,33 +18,23 @@ from experiments import runs
 from experiments.config import InputError, RunConfig
 from experiments.datasets import check_files, save_files
 from experiments.execution import Feed
-from experiments.network import (
-    Network,
-    check_network,
-    network_of,
-    read_network,
-    save_network,
-)
 from experiments.program import (
     Program,
     initial_state,
     model_of,
-    num_validation_of,
     program_of,
     recompute_statistics,
+    rows_of,
     stack_runs,
     start_from,
     swept_settings,
     unstack_runs,
 )
 from experiments.progress import progress
-from jaxrobust import _validate, checkpoints, data, evaluation, parallel
+from jaxrobust import checkpoints, data, evaluation, parallel
 from jaxrobust.data import Dataset, Split
 from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
-
-SUBSET_SEED = 0
-"""Of the choice of training and validation images: the same for all runs."""
 
 
 class Diverged(InputError):
@@ -61,25 +51,23 @@ class Splits(NamedTuple):
 def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
     """Divides the training split as the configuration says.
 
+    Where the data set has images for validation of its own, none are held out for that.
+
     Raises:
       InputError: (a ValueError) if there are fewer images than it asks for.
     """
-    rest, validation = dataset.train, None
-    if config.validation_size:
-        rest, validation = _take(rest, num_validation_of(config, dataset), "validation_size")
-    if config.train_size is not None and config.train_size != len(rest.labels):
-        rest = _take(rest, config.train_size, "train_size")[1]
-    if config.batch_size > len(rest.labels):
-        raise InputError(f"Expected batch_size={config.batch_size} <= {len(rest.labels)}, "
+    rows, held_out = rows_of(config, dataset)
+    train = dataset.train
+    if len(rows) < len(train.labels):
+        train = data.take_rows(train, rows)
+    if config.batch_size > len(rows):
+        raise InputError(f"Expected batch_size={config.batch_size} <= {len(rows)}, "
                          "the number of training images.")
+    validation = dataset.validation
+    if held_out is not None:
+        validation = data.take_rows(dataset.train, held_out)
     selection = {"validation": validation, "test": dataset.test, "last": None}[config.select]
-    return Splits(rest, selection)
-
-
-def _take(split: Split, count: int, name: str) -> tuple[Split, Split]:
-    if count >= len(split.labels):
-        raise InputError(f"Expected {name}={count} < {len(split.labels)}, the images there are.")
-    return data.split_off(split, count, seed=SUBSET_SEED)
+    return Splits(train, selection)
 
 
 def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: Any) -> None:
@@ -102,8 +90,8 @@ def train_together(
     """Trains runs to the end, each in its folder, several of them as one vmapped program.
 
     Each has the result, up to rounding, that it has alone, and the same files:
-    ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
-    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
+    ``config.json``, ``split.csv`` (of an image folder), ``provenance.json``, ``metrics.jsonl`` (a
+    line an epoch),
     ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``, or
     ``diverged.json`` if the loss was no longer finite. A run that is done or has diverged, which it
     would do again, is left as it is; one that is not goes on from its latest checkpoint, to the
@@ -138,10 +126,8 @@ def train_together(
     first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
         check_files(dataset, folder)
-        check_network(dataset, folder)
         runs.claim_run(folder, config)
         save_files(dataset, folder)
-        save_network(dataset, folder)
     failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
                 if (folder / "diverged.json").is_file()]
     with contextlib.ExitStack() as stack:
@@ -484,8 +470,7 @@ class TrainedRun(NamedTuple):
     """A finished run, as the other commands need it."""
 
     config: RunConfig
-    network: Network
-    dataset: Dataset | None  # None where only the network is used
+    dataset: Dataset
     model: nn.Module
     state: TrainState
     epoch: int
@@ -493,37 +478,23 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
+    folder: pathlib.Path, config: RunConfig, dataset: Dataset, layout: Layout | None = None
 ) -> TrainedRun:
     """The best state of a finished run, on the devices of a layout; on one if none is given.
 
-    Args:
-      folder: of the run.
-      config: of the run.
-      dataset: that it was trained with, to test it; None to use its network alone, which then
-        need not be there any more.
-      layout: the devices.
-
     Raises:
-      InputError: (a ValueError) if the run is not finished, the images of its data set are no
-        longer those it was trained with, its weights are not finite, or no data set is given
-        though the run is from before ``network.json``.
+      InputError: (a ValueError) if the run is not finished, or the images of its data set are no
+        longer those it was trained with.
     """
     if not (folder / "done.json").is_file():
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
-    if dataset is not None:
-        check_files(dataset, folder)
-        check_network(dataset, folder)
-    network = read_network(folder) if dataset is None else network_of(dataset)
-    if network is None:
-        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
+    check_files(dataset, folder)
     layout = make_layout("jit") if layout is None else layout
-    state = initial_state(config, network, layout)
+    state = initial_state(config, dataset, layout)
     with contextlib.closing(
         checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)) as best:
         restored = checkpoints.restore_checkpoint(best, state)
     if restored is None:
         raise InputError(f"Expected a checkpoint in {folder / 'checkpoints' / 'best'}.")
-    epoch, state = restored
-    _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
-    return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
+    return TrainedRun(
+        config, dataset, model_of(config, dataset), restored[1], restored[0], layout)

@@ -111,6 +111,26 @@ def palette_image():
 ALPHA = np.concatenate([COLOURS, GREYS[..., None]], axis=-1)
 CASES = {
     "rgb.png": (COLOURS, {}, COLOURS),
+    "rgb.bmp": (COLOURS, {}, COLOURS),
+    "rgb.tif": (COLOURS, {}, COLOURS),
+    "rgb_lzw.tiff": (COLOURS, {"compression": "tiff_lzw"}, COLOURS),
+    "rgb_deflate.TIFF": (COLOURS, {"compression": "tiff_deflate"}, COLOURS),
+    "rgb.jp2": (COLOURS, {}, COLOURS),
+    "rgb.j2k": (COLOURS, {}, COLOURS),
+    "rgba.tif": (ALPHA, {}, COLOURS),
+    "grey.bmp": (GREYS, {}, as_rgb(GREYS)),
+    "grey.jp2": (GREYS, {}, as_rgb(GREYS)),
+    "grey.gif": (GREYS, {}, as_rgb(GREYS)),
+    "grey16.tif": (WIDE, {}, as_rgb(np.rint(WIDE * (255 / 65535)))),
+    "grey16_big_endian.tif": (WIDE.astype(">u2"), {}, as_rgb(np.rint(WIDE * (255 / 65535)))),
+    "grey16.jp2": (WIDE, {}, as_rgb(np.rint(WIDE * (255 / 65535)))),
+    "black_white.bmp": (GREYS > 99, {}, as_rgb(np.where(GREYS > 99, 255, 0))),
+    "black_white.tif": (GREYS > 99, {"compression": "group4"},
+                        as_rgb(np.where(GREYS > 99, 255, 0))),
+    "palette.gif": (palette_image(), {}, PALETTE[INDICES]),
+    "palette_one_transparent.gif": (palette_image(), {"transparency": 7}, PALETTE[INDICES]),
+    "palette.bmp": (palette_image(), {}, PALETTE[INDICES]),
+    "palette.tif": (palette_image(), {}, PALETTE[INDICES]),
     "rgb.webp": (COLOURS, {"lossless": True}, COLOURS),
     "rgba.png": (ALPHA, {}, COLOURS),
     "rgba.webp": (ALPHA, {"lossless": True, "exact": True}, COLOURS),
@@ -195,7 +215,7 @@ STORED_AS = {
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".avif"])
 def test_exif_orientation_is_undone(orientation, suffix, tmp_path):
     upright = np.full((32, 48, 3), 20, np.uint8)
     upright[:16, :16] = 220  # Its top left corner, and
@@ -203,7 +223,8 @@ def test_exif_orientation_is_undone(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / f"a{suffix}", np.ascontiguousarray(STORED_AS[orientation](upright)),
-                exif=exif, **({"lossless": True} if suffix == ".webp" else {"quality": 95}))
+                exif=exif, **{".webp": {"lossless": True}, ".tif": {}}.get(
+                    suffix, {"quality": 95}))
     np.testing.assert_allclose(data.read_image(path, (32, 48)), upright, atol=3)
 
 
@@ -229,9 +250,28 @@ def test_resizing_is_bilinear_and_does_not_alias(size, tmp_path):
 
 def test_an_animation_is_its_first_frame(tmp_path):
     frames = [Image.fromarray(COLOURS), Image.fromarray(255 - COLOURS)]
-    for name, options in {"a.png": {}, "a.webp": {"lossless": True}}.items():
+    for name, options in {"a.png": {}, "a.webp": {"lossless": True}, "a.tif": {}}.items():
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
         np.testing.assert_array_equal(data.read_image(tmp_path / name, SIZE), COLOURS)
+    for suffix, atol in ((".gif", 0), (".avif", 2)):  # Flat ones, which these keep, or nearly so.
+        frames = [Image.new("L", SIZE[::-1], level) for level in (50, 200)]
+        frames[0].save(tmp_path / f"b{suffix}", save_all=True, append_images=frames[1:])
+        np.testing.assert_allclose(data.read_image(tmp_path / f"b{suffix}", SIZE), 50, atol=atol)
+
+
+def test_a_format_that_this_pillow_was_built_without_is_named(tmp_path):
+    for suffix, what in ((".avif", "AVIF"), (".jp2", "JPEG 2000")):
+        path = save(tmp_path / f"a{suffix}", COLOURS)
+        with mock.patch("PIL.features.check", return_value=False), pytest.raises(
+                InputError, match=f"a {what} image, which this Pillow was built without.$"):
+            data.read_image(path, SIZE)
+
+
+def test_an_avif_photograph_is_the_picture_that_was_saved(tmp_path):
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:16, :24], picture[16:, 24:] = (200, 30, 90), (20, 160, 220)
+    path = save(tmp_path / "photo", picture, format="AVIF", quality=95)  # Whatever its name is.
+    assert np.abs(data.read_image(path, (32, 48)).astype(int) - picture).mean() < 4
 
 
 def test_reading_one_image_is_checked(tmp_path):
@@ -279,7 +319,7 @@ def test_classes_may_be_nested_and_hidden_files_are_passed_over(folder, load):
 
 
 def test_links_to_folders_are_followed_and_a_loop_ends(folder, load, tmp_path):
-    fill(tmp_path / "elsewhere", {"a": 5})
+    fill(tmp_path / "elsewhere", {"b": 15, "a": 5})  # Levels of grey that the others have not.
     (folder / "Fog").symlink_to(tmp_path / "elsewhere" / "a")
     (folder / "Rain" / "self").symlink_to(folder / "Rain")
     dataset = load(folder)
@@ -353,13 +393,13 @@ def another_file(folder):
     (lambda folder: fill(folder, {"a": 5}), {},
      "Expected images of at least 2 classes in {}, got only 'a'."),
     (lambda folder: fill(folder, {"a": 9, "b": 1}), {},
-     "Expected enough images of every class in {} for both sides of the split with "
+     "Expected at least 5 images of every class in {} for both sides of the split with "
      "test_share=0.2, got 1 of 'b'."),
     (lambda folder: fill(folder, {"a": 20, "b": 2}), {},
-     "Expected enough images of every class in {} for both sides of the split with "
-     "test_share=0.2, got 2 of 'b'."),
+     "Expected at least 6 images of every class in {} for both sides of the split with "
+     "test_share=0.2, got 2 of 'b'."),  # 4 of 22 are drawn, so that 5 may have none among them.
     (lambda folder: fill(folder, {"a": 3, "b": 3}), {"test_share": 0.01},
-     "Expected enough images of every class in {} for both sides of the split with "
+     "Expected at least 100 images of every class in {} for both sides of the split with "
      "test_share=0.01, got 3 of 'b'."),
     (lambda folder: None, {"test_share": 1.0}, "Expected test_share=1.0 in (0, 1)."),
     (lambda folder: None, {"split_seed": -1}, "Expected split_seed=-1 in [0, 4294967296)."),
@@ -396,6 +436,9 @@ def test_the_library_is_imported_without_pillow():
 
 # --- bad files --------------------------------------------------------------------------------
 
+NO_IMAGE = "not a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000 image"
+
+
 def png_header(width, height):
     """A PNG that says it has so many pixels, and has none."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -405,17 +448,21 @@ def png_header(width, height):
 def add_bad_files(folder):
     """Adds a file of every kind of bad one; returns their lines, as patterns."""
     bad = folder / "Rain"
-    for suffix in ("jpg", "png", "webp"):
-        whole = save(bad / f"cut.{suffix}",
-                     RNG.integers(0, 256, (64, 64, 3), np.uint8)).read_bytes()
+    for suffix in CUT:
+        whole = save(bad / f"cut.{suffix}", RNG.integers(0, 256, (64, 64, 3), np.uint8),
+                     **OPTIONS.get(suffix, {})).read_bytes()
         (bad / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
         (bad / f"head.{suffix}").write_bytes(whole[:12])
     (bad / "empty.png").touch()
-    (bad / "notes.txt").write_text("no image")
+    (bad / "notes.docx").write_text("no image")
+    (bad / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (bad / "sound.wav").write_bytes(b"RIFF\x00\x00\x00\x00WAVE")
     (bad / "zeros.jpg").write_bytes(bytes(100))
     save(bad / "float.tif", RNG.random(SIZE).astype(np.float32))
-    save(bad / "other.bmp", COLOURS)
+    save(bad / "integer.tif", WIDE.astype(np.int32))
+    save(bad / "other.ppm", COLOURS)  # Which Pillow reads, too.
+    save(bad / "raw.nef", COLOURS, format="TIFF", tiffinfo={254: 1})  # A thumbnail comes first.
+    save(bad / "raw.dng", COLOURS, format="TIFF", tiffinfo={50706: b"\1\4\0\0"})
     (bad / "bomb.png").write_bytes(png_header(9500, 9500))  # Where Pillow would warn.
     (bad / "huge.png").write_bytes(png_header(50000, 50000))
     (bad / "gone.png").symlink_to(bad / "nothing")
@@ -425,20 +472,30 @@ def add_bad_files(folder):
     (folder / "Hail" / "a.png").write_bytes(b"no image")
     (folder / "Snow").symlink_to(folder / "nothing")
     save(folder / "stray.png", COLOURS)
-    no_image = "not a JPEG, PNG or WebP image"
     limit = Image.MAX_IMAGE_PIXELS
-    return [
-        "Fog: a class without a file", "Hail/a.png: " + no_image,
+    lines = {
+        "Fog: a class without a file", "Hail/a.png: " + NO_IMAGE,
         "Hail: a class without a good image",
         f"Rain/bomb.png: 9500 x 9500 pixels, more than the {limit} that Pillow takes to be safe",
-        r"Rain/cut.jpg: .*truncated.*", r"Rain/cut.png: .*truncated.*", r"Rain/cut.webp: .+",
-        "Rain/empty.png: " + no_image, "Rain/float.tif: " + no_image,
-        "Rain/gone.png: No such file or directory", r"Rain/head.jpg: .+", r"Rain/head.png: .+",
-        r"Rain/head.webp: .+",
+        "Rain/empty.png: empty file",
+        "Rain/float.tif: pixels of 32 bits, of which the range is not known",
+        "Rain/integer.tif: pixels of 32 bits, of which the range is not known",
+        "Rain/gone.png: No such file or directory",
         f"Rain/huge.png: 50000 x 50000 pixels, more than the {limit} that Pillow takes to be "
-        "safe", "Rain/notes.txt: " + no_image, "Rain/other.bmp: " + no_image,
-        "Rain/pipe.png: not a file", "Rain/sound.wav: " + no_image, "Rain/zeros.jpg: " + no_image,
-        "Snow: a link to nothing", "stray.png: in no class folder"]
+        "safe", "Rain/notes.docx: " + NO_IMAGE, "Rain/other.ppm: " + NO_IMAGE,
+        "Rain/phone.heic: a HEIC image, to be converted to .*",
+        "Rain/pipe.png: not a file", "Rain/raw.nef: a camera's raw file, to be converted to .*",
+        "Rain/raw.dng: a camera's raw file, to be converted to .*",
+        "Rain/sound.wav: " + NO_IMAGE, "Rain/zeros.jpg: " + NO_IMAGE,
+        "Snow: a link to nothing", "stray.png: in no class folder"}
+    for suffix in CUT:
+        cut = ".+" if suffix == "webp" else ".*([Tt]runcated|broken data|BMFF parsing failed).*"
+        lines |= {rf"Rain/cut.{suffix}: {cut}", rf"Rain/head.{suffix}: .+"}
+    return sorted(lines)
+
+
+CUT = ("jpg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "j2k")
+OPTIONS = {"tiff": {"compression": "tiff_lzw"}}  # Its directory is at the end; that of .tif first.
 
 
 def test_every_bad_file_and_class_is_named_with_its_reason(folder, load):
@@ -477,7 +534,7 @@ def test_one_bad_file_is_named_when_it_is_read_alone(folder):
             assert re.fullmatch(reason + r"\.", str(error.value).removeprefix(prefix))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", CUT)
 @pytest.mark.parametrize("limit", [1000, 4095])
 def test_an_image_too_large_is_refused_before_it_is_decoded_and_without_a_warning(
         suffix, limit, tmp_path):
@@ -706,11 +763,11 @@ def test_only_new_and_changed_files_are_decoded_again(folder, load, decoded, tmp
     old = pixels_by_path(before)
     for path, pixels in pixels_by_path(after).items():
         np.testing.assert_array_equal(pixels, changed[path] if path in changed else old[path])
-    assert after.skipped == ("Shine/01.png: not a JPEG, PNG or WebP image",)
+    assert after.skipped == (f"Shine/01.png: {NO_IMAGE}",)
     assert cache_files(tmp_path) == [".json", ".npy"]
     decoded.clear()
-    save(folder / "Shine" / "01.png", COLOURS)
-    np.testing.assert_array_equal(pixels_by_path(load(folder))["Shine/01.png"], COLOURS)
+    save(folder / "Shine" / "01.png", 255 - COLOURS)
+    np.testing.assert_array_equal(pixels_by_path(load(folder))["Shine/01.png"], 255 - COLOURS)
     assert decoded == ["01.png"]
 
 
@@ -908,8 +965,8 @@ def test_loads_at_once_all_get_the_whole(folder, load, tmp_path):
 def test_what_is_open_stays_as_it_was_when_the_cache_is_replaced(folder, load):
     opened = load(folder, in_memory=False)
     before = pixels_by_path(opened)
-    for path in (folder / "Rain").iterdir():
-        save(path, COLOURS)
+    for number, path in enumerate((folder / "Rain").iterdir()):
+        save(path, np.roll(COLOURS, number, axis=0 if number < 6 else 1))
     load(folder)
     after = pixels_by_path(opened)
     for path in before:

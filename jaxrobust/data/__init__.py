@@ -24,6 +24,8 @@ from jaxrobust.data.sources import (
     StoredImages,
     load_dataset,
     split_off,
+    split_rows,
+    take_rows,
 )
 from jaxrobust.data.stream import host_epoch_order, stream_batches
 
@@ -31,6 +33,6 @@ __all__ = [
     "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Dataset", "File", "Split",
     "StoredImages", "batch_sizes", "check_same_files", "epoch_order", "files_from_csv",
     "files_to_csv", "group_batches", "host_epoch_order", "load_dataset", "load_folder",
-    "make_batch", "photo_augmentation", "read_image", "split_off", "standard_augmentation",
-    "stream_batches",
+    "make_batch", "photo_augmentation", "read_image", "split_off", "split_rows",
+    "standard_augmentation", "stream_batches", "take_rows",
 ]

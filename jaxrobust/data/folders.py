@@ -1,33 +1,37 @@
 """Folders of images as data sets, decoded once into a memory map on disk."""
 
+import base64
 import concurrent.futures
 import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
-import stat
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust.data import copies
+from jaxrobust.data.formats import open_image
+from jaxrobust.data.listing import Entry, class_order, list_images, reason_of, shown
 from jaxrobust.data.sources import FOLDER_PREFIX, Dataset, File, Split, StoredImages, split_rows
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per channel, of pixels in [0, 1]: what models with ImageNet weights were trained with."""
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_CACHE_FORMAT = 1  # To be raised when the same file would be decoded to other pixels.
+_CACHE_FORMAT = 2  # To be raised when what is kept, or the pixels of the same file, would change.
+_UNEQUAL = 3  # Times that the largest class has the images of the smallest.
 _SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file being written is never this long without a write.
 
 
@@ -43,11 +47,12 @@ class BadFiles(_validate.InputError):
         self.lines = tuple(lines)
 
 
-class _Entry(NamedTuple):
-    path: str  # Relative to the folder, with forward slashes.
-    label: str
-    size: int  # Bytes.
-    mtime_ns: int  # Of the last change.
+class _Facts(NamedTuple):
+    """What is known of a file: why it is bad, or what its image is compared by."""
+
+    reason: str | None
+    digest: str = ""
+    thumbnail: str = ""  # In base 64.
 
 
 class _Cached(NamedTuple):
@@ -55,7 +60,7 @@ class _Cached(NamedTuple):
 
     images: np.ndarray  # shape=[N, H, W, 3], dtype=uint8; 0 in the row of a bad file.
     rows: dict[tuple[str, int, int | None], int]  # By path, size and mtime_ns, in their order.
-    reasons: list[str | None]  # Why each file is bad; None for the good ones.
+    facts: list[_Facts]
 
 
 def load_folder(
@@ -70,13 +75,24 @@ def load_folder(
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Loads a folder of JPEG, PNG and WebP images with a sub-folder for each class.
+    """Loads a folder of images with a sub-folder for each class.
 
-    Classes and their images, which may lie deeper, are in the order of their names. Files and
-    folders whose name starts with a dot are passed over, and so are files beside the class
-    folders that do not look like images. Images become RGB of one size as :func:`read_image`
-    says. The training and the test set are a stratified random split; each is in the order of its
-    paths. Normalisation is that of ImageNet.
+    Images are of the formats of :func:`read_image`, and become RGB of one size as it says; they may
+    lie deeper in the folder of their class. Classes are in the natural order of their names (2
+    before 10), images in that of their paths. Normalisation is that of ImageNet.
+
+    What is no part of the data set is passed over: names that start with a dot, what operating
+    systems put into folders (:data:`jaxrobust.data.listing.SYSTEM_FILES`), files beside images
+    with the suffixes of :data:`jaxrobust.data.listing.SIDE_CARS`, and files beside the class
+    folders that do not look like images. Any other file has to be an image.
+
+    **The split.** It is given if the folder's own folders are ``train`` and ``test``, ``val`` or
+    both, with the class folders in each (``valid`` and ``validation`` are other names of ``val``;
+    case does not matter), or if the CSV file has a column ``split`` with these values. If it has
+    no test images, they are drawn from those for training. If none is given, the test images are
+    a stratified random share of all. Copies of one image (with equal pixels at this size) are
+    drawn together, and counted as one; a drawn split depends on nothing but the paths, the
+    classes and the copies. Images of a side are in the order of their paths.
 
     Files are decoded once, by threads, into one NumPy file [N, H, W, 3] in ``cache_dir`` for this
     path and size. Later calls decode only files that are new or changed, in size or time of
@@ -85,24 +101,32 @@ def load_folder(
 
     Args:
       path: the folder; or a CSV file with the columns ``path``, relative to the file's folder,
-        and ``label``.
+        ``label`` and, if the split is given, ``split``.
       cache_dir: where the decoded images are kept, outside of ``path``. They take N H W 3 bytes;
         while some are added, twice that.
       image_size: (H, W) in pixels.
-      test_share: of the images, for the test set, in (0, 1).
+      test_share: of the images, for the test set where it is drawn, in (0, 1). A class of
+        1 / test_share images always has one among them, and one of fewer may.
       split_seed: of the choice of them.
-      skip_bad: True to leave out bad files and classes without images; ``skipped`` of the result
-        has a line for each.
+      skip_bad: True to leave out bad files and classes; ``skipped`` of the result has a line for
+        each.
       in_memory: False to leave the images on disk, as :class:`StoredImages`.
       num_threads: that decode; by default one for each core.
       progress: called with (files done, files in all) while files are decoded.
 
+    Returns:
+      The data set. Its ``notes`` say what was passed over, how the split was made, which images
+      are copies, or nearly so (see :func:`jaxrobust.data.copies.near_copies`), on two sides of it,
+      and whether classes are of very different sizes.
+
     Raises:
-      BadFiles: (an InputError) if files are broken, truncated, no images, missing or have more
-        pixels than Pillow's ``MAX_IMAGE_PIXELS``, or classes are empty. All are found before it
-        is raised.
-      InputError: (a ValueError) if an argument cannot be used, there are less than two classes or
-        too few images of one for both sides of the split, or the decoded images cannot be
+      BadFiles: (an InputError) if files are empty, broken, truncated, no images, missing or have
+        more pixels than Pillow's ``MAX_IMAGE_PIXELS``, if images of two classes are copies of each
+        other, or if classes are without an image or, where the split is given, without one for
+        training or testing. All are found before it is raised.
+      InputError: (a ValueError) if an argument cannot be used, names of classes differ in nothing
+        but case and spaces, the layout could be meant in two ways, there are less than two classes
+        or too few images of one for both sides of the split, or the decoded images cannot be
         written.
     """
     _require_pillow("Loading a folder of images")
@@ -112,51 +136,58 @@ def load_folder(
     _validate.in_range("split_seed", split_seed, 0, 2**32)
     num_threads = os.cpu_count() or 1 if num_threads is None else num_threads
     _validate.in_range("num_threads", num_threads, 1)
-    root, entries, labels_listed, bad = _list(path)
+    listing = list_images(path)
     if path.is_dir() and cache_dir.resolve().is_relative_to(path.resolve()):
         raise _validate.InputError(f"Expected cache_dir={cache_dir} outside of {path}.")
-    if skip_bad or not bad:  # Before the work of decoding.
-        _check_classes(path, {entry.label for entry in entries}, len(bad))
-    images, reasons = _decoded(path, root, entries, image_size, cache_dir, num_threads, progress)
+    if skip_bad or not listing.bad:  # Before the work of decoding.
+        _check_classes(path, {entry.label for entry in listing.entries}, len(listing.bad))
+    images, facts = _decoded(
+        path, listing.root, listing.entries, image_size, cache_dir, num_threads, progress)
 
-    good = [row for row, reason in enumerate(reasons) if reason is None]
-    class_names = sorted({entries[row].label for row in good})
-    bad += [f"{_shown(entry.path)}: {reason}"
-            for entry, reason in zip(entries, reasons, strict=True) if reason is not None]
-    bad += [f"{_shown(label)}: a class without a good image"
-            for label in labels_listed.difference(class_names)]
+    good, class_names, bad = _sort_out(listing, facts)
     if bad and not skip_bad:
-        raise BadFiles(path, sorted(bad))
+        raise BadFiles(path, bad)
     _check_classes(path, class_names, len(bad))
+    entries = [listing.entries[row] for row in good]
+    groups = copies.groups_of([facts[row].digest for row in good])
+    labels = np.array([class_names.index(entry.label) for entry in entries], np.int32)
+    sides = _sides(
+        path, [entry.side for entry in entries], labels, groups, class_names, test_share,
+        split_seed, len(bad))
+    stored = StoredImages(lambda rows: [images[row] for row in rows], len(listing.entries),
+                          images.shape[1:], str(path))
 
-    labels = np.array([class_names.index(entries[row].label) for row in good], np.int32)
-    sides = _split(path, labels, class_names, test_share, split_seed, len(bad))
-    stored = StoredImages(
-        lambda rows: [images[row] for row in rows], len(entries), images.shape[1:], str(path))
-
-    def take(rows):
-        part = stored.take(np.array(good)[rows])
-        return Split(part[:] if in_memory else part, labels[rows])
+    def take(side):
+        part = stored.take(np.array(good)[sides[side]])
+        return Split(part[:] if in_memory else part, labels[sides[side]])
 
     return Dataset(
-        name=f"{FOLDER_PREFIX}{path}", train=take(sides["train"]), test=take(sides["test"]),
+        name=f"{FOLDER_PREFIX}{path}", train=take("train"), test=take("test"),
+        validation=take("validation") if "validation" in sides else None,
         class_names=tuple(class_names), mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=True,
-        files=tuple(File(entries[good[row]].path, class_names[labels[row]], side)
+        files=tuple(File(entries[row].path, entries[row].label, side)
                     for side, rows in sides.items() for row in rows),
-        skipped=tuple(sorted(bad)))
+        groups=groups[sides["train"]], skipped=tuple(bad),
+        notes=(*_notes_on_files(path, listing, sides, test_share),
+               *_notes_on_copies([entry.path for entry in entries], groups,
+                                 [facts[row].thumbnail for row in good], sides),
+               *_notes_on_classes(labels[sides["train"]], class_names)))
 
 
 def read_image(
     path: str | pathlib.Path, image_size: tuple[int, int], channels: int = 3
 ) -> np.ndarray:
-    """Decodes one JPEG, PNG or WebP image, of any of their colour modes.
+    """Decodes one JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000 image.
 
-    It is rotated as its EXIF orientation says, its transparency is dropped, and 16-bit grey is
-    scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept. Colours are
-    converted by Pillow, without colour profiles. Then it is resized, not cropped, by Pillow's
-    bilinear filter, whose support grows with the reduction, so that it does not alias. Of an
-    animation it is the first frame. Damage that the decoders do not notice, as within a JPEG's
-    pixels, goes unnoticed here too.
+    The format is told by the content, not by the file's name; AVIF and JPEG 2000 take a Pillow
+    that was built with them, as those of PyPI are. Of an animation or several pages it is the
+    first. It is rotated as its EXIF orientation says, its transparency is dropped, and 16-bit grey
+    is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept. Pixels of 32
+    bits, of which no range is known, are refused, and so are raw files of cameras, whose first page
+    is a thumbnail. Colours are converted by Pillow, without colour profiles. Then it is resized,
+    not cropped, by Pillow's bilinear filter, whose support grows with the reduction, so that it
+    does not alias. Damage that the decoders do not notice, as within a JPEG's pixels, goes
+    unnoticed here too.
 
     Args:
       path: of the file.
@@ -179,7 +210,7 @@ def read_image(
     except MemoryError:
         raise
     except Exception as error:
-        raise _validate.InputError(f"Cannot read the image {path}: {_reason(error)}.") from error
+        raise _validate.InputError(f"Cannot read the image {path}: {reason_of(error)}.") from error
 
 
 def files_to_csv(files: Iterable[File]) -> str:
@@ -226,119 +257,44 @@ def check_same_files(saved: Iterable[File], current: Iterable[File], name: str) 
         raise _validate.InputError(
             f"Expected the images of {name} as they were, got {len(new)} new, {len(gone)} gone "
             f"and {len(moved)} moved to another class or side of the split, the first "
-            f"{_shown(min(new | gone | moved))}.")
-
-
-# --- which files there are --------------------------------------------------------------------
-
-def _list(path: pathlib.Path) -> tuple[pathlib.Path, list[_Entry], set[str], list[str]]:
-    """The folder that paths are relative to, the files by path, all classes with a file, good or
-    bad, and a line for each bad file."""
-    if path.is_dir():
-        named, bad = _list_folder(path)
-        root = path
-    elif path.is_file() and path.suffix.lower() == ".csv":
-        named, bad = _list_csv(path)
-        root = path.parent
-    else:
-        found = "another file" if path.exists() else "nothing"
-        raise _validate.InputError(
-            f"Expected a folder of images or a CSV file at {path}, got {found}.")
-    entries = []
-    for relative, label in sorted(named.items()):
-        try:
-            relative.encode()  # Or it could not be written anywhere.
-            status = os.stat(root / relative)
-        except (OSError, ValueError) as error:
-            bad.append(f"{_shown(relative)}: {_reason(error)}")
-            continue
-        if stat.S_ISREG(status.st_mode):
-            entries.append(_Entry(relative, label, status.st_size, status.st_mtime_ns))
-        else:
-            bad.append(f"{_shown(relative)}: not a file")
-    return root, entries, set(named.values()), bad
-
-
-def _list_folder(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
-    """The class of each file by its relative path, and a line for what is bad."""
-    labels, bad = {}, []
-
-    def relative(path):
-        return pathlib.Path(path).relative_to(folder).as_posix()
-
-    def unreadable(error):
-        bad.append(f"{_shown(relative(error.filename))}: {_reason(error)}")
-
-    try:
-        inside = sorted(entry for entry in folder.iterdir() if not _hidden(entry.name))
-    except OSError as error:
-        raise _validate.InputError(f"Cannot read {folder}: {_reason(error)}.") from error
-    for entry in inside:
-        if entry.is_dir():
-            files = [relative(path) for path in _walk(entry, unreadable)]
-            labels.update((path, entry.name) for path in files)
-            if not files:
-                bad.append(f"{_shown(entry.name)}: a class without a file")
-        elif entry.suffix.lower() in _SUFFIXES:
-            bad.append(f"{_shown(entry.name)}: in no class folder")
-        elif not entry.exists():
-            bad.append(f"{_shown(entry.name)}: a link to nothing")
-    return labels, bad
-
-
-def _walk(folder: pathlib.Path, unreadable: Callable[[OSError], None]) -> Iterator[str]:
-    """The files below a folder; links are followed, but no folder is entered twice."""
-    entered = set()
-    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = sorted(name for name in folders if not _hidden(name) and real not in entered)
-        if real not in entered:
-            yield from (os.path.join(root, name) for name in files if not _hidden(name))
-        entered.add(real)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _list_csv(path: pathlib.Path) -> tuple[dict[str, str], list[str]]:
-    """The class of each file by its relative path, and a line for what is bad."""
-    labels, bad = {}, []
-    try:
-        # Spreadsheets write a byte order mark first.
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            absent = {"path", "label"}.difference(reader.fieldnames or ())
-            if absent:
-                raise _validate.InputError(
-                    f"Expected the columns path and label in {path}, got "
-                    f"{','.join(reader.fieldnames or ())!r}.")
-            for row in reader:
-                name, label = row["path"] or "", (row["label"] or "").strip()
-                relative = pathlib.PurePosixPath(name).as_posix()
-                if not (name and label):
-                    bad.append(f"line {reader.line_num}: expected a path and a label")
-                elif relative in labels:
-                    bad.append(f"line {reader.line_num}: {_shown(relative)} is there already")
-                else:
-                    labels[relative] = label
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _validate.InputError(f"Cannot read {path}: {_reason(error)}.") from error
-    return labels, bad
-
-
-def _shown(name: str) -> str:
-    """A file's name on one line."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _reason(error: Exception) -> str:
-    """An error's message on one line, to be put into another."""
-    text = (isinstance(error, OSError) and error.strerror) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+            f"{shown(min(new | gone | moved))}.")
 
 
 # --- classes and split ------------------------------------------------------------------------
+
+def _sort_out(listing, facts) -> tuple[list[int], list[str], list[str]]:
+    """The rows of the entries that can be used, the classes, and a line for all that is bad."""
+    entries, bad = listing.entries, list(listing.bad)
+    bad += [f"{shown(entry.path)}: {fact.reason}"
+            for entry, fact in zip(entries, facts, strict=True) if fact.reason is not None]
+    good = [row for row, fact in enumerate(facts) if fact.reason is None]
+
+    by_digest: dict[str, list[int]] = {}
+    for row in good:
+        by_digest.setdefault(facts[row].digest, []).append(row)
+    contradictory = set()
+    for rows in by_digest.values():
+        for row in rows:
+            other = next((one for one in rows if entries[one].label != entries[row].label), None)
+            if other is not None:
+                contradictory.add(row)
+                bad.append(f"{shown(entries[row].path)}: the same image as "
+                           f"{shown(entries[other].path)}, which is of another class")
+    good = [row for row in good if row not in contradictory]
+
+    labels = {side: {entries[row].label for row in good if entries[row].side in (side, None)}
+              for side in ("train", "test")}
+    kept = labels["train"]
+    if any(entry.side == "test" for entry in entries):
+        kept = kept & labels["test"]
+    for label in listing.labels - kept:
+        there = label in labels["train"], label in labels["test"]
+        what = {(True, False): "good test image", (False, True): "good training image"}.get(
+            there, "good image")
+        bad.append(f"{shown(label)}: a class without a {what}")
+    good = [row for row in good if entries[row].label in kept]
+    return good, class_order(kept), sorted(bad)
+
 
 def _check_classes(path: pathlib.Path, labels: Iterable[str], num_bad: int) -> None:
     labels = sorted(labels)
@@ -348,21 +304,106 @@ def _check_classes(path: pathlib.Path, labels: Iterable[str], num_bad: int) -> N
             f"Expected images of at least 2 classes in {path}, got {found}{_without(num_bad)}.")
 
 
-def _split(path, labels, class_names, test_share, seed, num_bad) -> dict[str, np.ndarray]:
-    """The rows of either side of the split."""
+def _sides(path, given, labels, groups, class_names, test_share, seed, num_bad):
+    """The rows of each side of the split, by its name."""
+    sides = {side: np.array([row for row, one in enumerate(given) if one == side], np.int64)
+             for side in ("train", "validation", "test")}
+    if not len(sides["test"]):
+        left = np.array([row for row, one in enumerate(given) if one in ("train", None)])
+        drawn = _split(path, labels[left], class_names, test_share, seed, num_bad, groups[left])
+        sides |= {side: left[rows] for side, rows in drawn.items()}
+    return {side: rows for side, rows in sides.items() if len(rows)}
+
+
+def _split(path, labels, class_names, test_share, seed, num_bad, groups=None):
+    """The rows of either side of a split that is drawn."""
     try:
-        train, test = split_rows(labels, round(test_share * len(labels)), seed=seed)
+        train, test = split_rows(
+            labels, round(test_share * len(labels)), seed=seed, groups=groups)
     except _validate.InputError as error:
-        smallest, count = Counter(labels.tolist()).most_common()[-1]
+        # The first of each group of copies.
+        images = slice(None) if groups is None else np.unique(groups, return_index=True)[1]
+        counts = np.bincount(labels[images], minlength=len(class_names))
+        smallest = min(range(len(counts)), key=lambda c: (counts[c], -c))
+        copied = int(np.sum(labels == smallest) - counts[smallest])
+        aside = f", {copied} copies aside" if copied else ""
         raise _validate.InputError(
-            f"Expected enough images of every class in {path} for both sides of the split with "
-            f"test_share={test_share}, got {count} of {class_names[smallest]!r}"
-            f"{_without(num_bad)}.") from error
+            f"Expected at least {_images_needed(int(counts.sum()), test_share)} images of every "
+            f"class in {path} for both sides of the split with test_share={test_share}, got "
+            f"{counts[smallest]} of {class_names[smallest]!r}{aside}{_without(num_bad)}."
+        ) from error
     return {"train": train, "test": test}
+
+
+def _images_needed(size, test_share):
+    """Of a class, to be on both sides however its share of ``size`` images is rounded."""
+    part = min(test_share, 1 - test_share)
+    drawn = min(round(test_share * size), size - round(test_share * size))
+    return max(math.ceil(round(1 / part, 9)), math.ceil(size / max(drawn, 1)))
 
 
 def _without(num_bad: int) -> str:
     return f" without the {num_bad} bad ones" if num_bad else ""
+
+
+# --- what is to be known of a folder ----------------------------------------------------------
+
+def _notes_on_files(path, listing, sides, test_share):
+    over = listing.passed_over
+    if over:
+        yield (f"Passed over in {path}, as no part of the data set: {len(over)} files and folders, "
+               f"the first {shown(over[0])}.")
+    if any(entry.side is not None for entry in listing.entries):
+        counts = ", ".join(f"{len(rows)} {side}" for side, rows in sides.items())
+        drawn = not any(entry.side == "test" for entry in listing.entries)
+        how = f", with {test_share:.0%} of its training images drawn for the test" if drawn else ""
+        yield f"The split is that of {path}: {counts} images{how}."
+
+
+def _notes_on_copies(paths, groups, thumbnails, sides):
+    side_of = {row: side for side, rows in sides.items() for row in rows.tolist()}
+
+    def divided(pair):
+        return side_of[pair[0]] != side_of[pair[1]]
+
+    def named(pair):
+        return " and ".join(f"{shown(paths[row])} ({side_of[row]})" for row in pair)
+
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        members.setdefault(group, []).append(row)
+    pairs = [(rows[0], other) for rows in members.values() for other in rows[1:]]
+    apart = [next(pair for pair in itertools.combinations(rows, 2) if divided(pair))
+             for rows in members.values() if len({side_of[row] for row in rows}) > 1]
+    if apart:
+        yield (f"Copies of other images: {len(pairs)}. Images that are on two sides of the split: "
+               f"{len(apart)}, the first {named(apart[0])}. Results on these say nothing of new "
+               "images.")
+    elif pairs:
+        yield (f"Copies of other images: {len(pairs)}, the first {named(pairs[0])}; none is on "
+               "another side of the split.")
+    if len(paths) > copies.MOST_COMPARED:
+        yield f"Near copies are not looked for among more than {copies.MOST_COMPARED} images."
+        return
+    near = copies.near_copies([base64.b64decode(thumbnail) for thumbnail in thumbnails])
+    near = near[groups[near[:, 0]] != groups[near[:, 1]]]
+    side_at = np.array([side_of[row] for row in range(len(paths))])
+    apart = near[side_at[near[:, 0]] != side_at[near[:, 1]]]
+    if len(near):
+        first = (apart if len(apart) else near)[0].tolist()
+        yield (f"Pairs of images that are nearly the same: {len(near)}, on two sides of the split: "
+               f"{len(apart)}, the first {named(first)}.")
+
+
+def _notes_on_classes(labels, class_names):
+    counts = np.bincount(labels, minlength=len(class_names))
+    most, least = int(np.argmax(counts)), int(np.argmin(counts))
+    if counts[most] >= _UNEQUAL * counts[least]:
+        share = counts[most] / len(labels)
+        yield (f"Classes are of very different sizes: {counts[most]} training images of "
+               f"{class_names[most]!r}, {counts[least]} of {class_names[least]!r}. Calling every "
+               f"image {class_names[most]!r} is right for {share:.1%} of them: look at the "
+               "accuracy class by class.")
 
 
 # --- decoding ---------------------------------------------------------------------------------
@@ -382,45 +423,24 @@ def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> n
     from PIL import Image, ImageOps
 
     with open(path, "rb") as file:
-        image = _open_image(file)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than the {limit} that "
-                             "Pillow takes to be safe")
+        image = open_image(file, Image.MAX_IMAGE_PIXELS)
         ImageOps.exif_transpose(image, in_place=True)
     image.info.pop("transparency", None)  # A palette's, which would only be warned of.
-    if image.mode == "I;16":  # Pillow would cut off at 255.
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255.
         scaled = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 / 255, rounded.
         image = Image.fromarray(scaled.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, of which the range is not known")
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.array(image).reshape(height, width, channels)
 
 
-def _open_image(file):
-    """The image in a file, of which the header alone is read.
-
-    By the formats' own classes: ``Image.open`` answers an image that is somewhat too large with a
-    warning, which can be turned into an error only for all threads of a process.
-    """
-    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
-
-    start = file.read(12)
-    file.seek(0)
-    if start.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(file)
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile(file)
-    if start.startswith(b"RIFF") and start.endswith(b"WEBP"):
-        return WebPImagePlugin.WebPImageFile(file)
-    raise ValueError("not a JPEG, PNG or WebP image")
-
-
 # --- decoded images on disk -------------------------------------------------------------------
 
 def _decoded(path, root, entries, image_size, cache_dir, num_threads, progress):
-    """``(images [N, H, W, 3], reason for each that is bad)`` of the files, in their order."""
+    """``(images [N, H, W, 3], facts of each)`` of the files, in their order."""
     if not entries:
         return np.empty((0, *image_size, 3), np.uint8), []
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
@@ -429,10 +449,10 @@ def _decoded(path, root, entries, image_size, cache_dir, num_threads, progress):
     if cached is None or list(cached.rows) != [_key(entry) for entry in entries]:
         cached = _build_cache(
             path, root, entries, image_size, index, cached, num_threads, progress)
-    return cached.images, cached.reasons
+    return cached.images, cached.facts
 
 
-def _key(entry: _Entry) -> tuple[str, int, int]:
+def _key(entry: Entry) -> tuple[str, int, int]:
     return entry.path, entry.size, entry.mtime_ns
 
 
@@ -449,14 +469,14 @@ def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | N
     try:
         record = json.loads(index.read_text())
         rows = {(path, size, mtime_ns): row
-                for row, (path, size, mtime_ns, _) in enumerate(record["files"])}
+                for row, (path, size, mtime_ns, *_) in enumerate(record["files"])}
+        facts = [_Facts(*file[3:]) for file in record["files"]]
         images = np.load(index.parent / record["images"], mmap_mode="r")
         usable = (record["decoder"] == _decoder() and images.dtype == np.uint8
                   and images.shape == (len(rows), *image_size, 3))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # There is none, or it is damaged: to be built again.
-    return _Cached(np.asarray(images), rows, [file[3] for file in record["files"]]) \
-        if usable else None
+    return _Cached(np.asarray(images), rows, facts) if usable else None
 
 
 def _build_cache(path, root, entries, image_size, index, old, num_threads, progress) -> _Cached:
@@ -476,8 +496,8 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
             f"{path}, got {free / 1e9:.3f} GB.")
     try:
         outcomes = _write_images(images_path, root, entries, shape, old, num_threads, progress)
-        files = [(entry.path, entry.size, entry.mtime_ns if lasting else None, reason)
-                 for entry, (reason, lasting) in zip(entries, outcomes, strict=True)]
+        files = [(entry.path, entry.size, entry.mtime_ns if lasting else None, *facts)
+                 for entry, (facts, lasting) in zip(entries, outcomes, strict=True)]
         digest = hashlib.sha256(json.dumps([_decoder(), files]).encode()).hexdigest()[:16]
         record = {"source": str(path), "images": f"{index.stem}-{digest}.npy",
                   "decoder": _decoder(), "files": files}
@@ -493,19 +513,20 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
     finally:
         images_path.unlink(missing_ok=True)
         index_path.unlink(missing_ok=True)
-    return _Cached(images, {}, [reason for reason, _ in outcomes])
+    return _Cached(images, {}, [facts for facts, _ in outcomes])
 
 
 def _write_images(target, root, entries, shape, old, num_threads, progress):
-    """Writes a NumPy file; for each file ``(reason if it is bad, whether that will last)``."""
+    """Writes a NumPy file; for each file ``(its facts, whether they will last)``."""
     lock = threading.Lock()
     row_bytes = int(np.prod(shape[1:]))
 
     def work(row):
         entry = entries[row]
         known = None if old is None else old.rows.get(_key(entry))
-        if known is not None and old.reasons[known] is not None:
-            return old.reasons[known], True
+        facts = None if known is None else old.facts[known]
+        if facts is not None and facts.reason is not None:
+            return facts, True
         try:
             image = old.images[known] if known is not None else _decode(
                 root / entry.path, shape[1:3], shape[3])
@@ -513,11 +534,14 @@ def _write_images(target, root, entries, shape, old, num_threads, progress):
             raise
         except Exception as error:  # A damaged file can make the decoders raise anything.
             # Whether it can be read at all may change without the file's own time of change.
-            return _reason(error), not (isinstance(error, OSError) and error.errno)
+            return _Facts(reason_of(error)), not (isinstance(error, OSError) and error.errno)
+        if facts is None:
+            facts = _Facts(None, copies.digest_of(image),
+                           base64.b64encode(copies.thumbnail_of(image)).decode())
         with lock, _writing(target.parent):
             file.seek(start + row * row_bytes)
             file.write(image)
-        return None, True
+        return facts, True
 
     outcomes = []
     pool = concurrent.futures.ThreadPoolExecutor(num_threads)  # Pillow lets go of the GIL.
@@ -544,7 +568,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _validate.InputError(
-            f"Cannot write the decoded images to {folder}: {_reason(error)}.") from error
+            f"Cannot write the decoded images to {folder}: {reason_of(error)}.") from error
 
 
 def _images_of(index: pathlib.Path) -> str | None:

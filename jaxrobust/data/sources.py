@@ -123,7 +123,7 @@ class File(NamedTuple):
 
     path: str  # Relative to the data set's folder, with forward slashes.
     label: str  # The name of its class.
-    split: str  # "train" or "test".
+    split: str  # "train", "validation" or "test".
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,29 +143,41 @@ class Dataset:
     """Per channel."""
     flip: bool
     """Whether a mirrored image keeps its class."""
+    validation: Split | None = None
+    """Images for choosing an epoch or a setting, where the data set comes with some."""
     files: tuple[File, ...] | None = None
-    """Of the training examples in their order, then of the test examples in theirs; None where
-    the examples are not files of their own."""
+    """Of the training examples in their order, then of those for validation, then of the test
+    examples; None where the examples are not files of their own."""
+    groups: np.ndarray | None = None
+    """[N] integers, equal for training examples that are copies of one image; None if it is not
+    known of any."""
     skipped: tuple[str, ...] = ()
     """A line for each file or class that was left out, with the reason."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels)."""
-        return self.train.images.shape[1:]
+    notes: tuple[str, ...] = ()
+    """What a user is to know of the data set, a line each."""
 
     def __post_init__(self):
-        for name, split in (("train", self.train), ("test", self.test)):
+        for name, split in self.splits.items():
             if not isinstance(split.images, StoredImages):  # These check what they read.
                 _validate.images(f"{name} images", split.images)
             _validate.labels(f"{name} labels", split.labels, len(self.class_names))
             _validate.shapes(images=(split.images, "N ..."), labels=(split.labels, "N"))
+        if self.groups is not None:
+            _validate.shapes(labels=(self.train.labels, "N"), groups=(self.groups, "N"))
         if self.files is not None:
-            expected = ["train"] * len(self.train.labels) + ["test"] * len(self.test.labels)
+            expected = [name for name, split in self.splits.items() for _ in split.labels]
             if [file.split for file in self.files] != expected:
+                validation = "" if self.validation is None else \
+                    f"{len(self.validation.labels)} validation and then "
                 raise _validate.InputError(
-                    f"Expected files of {len(self.train.labels)} training and then "
+                    f"Expected files of {len(self.train.labels)} training and then {validation}"
                     f"{len(self.test.labels)} test examples, got {len(self.files)} others.")
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits there are, by their name in :class:`File`."""
+        every = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in every.items() if split is not None}
 
 
 class _Tfds(NamedTuple):
@@ -234,13 +246,18 @@ def load_dataset(
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir, in_memory=in_memory)
 
 
-def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
+def split_off(
+    split: Split, size: int, *, seed: int, groups: np.ndarray | None = None
+) -> tuple[Split, Split]:
     """Splits off a stratified random share, such as a validation split.
 
     Args:
       split: what to divide, N examples.
       size: examples to split off, in [1, N).
       seed: of the choice.
+      groups: [N] integers, equal for examples that are to stay together, such as copies of one
+        image. The share is then drawn among the first examples of the groups, and as large a part
+        of these as ``size`` is of N; the others follow.
 
     Returns:
       ``(the rest, the share)``, both in their original order. Stored images stay stored: none
@@ -250,22 +267,41 @@ def split_off(split: Split, size: int, *, seed: int) -> tuple[Split, Split]:
       InputError: (a ValueError) if the size is out of range or leaves a class without an
         example on either side.
     """
-    kept, taken = split_rows(split.labels, size, seed=seed)
-    return _take(split, kept), _take(split, taken)
+    kept, taken = split_rows(split.labels, size, seed=seed, groups=groups)
+    return take_rows(split, kept), take_rows(split, taken)
 
 
-def split_rows(labels: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows [N - size] and [size], each sorted, that :func:`split_off` keeps and takes."""
+def split_rows(
+    labels: np.ndarray, size: int, *, seed: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, each sorted, that :func:`split_off` keeps and takes."""
+    _validate.in_range("size", size, 1, len(labels))
+    if groups is None:
+        return _stratified(labels, size, seed)
+    first, group_of = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    order = np.argsort(first)  # As if the other examples were not there.
+    share = min(max(1, round(size * len(first) / len(labels))), len(first) - 1)
+    if len(first) == 1:
+        raise _validate.InputError(
+            f"Expected size={size} to leave every class of {len(labels)} examples on both sides, "
+            "got copies of one image.")
+    taken = np.isin(group_of, order[_stratified(labels[first[order]], share, seed)[1]])
+    return np.flatnonzero(~taken), np.flatnonzero(taken)
+
+
+def _stratified(labels, size, seed):
     import sklearn.model_selection
 
-    rows = np.arange(len(labels))
-    _validate.in_range("size", size, 1, len(rows))
+    rows, counts = np.arange(len(labels)), np.unique(labels, return_counts=True)[1]
     expected = f"Expected size={size} to leave every class of {len(rows)} examples on both sides"
-    try:
-        kept, taken = sklearn.model_selection.train_test_split(
-            rows, test_size=size, random_state=seed, stratify=labels)
-    except ValueError as error:
-        raise _validate.InputError(f"{expected}: {error}") from error
+    if min(size, len(rows) - size) < len(counts):
+        raise _validate.InputError(
+            f"{expected}, got {len(counts)} classes and {min(size, len(rows) - size)} examples on "
+            "one side.")
+    if counts.min() < 2:
+        raise _validate.InputError(f"{expected}, got a class with 1 example.")
+    kept, taken = sklearn.model_selection.train_test_split(
+        rows, test_size=size, random_state=seed, stratify=labels)
     for side in (kept, taken):  # Shares are rounded: that of a small class may be none.
         absent = np.setdiff1d(labels, labels[side])
         if absent.size:
@@ -273,7 +309,8 @@ def split_rows(labels: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray,
     return np.sort(kept), np.sort(taken)
 
 
-def _take(split, rows):
+def take_rows(split: Split, rows: np.ndarray) -> Split:
+    """The examples in these rows, in their order; stored images stay stored."""
     stored = isinstance(split.images, StoredImages)
     return Split(split.images.take(rows) if stored else split.images[rows], split.labels[rows])
 

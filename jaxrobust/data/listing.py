@@ -1,0 +1,281 @@
+"""Which images a folder or a CSV file names, of which class, and on which side of a given split."""
+
+import csv
+import os
+import pathlib
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from jaxrobust import _validate
+
+SIDES = {"train": "train", "test": "test",
+         "val": "validation", "valid": "validation", "validation": "validation"}
+"""Names of folders, and values of a CSV file's column ``split``, in any case, by what they mean."""
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .jpx .jpf"
+    .split())
+"""Of files that look like images."""
+
+SYSTEM_FILES = frozenset(
+    ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
+     "system volume information"))
+"""What operating systems put into folders, in lower case; so are names that start with a dot."""
+
+SIDE_CARS = frozenset(
+    ".aae .csv .dop .html .ini .json .log .md .md5 .pp3 .sha256 .srt .thm .txt .url .xml .xmp "
+    ".yaml .yml".split())
+"""Suffixes of what cameras, programs and data sets put beside images."""
+
+
+class Entry(NamedTuple):
+    """A file that should be an image."""
+
+    path: str  # Relative to the folder, with forward slashes.
+    label: str
+    side: str | None  # "train", "validation" or "test"; None where no split is given.
+    size: int  # Bytes.
+    mtime_ns: int  # Of the last change.
+
+
+class Listing(NamedTuple):
+    """What there is."""
+
+    root: pathlib.Path  # The folder that paths are relative to.
+    entries: list[Entry]  # By path.
+    labels: frozenset[str]  # All classes with a file, good or bad.
+    bad: list[str]  # A line for each file that cannot be one of the entries.
+    passed_over: list[str]  # Paths of files and folders that are no part of the data set.
+
+
+class _Found(NamedTuple):
+    """Files by their relative path, each with its class and side."""
+
+    named: dict[str, tuple[str, str | None]]
+    bad: list[str]
+    passed_over: list[str]
+
+
+def list_images(path: pathlib.Path) -> Listing:
+    """The images in a folder or named by a CSV file, see :func:`jaxrobust.data.load_folder`.
+
+    Raises:
+      InputError: (a ValueError) if there is neither, it cannot be read, its layout could be meant
+        in two ways, or names of two classes differ in nothing but case and spaces.
+    """
+    if path.is_dir():
+        found, root = _list_folder(path), path
+    elif path.is_file() and path.suffix.lower() == ".csv":
+        found, root = _list_csv(path), path.parent
+    else:
+        there = "another file" if path.exists() else "nothing"
+        raise _validate.InputError(
+            f"Expected a folder of images or a CSV file at {path}, got {there}.")
+    entries, bad = [], list(found.bad)
+    for relative, (label, side) in sorted(found.named.items()):
+        try:
+            relative.encode()  # Or it could not be written anywhere.
+            status = os.stat(root / relative)
+        except (OSError, ValueError) as error:
+            bad.append(f"{shown(relative)}: {reason_of(error)}")
+            continue
+        if stat.S_ISREG(status.st_mode):
+            entries.append(Entry(relative, label, side, status.st_size, status.st_mtime_ns))
+        else:
+            bad.append(f"{shown(relative)}: not a file")
+    labels = frozenset(label for label, _ in found.named.values())
+    _check_names(path, labels)
+    return Listing(root, entries, labels, bad, sorted(found.passed_over))
+
+
+def class_order(labels: Iterable[str]) -> list[str]:
+    """Names in their natural order: numbers within them by value.
+
+    >>> class_order(["10", "9", "shape 10", "shape 9"])
+    ['9', '10', 'shape 9', 'shape 10']
+    """
+    def key(label):
+        # Text and digits take turns, so that like is compared with like.
+        parts = re.split("([0-9]+)", label)
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], label
+
+    return sorted(labels, key=key)
+
+
+def shown(name: str) -> str:
+    """A file's name on one line."""
+    return name if name.isprintable() else ascii(name)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's message on one line, to be put into another."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _check_names(path: pathlib.Path, labels: Iterable[str]) -> None:
+    """Refuses names that a person takes for one, as some file systems do."""
+    alike: dict[str, str] = {}
+    for label in sorted(labels):
+        key = " ".join(unicodedata.normalize("NFC", label).split()).casefold()
+        other = alike.setdefault(key, label)
+        if other != label:
+            raise _validate.InputError(
+                f"Expected class names in {path} that differ in more than case and spaces, got "
+                f"{other!r} and {label!r}. Give one class one name.")
+
+
+def _passed_over(name: str, *, is_file: bool) -> bool:
+    return (name.startswith(".") or name.casefold() in SYSTEM_FILES
+            or (is_file and os.path.splitext(name)[1].casefold() in SIDE_CARS))
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+def _list_folder(folder: pathlib.Path) -> _Found:
+    found = _Found({}, [], [])
+    inside = _inside(folder)
+    sides = _given_sides(folder, [
+        entry for entry in inside
+        if entry.is_dir() and not _passed_over(entry.name, is_file=False)])
+    if not sides:
+        _list_classes(folder, inside, None, found)
+        return found
+    for entry in inside:
+        if entry in sides:
+            _list_classes(folder, _inside(entry), sides[entry], found)
+        else:
+            _list_beside(folder, entry, found)
+    return found
+
+
+def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise _validate.InputError(f"Cannot read {folder}: {reason_of(error)}.") from error
+
+
+def _given_sides(
+    folder: pathlib.Path, folders: Collection[pathlib.Path]
+) -> dict[pathlib.Path, str]:
+    """The side of each sub-folder, where they are the sides of a split; empty where classes.
+
+    They are if all have the names of sides, ``train`` is one and another is too, and classes are
+    folders in each. What is neither this nor folders of classes is refused.
+    """
+    sides = {entry: SIDES[entry.name.casefold()] for entry in folders
+             if entry.name.casefold() in SIDES}
+    if not sides:
+        return {}
+    divided = [entry.name for entry in sides
+               if any(part.is_dir() and not _passed_over(part.name, is_file=False)
+                      for part in _inside(entry))]
+    others = [entry.name for entry in folders if entry not in sides]
+    if others and not divided:
+        return {}  # A class may be called "train", beside "car".
+    names = ", ".join(entry.name for entry in folders)
+    problem = ""
+    if others:
+        problem = f"{divided[0]!r}, which has folders in it, beside {others[0]!r}"
+    elif len(divided) < len(sides):
+        flat = next(entry.name for entry in sides if entry.name not in divided)
+        problem = f"no folder of a class in {flat!r}"
+    elif "train" not in sides.values() or len(sides) == 1:
+        problem = f"only {names}"
+    elif len(set(sides.values())) < len(sides):
+        problem = f"one side twice in {names}"
+    if problem:
+        raise _validate.InputError(
+            f"Expected in {folder} folders of classes, or 'train' beside 'test', 'val' or both "
+            f"with folders of classes in each, got {problem}.")
+    return sides
+
+
+def _list_classes(
+    folder: pathlib.Path, inside: Iterable[pathlib.Path], side: str | None, found: _Found
+) -> None:
+    """Adds the files of the class folders ``inside`` to those found."""
+    def unreadable(error):
+        place = pathlib.Path(error.filename).relative_to(folder).as_posix()
+        found.bad.append(f"{shown(place)}: {reason_of(error)}")
+
+    for entry in inside:
+        if not entry.is_dir() or _passed_over(entry.name, is_file=False):
+            _list_beside(folder, entry, found)
+            continue
+        files = []
+        for path, passed_over in _walk(entry, unreadable):
+            relative = pathlib.Path(path).relative_to(folder).as_posix()
+            (found.passed_over if passed_over else files).append(relative)
+        found.named.update((path, (entry.name, side)) for path in files)
+        if not files:
+            place = entry.relative_to(folder).as_posix()
+            found.bad.append(f"{shown(place)}: a class without a file")
+
+
+def _list_beside(folder: pathlib.Path, entry: pathlib.Path, found: _Found) -> None:
+    """Adds what is no class folder: an image is bad there, what looks like none is passed over."""
+    place = entry.relative_to(folder).as_posix()
+    if _passed_over(entry.name, is_file=not entry.is_dir()):
+        found.passed_over.append(place)
+    elif entry.suffix.casefold() in IMAGE_SUFFIXES:
+        found.bad.append(f"{shown(place)}: in no class folder")
+    elif not entry.exists():
+        found.bad.append(f"{shown(place)}: a link to nothing")
+    else:
+        found.passed_over.append(place)
+
+
+def _walk(
+    folder: pathlib.Path, unreadable: Callable[[OSError], None]
+) -> Iterator[tuple[str, bool]]:
+    """What is below a folder, and whether it is passed over; links are followed, but no folder is
+    entered twice."""
+    entered = set()
+    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(root)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        over = [name for name in folders if _passed_over(name, is_file=False)]
+        folders[:] = sorted(set(folders).difference(over))
+        yield from ((os.path.join(root, name), True) for name in over)
+        yield from ((os.path.join(root, name), _passed_over(name, is_file=True)) for name in files)
+
+
+# --- CSV files --------------------------------------------------------------------------------
+
+def _list_csv(path: pathlib.Path) -> _Found:
+    found = _Found({}, [], [])
+    try:
+        # Spreadsheets write a byte order mark first.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            absent = {"path", "label"}.difference(reader.fieldnames or ())
+            if absent:
+                raise _validate.InputError(
+                    f"Expected the columns path and label in {path}, got "
+                    f"{','.join(reader.fieldnames or ())!r}.")
+            rows = [(reader.line_num, row["path"] or "", (row["label"] or "").strip(),
+                     (row.get("split") or "").strip()) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _validate.InputError(f"Cannot read {path}: {reason_of(error)}.") from error
+    given = any(side for *_, side in rows)
+    for line, name, label, side in rows:
+        relative = pathlib.PurePosixPath(name).as_posix()
+        if not (name and label):
+            found.bad.append(f"line {line}: expected a path and a label")
+        elif given and side.casefold() not in SIDES:
+            found.bad.append(f"line {line}: expected train, test or val as split, got {side!r}")
+        elif relative in found.named:
+            found.bad.append(f"line {line}: {shown(relative)} is there already")
+        else:
+            found.named[relative] = label, SIDES[side.casefold()] if given else None
+    if given and "train" not in {side for _, side in found.named.values()}:
+        raise _validate.InputError(f"Expected images with the split train in {path}, got none.")
+    return found
