@@ -399,9 +399,10 @@ class Figures(_OnRuns):
     if none is given."""
 
     def __call__(self) -> None:
-        report.group_by_study(self.runs)  # Says what is wrong with a study before hours of work.
+        # Says what is wrong before hours of work.
         if self.out is not None:
             runs.require_writable(self.out)
+        report.group_by_study(self.runs)
         for folder, run in self._load():
             robustness.measure_robustness(run, self.settings, folder, folder.name)
         for path in report.write_figures(self.runs, self.out):
@@ -477,10 +478,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify image files with a finished run, with a doubt score.
+    """Classify image files with a finished run, and say how doubtful each prediction is.
 
-    The distance is that of the image's features to the centroid of the predicted class: large for
-    an image unlike those that the class was learnt from. A line for each image.
+    A line for each image, and one on the score of doubt: which it is, how well it told wrong
+    predictions from right ones on held-out images, and above which threshold an image is marked
+    as doubtful. It is measured when a run is tested or, if it was not, at first use.
     """
 
     run: Positional[pathlib.Path]
@@ -491,8 +493,8 @@ class Predict:
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
-        run = _load_one(self.run, self.data_dir)
-        print(predict.table_text(predict.predict_files(run, self.images)))
+        run, doubt = predict.load_classifier(self.run, self.data_dir)
+        print(predict.table_text(predict.predict_files(run, doubt, self.images), doubt))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,13 +512,8 @@ class Export:
     def __call__(self) -> None:
         out = self.out or self.run / "model.stablehlo"
         predict.require_exportable(out)
-        predict.export_run(_load_one(self.run, self.data_dir), out)
+        predict.export_run(*predict.load_classifier(self.run, self.data_dir), out)
         print(f"The network is in {out}")
-
-
-def _load_one(folder: pathlib.Path, data_dir: pathlib.Path) -> training.TrainedRun:
-    config = read_config(folder)
-    return training.load_run(folder, config, open_dataset(config, data_dir, in_memory=False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ import numpy as np
 
 from experiments import runs
 from experiments.config import Evaluation, InputError, training_perturbation
+from experiments.doubt import measure_doubt
+from experiments.execution import batch_size_of
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, data, evaluation, perturbations
@@ -20,13 +22,6 @@ from jaxrobust.models import Outputs
 
 NOISE_SEED = 0
 """Of the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
-
-
-def batch_size_of(images) -> int:
-    """Images [N, H, W, channels] at once: 250 small ones, of large ones what four million pixels
-    are, so that a network's working memory stays the same."""
-    _, height, width, _ = images.shape
-    return max(1, min(250, 2**22 // (height * width)))
 
 
 def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
@@ -62,7 +57,7 @@ def keep_result(path: pathlib.Path, settings: dict) -> bool:
 
 
 def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str) -> None:
-    """Writes ``evaluation.json`` and ``features.npz`` into the run's folder.
+    """Writes ``evaluation.json``, ``features.npz`` and ``doubt.json`` into the run's folder.
 
     Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
     each draw; once where there is no randomness, as for clean images; and for each class, the mean
@@ -74,7 +69,9 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
     """
     asked = settings_asked(settings)
     path = folder / "evaluation.json"
-    if keep_result(path, asked):
+    done = keep_result(path, asked)
+    measure_doubt(run, folder)
+    if done:
         return
     split = make_test_split(run.dataset, settings.test_size)
     tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)

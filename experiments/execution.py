@@ -122,6 +122,13 @@ class Feed:
             self, input=chosen, steps_per_call=self.steps_per_call or default)
 
 
+def batch_size_of(images) -> int:
+    """Images [N, H, W, channels] to test at once: 250 small ones, of large ones what four million
+    pixels are, so that a network's working memory stays the same."""
+    _, height, width, _ = images.shape
+    return max(1, min(250, 2**22 // (height * width)))
+
+
 def _host_memory() -> float:
     """Bytes that this machine has, if the system tells."""
     if not hasattr(os, "sysconf"):

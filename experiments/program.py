@@ -22,6 +22,7 @@ from experiments.config import (
     training_perturbation,
     with_settings,
 )
+from experiments.network import Network
 from jaxrobust import batch_statistics, data, parallel, training
 from jaxrobust.data import Dataset, Split
 from jaxrobust.methods import make_method
@@ -30,7 +31,7 @@ from jaxrobust.parallel import Layout
 from jaxrobust.training import TrainState
 
 
-def model_of(config: RunConfig, dataset: Dataset) -> nn.Module:
+def model_of(config: RunConfig, dataset: Dataset | Network) -> nn.Module:
     """The model of a run."""
     return create_model(
         config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
@@ -265,9 +266,11 @@ def _with_axis(state_and_metrics):
     return state, jax.tree.map(lambda value: value[None], metrics)
 
 
-def initial_state(config: RunConfig, dataset: Dataset, layout: Layout) -> TrainState:
+def initial_state(
+    config: RunConfig, dataset: Dataset | Network, layout: Layout
+) -> TrainState:
     """The state of one run before its first step, on the devices."""
-    sample = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
+    sample = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     create = _state_of(model_of(config, dataset), config.optimizer)
     return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
 

@@ -20,13 +20,8 @@ import sklearn.neighbors
 from experiments import figures, runs
 from experiments.config import CurvatureConfig, InputError, distinct
 from experiments.curvature import losses_of, measure_curvature
-from experiments.evaluation import (
-    NOISE_SEED,
-    batch_size_of,
-    keep_result,
-    make_test_split,
-    pooled_blocks,
-)
+from experiments.evaluation import NOISE_SEED, keep_result, make_test_split, pooled_blocks
+from experiments.execution import batch_size_of
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
 from jaxrobust import _validate, curvature, evaluation, perturbations

@@ -18,6 +18,13 @@ from experiments import runs
 from experiments.config import InputError, RunConfig
 from experiments.datasets import check_files, save_files
 from experiments.execution import Feed
+from experiments.network import (
+    Network,
+    check_network,
+    network_of,
+    read_network,
+    save_network,
+)
 from experiments.program import (
     Program,
     initial_state,
@@ -31,7 +38,7 @@ from experiments.program import (
     unstack_runs,
 )
 from experiments.progress import progress
-from jaxrobust import checkpoints, data, evaluation, parallel
+from jaxrobust import _validate, checkpoints, data, evaluation, parallel
 from jaxrobust.data import Dataset, Split
 from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
@@ -90,8 +97,8 @@ def train_together(
     """Trains runs to the end, each in its folder, several of them as one vmapped program.
 
     Each has the result, up to rounding, that it has alone, and the same files:
-    ``config.json``, ``split.csv`` (of an image folder), ``provenance.json``, ``metrics.jsonl`` (a
-    line an epoch),
+    ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
+    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
     ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``, or
     ``diverged.json`` if the loss was no longer finite. A run that is done or has diverged, which it
     would do again, is left as it is; one that is not goes on from its latest checkpoint, to the
@@ -126,8 +133,10 @@ def train_together(
     first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
         check_files(dataset, folder)
+        check_network(dataset, folder)
         runs.claim_run(folder, config)
         save_files(dataset, folder)
+        save_network(dataset, folder)
     failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
                 if (folder / "diverged.json").is_file()]
     with contextlib.ExitStack() as stack:
@@ -470,7 +479,8 @@ class TrainedRun(NamedTuple):
     """A finished run, as the other commands need it."""
 
     config: RunConfig
-    dataset: Dataset
+    network: Network
+    dataset: Dataset | None  # None where only the network is used
     model: nn.Module
     state: TrainState
     epoch: int
@@ -478,23 +488,37 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    folder: pathlib.Path, config: RunConfig, dataset: Dataset, layout: Layout | None = None
+    folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
 ) -> TrainedRun:
     """The best state of a finished run, on the devices of a layout; on one if none is given.
 
+    Args:
+      folder: of the run.
+      config: of the run.
+      dataset: that it was trained with, to test it; None to use its network alone, which then
+        need not be there any more.
+      layout: the devices.
+
     Raises:
-      InputError: (a ValueError) if the run is not finished, or the images of its data set are no
-        longer those it was trained with.
+      InputError: (a ValueError) if the run is not finished, the images of its data set are no
+        longer those it was trained with, its weights are not finite, or no data set is given
+        though the run is from before ``network.json``.
     """
     if not (folder / "done.json").is_file():
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
-    check_files(dataset, folder)
+    if dataset is not None:
+        check_files(dataset, folder)
+        check_network(dataset, folder)
+    network = read_network(folder) if dataset is None else network_of(dataset)
+    if network is None:
+        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
     layout = make_layout("jit") if layout is None else layout
-    state = initial_state(config, dataset, layout)
+    state = initial_state(config, network, layout)
     with contextlib.closing(
         checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)) as best:
         restored = checkpoints.restore_checkpoint(best, state)
     if restored is None:
         raise InputError(f"Expected a checkpoint in {folder / 'checkpoints' / 'best'}.")
-    return TrainedRun(
-        config, dataset, model_of(config, dataset), restored[1], restored[0], layout)
+    epoch, state = restored
+    _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
+    return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)

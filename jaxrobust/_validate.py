@@ -5,6 +5,7 @@ import importlib
 import numbers
 import types
 from collections.abc import Iterable
+from typing import Any
 
 import chex
 import jax
@@ -116,6 +117,19 @@ def labels(name: str, value: np.ndarray, num_classes: int) -> None:
         first = int(np.argmax(wrong))
         raise InputError(f"Expected {name} in [0, {num_classes}), got {value.flat[first]} "
                          f"at index {first} ({int(wrong.sum())} in all).")
+
+
+def finite(name: str, tree: Any) -> None:
+    """Raises InputError, which says how many are not, unless all numbers of a pytree are finite."""
+    wrong = {jax.tree_util.keystr(path, simple=True, separator="."): int((~np.isfinite(leaf)).sum())
+             for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+             if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    wrong = {place: count for place, count in wrong.items() if count}
+    if wrong:
+        first = next(iter(wrong))
+        where = f", the first in {first}" if first else ""
+        raise InputError(f"Expected finite {name}, got {sum(wrong.values())} that are NaN or "
+                         f"infinite{where}.")
 
 
 def images(name: str, value: np.ndarray) -> None:

@@ -1,14 +1,17 @@
 """The road recipe: a folder of photographs, weights from PyTorch, every row of Tables 3 and 4."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
+import jax.export
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,7 +19,9 @@ from command_line import call, one_line
 
 from experiments import (
     datasets,
+    doubt,
     evaluation,
+    network,
     predict,
     recipes,
     report,
@@ -24,10 +29,10 @@ from experiments import (
     runs,
     training,
 )
-from experiments.config import read_config
+from experiments.config import InputError, read_config
 from experiments.paper import TABLE4, TABLES
 from experiments.recipes import RECIPES
-from jaxrobust import data, models, perturbations
+from jaxrobust import checkpoints, data, models, perturbations
 from jaxrobust.models import pytorch
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -140,8 +145,7 @@ def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
     assert str(features["noise"]) == "gaussian(40/255)+occlusion(2,4)"
 
 
-def test_predictions_are_the_networks_and_distances_those_to_the_centroids(
-        run, folder, data_dir, capsys):
+def test_predictions_are_the_networks_and_doubt_the_runs_score(run, folder, data_dir, capsys):
     paths = [folder / "snow" / "0.jpg", folder / "wet" / "3.jpg"]
     trained = load(run, data_dir)
     images = np.stack([data.read_image(path, (16, 20)) for path in paths])
@@ -149,18 +153,29 @@ def test_predictions_are_the_networks_and_distances_those_to_the_centroids(
         training.variables_of(trained.state), images.astype(np.float32) / 255, train=False)
     probabilities = np.exp(outputs.logits) / np.exp(outputs.logits).sum(axis=1, keepdims=True)
     best = probabilities.argmax(axis=1)
-    found = predict.predict_files(trained, paths)
+    score = doubt.load_doubt(run)
+    found = predict.predict_files(trained, score, paths)
     for index, one in enumerate(found):
         assert one.label == ("dry", "snow", "wet")[best[index]]
         np.testing.assert_allclose(one.probability, probabilities[index].max(), rtol=1e-5)
-        centroid = np.asarray(trained.state.centroids.mean)[best[index]]
-        np.testing.assert_allclose(
-            one.distance, np.linalg.norm(outputs.features[index] - centroid), rtol=1e-4)
+    np.testing.assert_allclose([one.doubt for one in found], doubt.doubt_of(
+        score.score, outputs.logits, outputs.features, score.statistics), rtol=1e-4)
     capsys.readouterr()
     assert call("predict", run, *paths, "--data-dir", data_dir) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["image", "class"] and len(lines) == 3
+    assert lines[0].split() == ["image", "class", "probability", "doubt"] and len(lines) == 4
+    assert lines[3] == doubt.doubt_text(score)
     assert lines[1].split()[:3] == [str(paths[0]), found[0].label, f"{found[0].probability:.4f}"]
+
+
+def test_logits_that_are_not_finite_are_no_class(run, folder, data_dir):
+    trained, paths = load(run, data_dir), [folder / "dry" / f"{i}.jpg" for i in range(3)]
+    params = trained.state.params | {  # Finite, but not the product.
+        layer: jax.tree.map(lambda leaf: leaf * 1e25, trained.state.params[layer])
+        for layer in ("features", "head")}
+    trained = trained._replace(state=trained.state.replace(params=params))
+    with pytest.raises(InputError, match=r"for 3 of 3 images: \S+0.jpg, \S+1.jpg, \S+2.jpg\."):
+        predict.predict_files(trained, doubt.UNMEASURED, paths)
 
 
 def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tmp_path):
@@ -177,12 +192,95 @@ def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tm
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-I", "-c", script, str(tmp_path)], check=True,
                    env=environment, cwd=tmp_path)
-    expected = predict.classify(load(run, data_dir), images)
+    expected = predict.classify(load(run, data_dir), doubt.load_doubt(run), images)
     for name, values in np.load(tmp_path / "found.npz").items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["class_names"] == ["dry", "snow", "wet"]
+    assert facts["doubt"]["threshold"] == runs.read_json(run / "doubt.json")["threshold"]
     assert facts["input"]["shape"] == ["b", 16, 20, 3]
+
+
+def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
+        run, folder, data_dir, tmp_path, capsys):
+    photographs = tmp_path / "photographs"
+    shutil.copytree(folder, photographs)
+    paths = [photographs / "dry" / "1.jpg", photographs / "wet" / "2.jpg"]
+
+    def used(name):
+        capsys.readouterr()
+        assert call("predict", run, *paths, "--data-dir", tmp_path / "none") == 0
+        said = capsys.readouterr().out
+        for suffix in ("stablehlo", "safetensors"):
+            assert call("export", run, "--out", tmp_path / f"{name}.{suffix}",
+                        "--data-dir", tmp_path / "none") == 0
+        facts = json.loads((tmp_path / f"{name}.json").read_text())
+        del facts["provenance"]
+        exported = jax.export.deserialize((tmp_path / f"{name}.stablehlo").read_bytes())
+        found = exported.call(np.stack([data.read_image(path, (16, 20)) for path in paths]))
+        return (said, facts, {name: np.asarray(values).tolist() for name, values in found.items()},
+                (tmp_path / f"{name}.safetensors").read_bytes())
+
+    with_folder = used("with")
+    hidden = folder.rename(tmp_path / "renamed")
+    datasets._load_folder.cache_clear()
+    try:
+        assert used("without") == with_folder
+        capsys.readouterr()
+        for command in (("evaluate", run), ("train", "road_small/robust", "--dataset",
+                                            f"folder:{folder}", "--out", run, "--resume")):
+            assert call(*command, "--data-dir", data_dir) == 2
+            assert f"at {folder}, got nothing" in one_line(capsys)
+        # A run from before it recorded what it needs of its data set.
+        (run / "network.json").rename(tmp_path / "network.json")
+        assert call("predict", run, *paths, "--data-dir", data_dir) == 2
+        said = one_line(capsys)
+        assert "is from before network.json" in said and f"at {folder}, got nothing" in said
+    finally:
+        hidden.rename(folder)
+        datasets._load_folder.cache_clear()
+    try:
+        assert call("predict", run, *paths, "--data-dir", data_dir) == 0
+        assert capsys.readouterr().out == with_folder[0]
+    finally:
+        (tmp_path / "network.json").rename(run / "network.json")
+
+
+def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, data_dir):
+    assert network.read_network(run) == network.Network(
+        (16, 20, 3), ("dry", "snow", "wet"), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    trained = load(run, data_dir)
+    for change in ({"mean": (0.5, 0.5, 0.5)}, {"class_names": ("wet", "snow", "dry")}):
+        other = dataclasses.replace(trained.dataset, files=None, **change)
+        with pytest.raises(InputError, match=f"was trained with {next(iter(change))}="):
+            training.load_run(run, trained.config, other)
+
+
+def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path, capsys):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    trained = load(run, data_dir)
+    params = jax.tree.map(np.array, trained.state.params)
+    params["head"]["bias"][1:] = np.nan, np.inf
+    with contextlib.closing(checkpoints.open_checkpoints(
+            broken / "checkpoints" / "best", keep=1)) as best:
+        checkpoints.save_checkpoint(best, 99, trained.state.replace(params=params))
+    for command in (("predict", broken, folder / "dry" / "0.jpg"), ("export", broken)):
+        capsys.readouterr()
+        assert call(*command) == 2
+        said = one_line(capsys)
+        assert "epoch 99, got 2 that are NaN or infinite, the first in params.head.bias." in said
+    weights = pytorch.to_torch_state_dict(trained.model, training.variables_of(
+        trained.state.replace(params=params)))
+    pytorch.write_state_dict(tmp_path / "weights.safetensors", weights)
+    with pytest.raises(InputError, match=r"finite weights in \S+safetensors, got 2 that are NaN"):
+        pytorch.read_state_dict(tmp_path / "weights.safetensors")
+    # Those of a file that a narrower dtype cannot hold.
+    weights = {name: value.astype(np.float64) for name, value in pytorch.to_torch_state_dict(
+        trained.model, training.variables_of(trained.state)).items()}
+    weights["fc_layer.2.bias"][0] = 1e300
+    with pytest.raises(InputError, match="got 1 that are NaN or infinite, the first in fc_layer.2"):
+        pytorch.load_torch_weights(trained.model, training.variables_of(trained.state), weights)
 
 
 def test_weights_go_to_pytorch_and_back_to_the_same_bits(run, data_dir, tmp_path):

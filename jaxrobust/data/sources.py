@@ -156,6 +156,11 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """What a user is to know of the data set, a line each."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels)."""
+        return self.train.images.shape[1:]
+
     def __post_init__(self):
         for name, split in self.splits.items():
             if not isinstance(split.images, StoredImages):  # These check what they read.

@@ -51,7 +51,8 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
     Raises:
       InputError: (a ValueError) for another suffix, a file that is not there, is broken, or holds
-        anything but tensors by name, such as a pickled module, and for a library that is missing.
+        anything but tensors by name, such as a pickled module, or NaN or infinite weights, and for
+        a library that is missing.
     """
     path = pathlib.Path(path).expanduser()
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
@@ -62,6 +63,7 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     if all(name.startswith(_DATA_PARALLEL) for name in state_dict):
         state_dict = {name.removeprefix(_DATA_PARALLEL): value
                       for name, value in state_dict.items()}
+    _validate.finite(f"weights in {path}", state_dict)
     return state_dict
 
 
@@ -170,8 +172,8 @@ def load_torch_weights(
 
     Raises:
       InputError: (a ValueError) for another model, for names and shapes that are not the model's,
-        of which it says the first and how many there are, and for a feature layer of another
-        size, which it says.
+        of which it says the first and how many there are, for a feature layer of another size,
+        which it says, and for weights that are not finite, in the model's dtype.
     """
     downsample = any(".downsample." in name for name in state_dict)
     paths, ends = _names(model, variables, shortcut="downsample" if downsample else "shortcut")
@@ -196,9 +198,12 @@ def load_torch_weights(
             wrong[name] = f"is of dtype {given[name].dtype}"
     if wrong:
         raise _misfit(model, given, ends, wrong)
+    with np.errstate(over="ignore"):  # What becomes infinite is refused.
+        loaded = {name: jnp.asarray(given[name], leaves[path].dtype)
+                  for name, path in paths.items()}
+    _validate.finite("weights", loaded)
     for name, path in paths.items():
-        values = given[name].transpose(_FROM_TORCH[given[name].ndim])
-        leaves[path] = jnp.asarray(values, leaves[path].dtype)
+        leaves[path] = loaded[name].transpose(_FROM_TORCH[loaded[name].ndim])
     return LoadedWeights(traverse_util.unflatten_dict(leaves), replaced)
 
 

@@ -1,0 +1,128 @@
+"""The score of doubt: which is chosen on held-out images, and what is said of it."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from command_line import call
+
+from experiments import doubt, predict, recipes, runs, training
+from jaxrobust import metrics
+from jaxrobust._validate import InputError
+
+pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
+              pytest.mark.usefixtures("quick_compilation")]
+
+TINY = dataclasses.replace(
+    recipes.RECIPES["digits"].rows["both"], train_size=100, validation_size=100, epochs=3,
+    checkpoint_every=3, width=2, num_features=4, optimizer=dataclasses.replace(
+        recipes.RECIPES["digits"].rows["both"].optimizer, warmup_epochs=0.0))
+
+
+def test_the_score_that_tells_best_is_chosen_with_its_threshold():
+    """Twenty images, of which the last five are wrong."""
+    correct = np.arange(20) < 15
+    found = doubt.choose_score({
+        "probability": np.arange(20.)[::-1],  # The wrong ones are the least doubtful.
+        "energy": np.where(correct, np.arange(20.), 100. - np.arange(20.)),
+        "distance": np.r_[np.arange(1., 16.), 0.5, np.arange(16., 20.)]}, correct)
+    assert found["auroc"] == {"probability": 0, "energy": 1, "distance": 60 / 75}
+    assert (found["score"], found["num_images"], found["num_wrong"]) == ("energy", 20, 5)
+    # Nine tenths are 18: the 15 right ones, and the three wrong ones that are doubted least.
+    assert found["threshold"] == 100 - 17 and found["accepted"] == 0.9
+    assert (found["accuracy"], found["accuracy_of_accepted"]) == (15 / 20, 15 / 18)
+    text = doubt.doubt_text(doubt.Doubt("energy", None, {**found, "held_out": "test"}))
+    assert text == (
+        "Doubt is energy: on 20 test images, 5 of them classified wrongly, its AUROC is 1.00 (0.5 "
+        "is chance, 1 perfect). Above 83 it is doubtful: 90.0 % of them are not, and of these "
+        "83.3 % are right, of all 75.0 %.")
+
+
+@pytest.mark.parametrize("num_wrong", [0, 4, 16, 20])
+def test_too_few_wrong_or_right_ones_leave_the_probability_and_say_so(num_wrong):
+    correct = np.arange(20) >= num_wrong
+    found = doubt.choose_score(
+        {"probability": np.zeros(20), "energy": 1. - correct}, correct)
+    assert found["score"] == "probability" and found["auroc"] is None
+    text = doubt.doubt_text(doubt.Doubt("probability", None, {**found, "held_out": "test"}))
+    assert "fewer than 5 wrong or right ones are too few for an AUROC" in text
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    training.train(TINY, digits, folder, tensorboard=False)
+    return folder
+
+
+def test_a_run_is_measured_at_first_use_on_the_images_that_chose_its_epoch(
+        run, digits, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    trained, score = predict.load_classifier(folder, tmp_path)
+    facts = runs.read_json(folder / "doubt.json")
+    validation = training.make_splits(digits, TINY).selection
+    logits, features = doubt.outputs_of(trained, validation.images)
+    correct = logits.argmax(axis=1) == validation.labels
+    assert (facts["held_out"], facts["num_images"]) == ("validation", 100)
+    assert facts["num_wrong"] == np.sum(~correct) >= 5
+    assert facts["auroc"]["probability"] == metrics.auroc(
+        np.asarray(metrics.improbability(logits)), correct)
+    train = training.make_splits(digits, TINY).train
+    statistics = metrics.class_statistics(
+        doubt.outputs_of(trained, train.images)[1], train.labels, 10)
+    assert facts["auroc"]["mahalanobis"] == metrics.auroc(np.asarray(
+        metrics.mahalanobis_distance(features, logits.argmax(axis=1), statistics)), correct)
+    # Whichever it is, what is loaded gives the score that was measured.
+    for name in doubt.SCORES:
+        assert np.isfinite(doubt.doubt_of(name, logits, features, statistics)).all()
+    doubtful = doubt.doubt_of(score.score, logits, features, score.statistics) > facts["threshold"]
+    assert np.mean(doubtful) == pytest.approx(1 - facts["accepted"])
+    before = (folder / "doubt.json").stat().st_mtime_ns
+    predict.load_classifier(folder, tmp_path)
+    assert (folder / "doubt.json").stat().st_mtime_ns == before
+
+
+def test_statistics_of_classes_are_kept_for_the_scores_that_need_them(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    # The distances have the largest numbers.
+    monkeypatch.setattr(doubt.metrics, "auroc", lambda scores, _: float(scores.max()))
+    _, score = predict.load_classifier(folder, tmp_path)
+    assert score.score in ("distance", "mahalanobis")
+    assert score.statistics.mean.shape == (10, 4) and score.statistics.precision.shape == (4, 4)
+
+
+def test_a_run_whose_data_set_is_gone_is_used_unmeasured_and_says_why(
+        run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+
+    def gone(*_, **__):
+        raise InputError("The data set is gone.")
+
+    monkeypatch.setattr(predict, "open_dataset", gone)
+    assert predict.load_classifier(folder, tmp_path)[1] == doubt.UNMEASURED
+    assert "cannot be measured: The data set is gone." in capsys.readouterr().err
+    assert "is not known" in doubt.doubt_text(doubt.UNMEASURED)
+
+
+def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path):
+    config = dataclasses.replace(TINY, select="last", validation_size=0, epochs=1)
+    training.train(config, digits, tmp_path / "run", tensorboard=False)
+    assert call("evaluate", tmp_path / "run", "--noise-levels", "0", "--test-size", "50") == 0
+    facts = runs.read_json(tmp_path / "run" / "doubt.json")
+    assert (facts["held_out"], facts["num_images"]) == ("test", 360)
+
+
+def test_what_is_not_finite_is_refused_with_its_number(run, digits, tmp_path):
+    trained = training.load_run(run, TINY, digits)
+    params = trained.state.params | {  # Finite, but not the product.
+        layer: jax.tree.map(lambda leaf: leaf * 1e25, trained.state.params[layer])
+        for layer in ("features", "head")}
+    broken = trained._replace(state=trained.state.replace(params=params))
+    with pytest.raises(InputError, match=r"Expected finite logits of validation images, got \d+"):
+        doubt.measure_doubt(broken, tmp_path)
+    assert not list(tmp_path.iterdir())
