@@ -328,6 +328,9 @@ class _OnRuns:
     """Folders of finished runs."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
+    name: str | None = None
+    """Of this measurement, kept in files of its own (evaluation-NAME.json) beside those with other
+    settings; none for the one that reports show."""
 
     def _configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
         """Of all runs before the first is measured, which takes long."""
@@ -336,6 +339,7 @@ class _OnRuns:
         configs = [(folder, read_config(folder)) for folder in self.runs]
         for folder, _ in configs:
             runs.require_writable(folder)
+            runs.result_path(folder, "evaluation", self.name)  # Says what is wrong with the name.
         return configs
 
     def _load(self, layout=None):
@@ -357,8 +361,8 @@ class Evaluate(_OnRuns):
         for _, config in self._configs():
             check_perturbations(config, self.settings.perturb)
         for folder, run in self._load(layout):
-            evaluation.evaluate_run(run, self.settings, folder, folder.name)
-            say(f"The accuracies are in {folder / 'evaluation.json'}")
+            evaluation.evaluate_run(run, self.settings, folder, folder.name, self.name)
+            say(f"The accuracies are in {runs.result_path(folder, 'evaluation', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,8 +385,9 @@ class Curvature(_OnRuns):
     def __call__(self) -> None:
         for folder, run in self._load(self.execution.start()):
             curvature.measure_curvature(
-                run, self.settings, folder, folder.name, test_size=self.test_size)
-            say(f"The curvatures are in {folder / 'curvature.npz'}")
+                run, self.settings, folder, folder.name, test_size=self.test_size, name=self.name)
+            path = runs.result_path(folder, "curvature", self.name)
+            say(f"The curvatures are in {path.with_suffix('.npz')}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,8 +409,8 @@ class Figures(_OnRuns):
             runs.require_writable(self.out)
         report.group_by_study(self.runs)
         for folder, run in self._load():
-            robustness.measure_robustness(run, self.settings, folder, folder.name)
-        for path in report.write_figures(self.runs, self.out):
+            robustness.measure_robustness(run, self.settings, folder, folder.name, self.name)
+        for path in report.write_figures(self.runs, self.out, self.name):
             print(f"The figures are in {path}")
 
 
@@ -417,8 +422,9 @@ class Steps(_OnRuns):
 
     def __call__(self) -> None:
         for folder, run in self._load():
-            steps.study_steps(run, self.settings, folder, folder.name)
-            print(f"The study is in {folder / 'steps.npz'}")
+            steps.study_steps(run, self.settings, folder, folder.name, self.name)
+            path = runs.result_path(folder, "steps", self.name)
+            print(f"The study is in {path.with_suffix('.npz')}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,7 +439,8 @@ class Sharpness(_OnRuns):
     def __call__(self) -> None:
         for folder, config in self._configs():
             found = sharpness.measure_sharpness(
-                config, open_dataset(config, self.data_dir), self.settings, folder, folder.name)
+                config, open_dataset(config, self.data_dir), self.settings, folder, folder.name,
+                self.name)
             print(f"{folder}\n{sharpness.table_text(found, config.optimizer.momentum)}")
 
 
@@ -445,9 +452,9 @@ class Theory(_OnRuns):
 
     def __call__(self) -> None:
         for folder, run in self._load():
-            claims = theory.measure_theory(run, self.settings, folder, folder.name)
+            claims = theory.measure_theory(run, self.settings, folder, folder.name, self.name)
             print(theory.table_text(claims))
-            print(f"This and more is in {folder / 'theory.json'}")
+            print(f"This and more is in {runs.result_path(folder, 'theory', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)

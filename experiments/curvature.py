@@ -33,9 +33,10 @@ PROBES_AT_ONCE = 4
 
 def measure_curvature(
     run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path, label: str, *,
-    test_size: int | None = None,
+    test_size: int | None = None, name: str | None = None,
 ) -> None:
-    """Writes ``curvature.npz``, a column for each quantity, and its summary ``curvature.json``.
+    """Writes ``curvature.npz``, a column for each quantity, and its summary ``curvature.json``;
+    both with ``-NAME`` if there is a name.
 
     For the first ``num_images`` test images: the softmax loss and its squared gradient, whether
     the image is classified correctly, the squared Frobenius norm, trace and spectral norm of the
@@ -53,7 +54,7 @@ def measure_curvature(
         settings = dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
     asked = {name: value for name, value in dataclasses.asdict(settings).items()
              if name != "batch_size"} | {"test_size": test_size}
-    path = folder / "curvature.json"
+    path = runs.result_path(folder, "curvature", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, test_size)
@@ -63,7 +64,7 @@ def measure_curvature(
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
     size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices
-    partial = _Partial(folder / "curvature.partial.npz", asked)
+    partial = _Partial(path.with_suffix(".partial.npz"), asked)
     linear = partial.facts.get("piecewise_linear")
     with progress(f"{label}, curvature", count, done=partial.done) as shown:
         done, variables = partial.done, variables_of(run.state)
@@ -83,7 +84,7 @@ def measure_curvature(
             shown.advance(kept, **{"squared Frobenius norm": float(
                 np.median(table["frobenius_squared"]))})
     table = partial.table
-    runs.write_arrays(folder / "curvature.npz", table)
+    runs.write_arrays(path.with_suffix(".npz"), table)
     runs.write_json(path, {
         **asked, **partial.facts, "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
@@ -108,7 +109,7 @@ class _Partial:
         settings, facts = (str(table.pop(name)) for name in ("settings", "facts"))
         if settings != self._settings:
             raise InputError(f"{path} was begun with other settings: {settings}. "
-                             "Remove it first if it is to be made anew.")
+                             "Keep both with `curvature --name NAME`, or remove that file.")
         self.table, self.facts = table, json.loads(facts)
 
     @property

@@ -51,13 +51,18 @@ def keep_result(path: pathlib.Path, settings: dict) -> bool:
                  if there != settings.get(name)}
     if differing:
         name, (there, asked) = next(iter(differing.items()))
-        raise InputError(f"{path} was made with {name}={there}, not {asked}. "
-                         "Remove it first if it is to be made anew.")
+        command = runs.MEASUREMENTS[path.stem.partition("-")[0]]
+        raise InputError(f"{path} was made with {name}={there}, not {asked}. Keep both with "
+                         f"`{command} --name NAME`, or remove that file to measure anew.")
     return True
 
 
-def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str) -> None:
-    """Writes ``evaluation.json``, ``features.npz`` and ``doubt.json`` into the run's folder.
+def evaluate_run(
+    run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str,
+    name: str | None = None,
+) -> None:
+    """Writes ``evaluation.json``, ``features.npz`` and ``doubt.json`` into the run's folder; the
+    first two with ``-NAME`` if there is a name.
 
     Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
     each draw; once where there is no randomness, as for clean images; and for each class, the mean
@@ -68,7 +73,7 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
         too small for a perturbation.
     """
     asked = settings_asked(settings)
-    path = folder / "evaluation.json"
+    path, features = (runs.result_path(folder, kind, name) for kind in ("evaluation", "features"))
     done = keep_result(path, asked)
     measure_doubt(run, folder)
     if done:
@@ -95,7 +100,7 @@ def evaluate_run(run: TrainedRun, settings: Evaluation, folder: pathlib.Path, la
                 by_class.append(class_accuracies(correct, split.labels, len(names)))
                 shown.advance(**{f"accuracy at {name}": accuracies[-1]})
             results.append({**what, "accuracies": accuracies, "by_class": mean_by_class(by_class)})
-    _write_features(run, split, settings.tsne_images, folder)
+    _write_features(run, split, settings.tsne_images, features.with_suffix(".npz"))
     num_levels = len(settings.noise_levels)
     runs.write_json(path, {
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
@@ -127,7 +132,7 @@ def mean_by_class(draws: Sequence[np.ndarray]) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 6) for value in np.mean(draws, axis=0)]
 
 
-def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.Path) -> None:
+def _write_features(run: TrainedRun, split: Split, count: int, path: pathlib.Path) -> None:
     """Features of the first test images, clean and as the training perturbs them."""
     images = split.images[:count]
     variables, perturb = variables_of(run.state), training_perturbation(run.config)
@@ -135,7 +140,7 @@ def _write_features(run: TrainedRun, split: Split, count: int, folder: pathlib.P
         lambda *rows: _features(run.model, variables, perturb, *rows),
         images, np.arange(len(images)), batch_size=batch_size_of(images))
     noise = run.config.perturb or f"std {run.config.noise_std * 255:g}/255"
-    runs.write_arrays(folder / "features.npz", {
+    runs.write_arrays(path, {
         **views, "labels": split.labels[:count], "noise": np.asarray(noise)})
 
 

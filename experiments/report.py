@@ -57,7 +57,7 @@ from experiments.page import (
     with_spread,
 )
 from experiments.paper import TABLE4
-from experiments.runs import make_folder, write_text
+from experiments.runs import make_folder, named_results, write_text
 from experiments.study import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")
@@ -109,7 +109,9 @@ def _write_report(study: Study, folder: pathlib.Path) -> pathlib.Path:
     return page
 
 
-def write_figures(folders: Sequence[pathlib.Path], out: pathlib.Path | None) -> list[pathlib.Path]:
+def write_figures(
+    folders: Sequence[pathlib.Path], out: pathlib.Path | None, name: str | None = None
+) -> list[pathlib.Path]:
     """Shows what the command ``figures`` measured of the runs in these folders.
 
     The report of each study that runs belong to is written anew. Runs of no study are shown
@@ -117,16 +119,18 @@ def write_figures(folders: Sequence[pathlib.Path], out: pathlib.Path | None) -> 
 
     Args:
       folders: of runs.
-      out: where the figures of runs of no study go; ``figures`` beside the first if None.
+      out: where the figures of runs of no study go; ``figures`` beside the first if None, or
+        ``figures-NAME``.
+      name: of the measurements to be shown, which no study's report shows; None for those without.
 
     Returns:
       Paths of the reports and of ``figures.md``.
     """
-    studies, alone = group_by_study(folders)
+    studies, alone = group_by_study(folders) if name is None else ([], folders)
     written = [write_report(folder) for folder in studies]
     if alone:
-        out = out or alone[0].parent / "figures"
-        sections = robustness_report.sections(study_of_runs(alone))
+        out = out or alone[0].parent / ("figures" if name is None else f"figures-{name}")
+        sections = robustness_report.sections(study_of_runs(alone, name=name))
         make_folder(out)
         for section in sections:
             for picture in section.pictures:
@@ -581,6 +585,18 @@ def run_table(study: Study) -> Table:
                  numeric=False)
 
 
+def other_measurements_table(study: Study) -> Table | None:
+    """Measurements with a name, which the report does not show; None if there are none."""
+    rows = [TableRow(study.labels[row], (Cell(str(run.seed)), Cell(", ".join(named))))
+            for row in study.labels for run in study.runs[row]
+            if (named := named_results(run.folder))]
+    if not rows:
+        return None
+    return Table("Other measurements, with other settings.", ("Method", "Seed", "Files"),
+                 tuple(rows), note="How to read: made with --name, in the folder of the run; this "
+                 "report shows those without a name.", numeric=False)
+
+
 def common_provenance_table(study: Study) -> Table:
     """What is the same for all runs, and the study's own command and commit."""
     described = [_provenance(run) for runs in study.runs.values() for run in runs
@@ -829,9 +845,10 @@ def _sections(study: Study) -> list[Section]:
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
     sections += filter(None, [theory_report.section(study), sharpness.section(study)])
+    tables = (common_provenance_table(study), run_table(study), other_measurements_table(study),
+              *configuration_tables(study))
     sections.append(Section(
-        "provenance", "How these numbers were made", "",
-        (common_provenance_table(study), run_table(study), *configuration_tables(study))))
+        "provenance", "How these numbers were made", "", tuple(filter(None, tables))))
     return sections
 
 

@@ -82,9 +82,12 @@ class FigureSettings:
 
 
 def measure_robustness(
-    run: TrainedRun, settings: FigureSettings, folder: pathlib.Path, label: str
+    run: TrainedRun, settings: FigureSettings, folder: pathlib.Path, label: str,
+    name: str | None = None,
 ) -> None:
     """Measures what is missing of a run's results for the figures, curvature first.
+
+    With a name they are those under that name, as in ``curvature-NAME.json``.
 
     Raises:
       InputError: (a ValueError) if there are results with other settings, or the run has no
@@ -92,18 +95,20 @@ def measure_robustness(
     """
     if run.config.noise_std == 0:
         raise InputError(f"Expected noise_std=0.0 of {folder} to be > 0: it sets the test noise.")
-    facts = _measure_curvature(run, settings, folder, label)
+    facts = _measure_curvature(run, settings, folder, label, name)
     test_size = facts["settings"]["test_size"]
     split = make_test_split(run.dataset, test_size)
     shared = {"test_size": test_size, "noise_std": run.config.noise_std}
+    counts, surfaces, blocks = (runs.result_path(folder, kind, name) for kind in (
+        "noise_counts", "surfaces", "blocks"))
     _count_correct(run, split, {"num_draws": settings.num_draws,
-                                "num_images": facts["num_images"], **shared}, folder, label)
+                                "num_images": facts["num_images"], **shared}, counts, label)
     chosen = settings.surface_images or first_of_classes(split.labels, NUM_SURFACES)
     _measure_surfaces(run, split, {"images": list(chosen),
                                    "resolution": settings.surface_resolution, **shared},
-                      folder, label)
+                      surfaces, label)
     _embed_blocks(run, split, {"num_images": min(settings.tsne_images, len(split.labels)),
-                               **shared}, folder, label)
+                               **shared}, blocks, label)
 
 
 def first_of_classes(labels: np.ndarray, count: int) -> list[int]:
@@ -126,12 +131,12 @@ def neighbour_accuracy(features: np.ndarray, labels: np.ndarray) -> float:
     return float((votes.argmax(axis=1) == labels).mean())
 
 
-def _measure_curvature(run, settings, folder, label) -> dict:
+def _measure_curvature(run, settings, folder, label, name) -> dict:
     """The facts of the run's curvature, which is measured first where there is none."""
     asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
              "test_size": settings.test_size}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    path = folder / "curvature.json"
+    asked = {setting: value for setting, value in asked.items() if value is not None}
+    path = runs.result_path(folder, "curvature", name)
     if path.is_file():
         keep_result(path, runs.read_json(path)["settings"] | asked)
     else:
@@ -139,13 +144,13 @@ def _measure_curvature(run, settings, folder, label) -> dict:
             there = runs.read_json(folder / "evaluation.json")["settings"]
             asked = {"test_size": there["test_size"]} | asked
         test_size = asked.pop("test_size", None)
-        measure_curvature(run, CurvatureConfig(**asked), folder, label, test_size=test_size)
+        measure_curvature(
+            run, CurvatureConfig(**asked), folder, label, test_size=test_size, name=name)
     return runs.read_json(path)
 
 
-def _count_correct(run, split: Split, asked: dict, folder, label) -> None:
+def _count_correct(run, split: Split, asked: dict, path, label) -> None:
     """Writes ``noise_counts``: for each draw of each noise, which images are still correct."""
-    path = folder / "noise_counts.json"
     if keep_result(path, asked):
         return
     images, labels = (values[: asked["num_images"]] for values in (split.images, split.labels))
@@ -163,14 +168,13 @@ def _count_correct(run, split: Split, asked: dict, folder, label) -> None:
                 correct.append(draw)
                 shown.advance(**{f"accuracy, {name}": float(draw.mean())})
             draws[name] = np.stack(correct)  # [draws, images]
-    runs.write_arrays(folder / "noise_counts.npz",
+    runs.write_arrays(path.with_suffix(".npz"),
                       {"index": np.arange(len(labels)), "label": labels, **draws})
     _write_facts(path, asked)
 
 
-def _measure_surfaces(run, split: Split, asked: dict, folder, label) -> None:
+def _measure_surfaces(run, split: Split, asked: dict, path, label) -> None:
     """Writes ``surfaces``: the loss of each image over the plane of Fig. 11."""
-    path = folder / "surfaces.json"
     if keep_result(path, asked):
         return
     for number in asked["images"]:
@@ -185,7 +189,7 @@ def _measure_surfaces(run, split: Split, asked: dict, folder, label) -> None:
             jnp.asarray(labels), jnp.asarray(chosen), extent, asked["resolution"])
         values = np.asarray(surface.values)
         shown.advance(len(chosen), **{"largest loss": float(values.max())})
-    runs.write_arrays(folder / "surfaces.npz", {
+    runs.write_arrays(path.with_suffix(".npz"), {
         "index": chosen, "image": images, "label": labels,
         "offsets": np.asarray(surface.offsets), "values": values})
     _write_facts(path, asked, extent=extent, class_names=list(run.dataset.class_names))
@@ -199,9 +203,8 @@ def _surface(model, variables, images, labels, indices, extent, resolution):
         indices=indices)
 
 
-def _embed_blocks(run, split: Split, asked: dict, folder, label) -> None:
+def _embed_blocks(run, split: Split, asked: dict, path, label) -> None:
     """Writes ``blocks``: each block's pooled outputs in the plane, clean and noisy together."""
-    path = folder / "blocks.json"
     if keep_result(path, asked):
         return
     images, labels = (values[: asked["num_images"]] for values in (split.images, split.labels))
@@ -220,7 +223,7 @@ def _embed_blocks(run, split: Split, asked: dict, folder, label) -> None:
                     np.full((len(labels), 2), np.nan) if joint is None else joint[number])
                 accuracies[view].append(neighbour_accuracy(features[name], labels))
             shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
-    runs.write_arrays(folder / "blocks.npz", {
+    runs.write_arrays(path.with_suffix(".npz"), {
         "label": labels, **{view: np.stack(values) for view, values in planes.items()},
         **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()}})
     _write_facts(path, asked, blocks=names, class_names=list(run.dataset.class_names),

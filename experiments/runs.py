@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -114,6 +115,31 @@ def barrier(name: str) -> None:
     """Waits until all processes of a job have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+MEASUREMENTS = {
+    "evaluation": "evaluate", "curvature": "curvature", "steps": "steps", "noise_counts": "figures",
+    "surfaces": "figures", "blocks": "figures", "theory": "theory", "sharpness": "sharpness"}
+"""What is measured of a run, and by which command: KIND.json, most with KIND.npz, in its folder."""
+
+
+def result_path(folder: pathlib.Path, kind: str, name: str | None) -> pathlib.Path:
+    """The JSON file of a measurement of a run: ``KIND.json``, or ``KIND-NAME.json`` of one with a
+    name, so that several of a kind, with other settings each, lie side by side.
+
+    Raises:
+      InputError: (a ValueError) for a name that is not fit for a file.
+    """
+    if name is None:
+        return folder / f"{kind}.json"
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"Expected name={name!r} of letters, digits and _.+- alone.")
+    return folder / f"{kind}-{name}.json"
+
+
+def named_results(folder: pathlib.Path) -> list[str]:
+    """The measurements of a run that have a name, as their files are called without the suffix."""
+    return sorted(path.stem for kind in MEASUREMENTS for path in folder.glob(f"{kind}-*.json"))
 
 
 def append_line(path: pathlib.Path, row: dict) -> None:

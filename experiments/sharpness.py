@@ -80,9 +80,10 @@ def largest_eigenvalue(product, size: int) -> float:
 
 def measure_sharpness(
     config: RunConfig, dataset: Dataset, settings: SharpnessSettings, folder: pathlib.Path,
-    label: str,
+    label: str, name: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Writes ``sharpness.json``: the largest Hessian eigenvalue of each term, in the parameters.
+    """Writes ``sharpness.json``: the largest Hessian eigenvalue of each term, in the parameters;
+    with a name, ``sharpness-NAME.json``.
 
     Of the terms of the run's method, each at weight 1, and of the whole loss with the run's
     weights, at a batch of training images without augmentation, with batch norm in training mode;
@@ -104,7 +105,7 @@ def measure_sharpness(
     count = config.batch_size if settings.num_images is None else settings.num_images
     finished = (folder / "done.json").is_file()
     asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
-    path = folder / "sharpness.json"
+    path = runs.result_path(folder, "sharpness", name)
     if keep_result(path, asked):
         return runs.read_json(path)["eigenvalues"]
     train = make_splits(dataset, config).train

@@ -56,8 +56,12 @@ class StepSettings:
             _validate.in_range("test_size", self.test_size, 1)
 
 
-def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, label: str) -> None:
-    """Writes ``steps.npz``, a row for each precision, step and image, and ``steps.json``.
+def study_steps(
+    run: TrainedRun, settings: StepSettings, folder: pathlib.Path, label: str,
+    name: str | None = None,
+) -> None:
+    """Writes ``steps.npz``, a row for each precision, step and image, and ``steps.json``; both with
+    ``-NAME`` if there is a name.
 
     In float32 and float64, with respect to pixels in [0, 1]: Eq. 21 with each step t, the
     smoothed curvature with noise of standard deviation t, and the exact squared Frobenius norm.
@@ -68,7 +72,7 @@ def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, l
         made of affine pieces.
     """
     asked = settings_asked(settings)
-    path = folder / "steps.json"
+    path = runs.result_path(folder, "steps", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, settings.test_size)
@@ -100,7 +104,7 @@ def study_steps(run: TrainedRun, settings: StepSettings, folder: pathlib.Path, l
                             "step": np.full(len(rows), step), "index": rows, "exact": exact,
                             **{name: np.asarray(value) for name, value in measured.items()}})
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    runs.write_arrays(folder / "steps.npz", table)
+    runs.write_arrays(path.with_suffix(".npz"), table)
     runs.write_json(path, {"with_respect_to": "pixels in [0, 1]", "settings": asked,
                            "provenance": runs.provenance()})
 

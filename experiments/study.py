@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.config import InputError, RunConfig, read_config
 from experiments.paper import TABLES, PaperTable
-from experiments.runs import command_line, commit, read_json, read_lines
+from experiments.runs import command_line, commit, read_json, read_lines, result_path
 from jaxrobust.data import FOLDER_PREFIX
 
 
@@ -25,6 +25,7 @@ class Run:
     epochs: tuple[dict, ...]
     evaluation: dict | None
     diverged: int | None = None  # epoch in which the loss was no longer finite
+    name: str | None = None  # of the measurements, beside the evaluation, that are read
 
     @functools.cached_property
     def curvature(self) -> dict | None:
@@ -42,15 +43,16 @@ class Run:
         """Penultimate features of the first test images."""
         return _read_arrays(self.folder / "features.npz") if self.evaluation else None
 
-    def facts(self, name: str) -> dict | None:
-        """``name.json``, if it is there."""
-        return _read_json(self.folder / f"{name}.json")
+    def facts(self, kind: str) -> dict | None:
+        """The JSON file of a kind of measurement, if it is there."""
+        return _read_json(result_path(self.folder, kind, self.name))
 
-    def result(self, name: str) -> dict | None:
-        """The facts of ``name.json`` and the arrays of ``name.npz`` together, if they are there."""
+    def result(self, kind: str) -> dict | None:
+        """The facts and the arrays of a kind of measurement together, if they are there."""
         # Arrays are whole only once the JSON file beside them is there: it is written after them.
-        facts = self.facts(name)
-        arrays = _read_arrays(self.folder / f"{name}.npz") if facts else None
+        facts = self.facts(kind)
+        path = result_path(self.folder, kind, self.name).with_suffix(".npz")
+        arrays = _read_arrays(path) if facts else None
         return facts | arrays if arrays else None
 
 
@@ -124,11 +126,14 @@ def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
     return part
 
 
-def study_of_runs(folders: Sequence[pathlib.Path], *, together: bool = False) -> Study:
+def study_of_runs(
+    folders: Sequence[pathlib.Path], *, together: bool = False, name: str | None = None
+) -> Study:
     """Runs that belong to no study, each a row of its own with its folder's name.
 
     Where two have the same name, that of the folder above is before it. With ``together`` runs
     that differ in nothing but the seed are one row, with the name of the first but for its seed.
+    With a ``name``, measurements beside the evaluation are those under that name.
 
     Raises:
       InputError: (a ValueError) if a folder holds no run, or two are of different data sets; or,
@@ -137,7 +142,7 @@ def study_of_runs(folders: Sequence[pathlib.Path], *, together: bool = False) ->
     check_same_data(folders)
     rows: dict[str | RunConfig, list[Run]] = {}
     for folder in folders:
-        run = _load_run(folder, read_config(folder).seed)
+        run = _load_run(folder, read_config(folder).seed, name)
         row = dataclasses.replace(run.config, seed=0) if together else str(folder)
         for other in rows.get(row, ()):
             if other.seed == run.seed:
@@ -198,10 +203,11 @@ def class_labels(names: Sequence[str]) -> dict[int, str]:
             for index, name in enumerate(names)}
 
 
-def _load_run(folder: pathlib.Path, seed: int) -> Run:
+def _load_run(folder: pathlib.Path, seed: int, name: str | None = None) -> Run:
     return Run(
         folder=folder,
         seed=seed,
+        name=name,
         config=read_config(folder) if (folder / "config.json").is_file() else None,
         provenance=_read_json(folder / "provenance.json") or {},
         epochs=_read_epochs(folder / "metrics.jsonl"),

@@ -114,9 +114,11 @@ class Layers(NamedTuple):
 
 
 def measure_theory(
-    run: TrainedRun, settings: TheorySettings, folder: pathlib.Path, label: str
+    run: TrainedRun, settings: TheorySettings, folder: pathlib.Path, label: str,
+    name: str | None = None,
 ) -> list[Claim]:
-    """Writes ``theory.npz``, image by image, and ``theory.json``; returns the table's lines.
+    """Writes ``theory.npz``, image by image, and ``theory.json``, both with ``-NAME`` if there is a
+    name; returns the table's lines.
 
     What is measured, and how to read it, is in ``docs/theory.md``. Only reads what is there
     already, with the same settings.
@@ -126,7 +128,7 @@ def measure_theory(
         trained without noise, or the network is not made of affine pieces.
     """
     asked = settings_asked(settings)
-    path = folder / "theory.json"
+    path = runs.result_path(folder, "theory", name)
     if keep_result(path, asked):
         return [Claim(**line) for line in runs.read_json(path)["claims"]]
     sigma = run.config.noise_std
@@ -166,7 +168,7 @@ def measure_theory(
         columns, draws = _curvature_columns(run, test_split, settings, shown)
     columns, facts["curvature"], lines = _check_curvature(run, columns, draws)
     claims = _in_the_papers_order([*claims, *lines])
-    runs.write_arrays(folder / "theory.npz", {
+    runs.write_arrays(path.with_suffix(".npz"), {
         "index": np.arange(settings.num_images),
         "label": test_split.labels[: settings.num_images], **columns})
     runs.write_json(path, _without_nan({

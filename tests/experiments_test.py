@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import pathlib
+import shutil
 
 import chex
 import jax
@@ -11,7 +12,18 @@ import numpy as np
 import pytest
 from command_line import call, metrics_of, one_line
 
-from experiments import config, paper, prepare, reproduce, runs, training
+from experiments import (
+    config,
+    paper,
+    prepare,
+    reproduce,
+    robustness,
+    runs,
+    sharpness,
+    steps,
+    theory,
+    training,
+)
 from experiments.config import InputError
 from experiments.recipes import RECIPES, get_recipe
 
@@ -221,6 +233,56 @@ def test_results_with_other_settings_are_not_overwritten(study, digits):
         RECIPE, evaluation=dataclasses.replace(RECIPE.evaluation, num_draws=4))
     with pytest.raises(InputError, match="was made with num_draws=3, not 4"):
         reproduce.run_study(other, digits, study, rows=["both"], seeds=[0], tensorboard=False)
+
+
+def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(study, digits, capsys):
+    folder = study / "both-seed0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    other = ("evaluate", folder, "--noise-levels", "0", "8", "--num-draws", "2",
+             "--tsne-images", "9")
+    assert call(*other) == 2
+    assert "Keep both with `evaluate --name NAME`" in one_line(capsys)
+    assert call(*other, "--name", "8") == 0
+    levels = runs.read_json(folder / "evaluation-8.json")["levels"]
+    assert [level["std_255"] for level in levels] == [0, 8]
+    assert np.load(folder / "features-8.npz")["clean"].shape == (9, 4)
+    assert call(*other, "--name", "8") == 0  # As any other: there already.
+    assert call(*other, "--name", "8", "--num-draws", "3") == 2
+    assert "evaluation-8.json was made with num_draws=2, not 3" in one_line(capsys)
+    other = ("curvature", folder, "--num-images", "3", "--num-probes", "2",
+             "--smoothing-draws", "3", "--test-size", "50")
+    assert call(*other) == 2
+    assert "num_images=10, not 3. Keep both with `curvature --name NAME`" in one_line(capsys)
+    assert call(*other, "--name", "three") == 0
+    assert np.load(folder / "curvature-three.npz")["loss"].shape == (3,)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert call("report", study) == 0
+    assert "curvature-three, evaluation-8" in (study / "report.md").read_text().replace("\\", "")
+
+
+@pytest.mark.parametrize("measure, settings, kind", [
+    (steps.study_steps, steps.StepSettings(), "steps"),
+    (theory.measure_theory, theory.TheorySettings(), "theory"),
+    (sharpness.measure_sharpness, sharpness.SharpnessSettings(), "sharpness"),
+    (robustness.measure_robustness, robustness.FigureSettings(), "noise_counts"),
+])
+def test_every_kind_of_measurement_takes_a_name(measure, settings, kind, study, digits, tmp_path):
+    """Found before anything is computed: what is there under the name has other settings."""
+    folder = study / "both-seed0"
+    run = training.load_run(folder, config.read_config(folder), digits)
+    shutil.copy(folder / "curvature.json", tmp_path / "curvature-big.json")
+    path = tmp_path / f"{kind}-big.json"
+    path.write_text('{"settings": {"num_images": -1}}')
+    given = (run.config, digits) if kind == "sharpness" else (run,)
+    command = runs.MEASUREMENTS[kind]
+    with pytest.raises(InputError, match=f"{kind}-big.json was made .* `{command} --name NAME`"):
+        measure(*given, settings, tmp_path, "", "big")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag"])
+def test_a_name_is_one_for_a_file(name, finished, capsys):
+    assert call("evaluate", finished, f"--name={name}") == 2
+    assert f"Expected name={name!r} of letters" in one_line(capsys)
 
 
 def test_the_papers_recipes_are_those_of_appendix_h1():
