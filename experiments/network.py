@@ -43,10 +43,15 @@ def read_network(folder: pathlib.Path) -> Network | None:
 def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
     """Checks that a run's network is one for this data set.
 
+    The order of the classes counts: it is that of the logits. Runs from before ``network.json`` on
+    a folder of images, which have a ``split.csv`` alone, had it by letters, 10 before 2.
+
     Raises:
-      InputError: (a ValueError) if its images, classes or normalisation are others.
+      InputError: (a ValueError) if its images, classes, their order or normalisation are others.
     """
     there, given = read_network(folder), network_of(dataset)
+    if there is None and (folder / "split.csv").is_file():
+        there = given._replace(class_names=tuple(sorted(given.class_names)))
     for name in Network._fields if there is not None else ():
         if getattr(there, name) != getattr(given, name):
             raise InputError(

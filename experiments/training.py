@@ -135,8 +135,8 @@ def train_together(
         check_files(dataset, folder)
         check_network(dataset, folder)
         runs.claim_run(folder, config)
+        save_network(dataset, folder)  # First: a split.csv without it is that of an older run.
         save_files(dataset, folder)
-        save_network(dataset, folder)
     failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
                 if (folder / "diverged.json").is_file()]
     with contextlib.ExitStack() as stack:

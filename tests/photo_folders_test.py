@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import program, training
+from experiments import datasets, network, program, training
 from experiments.config import RunConfig
 from jaxrobust import InputError, data
 from jaxrobust.data import copies, listing
@@ -264,6 +264,25 @@ def test_numbers_in_names_are_in_their_own_order(load, tmp_path):
         assert all(numbers[label] == path.split("/")[0] for path, label in labels.items())
     assert listing.class_order(["b10", "a", "b9", "B", "b"]) == ["B", "a", "b", "b9", "b10"]
     assert listing.class_order(["1", "01", "1a", "a1"]) == ["01", "1", "1a", "a1"]
+
+
+def test_a_run_trained_with_classes_in_another_order_is_refused(load, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for names, by_letters in ((("9", "10"), ("10", "9")), (("fog", "rain"), None)):
+        dataset = load(fill(tmp_path / names[0], dict.fromkeys(names, 5)))
+        network.check_network(dataset, run)  # It has not begun.
+        datasets.save_files(dataset, run)
+        if by_letters is None:
+            network.check_network(dataset, run)
+            continue
+        with pytest.raises(InputError) as error:  # A run from before the natural order.
+            network.check_network(dataset, run)
+        assert str(error.value) == (
+            f'{run} was trained with class_names=["10", "9"], but {dataset.name} has ["9", "10"].')
+        network.save_network(dataset, run)
+        network.check_network(dataset, run)
+        (run / "network.json").unlink()
 
 
 # --- the split --------------------------------------------------------------------------------
