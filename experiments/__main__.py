@@ -42,7 +42,7 @@ from experiments.config import (
     with_settings,
 )
 from experiments.datasets import check_perturbations, open_dataset
-from experiments.execution import Execution, Feed, keep_freed_memory
+from experiments.execution import Execution, Feed, keep_compilations, keep_freed_memory
 from experiments.recipes import RECIPES, get_recipe
 from experiments.robustness import FigureSettings
 from jaxrobust import _validate
@@ -649,7 +649,10 @@ def main() -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
     keep_freed_memory()
     try:
-        parse(sys.argv[1:])()
+        command = parse(sys.argv[1:])
+        if not isinstance(command, Bench):  # Which measures how long compiling takes.
+            keep_compilations()
+        command()
     except InputError as error:
         if isinstance(error, BadFiles):
             print("\n".join(error.lines), file=sys.stderr)

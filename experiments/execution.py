@@ -1,10 +1,15 @@
 """How a command runs: on which devices and processes. It changes the time, not the result."""
 
+import contextlib
 import ctypes
 import dataclasses
 import math
 import os
+import pathlib
 import platform
+import stat
+import sys
+import tempfile
 
 import jax
 from jax.experimental import multihost_utils
@@ -134,6 +139,62 @@ def _host_memory() -> float:
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+KEPT_BYTES = 2**31
+"""Of compiled programs that are kept, at a command's start."""
+
+
+def compilations_folder() -> pathlib.Path:
+    """Where compiled programs are kept: in JAX_COMPILATION_CACHE_DIR, or in ``jaxrobust/xla`` in
+    the user's folder of caches."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return pathlib.Path(named) if named else caches / "jaxrobust" / "xla"
+
+
+def keep_compilations() -> None:
+    """Keeps what takes a second or more to compile for the commands to come.
+
+    In :func:`compilations_folder`, from which the programs not used for longest are removed where
+    there is more than :data:`KEPT_BYTES`; a folder named by the environment is left to its owner.
+    With JAX_ENABLE_COMPILATION_CACHE=false nothing is kept or looked for. Where the folder cannot
+    be written, a line says so.
+
+    JAX names a program by what it computes, the versions of JAX and XLA, flags, devices, and on
+    CPUs the processor's instructions, so that no other machine's is taken. Any number of processes
+    may use the folder: one that meets a file half written warns and compiles for itself.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    folder = compilations_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # Permissions do not tell: a file system may be read-only.
+    except OSError as error:
+        print(f"Compiled programs are not kept: cannot write {folder} ({error.strerror}).",
+              file=sys.stderr, flush=True)
+        return
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        _remove_oldest(folder, KEPT_BYTES)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _remove_oldest(folder: pathlib.Path, limit: int) -> None:
+    """Removes the files in a folder that were not used for longest, until ``limit`` bytes stay."""
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # Another process does the same.
+            facts = path.stat()
+            if stat.S_ISREG(facts.st_mode):
+                found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found, key=lambda one: one[0]):
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 def keep_freed_memory() -> None:

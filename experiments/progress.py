@@ -1,6 +1,7 @@
 """Progress of a long step: a bar on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,25 @@ import jax
 import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_OF_SILENCE = 5.0
+"""After which it is said what is waited for."""
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Says, if it takes long, that ``what`` is compiled meanwhile."""
+    kept = (jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else
+            None)
+    later = f"kept in {kept} for the next time" if kept else "not kept for the next time"
+    timer = threading.Timer(SECONDS_OF_SILENCE, tqdm.tqdm.write, [
+        f"Compiling {what}. Of large networks it takes minutes; it is {later}."])
+    timer.daemon = True
+    if jax.process_index() == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Progress:

@@ -37,7 +37,7 @@ from experiments.program import (
     swept_settings,
     unstack_runs,
 )
-from experiments.progress import progress
+from experiments.progress import compiling, progress
 from jaxrobust import _validate, checkpoints, data, evaluation, parallel
 from jaxrobust.data import Dataset, Split
 from jaxrobust.parallel import Layout, make_layout
@@ -130,7 +130,8 @@ def train_together(
     feed = feed.resolve(layout, splits.train, len(configs))
     left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
             if not is_trained(folder)]
-    first = [_first_state(config, folder, dataset, layout) for config, folder in left]
+    with compiling(f"the initial state of {configs[0].model}"):
+        first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
         check_files(dataset, folder)
         check_network(dataset, folder)
@@ -346,6 +347,7 @@ class _Epochs:
     def __init__(self, program, config, split, feed, swept):
         self._program, self._config, self._split, self._feed = program, config, split, feed
         self._swept, self._stream = swept, None
+        self._compiled = set()
         self._batches = data.batch_sizes(len(split.labels), config.batch_size)
         self.steps = len(self._batches)
         if feed.input == "resident":
@@ -391,14 +393,23 @@ class _Epochs:
              **_means(values), "seconds": seconds}
             for values in _by_run(collected, before)]
 
+    def _call(self, num_steps, size, step, *arguments):
+        """Some updates with batches of a size; their first call compiles them."""
+        if (num_steps, size) in self._compiled:
+            return step(*arguments)
+        self._compiled.add((num_steps, size))
+        with compiling(f"the training step of {self._config.model} for batches of {size}"):
+            return step(*arguments)
+
     def _resident(self, state, epoch, first):
         """The calls of an epoch from update ``first`` on, with the images on the devices."""
         order = self._program.order(state.key, epoch)
         shared = (self._images, self._labels, order, self._swept)
         for num_steps, size in data.group_batches(
                 self._batches[first:], self._feed.steps_per_call):
-            state, metrics = self._program.resident(num_steps)(
-                state, shared, self._positions[size])
+            state, metrics = self._call(
+                num_steps, size, self._program.resident(num_steps), state, shared,
+                self._positions[size])
             yield state, metrics, num_steps
 
     def _streamed(self, state, epoch, first):
@@ -411,7 +422,8 @@ class _Epochs:
         for size in self._batches[first:]:
             images, labels = next(self._stream)
             rows = (images, labels, self._positions_of(size))
-            state, metrics = self._program.streamed(state, self._swept, self._place(rows, size))
+            state, metrics = self._call(
+                1, size, self._program.streamed, state, self._swept, self._place(rows, size))
             yield state, metrics, 1
 
     def close(self):

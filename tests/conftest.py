@@ -2,10 +2,12 @@
 
 import os
 
-# Before JAX is imported: it reads both at its start.
+# Before JAX is imported: it reads them at its start.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests, and the processes that they start, leave the user's folder of compiled programs alone.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import hypothesis
 import jax
