@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,15 @@ from jaxrobust.data import DATASETS, FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import METHODS
 from jaxrobust.models import MODELS
+from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
 
 SEEDS = 2**32
 """Seeds are below: JAX takes the last 32 bits of them, so that this one would be 0 again."""
+
+MOST_CHANNELS, MOST_EPOCHS, MOST_PIXELS = 2**16, 2**20, 2**14
+"""Bounds of what no machine holds or ends, far beyond any use: of the widths of layers, of epochs,
+of the sides of an image."""
 
 MAX_NOISE_LEVEL = 255
 MIN_NOISE_LEVEL = 0.25
@@ -41,10 +47,19 @@ def check_seeds(seeds: Sequence[int] | None) -> None:
     distinct("seed", seeds)
 
 
+def check_length(name: str, value: float, inputs: str = "pixels") -> None:
+    """Raises InputError unless a step or a standard deviation is within the range of the inputs,
+    which for normalised ones is not known."""
+    _validate.in_range(name, value, 0, open_low=True)
+    if inputs == "pixels" and value > 1:
+        raise InputError(f"Expected {name}={value:g} in (0, 1], in pixel values of [0, 1].")
+
+
 def check_image_size(size: Sequence[int]) -> None:
     """Raises InputError unless ``size`` is a height and a width."""
-    if len(size) != 2 or min(size) < 1:
-        raise InputError(f"Expected image_size={size} as a height and a width >= 1.")
+    if len(size) != 2 or min(size) < 1 or max(size) > MOST_PIXELS:
+        raise InputError(f"Expected image_size={size} as a height and a width in "
+                         f"[1, {MOST_PIXELS}].")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +92,7 @@ class OptimizerConfig:
         _validate.one_of("schedule", self.schedule, ("piecewise", "cosine"))
         _validate.in_range("warmup_epochs", self.warmup_epochs, 0)
         for epoch in self.decay_epochs:
-            _validate.in_range("decay_epochs", epoch, 1)
+            _validate.in_range("decay_epochs", epoch, 1, MOST_EPOCHS)
         distinct("decay epoch", self.decay_epochs)
         _validate.in_range("decay_factor", self.decay_factor, 0, open_low=True)
         _validate.in_range("momentum", self.momentum, 0, 1)
@@ -175,6 +190,7 @@ class RunConfig:
         _validate.one_of("model", self.model, MODELS)
         _validate.one_of("method", self.method, METHODS)
         _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _validate.one_of("feature_layer", self.feature_layer, FEATURE_LAYERS)
         _validate.one_of("batch_norm", self.batch_norm, ("synchronised", "per_device"))
         _validate.one_of(
             "batch_norm_statistics", self.batch_norm_statistics, ("recomputed", "running"))
@@ -187,12 +203,14 @@ class RunConfig:
                     if 1 < self.noise_std <= 255 else "")
             raise InputError(f"{str(error)[:-1]}, in pixel values of [0, 1].{hint}") from error
         training_perturbation(self)  # Says what is wrong with it.
-        for name in ("width", "num_features", "epochs", "batch_size", "checkpoint_every"):
-            _validate.in_range(name, getattr(self, name), 1)
+        for name, most in (("width", MOST_CHANNELS), ("num_features", MOST_CHANNELS),
+                           ("epochs", MOST_EPOCHS), ("batch_size", math.inf),
+                           ("checkpoint_every", MOST_EPOCHS)):
+            _validate.in_range(name, getattr(self, name), 1, most)
+        _validate.in_range("crop_padding", self.crop_padding, 0, MOST_PIXELS)
         if self.train_size is not None:
             _validate.in_range("train_size", self.train_size, 1)
-        for name in ("validation_size", "crop_padding", "stability_weight",
-                     "constraint_warmup_epochs"):
+        for name in ("validation_size", "stability_weight", "constraint_warmup_epochs"):
             _validate.in_range(name, getattr(self, name), 0)
         for name in ("seed", "split_seed"):
             _validate.in_range(name, getattr(self, name), 0, SEEDS)
@@ -227,7 +245,7 @@ class CurvatureConfig:
     """Random directions for each image: K of Eq. 21, and of the exact products where the network
     is not piecewise linear."""
     step: float = 1e-2
-    """t of Eq. 21, in units of the inputs."""
+    """t of Eq. 21, in units of the inputs: pixel values of [0, 1], unlike noise levels."""
     smoothing: float | None = None
     """Standard deviation of the noise that the smoothed curvature averages over, in units of the
     inputs; none for that of the training noise (with normalised inputs, over the largest of the
@@ -245,9 +263,9 @@ class CurvatureConfig:
         for name, least in (("num_images", 1), ("num_probes", 2), ("smoothing_draws", 3),
                             ("batch_size", 1)):
             _validate.in_range(name, getattr(self, name), least)
-        _validate.in_range("step", self.step, 0, open_low=True)
-        if self.smoothing is not None:
-            _validate.in_range("smoothing", self.smoothing, 0, open_low=True)
+        for name in ("step", "smoothing"):
+            if getattr(self, name) is not None:
+                check_length(name, getattr(self, name), self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +286,7 @@ class Evaluation:
     """Of these, the first so many are shown in the t-SNE figure."""
 
     def __post_init__(self):
+        _validate.in_range("number of noise levels", len(self.noise_levels), 1)
         for level in self.noise_levels:
             _validate.in_range("noise level", level, 0)
             if level > MAX_NOISE_LEVEL:

@@ -48,6 +48,7 @@ class Execution:
             _, _, port = self.coordinator.rpartition(":")
             if not port.isdecimal() or port == self.coordinator:
                 raise InputError(f"Expected coordinator={self.coordinator!r} as HOST:PORT.")
+            _validate.in_range("the port of the coordinator", int(port), 1, 2**16)
             _validate.in_range("num_processes", self.num_processes, 1)
             _validate.in_range("process_id", self.process_id, 0, self.num_processes)
 

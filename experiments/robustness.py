@@ -66,7 +66,7 @@ class FigureSettings:
 
     def __post_init__(self):
         _validate.in_range("num_draws", self.num_draws, 1)
-        _validate.in_range("surface_resolution", self.surface_resolution, 3)
+        _validate.in_range("surface_resolution", self.surface_resolution, 3, 1000)
         if self.surface_resolution % 2 == 0:
             raise InputError(
                 f"Expected surface_resolution={self.surface_resolution} to be odd.")

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from experiments import figures, runs
-from experiments.config import distinct
+from experiments.config import check_length, distinct
 from experiments.curvature import (
     PROBE_SEED,
     PROBES_AT_ONCE,
@@ -47,7 +47,7 @@ class StepSettings:
 
     def __post_init__(self):
         for step in self.steps:
-            _validate.in_range("steps", step, 0, open_low=True)
+            check_length("steps", step)
         _validate.in_range("number of steps", len(self.steps), 1)
         _validate.in_range("num_images", self.num_images, 1)
         _validate.in_range("num_probes", self.num_probes, 3)

@@ -76,6 +76,13 @@ def test_a_value_that_is_a_recipes_name_too_is_not_taken_for_the_recipe():
     (("evaluate", "x", "--noise-levels", "0.06"), "in units of 1/255 of the pixel range. Did you "
      "mean 15.3, which is 0.06 in pixel values of [0, 1]?"),
     (("evaluate", "x", "--noise-levels", "256"), "Expected noise level=256 in [0, 255], in units"),
+    (("evaluate", "x", "--noise-levels"), "Expected number of noise levels=0 in [1, inf)."),
+    (("curvature", "x", "--step", "2"), "Expected step=2 in (0, 1], in pixel values of [0, 1]."),
+    (("steps", "x", "--steps", "0.1", "25"), "Expected steps=25 in (0, 1], in pixel values"),
+    (("train", "digits/both", "--feature-layer", "dens"), "Did you mean 'dense'?"),
+    (("train", "digits/both", "--width", "100000000"), "Expected width=100000000 in [1, 65536)."),
+    (("train", "digits/both", "--coordinator", "host:99999", "--num-processes", "2",
+      "--process-id", "0"), "Expected the port of the coordinator=99999 in [1, 65536)."),
     (("evaluate", "x", "--num-draws", "0"), "Expected num_draws=0 in [1, inf)."),
     (("evaluate", "x", "--tsne-images", "-3"), "Expected tsne_images=-3 in [1, inf)."),
     (("curvature", "x", "--test-size", "0"), "Expected test_size=0 in [1, inf)."),
@@ -161,6 +168,35 @@ def wrong_values():
                     yield settings, name, (value,) if inner is not one else value
                 if inner is not one and Ellipsis in typing.get_args(one) and inner in (int, float):
                     yield settings, name, (inner(4), inner(4))
+
+
+CHECKED_LATER = {
+    # Against the images that there are.
+    "train_size", "validation_size", "batch_size", "test_size", "num_images", "curvature_images",
+    "tsne_images", "surface_images",
+    # Work that can be stopped, in memory that does not grow with it.
+    "num_draws", "num_probes", "curvature_probes", "smoothing_draws", "smoothed_draws",
+    # No array is of that size; what is never reached does nothing.
+    "steps_per_call", "checkpoint_steps",
+    # With a coordinator alone.
+    "num_processes", "process_id",
+}
+
+
+def test_sizes_that_no_machine_has_are_refused_at_the_door():
+    passed = set()
+    for settings in SETTINGS:
+        for name, hint in typing.get_type_hints(type(settings)).items():
+            huge = {int: 2**50, tuple[int, int]: (2**50, 1), tuple[int, ...]: (2**50,)}
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            for value in (huge[kind] for kind in kinds if kind in huge):
+                try:
+                    dataclasses.replace(settings, **{name: value})
+                except InputError:
+                    continue
+                passed.add(name)
+    assert passed <= CHECKED_LATER, passed - CHECKED_LATER
+    assert {"width", "epochs", "image_size", "seed"}.isdisjoint(passed)
 
 
 def test_every_number_of_every_setting_is_checked():
