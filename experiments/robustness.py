@@ -95,6 +95,7 @@ def measure_robustness(
     """
     if run.config.noise_std == 0:
         raise InputError(f"Expected noise_std=0.0 of {folder} to be > 0: it sets the test noise.")
+    _validate.in_range("number of test images", len(run.dataset.test.labels), NEIGHBOURS + 1)
     facts = _measure_curvature(run, settings, folder, label, name)
     test_size = facts["settings"]["test_size"]
     split = make_test_split(run.dataset, test_size)
