@@ -12,6 +12,7 @@ from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_l
 
 from experiments import runs
 from experiments.config import CurvatureConfig, InputError
+from experiments.doubt import outputs_of
 from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
@@ -47,7 +48,8 @@ def measure_curvature(
     with the same settings.
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings.
+      InputError: (a ValueError) if there is a measurement with other settings, or logits are not
+        finite.
     """
     if settings.smoothing is None:
         scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
@@ -61,6 +63,7 @@ def measure_curvature(
     count = settings.num_images
     _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
     images, labels = split.images[:count], split.labels[:count]
+    _validate.finite("logits of test images", outputs_of(run, images)[0])
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
     size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,8 +11,8 @@ import numpy as np
 from experiments import runs
 from experiments.execution import batch_size_of
 from experiments.training import TrainedRun, make_splits, variables_of
-from jaxrobust import _validate, data, evaluation, metrics
-from jaxrobust.data import Split
+from jaxrobust import _validate, evaluation, metrics
+from jaxrobust.data import Split, StoredImages
 from jaxrobust.data.augment import to_float
 from jaxrobust.metrics import ClassStatistics
 
@@ -30,7 +30,8 @@ COVERAGE = 0.9
 LEAST = 5
 """Right predictions, and wrong ones, without which an AUROC says too little to choose by."""
 MOST_IMAGES = 5000
-"""Training images that the distances are measured from, and held-out images; drawn by class."""
+"""Training images that the distances are measured from, a share of each class, and held-out images;
+drawn at random with seed 0."""
 
 
 class Doubt(NamedTuple):
@@ -86,16 +87,17 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     if path.is_file():
         return
     splits = make_splits(run.dataset, run.config)
-    train = _some(splits.train)
+    num_classes = len(run.dataset.class_names)
+    train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)
+                                 for label in range(num_classes)])
     features = outputs_of(run, train.images)[1]
     _validate.finite("features of training images", features)
-    statistics = metrics.class_statistics(
-        features, train.labels, len(run.dataset.class_names))
+    statistics = metrics.class_statistics(features, train.labels, num_classes)
     held_out = {"test": run.dataset.test}
     if run.config.select == "validation":
         held_out = {"validation": splits.selection} | held_out
     for name, split in held_out.items():
-        split = _some(split)
+        split = _draw(split, [np.arange(len(split.labels))])
         logits, features = outputs_of(run, split.images)
         _validate.finite(f"logits of {name} images", logits)
         _validate.finite(f"features of {name} images", features)
@@ -110,10 +112,12 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     runs.write_json(path, {**facts, "epoch": run.epoch, "provenance": runs.provenance()})
 
 
-def _some(split: Split) -> Split:
-    if len(split.labels) <= MOST_IMAGES:
-        return split
-    return data.split_off(split, MOST_IMAGES, seed=0)[1]
+def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
+    """Of the rows of each group as many as make :data:`MOST_IMAGES` of all groups, in order."""
+    random, most = np.random.default_rng(0), -(-MOST_IMAGES // len(groups))
+    rows = np.sort(np.concatenate([random.permutation(group)[:most] for group in groups]))
+    take = split.images.take if isinstance(split.images, StoredImages) else split.images.__getitem__
+    return Split(take(rows), split.labels[rows])
 
 
 def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:

@@ -125,7 +125,7 @@ def measure_theory(
 
     Raises:
       InputError: (a ValueError) if there is a measurement with other settings, the run was
-        trained without noise, or the network is not made of affine pieces.
+        trained without noise, the network is not made of affine pieces, or logits are not finite.
     """
     asked = settings_asked(settings)
     path = runs.result_path(folder, "theory", name)
@@ -206,9 +206,10 @@ def _forward(model, variables, images):
 
 def _layers_of(run: TrainedRun, split: Split) -> Layers:
     variables = variables_of(run.state)
-    features, pooled, _ = evaluation.map_batches(
+    features, pooled, logits = evaluation.map_batches(
         lambda images: _forward(run.model, variables, images), split.images,
         batch_size=FORWARD_BATCH_SIZE)
+    _validate.finite("logits", logits)
     return Layers(jnp.asarray(features), pooled, jnp.asarray(split.labels))
 
 
@@ -282,6 +283,7 @@ def _check_rescaling(run, test_split, settings):
             lambda images: _forward(run.model, {**variables, "params": params}, images), images,
             batch_size=FORWARD_BATCH_SIZE)
         features = jnp.asarray(features)
+        _validate.finite("logits", logits)
         return (logits.argmax(axis=1), geometry.class_dispersion(features, labels, len(bias)).max(),
                 geometry.class_margin(features, labels, *head_parameters(params)).min())
 

@@ -59,6 +59,18 @@ def images_and_functions(run, count=10):
     return to_float(jnp.asarray(split.images[:count])), loss, logits
 
 
+@pytest.mark.parametrize("measure", [
+    lambda run, folder: curvature.measure_curvature(run, SETTINGS, folder, "run"),
+    lambda run, _: theory._layers_of(run, run.dataset.test)])
+def test_logits_that_are_not_finite_are_no_class(measure, run, tmp_path):
+    params = run.state.params | {  # Finite, but not the product.
+        layer: jax.tree.map(lambda leaf: leaf * 1e25, run.state.params[layer])
+        for layer in ("features", "head")}
+    with pytest.raises(InputError, match=r"Expected finite logits.*, got \d+ that are NaN or inf"):
+        measure(run._replace(state=run.state.replace(params=params)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_columns_are_the_curvatures_of_each_image(run, table):
     images, loss, logits = images_and_functions(run)
     np.testing.assert_allclose(table["loss"], loss(images), rtol=1e-5)

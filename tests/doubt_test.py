@@ -9,7 +9,7 @@ import pytest
 from command_line import call
 
 from experiments import doubt, predict, recipes, runs, training
-from jaxrobust import metrics
+from jaxrobust import data, metrics
 from jaxrobust._validate import InputError
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -48,6 +48,20 @@ def test_too_few_wrong_or_right_ones_leave_the_probability_and_say_so(num_wrong)
     assert found["score"] == "probability" and found["auroc"] is None
     text = doubt.doubt_text(doubt.Doubt("probability", None, {**found, "held_out": "test"}))
     assert "fewer than 5 wrong or right ones are too few for an AUROC" in text
+
+
+def test_so_many_images_are_drawn_that_no_class_is_left_out(monkeypatch):
+    monkeypatch.setattr(doubt, "MOST_IMAGES", 10)
+    labels = np.r_[np.zeros(50, int), 1, np.full(3, 2)]  # One class of one image.
+    stored = data.StoredImages(
+        lambda rows: [np.full((1, 1, 1), row, np.uint8) for row in rows], 54, (1, 1, 1), "images")
+    for images in (stored, np.arange(54, dtype=np.uint8).reshape(54, 1, 1, 1)):
+        split = data.Split(images, labels)
+        drawn = doubt._draw(split, [np.flatnonzero(labels == label) for label in range(3)])
+        np.testing.assert_array_equal(np.bincount(drawn.labels), [4, 1, 3])
+        np.testing.assert_array_equal(labels[drawn.images[:].ravel()], drawn.labels)
+        assert len(set(drawn.images[:].ravel())) == 8
+        assert len(doubt._draw(split, [np.arange(54)]).labels) == 10
 
 
 @pytest.fixture(name="run", scope="module")
