@@ -11,6 +11,7 @@ import tyro
 
 from experiments import (
     bench,
+    comparison,
     curvature,
     evaluation,
     perturb_figure,
@@ -362,7 +363,12 @@ class Evaluate(_OnRuns):
             check_perturbations(config, self.settings.perturb)
         for folder, run in self._load(layout):
             evaluation.evaluate_run(run, self.settings, folder, folder.name, self.name)
-            say(f"The accuracies are in {runs.result_path(folder, 'evaluation', self.name)}")
+            path = runs.result_path(folder, "evaluation", self.name)
+            runs.barrier("evaluated")
+            found = runs.read_json(path)
+            if "classes" in found:  # Older ones have none.
+                say(comparison.evaluation_text(found))
+            say(f"The accuracies are in {path}")
 
 
 @dataclasses.dataclass(frozen=True)

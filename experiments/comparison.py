@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments.page import count, level_name
 from experiments.study import Run, Study
 
 FEWEST_SEEDS = 3
@@ -137,6 +138,17 @@ def difference(own: Accuracy, peer: Accuracy) -> Difference:
         seeds = t * pooled_std(own.seed_means, peer.seed_means) * math.sqrt(1 / n + 1 / m)
     images = float(stats.norm.ppf(0.975)) * math.hypot(own.error_of_images, peer.error_of_images)
     return Difference(own.mean - peer.mean, seeds, images)
+
+
+def evaluation_text(evaluation: dict) -> str:
+    """One evaluation in a line: accuracies, balanced ones, and that of the commonest class."""
+    named = [*((level_name(test["std_255"]).lower(), test) for test in evaluation["levels"]),
+             *((test["perturb"], test) for test in evaluation["perturbations"])]
+    found = [(name, _accuracy([test], evaluation["num_images"])) for name, test in named]
+    parts = [f"{name} {one.mean:.2f} % (balanced {one.balanced:.2f} %)" for name, one in found]
+    classes = Classes(*map(tuple, evaluation["classes"].values()))
+    parts.append("always “{}” {:.2f} %".format(*classes.commonest))
+    return f"Accuracy on {count(evaluation['num_images'])} test images: {', '.join(parts)}."
 
 
 class Classes(NamedTuple):

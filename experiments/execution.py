@@ -3,13 +3,17 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import pathlib
 import platform
+import re
 import stat
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
@@ -164,7 +168,7 @@ def keep_compilations() -> None:
 
     JAX names a program by what it computes, the versions of JAX and XLA, flags, devices, and on
     CPUs the processor's instructions, so that no other machine's is taken. Any number of processes
-    may use the folder: one that meets a file half written warns and compiles for itself.
+    may use the folder. A file that is not whole, as a full disk leaves it, is removed.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -180,6 +184,22 @@ def keep_compilations() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _remove_oldest(folder, KEPT_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    warnings.showwarning = functools.partial(_remove_unreadable, folder, warnings.showwarning)
+
+
+def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message: Warning,
+                       *arguments) -> None:
+    """As ``warnings.showwarning``: JAX warns of a file that it cannot read, but leaves it, and
+    writes none in its place, so that the program would be compiled anew for ever."""
+    unreadable = re.match(
+        r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+    if unreadable is None:
+        show(message, *arguments)
+        return
+    print(f"A compiled {unreadable[1]} in {folder} cannot be read, and is made anew.",
+          file=sys.stderr, flush=True)
+    for path in folder.glob(f"{unreadable[1]}-*"):  # The message does not say which of the name.
+        path.unlink(missing_ok=True)
 
 
 def _remove_oldest(folder: pathlib.Path, limit: int) -> None:

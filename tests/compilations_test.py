@@ -3,6 +3,7 @@
 import os
 import pathlib
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,32 @@ def test_what_is_compiled_is_found_again(enabled):
         assert len(hits) == found
         jax.clear_caches()
     assert any(folder.iterdir())
+
+
+def test_a_program_that_cannot_be_read_is_made_anew(enabled, capsys, monkeypatch):
+    folder = enabled / "caches" / "jaxrobust" / "xla"
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        execution.keep_compilations()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        values = jnp.arange(3.0)
+
+        def treble(x):
+            return 3 * x
+
+        jax.jit(treble)(values)
+        path, = folder.glob("jit_treble-*-cache")
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100])
+        jax.clear_caches()
+        assert jax.jit(treble)(values).tolist() == [0, 3, 6]
+        warnings.warn("another", stacklevel=1)
+    said, = capsys.readouterr().err.splitlines()
+    assert said == f"A compiled jit_treble in {folder} cannot be read, and is made anew."
+    assert shown == ["another"]
+    assert len(path.read_bytes()) > 100
 
 
 def test_a_folder_named_by_the_environment_is_used_as_it_is(enabled, monkeypatch):

@@ -245,6 +245,17 @@ def test_uneven_classes_are_told_of(tmp_path):
                 if line["source"] == "ours"} == {"75.0000"}
 
 
+def test_an_evaluation_in_a_line():
+    assert comparison.evaluation_text({
+        "num_images": 2020, "classes": {"names": ["rare", "often"], "counts": [10, 2010]},
+        "levels": [{"std_255": 0, "accuracies": [2010 / 2020], "by_class": [0.0, 1.0]}],
+        "perturbations": [{"perturb": "stripes(1,1)", "accuracies": [0.5, 0.7],
+                           "by_class": [0.2, 0.6]}]}) == (
+        # 2,010 of 2,020; the class that is never found counts as much as the other.
+        "Accuracy on 2,020 test images: clean 99.50 % (balanced 50.00 %), stripes(1,1) 60.00 % "
+        "(balanced 40.00 %), always “often” 99.50 %.")
+
+
 def test_even_classes_are_shown_without_a_warning(tmp_path, one_seed):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], by_class=[0.9, 0.8],
                 classes={"names": ["cat", "dog"], "counts": [255, 245]})
