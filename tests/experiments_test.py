@@ -193,7 +193,7 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
     (("train", "digits", "--robust.momentum", "1"), "error: Expected momentum=1.0 in [0, 1)."),
     (("train", "digits", "--batch-size", "1201"), "error: Expected batch_size=1201 <= 1200"),
     (("train", "digits", "--validation-size", "0"), "error: Expected validation_size=0 to be > 0"),
-    (("train", "digits", "--epochs", "0"), "error: Expected epochs=0 in [1, inf)."),
+    (("train", "digits", "--epochs", "0"), "error: Expected epochs=0 in [1, 1048576)."),
     (("evaluate", "nowhere"), "error: Expected a run in nowhere"),
     (("report", "nowhere"), "error: "),
     (("reproduce", "digits", "--rows", "bath"), "Did you mean 'both'?"),
