@@ -86,6 +86,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     path = folder / "doubt.json"
     if path.is_file():
         return
+    runs.barrier("doubt")  # All have looked before one writes.
     splits = make_splits(run.dataset, run.config)
     num_classes = len(run.dataset.class_names)
     train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)

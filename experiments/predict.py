@@ -150,10 +150,10 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
         of which PyTorch's names are not known.
     """
     require_exportable(path)
-    runs.make_folder(path.parent)
     if path.suffix in pytorch.SUFFIXES:
         state_dict = pytorch.to_torch_state_dict(
             run.model, jax.device_get(variables_of(run.state)))
+        runs.make_folder(path.parent)
         with runs.writing(path):
             pytorch.write_state_dict(path, state_dict)
         return
@@ -162,6 +162,7 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     exported = jax.export.export(
         jax.jit(lambda images: classify(run, doubt, images)), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct((batch, *shape), jnp.uint8))
+    runs.make_folder(path.parent)
     with runs.replacing(path) as partial:
         partial.write_bytes(exported.serialize())
     runs.write_text(path.with_suffix(".json"), json.dumps({
