@@ -60,6 +60,12 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        # TensorStore, by which Orbax writes, has the system's number in a text alone.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise InputError(f"Cannot write {path}: {os.strerror(int(code[1]))}.") from error
 
 
 def make_folder(folder: pathlib.Path) -> None:

@@ -143,6 +143,15 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(
     assert path.read_text() == "old" and [path] == list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_an_error_that_names_its_place(tmp_path):
+    with pytest.raises(InputError, match=r"^Cannot write \S+run: No space left on device\.$"):
+        with runs.writing(tmp_path / "run"):  # As TensorStore puts it.
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 9 bytes to file "
+                             "20: No space left on device [os_error_code='28']")
+    with pytest.raises(ValueError, match="^another$"), runs.writing(tmp_path):
+        raise ValueError("another")
+
+
 def test_a_log_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     (tmp_path / "log").mkdir()
     with pytest.raises(InputError, match=r"^Cannot write \S+log: Is a directory\.$"):
