@@ -652,7 +652,8 @@ def _default_of(kind: type[Train] | type[Sweep], arguments: list[str]):
 def main() -> None:
     """Runs the command of the command line; bad input is one line and status 2."""
     # Its warnings, such as that of a data set which is not there, have errors of their own here.
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # So have its errors: Orbax logs each with a traceback before it raises it.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     keep_freed_memory()
     try:
         command = parse(sys.argv[1:])
