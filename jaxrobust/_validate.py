@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-import numbers
+import operator
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -39,24 +39,34 @@ def installed(module: str, library: str, what: str, install: str) -> types.Modul
 
 def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
              open_high: bool = True) -> None:
-    """Raises InputError unless ``low <= value < high`` (either end open or closed).
+    """Raises InputError unless ``value`` is a number, ``low <= value < high`` (either end open or
+    closed).
 
     A value that is traced by a JAX transformation is not known yet, and passes.
     """
     if isinstance(value, jax.core.Tracer):
         return
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if not (above and below):
+    try:
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        inside = bool(above and below)
+    except (TypeError, ValueError):  # Not comparable with numbers, or an array of several.
+        inside = False
+    if not inside:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise InputError(f"Expected {name}={value} in {left}{low}, {high}{right}.")
 
 
-def integer(name: str, value: int, low: int) -> None:
-    """Raises InputError unless ``value`` is an integer, Python's or NumPy's, at least ``low``."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low:
+def integer(name: str, value: int, low: int) -> int:
+    """The value as an ``int``. Raises InputError unless it is an integer, also one of NumPy's, at
+    least ``low``."""
+    try:
+        number = None if isinstance(value, bool | np.bool) else operator.index(value)
+    except TypeError:  # A float, a text, or an integer that is traced and not known yet.
+        number = None
+    if number is None or number < low:
         raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
+    return number
 
 
 def one_of(name: str, value: str, valid: Iterable[str]) -> None:
@@ -71,12 +81,16 @@ def one_of(name: str, value: str, valid: Iterable[str]) -> None:
 def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
 
-    A dimension ``...`` at the end admits any further ones, and a number is that size. Returns
-    the size of each named dimension. Raises InputError at the first argument that does not fit.
+    A dimension ``...`` at the end admits any further ones, and a number is that size; a named
+    dimension is at least 1. Returns the size of each named dimension. Raises InputError at the
+    first argument that does not fit.
     """
     sizes: dict[str, int] = {}
     for name, (array, spec) in arguments.items():
         dims = spec.split()
+        wanted = f"Expected {name} of shape [{', '.join(dims)}]"
+        if not hasattr(array, "shape"):
+            raise InputError(f"{wanted}, got a {type(array).__name__}, which is no array.")
         expected = [... if dim == "..." else int(dim) if dim.isdigit() else sizes.get(dim)
                     for dim in dims]
         try:
@@ -84,27 +98,52 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
         except AssertionError as error:
             known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
             where = f" with {known}" if known else ""
-            raise InputError(
-                f"Expected {name} of shape [{', '.join(dims)}]{where}, got {array.shape}."
-            ) from error
-        sizes.update(
-            (dim, size) for dim, size in zip(dims, array.shape, strict=False) if dim != "...")
+            raise InputError(f"{wanted}{where}, got {array.shape}.") from error
+        named = {dim: size for dim, size in zip(dims, array.shape, strict=False)
+                 if dim != "..." and not dim.isdigit()}
+        if 0 in named.values():
+            raise InputError(f"{wanted}, no size 0, got {array.shape}.")
+        sizes.update(named)
     return sizes
+
+
+def floats(name: str, value: jax.Array) -> jax.Array:
+    """An array of floats, in float32 if it is narrower; InputError if they are not floats.
+
+    In bfloat16 a sum of ones ends at 256.
+    """
+    value = _as_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(f"Expected {name} of a floating dtype, got {value.dtype}.")
+    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(
+        np.promote_types(value.dtype, np.float32)))
 
 
 def class_numbers(name: str, value: jax.Array) -> jax.Array:
     """Labels as int32, so that none wraps where classes are compared or indexed with it.
 
-    What no int32 holds becomes -1, which is no class. Raises InputError unless ``value`` is of an
-    integer dtype.
+    What no int32 holds becomes -1, which is no class. Raises InputError unless ``value`` is an
+    array, or a list, of integers.
     """
-    value = jnp.asarray(value)
+    value = _as_array(name, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise InputError(f"Expected {name} of an integer dtype, got {value.dtype}.")
-    if value.dtype.itemsize < 4 or value.dtype == jnp.int32:
-        return value.astype(jnp.int32)
-    held = (value >= 0) & (value <= jnp.iinfo(jnp.int32).max)
-    return jnp.where(held, value.astype(jnp.int32), -1)
+    if value.dtype.itemsize < 4 or value.dtype == np.int32:
+        return jnp.asarray(value, np.int32)
+    # In NumPy if they are NumPy's: jnp.asarray wraps what is too large for int32.
+    numpy = np if isinstance(value, np.ndarray) else jnp
+    held = (value >= 0) & (value <= np.iinfo(np.int32).max)
+    return jnp.asarray(numpy.where(held, value.astype(np.int32), np.int32(-1)))
+
+
+def _as_array(name: str, value) -> jax.Array | np.ndarray:
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # Rows of different lengths.
+        raise InputError(f"Expected {name} to be an array, got {type(value).__name__} of "
+                         "different lengths.") from error
 
 
 def labels(name: str, value: np.ndarray, num_classes: int) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrobust import _validate
+from jaxrobust import _validate, parallel
 
 TABLE_SIZE = 2**22
 """Numbers of a table of examples or classes by classes that are in memory together."""
@@ -15,12 +15,15 @@ TABLE_SIZE = 2**22
 class CentroidState(NamedTuple):
     """What is remembered of the class centroids from one update to the next."""
 
-    mean: jax.Array  # shape=[C, d], dtype=float32; carries no gradient
+    mean: jax.Array  # shape=[C, d], a floating dtype; carries no gradient
     seen: jax.Array  # shape=[C], dtype=bool; classes that have had an example
 
 
 class Centroids(NamedTuple):
-    """The centroids of one update; both kinds are differentiable in the features."""
+    """The centroids of one update; both kinds are differentiable in the features.
+
+    They are of the state's dtype, but float32 at least.
+    """
 
     current: jax.Array  # shape=[C, d]; means over this batch ("naive"), 0 where absent
     running: jax.Array  # shape=[C, d]; with momentum
@@ -33,12 +36,35 @@ def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> Centroid
     Args:
       num_classes: C, the number of classes.
       dim: d, the number of feature dimensions.
-      dtype: in which the centroids, and the losses built on them, are computed.
+      dtype: in which the means are stored. Centroids and losses are computed in it too, or in
+        float32 if it is narrower, such as bfloat16; a mean with momentum then stops where a
+        batch moves it by less than half a digit.
+
+    Raises:
+      InputError: (a ValueError) if a size is not an integer, or below 1, or the dtype is none of
+        floats.
     """
-    _validate.in_range("num_classes", num_classes, 1)
-    _validate.in_range("dim", dim, 1)
+    num_classes = _validate.integer("num_classes", num_classes, 1)
+    dim = _validate.integer("dim", dim, 1)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise _validate.InputError(
+            f"Expected dtype={jnp.dtype(dtype).name} of the centroids to be a floating one.")
     return CentroidState(
         mean=jnp.zeros((num_classes, dim), dtype), seen=jnp.zeros((num_classes,), bool))
+
+
+def counted(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Which examples count, [B] bool: those with a label in [0, num_classes)."""
+    return (labels >= 0) & (labels < num_classes)
+
+
+def counted_rows(values: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    """``values`` [B, ...] with 0 in the rows of examples that do not count.
+
+    A NaN among those would spoil a sum that multiplies it by 0, and every gradient.
+    """
+    counts = counted(labels, num_classes)
+    return jnp.where(counts.reshape(counts.shape + (1,) * (values.ndim - 1)), values, 0)
 
 
 def class_sums(
@@ -46,21 +72,27 @@ def class_sums(
 ) -> jax.Array:
     """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
 
-    A label outside [0, C) counts for no class. On CPUs this is a scatter-add, one example after
-    the other; elsewhere a product with the one-hot labels, because scatter-add is not
-    deterministic on GPUs.
+    They are added up in float32, if ``values`` are not wider. A label outside [0, C) counts for
+    no class, whatever its row holds. On CPUs this is a scatter-add, one example after the other;
+    elsewhere a product with the one-hot labels, because scatter-add is not deterministic on GPUs.
     """
-    sums = jax.lax.platform_dependent(
-        jnp.asarray(values), jnp.asarray(labels),
-        cpu=functools.partial(_scattered_sums, num_classes=num_classes),
-        default=functools.partial(_multiplied_sums, num_classes=num_classes))
+    def by_platform(values, labels):
+        return jax.lax.platform_dependent(
+            values, labels, cpu=functools.partial(_scattered_sums, num_classes=num_classes),
+            default=functools.partial(_multiplied_sums, num_classes=num_classes))
+
+    sums = parallel.over_any_mesh(by_platform)(
+        _validate.floats("values", values), _validate.class_numbers("labels", labels))
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
 def class_counts(
     labels: jax.Array, num_classes: int, dtype: jnp.dtype, axis_name: str | None = None
 ) -> jax.Array:
-    """How many examples of each class there are, [C], over all devices of ``axis_name``."""
+    """How many examples of each class there are, [C], over all devices of ``axis_name``.
+
+    Of ``dtype``, or float32 if it is narrower: bfloat16 counts to 256.
+    """
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 
 
@@ -69,10 +101,15 @@ def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
 
     The transpose of :func:`class_sums`, on each platform in the same way: the gradient of
     picking rows is a scatter-add. A product takes a block of examples at a time, so that memory
-    is O(B d + C d).
+    is O(B d + C d). The rows, and the sums of their gradients, are in float32 if ``table`` is not
+    wider.
     """
-    return jax.lax.platform_dependent(
-        jnp.asarray(table), jnp.asarray(labels), cpu=_gathered_rows, default=_multiplied_rows)
+    def by_platform(table, labels):
+        return jax.lax.platform_dependent(
+            table, labels, cpu=_gathered_rows, default=_multiplied_rows)
+
+    return parallel.over_any_mesh(by_platform, split_as=1)(
+        _validate.floats("table", table), _validate.class_numbers("labels", labels))
 
 
 def _scattered_sums(values, labels, num_classes):
@@ -81,6 +118,7 @@ def _scattered_sums(values, labels, num_classes):
 
 def _multiplied_sums(values, labels, num_classes):
     # In full precision, because TPUs and GPUs would otherwise round the factors.
+    values = counted_rows(values, labels, num_classes)
     members = jax.nn.one_hot(labels, num_classes, dtype=values.dtype)
     return jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
 
@@ -119,8 +157,10 @@ def update_centroids(
 
     Args:
       state: what the last update returned, or :func:`init_centroids`.
-      features: [B, d], features q of *clean* images; cast to the dtype of ``state.mean``.
-      labels: [B], integers in [0, C); others count for no class.
+      features: [B, d], features q of *clean* images; cast to the dtype of ``state.mean``, or
+        float32 if that is narrower.
+      labels: [B], integers in [0, C). Others, such as -1, mark examples that do not count:
+        whatever their features are, centroids and gradients are as without them.
       momentum: gamma in [0, 1); 0 makes ``running`` equal ``current``.
       axis_name: the device axis over which the batch is split, under ``pmap`` or
         ``shard_map``. Sums and counts are added up before they are divided, so the
@@ -130,7 +170,8 @@ def update_centroids(
       ``(centroids, new_state)``.
 
     Raises:
-      InputError: (a ValueError) if shapes do not match or momentum is outside [0, 1).
+      InputError: (a ValueError) if shapes do not match or a size is 0, features are not floats or
+        labels not integers, or momentum is outside [0, 1).
 
     >>> state = init_centroids(2, 1)
     >>> features, labels = jnp.array([[1.0], [3.0]]), jnp.array([0, 0])
@@ -141,19 +182,24 @@ def update_centroids(
     Source: Section 4.4; what a class's first batch does follows the authors' release.
     """
     _validate.in_range("momentum", momentum, 0, 1)
-    _validate.shapes(**{"features": (features, "B d"), "labels": (labels, "B"),
-                        "state.mean": (state.mean, "C d"), "state.seen": (state.seen, "C")})
-    features = features.astype(state.mean.dtype)
-    num_classes = state.mean.shape[0]
+    features, labels = (
+        _validate.floats("features", features), _validate.class_numbers("labels", labels))
+    state = CentroidState(*map(jnp.asarray, state))
+    mean, seen = _validate.floats("state.mean", state.mean), state.seen
+    num_classes = _validate.shapes(**{
+        "features": (features, "B d"), "labels": (labels, "B"), "state.mean": (mean, "C d"),
+        "state.seen": (seen, "C")})["C"]
+    features = features.astype(mean.dtype)
     sums = class_sums(features, labels, num_classes, axis_name)
     counts = class_counts(labels, num_classes, features.dtype, axis_name)
 
     present = counts > 0
     current = sums / jnp.maximum(counts, 1)[:, None]
-    stored = jax.lax.stop_gradient(state.mean)
+    stored = jax.lax.stop_gradient(mean)
+    momentum = jnp.asarray(momentum, mean.dtype)
     moved = momentum * stored + (1 - momentum) * current
-    running = jnp.where(state.seen[:, None], moved, current)
+    running = jnp.where(seen[:, None], moved, current)
     running = jnp.where(present[:, None], running, stored)
     new_state = CentroidState(
-        mean=jax.lax.stop_gradient(running), seen=state.seen | present)
+        mean=jax.lax.stop_gradient(running).astype(state.mean.dtype), seen=seen | present)
     return Centroids(current, running, present), new_state

@@ -1,13 +1,14 @@
 """Feature-space geometry of a softmax classifier: boundaries, margins, dispersion, T_nu."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrobust import _validate
-from jaxrobust.centroids import class_rows
+from jaxrobust import _validate, parallel
+from jaxrobust.centroids import class_rows, counted, counted_rows
 
 
 def safe_norm(vectors: jax.Array) -> jax.Array:
@@ -38,32 +39,44 @@ def class_rows_of(kernel: jax.Array, bias: jax.Array) -> ClassRows:
 
 
 _ROUNDING = 64
-"""Squared distances below this many roundings of their terms count as 0."""
+"""Squared distances of rows up to this many roundings of their terms do not tell them apart."""
 
 
-def _distance(gaps: jax.Array, squared: jax.Array, scale: jax.Array) -> jax.Array:
-    """Gaps over norms, given as squares; 0 where these are only the rounding of ``scale``."""
-    separated = squared > _ROUNDING * jnp.finfo(squared.dtype).eps * scale
+def _distance(gaps: jax.Array, squared: jax.Array, separated: jax.Array) -> jax.Array:
+    """Gaps over norms, given as squares; +inf, without a gradient, of rows not separated."""
     # The mask goes inside: masking the result would still differentiate 0 / 0.
-    return jnp.where(separated, gaps, 0) * jax.lax.rsqrt(jnp.where(separated, squared, 1))
+    return jnp.where(
+        separated, gaps * jax.lax.rsqrt(jnp.where(separated, squared, 1)), jnp.inf)
 
 
 def distances_to_all(points: jax.Array, own: ClassRows, others: ClassRows) -> jax.Array:
-    """Signed distances [N, C] of points [N, d] of the classes ``own`` [N] to all, [C]."""
+    """Signed distances [N, C] of points [N, d] of the classes ``own`` [N] to all, [C].
+
+    Here it is decided which rows are separated: they are where the distance is not +inf.
+    """
     def with_all(left):
         return jnp.dot(left, others.rows.T, precision=jax.lax.Precision.HIGHEST)
 
     gaps = (jnp.sum(points * own.rows, axis=1) + own.bias)[:, None] - (
         with_all(points) + others.bias[None])
     scale = own.squares[:, None] + others.squares[None]
-    return _distance(gaps, scale - 2 * with_all(own.rows), scale)
+    squared = scale - 2 * with_all(own.rows)
+    # Said so that a row that is not a number counts as separated, and shows.
+    close = squared <= _ROUNDING * jnp.finfo(squared.dtype).eps * scale
+    return _distance(gaps, squared, ~close)
 
 
-def distances_to_one(points: jax.Array, own: ClassRows, others: ClassRows) -> jax.Array:
-    """Signed distances [N] of points [N, d] of the classes ``own`` [N] to ``others`` [N]."""
+def distances_to_one(
+    points: jax.Array, own: ClassRows, others: ClassRows, separated: jax.Array
+) -> jax.Array:
+    """Signed distances [N] of points [N, d] of the classes ``own`` [N] to ``others`` [N].
+
+    ``separated`` [N] says what :func:`distances_to_all` decided of the two; it is +inf for others.
+    """
     normals = own.rows - others.rows
-    return _distance(jnp.sum(points * normals, axis=1) + own.bias - others.bias,
-                     jnp.sum(jnp.square(normals), axis=1), own.squares + others.squares)
+    squared = jnp.sum(jnp.square(normals), axis=1)
+    return _distance(jnp.sum(points * normals, axis=1) + own.bias - others.bias, squared,
+                     separated & (squared != 0))
 
 
 def signed_boundary_distance(
@@ -79,28 +92,34 @@ def signed_boundary_distance(
     which is Eq. 10 with the sign that Eq. 9 gives it: positive on the right side.
 
     Args:
-      points: [N, d] features.
+      points: [N, d] features; like all else computed in float32 if narrower.
       labels: [N] classes c of the points, in [0, C).
       kernel: [d, C], the softmax layer's kernel, :math:`W^T`.
       bias: [C].
 
     Returns:
-      [N, C], in the units of the features; +inf at the own class. Where two classes have
-      the same row of W there is no hyperplane between them: the distance is 0 and has no
-      gradient. Rows :math:`W_c, W_i` count as the same where only rounding tells them apart:
-      less the mean row, where
+      [N, C], in the units of the features. It is +inf, without a gradient, where there is no
+      hyperplane: at the own class, for a label outside [0, C), and between two classes with the
+      same row of W, which a smallest distance therefore leaves out. (Of such two the one with the
+      smaller bias is never predicted.) Rows :math:`W_c, W_i` count as the same where only
+      rounding tells them apart: less the mean row, where
       :math:`\|W_c - W_i\|^2 \le 64\, \mathrm{eps}\, (\|W_c\|^2 + \|W_i\|^2)`, with eps of the
       dtype; in float32 that is about 0.4 % of their length. Memory is O(N C + C d).
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match or a size is 0, or a dtype is wrong.
     """
-    _validate.shapes(points=(points, "N d"), labels=(labels, "N"), kernel=(kernel, "d C"),
-                     bias=(bias, "C"))
+    points, kernel, bias = (_validate.floats(name, value) for name, value in (
+        ("points", points), ("kernel", kernel), ("bias", bias)))
+    labels = _validate.class_numbers("labels", labels)
+    num_classes = _validate.shapes(points=(points, "N d"), labels=(labels, "N"),
+                                   kernel=(kernel, "d C"), bias=(bias, "C"))["C"]
     everything = class_rows_of(kernel, bias)
     own = jax.tree.map(lambda table: class_rows(table, labels), everything)
-    distances = distances_to_all(points, own, everything)
-    return jnp.where(jax.nn.one_hot(labels, bias.shape[0], dtype=bool), jnp.inf, distances)
+    distances = distances_to_all(counted_rows(points, labels, num_classes), own, everything)
+    with_hyperplane = ~jax.nn.one_hot(labels, num_classes, dtype=bool) & counted(
+        labels, num_classes)[:, None]
+    return jnp.where(with_hyperplane, distances, jnp.inf)
 
 
 def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
@@ -109,8 +128,8 @@ def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -
     .. math:: \mathrm{dispersion}(c) = \max_{x_1, x_2 \in C_c} \|q(x_1) - q(x_2)\|
 
     Args:
-      features: [N, d].
-      labels: [N], in [0, C).
+      features: [N, d]; computed with in float32 if narrower.
+      labels: [N], in [0, C); examples with others do not count.
       num_classes: C.
 
     Returns:
@@ -118,9 +137,17 @@ def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -
       is O(N d): one example is compared with all others at a time.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match or a size is 0, or a dtype is wrong.
     """
+    features, labels = (
+        _validate.floats("features", features), _validate.class_numbers("labels", labels))
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
+    num_classes = _validate.integer("num_classes", num_classes, 1)
+    return parallel.over_any_mesh(functools.partial(_dispersion, num_classes))(features, labels)
+
+
+def _dispersion(num_classes, features, labels):
+    features = counted_rows(features, labels, num_classes)
 
     def farthest(example):
         feature, label = example
@@ -142,19 +169,24 @@ def class_margin(
 
     Args:
       features: [N, d].
-      labels: [N], in [0, C).
+      labels: [N], in [0, C); examples with others do not count.
       kernel: [d, C].
       bias: [C].
 
     Returns:
-      [C], in the units of the features; +inf for a class without examples.
+      [C], in the units of the features; +inf for a class without examples, and for one without a
+      hyperplane (:func:`signed_boundary_distance`).
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match or a size is 0, or a dtype is wrong.
     """
+    def smallest(features, labels, kernel, bias):
+        distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
+        return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
+
+    labels = _validate.class_numbers("labels", labels)
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
-    distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
-    return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
+    return parallel.over_any_mesh(smallest)(features, labels, kernel, bias)
 
 
 def rescale_head(

@@ -3,6 +3,11 @@
 All functions act on features q, [B, d], of the penultimate layer. Under ``pmap`` or
 ``shard_map`` give ``axis_name``: every term is then that of the whole batch, the same on
 every device, and gradients are to be averaged over the devices once.
+
+Examples whose label is outside [0, C), such as -1, do not count: value and gradients of every
+term are as without them, whatever their features are, NaN too. A batch in which none counts has
+loss 0. All is computed in float32, or in the dtype of the centroids if that is wider; features
+are cast to it.
 """
 
 import dataclasses
@@ -11,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import (
@@ -19,15 +23,33 @@ from jaxrobust.centroids import (
     CentroidState,
     class_counts,
     class_rows,
+    counted,
+    counted_rows,
     update_centroids,
 )
 from jaxrobust.geometry import class_rows_of, distances_to_all, distances_to_one, safe_norm
 
 
-def mean_over_batch(values: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Mean of per-example values [B], over all devices of ``axis_name``."""
-    mean = jnp.mean(values)
-    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+def mean_over_batch(
+    values: jax.Array, axis_name: str | None = None, *, counts: jax.Array | None = None
+) -> jax.Array:
+    """Mean of per-example values [B] over the examples that count, of all devices of ``axis_name``.
+
+    Args:
+      values: [B]; added up in float32 if narrower.
+      axis_name: the device axis over which the batch is split, if any.
+      counts: [B] bool, the examples that count; all of them if it is None.
+
+    Returns:
+      [], float32 or wider; 0 if no example counts.
+    """
+    values = _validate.floats("values", values)
+    counts = jnp.ones(values.shape, bool) if counts is None else counts
+    total = jnp.sum(jnp.where(counts, values, 0))
+    number = jnp.sum(counts.astype(values.dtype))
+    if axis_name is not None:
+        total, number = jax.lax.psum((total, number), axis_name)
+    return total / jnp.maximum(number, 1)
 
 
 def _mean_over_present(values: jax.Array, present: jax.Array) -> jax.Array:
@@ -85,11 +107,6 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(counts, missed + jnp.log1p(jnp.sum(jnp.exp(gaps), axis=1)), 0)
 
 
-def counted(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Which examples count, [B] bool: those with a label in [0, num_classes)."""
-    return (labels >= 0) & (labels < num_classes)
-
-
 def compactness_loss(
     features: jax.Array,
     labels: jax.Array,
@@ -110,8 +127,8 @@ def compactness_loss(
     L_noisy (Eq. 12).
 
     Args:
-      features: [B, d]; cast to the dtype of ``centroids``.
-      labels: [B], integers in [0, C); others count for no class.
+      features: [B, d]; cast to the dtype of ``centroids``, or float32 if that is narrower.
+      labels: [B], integers in [0, C); examples with others do not count.
       centroids: [C, d], with momentum in the paper. The gradient flows into them.
       delta_v: radius of the ball, in the units of the features, >= 0.
       squared: whether the hinge is squared, as in the paper (Appendix A.1 discusses both).
@@ -135,9 +152,14 @@ def compactness_loss(
     """
     _validate.in_range("delta_v", delta_v, 0)
     _check_linear_beyond("linear_beyond", linear_beyond, squared)
-    _validate.shapes(features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))
+    features, centroids = (
+        _validate.floats("features", features), _validate.floats("centroids", centroids))
+    labels = _validate.class_numbers("labels", labels)
+    num_classes = _validate.shapes(
+        features=(features, "B d"), labels=(labels, "B"), centroids=(centroids, "C d"))["C"]
     own, shares = _own_centroids(centroids, labels, axis_name)
-    return _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name)
+    return _pull(counted_rows(features, labels, num_classes), own, shares, delta_v, squared,
+                 linear_beyond, axis_name)
 
 
 def _check_linear_beyond(name: str, value: float | None, squared: bool) -> None:
@@ -159,9 +181,11 @@ def _own_centroids(centroids, labels, axis_name):
 
 
 def _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name):
-    """Eq. 8 or 12, from what :func:`_own_centroids` returns."""
+    """Eq. 8 or 12, from what :func:`_own_centroids` returns; features that do not count are 0."""
+    delta_v = jnp.asarray(delta_v, own.dtype)
     hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
     if linear_beyond is not None:
+        linear_beyond = jnp.asarray(linear_beyond, own.dtype)
         near = jnp.minimum(hinge, linear_beyond)
         hinge = near * (2 * hinge - near)
     elif squared:
@@ -189,11 +213,14 @@ def margin_loss(
     Written with :func:`~jaxrobust.geometry.signed_boundary_distance` s the hinge is
     :math:`[\delta_d - s_{ci}]_+`. The two differ only for a centroid exactly on a boundary,
     where the paper's sign(0) = 0 has no gradient and this one points to the right side.
-    Where several boundaries are equally bad, the gradient is that of one of them. Memory is
-    O(C d): at most 2^22 distances, and one class's, are in memory together.
+    Where several boundaries are equally bad, the gradient is that of one of them. Two classes
+    whose rows of W are the same, up to rounding, have no boundary, and are left out of the maximum
+    or the mean; a class that has none has hinge 0. Memory is O(C d): at most 2^22 distances, and
+    one class's, are in memory together.
 
     Args:
-      centroids: [C, d]; of the batch alone ("naive") in the paper.
+      centroids: [C, d]; of the batch alone ("naive") in the paper. All is computed in their
+        dtype, or float32 if that is narrower.
       present: [C] bool, the classes the loss runs over.
       kernel: [d, C], the softmax layer's, :math:`W^T`; it receives gradient, as does bias.
       bias: [C].
@@ -224,10 +251,13 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
     """:func:`margin_loss`, for at most ``at_most`` classes that are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
+    centroids, kernel, bias = (_validate.floats(name, value) for name, value in (
+        ("centroids", centroids), ("kernel", kernel), ("bias", bias)))
     num_classes = _validate.shapes(
         centroids=(centroids, "C d"), present=(present, "C"), kernel=(kernel, "d C"),
         bias=(bias, "C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
+    delta_d = jnp.asarray(delta_d, centroids.dtype)
     numbers = jnp.arange(num_classes, dtype=jnp.int32)
     every = class_rows_of(kernel.astype(centroids.dtype), bias.astype(centroids.dtype))
     labels, own = numbers, every
@@ -246,29 +276,37 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
         label, centroid, own = jax.tree.map(lambda value: value[None], example)
         return jnp.where(numbers == label, jnp.inf, distances_to_all(centroid, own, every)[0])
 
+    def mean_hinge(example):
+        to_all = distances(example, every)
+        # Those that are +inf have hinge 0, and are no boundaries.
+        number = jnp.sum((to_all != jnp.inf).astype(to_all.dtype))
+        return jnp.sum(hinge(to_all)) / jnp.maximum(number, 1)
+
     examples, batch_size = (labels, centroids, own), max(1, table_size // num_classes)
     if boundaries == "mean":
         # Computed anew in the backward pass, so that no distances are kept for it.
-        sums = jax.lax.map(
-            jax.checkpoint(lambda example: jnp.sum(hinge(distances(example, every)))),
-            examples, batch_size=batch_size)
-        return _mean_over_present(sums / (num_classes - 1), present)
+        means = jax.lax.map(jax.checkpoint(mean_hinge), examples, batch_size=batch_size)
+        return _mean_over_present(means, present)
 
     # Which boundary is the worst is a choice without a gradient; that goes through one distance.
     fixed_examples, fixed = jax.lax.stop_gradient((examples, every))
-    others = jax.lax.map(
+    others, separated = jax.lax.map(
         lambda example: _first_smallest(distances(example, fixed)), fixed_examples,
         batch_size=batch_size)
     other = jax.tree.map(lambda table: class_rows(table, others), every)
-    return _mean_over_present(hinge(distances_to_one(centroids, own, other)), present)
+    return _mean_over_present(
+        hinge(distances_to_one(centroids, own, other, separated)), present)
 
 
 def _first_smallest(values):
-    """The first index of the smallest value, up to rounding; on CPUs much faster than argmin."""
+    """The first index of the smallest value, up to rounding, and whether that is not +inf.
+
+    On CPUs much faster than argmin. A value that is not a number is the smallest.
+    """
     smallest = jnp.min(values)
     limit = smallest + 4 * jnp.finfo(values.dtype).eps * jnp.abs(smallest)
     numbers = jnp.arange(len(values), dtype=jnp.int32)
-    return jnp.min(jnp.where(values <= limit, numbers, len(values) - 1))
+    return (jnp.min(jnp.where(values <= limit, numbers, len(values) - 1)), smallest != jnp.inf)
 
 
 def centroid_norm_loss(centroids: jax.Array, present: jax.Array) -> jax.Array:
@@ -288,12 +326,14 @@ def centroid_norm_loss(centroids: jax.Array, present: jax.Array) -> jax.Array:
 
     Source: Eq. 11.
     """
+    centroids = _validate.floats("centroids", centroids)
     _validate.shapes(centroids=(centroids, "C d"), present=(present, "C"))
     return _mean_over_present(safe_norm(centroids), present)
 
 
 def stability_loss(
-    features: jax.Array, noisy_features: jax.Array, *, axis_name: str | None = None
+    features: jax.Array, noisy_features: jax.Array, *, counts: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     r"""Distance between the features of an image and of its noisy version.
 
@@ -302,20 +342,26 @@ def stability_loss(
     Args:
       features: [B, d]; cast to float32 if narrower.
       noisy_features: [B, d], row by row of the same images.
+      counts: [B] bool, the examples that count, such as ``(labels >= 0) & (labels < num_classes)``;
+        all of them if it is None.
       axis_name: the device axis over which the batch is split, if any.
 
     Returns:
-      The loss, [].
+      The loss, []; 0 for a batch in which no example counts.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match, or features are not floats.
 
     Source: Zheng et al. (2016), as in Section 7.1: the distance is not squared.
     """
+    features, noisy_features = (_validate.floats("features", features),
+                                _validate.floats("noisy_features", noisy_features))
     _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"))
-    dtype = np.promote_types(features.dtype, jnp.float32)
-    return mean_over_batch(
-        safe_norm(features.astype(dtype) - noisy_features.astype(dtype)), axis_name)
+    differences = features - noisy_features
+    if counts is not None:
+        _validate.shapes(features=(features, "B d"), counts=(counts, "B"))
+        differences = jnp.where(counts[:, None], differences, 0)
+    return mean_over_batch(safe_norm(differences), axis_name, counts=counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,10 +445,10 @@ def robust_loss(
     Args:
       features: [B, d], of clean images.
       noisy_features: [B, d], of noisy images of the same classes.
-      labels: [B], integers in [0, C).
+      labels: [B], integers in [0, C); examples with others do not count, in any term.
       kernel: [d, C], of the softmax layer.
       bias: [C], of the softmax layer.
-      state: the centroids so far; its dtype is that of the loss.
+      state: the centroids so far; its dtype is that of the loss, or float32 if it is narrower.
       config: weights and options.
       axis_name: the device axis over which the batch is split, if any.
 
@@ -414,7 +460,14 @@ def robust_loss(
 
     Source: Eq. 7 and 13, Section 4.4.
     """
-    _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"))
+    features, noisy_features = (_validate.floats("features", features),
+                                _validate.floats("noisy_features", noisy_features))
+    labels = _validate.class_numbers("labels", labels)
+    _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"),
+                     labels=(labels, "B"))
+    num_classes = state.mean.shape[0]
+    features, noisy_features = (
+        counted_rows(rows, labels, num_classes) for rows in (features, noisy_features))
     centroids, new_state = update_centroids(
         state, features, labels, momentum=config.momentum, axis_name=axis_name)
     chosen = {"momentum": centroids.running, "naive": centroids.current}
@@ -432,6 +485,9 @@ def robust_loss(
         norm=centroid_norm_loss(chosen[config.norm_centroids], centroids.present),
         align=pull(noisy_features),
     )
-    total = (config.alpha * terms.compact + config.beta * terms.margin
-             + config.gamma_reg * terms.norm + config.lam * terms.align)
+    alpha, beta, gamma_reg, lam = (
+        jnp.asarray(weight, terms.compact.dtype)
+        for weight in (config.alpha, config.beta, config.gamma_reg, config.lam))
+    total = (alpha * terms.compact + beta * terms.margin + gamma_reg * terms.norm
+             + lam * terms.align)
     return total, terms, new_state

@@ -3,6 +3,13 @@
 An objective sees the model as a function ``forward(batch_stats, images)`` and knows nothing of
 optimisers or devices. It returns the loss of the whole batch, also where the batch is split
 over an ``axis_name``.
+
+**Labels that do not count.** An example whose label is outside [0, C), such as -1, does not count
+(what PyTorch calls ``ignore_index``): every term of every objective, its gradients, the centroids
+and the accuracies are as without it, whatever its logits and features are, NaN too. Means are
+over the examples that count, of all devices; if there are none, the loss is 0. Only the network
+sees its images: they do enter the batch statistics of batch norm, and what is NaN in them can
+spread there to others. Labels are integers of any width; bool is an error.
 """
 
 import dataclasses
@@ -11,11 +18,17 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, update_centroids
-from jaxrobust.losses import RobustLossConfig, mean_over_batch, robust_loss, stability_loss
+from jaxrobust.losses import (
+    RobustLossConfig,
+    counted,
+    mean_over_batch,
+    robust_loss,
+    softmax_cross_entropy,
+    stability_loss,
+)
 from jaxrobust.models.common import Outputs
 
 BatchStats = Any
@@ -28,7 +41,7 @@ class Batch(NamedTuple):
 
     clean: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
     noisy: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
-    labels: jax.Array  # shape=[B], dtype=int32
+    labels: jax.Array  # shape=[B], dtype=int32; outside [0, C) for what does not count
 
 
 class Evaluated(NamedTuple):
@@ -60,14 +73,35 @@ class Method:
 def softmax_loss(
     logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
-    r"""Mean cross-entropy :math:`-\log \sigma(z)_y` (Eq. 3 and 4) of logits [B, C], a []."""
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return mean_over_batch(losses, axis_name)
+    r"""Mean cross-entropy :math:`-\log \sigma(z)_y` over the examples that count.
+
+    Args:
+      logits: [B, C]; cast to float32 if narrower.
+      labels: [B], integers; an example with one outside [0, C) does not count.
+      axis_name: the device axis over which the batch is split, if any.
+
+    Returns:
+      The loss, [], in nats; 0 if no example counts.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match, logits are not floats or labels not
+        integers.
+
+    Source: Eq. 3 and 4.
+    """
+    logits = _validate.floats("logits", logits)
+    labels = _validate.class_numbers("labels", labels)
+    losses = softmax_cross_entropy(logits, labels)
+    return mean_over_batch(losses, axis_name, counts=counted(labels, logits.shape[1]))
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:
-    correct = jnp.argmax(logits, axis=-1) == labels
-    return mean_over_batch(correct.astype(jnp.float32), axis_name)
+    """Of the examples that count; logits that are not finite predict no class."""
+    labels = _validate.class_numbers("labels", labels)
+    # argmax would take what is not a number for the largest.
+    predicted = jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), -1)
+    return mean_over_batch((predicted == labels).astype(jnp.float32), axis_name,
+                           counts=counted(labels, logits.shape[1]))
 
 
 def _one_view(view: str) -> Objective:
@@ -130,21 +164,28 @@ def _two_views(
         metrics = {"softmax": loss,
                    "accuracy_clean": _accuracy(clean.logits, batch.labels, axis_name),
                    "accuracy_noisy": _accuracy(noisy.logits, batch.labels, axis_name), **terms}
-        return loss + weight * added, Evaluated(batch_stats, centroids, metrics)
+        return loss + _scaled(weight, added), Evaluated(batch_stats, centroids, metrics)
 
     return objective
 
 
 def _nothing(clean, noisy, labels, head, centroids, axis_name):
     del noisy, head
-    return 0.0, _track(centroids, clean, labels, axis_name), {}
+    none = jnp.zeros((), _validate.floats("features", clean).dtype)
+    return none, _track(centroids, clean, labels, axis_name), {}
+
+
+def _scaled(weight: jax.Array | float, loss: jax.Array) -> jax.Array:
+    """A weight of any dtype, such as NumPy's float64, leaves that of the loss."""
+    return jnp.asarray(weight, loss.dtype) * loss
 
 
 def _stability(stability_weight: float):
     def add(clean, noisy, labels, head, centroids, axis_name):
-        del head
-        distance = stability_loss(clean, noisy, axis_name=axis_name)
-        return (stability_weight * distance, _track(centroids, clean, labels, axis_name),
+        kernel, _ = head
+        counts = counted(_validate.class_numbers("labels", labels), kernel.shape[1])
+        distance = stability_loss(clean, noisy, counts=counts, axis_name=axis_name)
+        return (_scaled(stability_weight, distance), _track(centroids, clean, labels, axis_name),
                 {"stability": distance})
 
     return add
@@ -172,7 +213,7 @@ def _robust_clean(config: RobustLossConfig) -> Objective:
         metrics = {"softmax": softmax,
                    "accuracy_clean": _accuracy(outputs.logits, batch.labels, axis_name),
                    "compact": terms.compact, "margin": terms.margin, "norm": terms.norm}
-        return softmax + weight * ours, Evaluated(batch_stats, centroids, metrics)
+        return softmax + _scaled(weight, ours), Evaluated(batch_stats, centroids, metrics)
 
     return objective
 

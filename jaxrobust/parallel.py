@@ -96,6 +96,38 @@ def make_layout(
     return Layout(form, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)))
 
 
+def over_any_mesh(
+    function: Callable[..., Any], *, split_as: int | None = None
+) -> Callable[..., Any]:
+    """``function``, also for arrays on a mesh whose axes are of type ``Explicit``.
+
+    That is what ``jax.make_mesh`` gives by default. There every contraction of a sharded axis has
+    to name the sharding of its result; inside of ``function`` XLA chooses it, as on axes of type
+    ``Auto``. Of arrays on no mesh, or on such axes, nothing changes.
+
+    Args:
+      function: of pytrees of arrays.
+      split_as: the argument, an array [B, ...], along with whose first axis the results, arrays
+        [B, ...], are split; None for results that every device has whole.
+    """
+    def call(*arguments):
+        meshes = [sharding.mesh for sharding in map(_sharding_of, jax.tree.leaves(arguments))
+                  if sharding.mesh.explicit_axes]
+        if not meshes:
+            return function(*arguments)
+        spec = PartitionSpec() if split_as is None else PartitionSpec(
+            *_sharding_of(arguments[split_as]).spec[:1])
+        return jax.sharding.auto_axes(
+            function, out_sharding=NamedSharding(meshes[0], spec))(*arguments)
+
+    return call
+
+
+def _sharding_of(leaf: Any) -> NamedSharding:
+    """As the type of an array says it: on an abstract mesh, which may be empty."""
+    return jax.typeof(leaf).sharding
+
+
 def replicate(layout: Layout, tree: Any) -> Any:
     """The leaves on every device of the layout; in all processes they must be the same."""
     if layout.form == "jit":

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrobust import centroids as centroids_module
 from jaxrobust.centroids import (
     CentroidState,
+    class_counts,
     class_rows,
     class_sums,
     init_centroids,
@@ -252,3 +253,84 @@ def test_both_ways_to_sum_by_class_are_the_same_and_so_are_their_gradients(width
             lambda table, rows=rows: rows(table, SUMMED_LABELS), jnp.asarray(seeds))
         np.testing.assert_allclose(result, back, rtol=1e-14)
         np.testing.assert_allclose(pullback(jnp.asarray(values))[0], expected, rtol=1e-14)
+
+
+# --- low precision, and examples that do not count --------------------------------------------
+
+
+@pytest.mark.usefixtures("either_platform")
+def test_sums_and_counts_of_bfloat16_go_beyond_256():
+    labels = jnp.zeros(1024, jnp.int32)
+    values = jnp.full((1024, 1), 2, jnp.bfloat16)
+    sums, counts = class_sums(values, labels, 2), class_counts(labels, 2, jnp.bfloat16)
+    np.testing.assert_array_equal(sums, np.float32([[2048], [0]]))
+    np.testing.assert_array_equal(counts, np.float32([1024, 0]))
+    # The gradient of picking rows is such a sum too.
+    gradient = jax.grad(lambda table: jnp.sum(class_rows(table, labels)))(
+        jnp.zeros((2, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(gradient.astype(np.float32), [[1024], [0]])
+
+
+@pytest.mark.usefixtures("either_platform")
+def test_means_of_a_bfloat16_state_are_those_of_all_its_examples():
+    state = init_centroids(2, 1, dtype=jnp.bfloat16)
+    features = jnp.asarray(np.where(np.arange(1024) % 4 == 0, 5, 1)[:, None], jnp.bfloat16)
+    centroids, state = update_centroids(state, features, np.zeros(1024, int))
+    np.testing.assert_array_equal(centroids.current, np.float32([[2], [0]]))
+    assert state.mean.dtype == jnp.bfloat16 and state.mean[0, 0] == 2
+    centroids, state = update_centroids(state, 3 * features, np.zeros(1024, int), momentum=0.75)
+    # 0.75 * 2 + 0.25 * 6
+    np.testing.assert_array_equal(centroids.running[0], np.float32([3]))
+    assert state.mean[0, 0] == 3
+
+
+@pytest.mark.usefixtures("either_platform")
+def test_examples_that_do_not_count_spoil_nothing():
+    features = random_features(3).astype(np.float32)
+    labels = np.array([0, -1, 2, NUM_CLASSES, 2, 2**31 - 1])
+    kept = np.array([0, 2, 4])
+    features[[1, 3, 5]] = [[np.nan] * DIM, [np.inf] * DIM, [-np.inf] * DIM]
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def value(features, labels):
+        centroids, state = update_centroids(example_state(), features, labels)
+        return jnp.sum(jnp.square(centroids.running)), (centroids, state)
+
+    (_, results), gradient = value(features, labels)
+    (_, expected), wanted = value(features[kept], labels[kept])
+    chex.assert_trees_all_close(results, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[kept], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[np.array([1, 3, 5])], np.zeros((3, DIM)))
+
+
+@pytest.mark.usefixtures("either_platform")
+@pytest.mark.parametrize(("labels", "present"), [
+    (np.array([44, 255], np.uint8), [44, 255]), (np.array([44, -44], np.int8), [44]),
+    ([44, 299], [44, 299]), (np.array([44, 2**32 + 1]), [44]),
+    (np.array([44, 2**63], np.uint64), [44]), (jnp.array([44, 2**31], jnp.uint32), [44])],
+    ids=["uint8", "int8", "list", "int64", "uint64", "uint32"])
+def test_labels_of_any_integer_dtype_are_the_classes_that_they_say(labels, present):
+    # 300 = 44 + 256
+    centroids, _ = update_centroids(init_centroids(300, 1), np.ones((2, 1)), labels)
+    np.testing.assert_array_equal(np.flatnonzero(centroids.present), present)
+    counts = class_counts(jnp.asarray(np.asarray(labels)) if isinstance(labels, list) else labels,
+                          300, jnp.float32)
+    np.testing.assert_array_equal(np.flatnonzero(counts), present)
+
+
+def test_arrays_of_numpy_are_taken_as_they_are():
+    state = CentroidState(np.ones((NUM_CLASSES, DIM)), np.ones(NUM_CLASSES, bool))
+    centroids, _ = update_centroids(state, random_features(0, 2), np.array([0, 3]))
+    assert centroids.running.dtype == np.float32
+    np.testing.assert_allclose(
+        centroids.running[0], 0.9 + 0.1 * random_features(0, 2)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [np.float32(0.5), np.float64(0.5), np.array(0.5)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_momentum_of_numpy_leaves_the_dtype_of_the_state(dtype, momentum):
+    centroids, state = update_centroids(
+        init_centroids(1, 1, dtype=dtype)._replace(seen=jnp.array([True])), jnp.ones((1, 1)),
+        jnp.array([0]), momentum=momentum)
+    assert (centroids.running.dtype, state.mean.dtype) == (jnp.float32, dtype)
+    assert state.mean[0, 0] == 0.5

@@ -44,6 +44,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def either_platform(request, monkeypatch):
+    """Runs the test with sums by class as on CPUs, and as on accelerators, here on CPUs too."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(jax.lax, "platform_dependent",
+                            lambda *arguments, cpu, default: default(*arguments))
+
+
 @pytest.fixture(name="digits", scope="session")
 def _digits():
     return data.load_dataset("digits")

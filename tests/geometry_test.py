@@ -168,16 +168,15 @@ def test_the_gradient_of_the_dispersion_pulls_on_the_farthest_pair():
 @pytest.mark.parametrize("kernel", [
     np.zeros((DIM, NUM_CLASSES), np.float32), np.ones((DIM, NUM_CLASSES), np.float32)],
     ids=["zero", "equal_rows"])
-def test_without_a_hyperplane_the_distance_is_0_with_a_finite_gradient(kernel):
+def test_without_a_hyperplane_the_distance_is_infinite_without_a_gradient(kernel):
     points, _, bias = random_layer(2)
     result = np.asarray(distance(points, LABELS, kernel, bias))
-    np.testing.assert_array_equal(result[~OWN], 0)
-    np.testing.assert_array_equal(result[OWN], np.inf)
+    np.testing.assert_array_equal(result, np.full((SIZE, NUM_CLASSES), np.inf))
     gradients = jax.jit(jax.grad(
         lambda *layer: jnp.sum(jnp.where(OWN, 0.0, signed_boundary_distance(
             layer[0], LABELS, *layer[1:]))), (0, 1, 2)))(points, kernel, bias)
     chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
-    assert class_margin(points, LABELS, kernel, bias)[0] == 0
+    assert class_margin(points, LABELS, kernel, bias)[0] == np.inf
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -188,11 +187,18 @@ def test_equal_rows_among_many_long_ones_have_no_hyperplane(dtype):
     with jax.enable_x64(dtype == np.float64):
         kernel = np.repeat(rng.normal(size=(dim, num_classes // 2)), 2, axis=1).astype(dtype)
         labels = np.arange(num_classes)
-        result, (to_points, to_kernel) = jax.jit(jax.value_and_grad(
-            lambda points, kernel: jnp.sum(signed_boundary_distance(
-                points, labels, kernel, jnp.arange(num_classes).astype(dtype))[labels, labels ^ 1]),
-            (0, 1)))(rng.normal(size=(num_classes, dim)).astype(dtype), kernel)
-        assert result.dtype == dtype and result == 0
+
+        def with_the_equal(points, kernel):
+            distances = signed_boundary_distance(
+                points, labels, kernel, jnp.arange(num_classes).astype(dtype))
+            return jnp.sum(distances[labels, labels ^ 1]), distances
+
+        (_, result), (to_points, to_kernel) = jax.jit(jax.value_and_grad(
+            with_the_equal, (0, 1), has_aux=True))(
+                rng.normal(size=(num_classes, dim)).astype(dtype), kernel)
+        assert result.dtype == dtype
+        alike = labels[:, None] // 2 == labels[None] // 2
+        np.testing.assert_array_equal(np.isinf(result), alike)
         assert not np.asarray(to_points).any() and not np.asarray(to_kernel).any()
 
 
@@ -208,11 +214,92 @@ def test_rows_are_the_same_where_only_rounding_tells_them_apart(dtype, threshold
         measured = distance(jnp.array([[0, 3]], dtype), np.array([0]), *layer)
         loss = losses.margin_loss(
             jnp.array([[0, -3]] * 4, dtype), jnp.arange(4) == 0, *layer, delta_d=1.0)
-    np.testing.assert_allclose(measured[0, 1], 3 if apart else 0, rtol=0.2)
+    np.testing.assert_allclose(measured[0, 1], 3 if apart else np.inf, rtol=0.2)
     # The distance that the loss goes through is computed from the difference itself. Where that
-    # is 0, the boundary with the last class is the worst.
+    # is left out, the boundary with the last class is the worst.
     np.testing.assert_allclose(
         loss, 4 if apart else 1 + 3 * gap / np.sqrt(4 + gap**2), rtol=1e-5)
+
+
+def nearly_equal_rows(gap):
+    """Three rows of W in 64 dimensions, two of them ``gap`` apart, a bias, and a centroid.
+
+    Of the centroid's class, the first, the boundary with the second is at a distance of 10 and the
+    one with the third at a distance of 2.
+    """
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
+    row, normal = rotation[:2]
+    return (np.stack([row, row + gap * normal, -row]), np.array([0, -10 * gap, 0]), 2 * row)
+
+
+def test_nearly_equal_rows_do_not_hide_the_worst_boundary():
+    present = jnp.array([True, False, False])
+    compute = {boundaries: jax.jit(jax.value_and_grad(functools.partial(
+        losses.margin_loss, delta_d=5.0, boundaries=boundaries)))
+        for boundaries in ("max", "mean")}
+    # In float32 the two rows, of length 2/3 from the mean row, are told apart from here on.
+    threshold = np.sqrt(64 * 2.0**-23 * 2 * (2 / 3) ** 2)
+    # Where they hardly are, two ways to compute their distance once disagreed whether they are.
+    for gap in (1e-4, *np.linspace(0.99, 1.01, 40) * threshold, 1.2 * threshold):
+        rows, bias, centroid = nearly_equal_rows(gap)
+        np.testing.assert_allclose(reference.margin({0: centroid}, rows, bias, 5.0), 3)
+        arguments = (jnp.asarray([centroid] * 3, jnp.float32), present,
+                     jnp.asarray(rows.T, jnp.float32), jnp.asarray(bias, jnp.float32))
+        loss, gradient = compute["max"](*arguments)
+        np.testing.assert_allclose(loss, 3, rtol=1e-6)
+        # Towards the right side of the boundary with the third class, whose normal is the row.
+        np.testing.assert_allclose(gradient[0], -rows[0], atol=1e-5)
+        # The mean is over one boundary or two, of which the other has hinge 0.
+        loss, _ = compute["mean"](*arguments)
+        np.testing.assert_allclose(loss, 1.5 if loss < 2 else 3, rtol=1e-5)
+        if gap < 0.98 * threshold or gap > 1.1 * threshold:
+            assert (loss > 2) == (gap < threshold)
+
+
+def test_equal_rows_take_no_part_in_the_margin_of_a_class():
+    rows, bias, centroid = nearly_equal_rows(0.0)
+    labels = np.array([0])
+    result = margin(np.float32(centroid[None]), labels, np.float32(rows.T), np.float32(bias))
+    np.testing.assert_allclose(result, [2, np.inf, np.inf], rtol=1e-6)
+
+
+def test_a_row_of_w_that_is_not_a_number_shows_in_the_distances():
+    points, kernel, bias = random_layer(0)
+    kernel[0, 1] = np.nan
+    assert np.isnan(distance(points, LABELS, kernel, bias)[0, 1])
+    loss = losses.margin_loss(
+        np.zeros((NUM_CLASSES, DIM)), np.ones(NUM_CLASSES, bool), kernel, bias, delta_d=1.0)
+    assert np.isnan(loss)
+
+
+def test_examples_that_do_not_count_have_no_distance_and_spoil_nothing():
+    points, kernel, bias = random_layer(0)
+    labels = np.array([0, -1, 2, NUM_CLASSES, 3, 2, 0])
+    kept = np.array([0, 2, 4, 5, 6])
+    points[[1, 3]] = np.nan
+
+    def measures(points, labels):
+        return (distance(points, labels, kernel, bias), margin(points, labels, kernel, bias),
+                dispersion(points, labels, NUM_CLASSES))
+
+    result, expected = measures(points, labels), measures(points[kept], labels[kept])
+    np.testing.assert_array_equal(result[0][np.array([1, 3])], np.full((2, NUM_CLASSES), np.inf))
+    np.testing.assert_allclose(result[0][kept], expected[0], rtol=1e-6)
+    chex.assert_trees_all_close(result[1:], expected[1:], rtol=1e-6)
+    gradient = jax.grad(lambda points: jnp.sum(
+        class_dispersion(points, labels, NUM_CLASSES)))(points)
+    np.testing.assert_array_equal(gradient[np.array([1, 3])], np.zeros((2, DIM)))
+    chex.assert_tree_all_finite(gradient)
+
+
+def test_bfloat16_is_computed_in_float32():
+    points, kernel, bias = (jnp.asarray(value, jnp.bfloat16) for value in random_layer(0))
+    wide = [value.astype(np.float32) for value in (points, kernel, bias)]
+    chex.assert_trees_all_equal(distance(points, LABELS, kernel, bias),
+                                distance(wide[0], LABELS, *wide[1:]))
+    chex.assert_trees_all_equal(dispersion(points, LABELS, NUM_CLASSES),
+                                dispersion(wide[0], LABELS, NUM_CLASSES))
+    assert margin(points, LABELS, kernel, bias).dtype == np.float32
 
 
 def test_a_part_that_all_rows_share_changes_no_distance():

@@ -467,10 +467,16 @@ def test_the_margin_and_its_gradient_are_finite_without_a_hyperplane(kernel, squ
                           boundaries=boundaries), (0, 2, 3)))(
         jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]]), jnp.ones(3, bool),
         jnp.asarray(kernel, jnp.float32), jnp.array([0.1, 0.2, 0.3]))
-    assert np.isfinite(loss) and loss > 0
+    assert np.isfinite(loss)
     chex.assert_tree_all_finite(gradients)
-    if not kernel.any():
-        assert loss == (4 if squared else 2)
+    if kernel.any():
+        # The centroids are 1.92, 1.76, and -0.62 and -0.66 from the boundaries that there are.
+        last = {"max": 2.66 ** (1 + squared),
+                "mean": (2.62 ** (1 + squared) + 2.66 ** (1 + squared)) / 2}[boundaries]
+        expected = (0.08 ** (1 + squared) + 0.24 ** (1 + squared) + last) / 3
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    else:
+        assert loss == 0
         chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
 
 
@@ -648,6 +654,106 @@ def test_a_feature_that_is_not_a_number_is_seen_in_the_margin():
         problem.features.at[1, 0].set(np.nan), problem.noisy, problem.labels, problem.kernel,
         problem.bias, CentroidState(problem.mean, problem.seen), config=RobustLossConfig())
     assert np.isnan(total) and np.isnan(terms.margin)
+
+
+# --- examples that do not count, low precision, other arrays -----------------------------------
+
+
+@pytest.mark.usefixtures("either_platform")
+def test_what_does_not_count_changes_no_term_and_no_gradient():
+    config = config_of(0.5, 0.5, 2.0, compact_centroids="naive", compact_linear_beyond=0.8)
+    labels, kept = np.array([0, -1, 2, 4, 2, 0, -7]), np.array([0, 2, 4, 5])
+    problem = in_dtype(random_problem(3, labels, 4, 3), np.float32)
+    wrong = np.setdiff1d(np.arange(7), kept)
+    problem = problem._replace(
+        features=problem.features.at[wrong].set(np.nan), noisy=problem.noisy.at[wrong].set(np.inf))
+    state = CentroidState(problem.mean, problem.seen)
+
+    @jax.jit
+    def results(features, noisy, labels):
+        def loss(features, noisy, kernel, bias):
+            total, terms, new_state = robust_loss(
+                features, noisy, labels, kernel, bias, state, config)
+            stability = losses.stability_loss(features, noisy, counts=losses.counted(labels, 4))
+            return total + stability, (terms, new_state)
+
+        return jax.value_and_grad(loss, ARRAYS, has_aux=True)(
+            features, noisy, problem.kernel, problem.bias)
+
+    value, (to_features, to_noisy, *to_head) = results(problem.features, problem.noisy, labels)
+    expected, (wanted_features, wanted_noisy, *wanted_head) = results(
+        problem.features[kept], problem.noisy[kept], labels[kept])
+    chex.assert_trees_all_close(value, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(to_head, wanted_head, rtol=1e-5, atol=1e-6)
+    for gradient, wanted in ((to_features, wanted_features), (to_noisy, wanted_noisy)):
+        np.testing.assert_allclose(gradient[kept], wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(gradient[wrong], np.zeros((3, 3)))
+
+
+def test_the_mean_is_over_the_examples_that_count_on_all_devices():
+    values = jnp.arange(16.0).at[5].set(np.nan)
+    counts = jnp.arange(16) < 5  # Of the 8 devices, 5 have none.
+    assert losses.mean_over_batch(values, counts=counts) == 2
+    per_device = jax.pmap(
+        lambda values, counts: losses.mean_over_batch(values, "devices", counts=counts),
+        "devices")(values.reshape(NUM_DEVICES, 2), counts.reshape(NUM_DEVICES, 2))
+    np.testing.assert_allclose(per_device, np.full(NUM_DEVICES, 2.0))
+    assert losses.mean_over_batch(values, counts=jnp.zeros(16, bool)) == 0
+
+
+@pytest.mark.usefixtures("either_platform")
+def test_losses_of_bfloat16_are_means_over_all_examples():
+    ones = jnp.ones((1024, 1), jnp.bfloat16)
+    labels, centroids = jnp.zeros(1024, jnp.int32), jnp.zeros((2, 1), jnp.bfloat16)
+    compact = losses.compactness_loss(ones, labels, centroids, delta_v=0.0)
+    stability = losses.stability_loss(ones, 0 * ones)
+    norm = losses.centroid_norm_loss(ones, jnp.ones(1024, bool))
+    for loss in (compact, stability, norm):
+        assert loss.dtype == jnp.float32 and loss == 1
+    total, terms, state = robust_loss(
+        2 * ones, ones, labels, jnp.array([[1, -1]], jnp.bfloat16), jnp.zeros(2, jnp.bfloat16),
+        init_centroids(2, 1, dtype=jnp.bfloat16), RobustLossConfig(delta_v=0.0))
+    # The centroid is 2, and so is its distance to the boundary.
+    assert tuple(map(float, terms)) == (0, 3, 2, 1) and state.mean.dtype == jnp.bfloat16
+    np.testing.assert_allclose(total, 4.002, rtol=1e-6)
+
+
+def test_arrays_of_numpy_are_taken_for_batches_smaller_than_the_classes():
+    problem = random_problem(3, [0, 2], 4, 3)
+    config = config_of(0.9, 0.5, 2.0)
+    total, terms, _ = robust_loss(
+        problem.features, problem.noisy, list(problem.labels), problem.kernel, problem.bias,
+        CentroidState(problem.mean, problem.seen), config)
+    expected = reference_terms(*problem[:4], problem, config)
+    assert total.dtype == np.float32
+    np.testing.assert_allclose(jnp.stack([total, *terms]), expected[:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array], ids=lambda f: f.__name__)
+def test_settings_of_numpy_change_no_dtype(number):
+    problem = in_dtype(random_problem(3, [0, 2, 1, 1], 4, 3), np.float32)
+    settings = {"alpha": 0.7, "beta": 1.3, "gamma_reg": 0.2, "lam": 0.4, "delta_v": 0.5,
+                "delta_d": 2.0, "momentum": 0.9, "compact_linear_beyond": 0.8}
+    for dtype in (np.float32, jnp.bfloat16):
+        state = CentroidState(problem.mean.astype(dtype), problem.seen)
+        results = [
+            robust_loss(*problem[:2], problem.labels, *problem[2:4], state,
+                        RobustLossConfig(**{name: kind(value) for name, value in settings.items()}))
+            for kind in (float, number)]
+        chex.assert_trees_all_equal_dtypes(*results)
+        chex.assert_trees_all_close(*results, rtol=1e-6)
+        assert results[1][2].mean.dtype == dtype and results[1][0].dtype == np.float32
+
+
+def test_the_losses_are_computed_on_the_mesh_that_jax_makes_by_default():
+    mesh = jax.make_mesh((NUM_DEVICES,), ("devices",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    arguments = linear_model_problem(SPLITS["mixed"], np.float32)
+    params, batch, state = arguments
+    split, whole = (jax.NamedSharding(mesh, spec) for spec in (P("devices"), P()))
+    on_it = (jax.device_put(params, whole), jax.device_put(batch, split),
+             jax.device_put(state, whole))
+    assert_equal_up_to_rounding(jitted(*arguments), jitted(*on_it), 1e-6)
 
 
 # --- the hinge, squared or not (Appendix A.1) -------------------------------------------------

@@ -53,8 +53,6 @@ WRONG_NUMBERS = {
                    "momentum=1.0", "[0, 1)"),
     "momentum_negative": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=-0.1),
                           "momentum=-0.1", "[0, 1)"),
-    "num_classes": (lambda: init_centroids(0, 3), "num_classes=0", "[1, inf)"),
-    "dim": (lambda: init_centroids(3, 0), "dim=0", "[1, inf)"),
     "nu": (lambda: geometry.rescale_head(PARAMS, 0.0), "nu=0.0", "(0, inf)"),
     "std": (lambda: perturbations.gaussian(-0.1), "std=-0.1", "[0, inf)"),
     "amplitude": (lambda: perturbations.uniform(-0.1), "amplitude=-0.1", "[0, inf)"),
@@ -77,7 +75,47 @@ WRONG_NUMBERS = {
     "config_momentum_1": (lambda: RobustLossConfig(momentum=1.0), "momentum=1.0", "[0, 1)"),
 }
 
+WRONG_INTEGERS = {
+    "num_classes": (lambda: init_centroids(0, 3), "num_classes=0", 1),
+    "num_classes_float": (lambda: init_centroids(2.0, 3), "num_classes=2.0", 1),
+    "dim": (lambda: init_centroids(3, 0), "dim=0", 1),
+    "dim_bool": (lambda: init_centroids(3, True), "dim=True", 1),
+    "dispersion": (lambda: geometry.class_dispersion(FEATURES, LABELS, 2.5), "num_classes=2.5", 1),
+}
+
+WRONG_DTYPES = {
+    "bool_labels": (lambda: compactness(labels=LABELS == 0), "labels of an integer dtype", "bool"),
+    "float_labels": (lambda: update_centroids(STATE, FEATURES, FEATURES[:, 0]),
+                     "labels of an integer dtype", "float32"),
+    "robust_labels": (lambda: robust(labels=LABELS == 0), "labels of an integer dtype", "bool"),
+    "dispersion_labels": (lambda: geometry.class_dispersion(FEATURES, LABELS == 0, 2),
+                          "labels of an integer dtype", "bool"),
+    "margin_labels": (lambda: geometry.class_margin(FEATURES, LABELS == 0, KERNEL, BIAS),
+                      "labels of an integer dtype", "bool"),
+    "softmax_labels": (lambda: methods.softmax_loss(FEATURES, LABELS == 0),
+                       "labels of an integer dtype", "bool"),
+    "features": (lambda: compactness(features=FEATURES.astype(np.int32)),
+                 "features of a floating dtype", "int32"),
+    "robust_noisy": (lambda: robust(noisy=FEATURES.astype(np.uint8)),
+                     "noisy_features of a floating dtype", "uint8"),
+    "logits": (lambda: methods.softmax_loss(FEATURES.astype(np.int32), LABELS),
+               "logits of a floating dtype", "int32"),
+}
+
 WRONG_SHAPES = {
+    **{f"{name}_of_no_example": (call, expected, "(0, 3)") for name, call, expected in (
+        ("update", lambda: update_centroids(STATE, FEATURES[:0], LABELS[:0]), "features of shape"),
+        ("compactness", lambda: compactness(FEATURES[:0], LABELS[:0]), "features of shape"),
+        ("robust", lambda: robust(FEATURES[:0], FEATURES[:0], LABELS[:0]), "features of shape"),
+        ("stability", lambda: losses.stability_loss(FEATURES[:0], FEATURES[:0]),
+         "features of shape"),
+        ("softmax", lambda: methods.softmax_loss(FEATURES[:0], LABELS[:0]), "logits of shape"),
+        ("distance", lambda: geometry.signed_boundary_distance(
+            FEATURES[:0], LABELS[:0], KERNEL, BIAS), "points of shape"),
+        ("dispersion", lambda: geometry.class_dispersion(FEATURES[:0], LABELS[:0], 2),
+         "features of shape"),
+        ("class_margin", lambda: geometry.class_margin(FEATURES[:0], LABELS[:0], KERNEL, BIAS),
+         "features of shape"))},
     "update_labels": (lambda: update_centroids(STATE, FEATURES, LABELS[:3]),
                       "labels of shape [B] with B=4", "(3,)"),
     "update_features": (lambda: update_centroids(STATE, FEATURES[0], LABELS),
@@ -158,6 +196,18 @@ def test_a_number_out_of_range_is_named_with_its_range(case):
     assert message.startswith(f"Expected {named} in {interval}")
 
 
+@pytest.mark.parametrize("case", WRONG_INTEGERS)
+def test_what_is_no_integer_or_too_small_is_named_with_the_least(case):
+    call, named, least = WRONG_INTEGERS[case]
+    assert message_of(call) == f"Expected {named} to be an integer >= {least}."
+
+
+@pytest.mark.parametrize("case", WRONG_DTYPES)
+def test_a_wrong_dtype_is_named_with_the_one_expected(case):
+    call, expected, found = WRONG_DTYPES[case]
+    assert message_of(call) == f"Expected {expected}, got {found}."
+
+
 @pytest.mark.parametrize("case", WRONG_SHAPES)
 def test_a_wrong_shape_is_named_with_the_one_expected(case):
     call, expected, found = WRONG_SHAPES[case]
@@ -207,6 +257,27 @@ def images_with(value):
 ], ids=["nan", "above", "below", "infinite", "rank", "dtype"])
 def test_images_that_cannot_be_used_are_described(images, expected):
     assert message_of(lambda: _validate.images("images", images)) == expected
+
+
+def test_what_is_no_number_is_out_of_range():
+    for value in ("0.5", None, np.zeros(2), [0.5]):
+        assert message_of(lambda: _validate.in_range("x", value, 0, 1)) == (  # noqa: B023
+            f"Expected x={value} in [0, 1).")
+
+
+def test_what_is_no_array_is_named():
+    assert message_of(lambda: _validate.shapes(x=([1.0], "B"))) == (
+        "Expected x of shape [B], got a list, which is no array.")
+    assert message_of(lambda: _validate.class_numbers("labels", [[0], [1, 2]])) == (
+        "Expected labels to be an array, got list of different lengths.")
+
+
+def test_integers_of_numpy_are_integers():
+    for value in (3, np.int64(3), np.uint8(3), np.array(3), jnp.array(3)):
+        number = _validate.integer("x", value, 1)
+        assert number == 3 and type(number) is int
+    assert init_centroids(np.int64(2), np.int32(3)).mean.shape == (2, 3)
+    assert geometry.class_dispersion(FEATURES, LABELS, np.int64(2)).shape == (2,)
 
 
 def test_good_input_passes():
