@@ -108,7 +108,7 @@ def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
         return jax.lax.platform_dependent(
             table, labels, cpu=_gathered_rows, default=_multiplied_rows)
 
-    return parallel.over_any_mesh(by_platform, split_as=1)(
+    return parallel.over_any_mesh(by_platform, split_as=lambda table, labels: labels)(
         _validate.floats("table", table), _validate.class_numbers("labels", labels))
 
 

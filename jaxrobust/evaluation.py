@@ -1,8 +1,13 @@
-"""Accuracy under perturbations, image by image and draw by draw."""
+"""Accuracy under perturbations, image by image and draw by draw.
 
+Logits that are not finite name no class: they are an error here, never class 0, which is what
+``argmax`` makes of them.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import flax.linen as nn
 import jax
@@ -10,12 +15,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust.centroids import counted
 from jaxrobust.curvature import LogitsFn
 from jaxrobust.data.augment import to_float
 from jaxrobust.data.sources import StoredImages
 from jaxrobust.models.common import Outputs
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
+
+
+class _Ranked(NamedTuple):
+    """What the logits of images say of their labels."""
+
+    correct: jax.Array  # shape=[B], dtype=bool; False where one of the next two is
+    finite: jax.Array  # shape=[B], dtype=bool; whether all logits are
+    labelled: jax.Array  # shape=[B], dtype=bool; whether the label is one of the classes
+
+
+def _rank(logits_fn, images, labels, perturb, key, indices) -> _Ranked:
+    labels = _validate.class_numbers("labels", labels)
+    _validate.shapes(images=(images, "B ..."), labels=(labels, "B"), indices=(indices, "B"))
+    logits = logits_fn(per_example(perturb, key, images, indices))
+    num_classes = _validate.shapes(labels=(labels, "B"), logits=(logits, "B C"))["C"]
+    finite = jnp.isfinite(logits).all(axis=1)
+    return _Ranked((jnp.argmax(logits, axis=1).astype(labels.dtype) == labels) & finite, finite,
+                   counted(labels, num_classes))
+
+
+def _require_finite(finite: np.ndarray, which: str = "") -> None:
+    if not finite.all():
+        raise _validate.InputError(
+            f"Expected finite logits, got NaN or infinite ones for {int((~finite).sum())} of "
+            f"{len(finite)} images{which}, the first at index {int(np.argmin(finite))}.")
 
 
 def correct_predictions(
@@ -32,47 +63,73 @@ def correct_predictions(
     .. math:: 1\{\arg\max_i z_i(perturb(x_n)) = y_n\}
 
     Args:
-      logits_fn: the classifier.
+      logits_fn: the classifier, images [B, ...] -> logits [B, C].
       images: [B, H, W, channels] in [0, 1].
-      labels: [B] integers.
+      labels: [B] integers; False for one that is outside [0, C).
       perturb: the perturbation.
       key: a PRNG key; image n is perturbed with ``fold_in(key, indices[n])``.
       indices: [B] integers, the images' positions in their data set.
 
     Returns:
-      [B] bool.
+      [B] bool. Under a transformation such as ``jit``, which cannot raise, it is False for an image
+      with logits that are not finite.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match, or logits are not finite; it says of
+        how many images.
     """
-    _validate.shapes(images=(images, "B ..."), labels=(labels, "B"), indices=(indices, "B"))
-    return jnp.argmax(logits_fn(per_example(perturb, key, images, indices)), axis=-1) == labels
+    ranked = _rank(logits_fn, images, labels, perturb, key, indices)
+    if not isinstance(ranked.finite, jax.core.Tracer):
+        _require_finite(np.asarray(ranked.finite))
+    return ranked.correct
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
-    """The outputs, in evaluation mode, for images [B, H, W, channels], uint8 or in [0, 1]."""
+    """The outputs, in evaluation mode, for images [B, H, W, channels], uint8 or in [0, 1].
+
+    They are not checked: rank no logits that are not finite.
+    """
     return model.apply(variables, to_float(images), train=False)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layout"))
-def _correct(model, layout, variables, perturb, key, *rows):
-    def share(shared, rows):
-        variables, perturb, key = shared
-        images, labels, indices = rows
-        return correct_predictions(
-            lambda inputs: model.apply(variables, inputs, train=False).logits,
-            to_float(images), labels, perturb=perturb, key=key, indices=indices)
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    """``(variables, images) -> logits`` of a model; equal for equal ones, as jit's cache needs."""
 
-    return map_examples(layout, share)((variables, perturb, key), rows)
+    model: nn.Module
+
+    def __call__(self, variables, images):
+        outputs = self.model.apply(variables, images, train=False)
+        if not isinstance(outputs, Outputs):
+            raise _validate.InputError("Expected a model that returns jaxrobust.models.Outputs, "
+                                       f"got one that returns a {type(outputs).__name__}.")
+        return outputs.logits
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _correct(layout, logits_fn, perturb, key, *rows):
+    def share(shared, rows):
+        logits_fn, perturb, key = shared
+        images, labels, indices = rows
+        return _rank(logits_fn, to_float(images), labels, perturb, key, indices)
+
+    return map_examples(layout, share)((logits_fn, perturb, key), rows)
+
+
+@overload
+def evaluate(model: nn.Module, variables: Any, images: np.ndarray | StoredImages,
+             labels: np.ndarray, **options: Any) -> Iterator[np.ndarray]: ...
+
+
+@overload
+def evaluate(logits_fn: LogitsFn, images: np.ndarray | StoredImages, labels: np.ndarray,
+             **options: Any) -> Iterator[np.ndarray]: ...
 
 
 def evaluate(
-    model: nn.Module,
-    variables: Any,
-    images: np.ndarray | StoredImages,
-    labels: np.ndarray,
-    *,
+    classifier: nn.Module | LogitsFn,
+    *arguments: Any,
     perturb: Perturbation | None = None,
     key: jax.Array,
     num_draws: int = 1,
@@ -81,14 +138,19 @@ def evaluate(
 ) -> Iterator[np.ndarray]:
     """Whether each image is classified correctly, for each draw of a perturbation.
 
-    The last batch is padded and the padding dropped, so that every image counts once. The
-    result does not depend on ``batch_size`` or the number of devices.
+    Called as ``evaluate(model, variables, images, labels, key=...)`` with a Flax Linen module, or
+    as ``evaluate(logits_fn, images, labels, key=...)`` with any function. The last batch is padded
+    and the padding dropped, so that every image counts once. The result does not depend on
+    ``batch_size`` or the number of devices.
 
     Args:
-      model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
-      variables: its parameters and batch statistics.
-      images: [N, H, W, channels], uint8, or floats in [0, 1].
-      labels: [N] integers.
+      classifier: a module that returns :class:`~jaxrobust.models.Outputs`, or a function of images
+        [B, H, W, channels] in [0, 1] that returns logits [B, C]. The function is compiled once for
+        each object; parameters that it closes over become constants of the program, those in a
+        ``jax.tree_util.Partial`` do not.
+      *arguments: ``variables``, of a module alone: its parameters and batch statistics;
+        ``images``, [N, H, W, channels], uint8, or floats in [0, 1];
+        ``labels``, [N] integers in [0, C).
       perturb: the perturbation; None for the images as they are.
       key: a PRNG key; draw k perturbs image n with ``fold_in(fold_in(key, k), n)``.
       num_draws: independent draws.
@@ -99,29 +161,67 @@ def evaluate(
       For each draw, [N] bool; its mean is the accuracy of the draw.
 
     Raises:
-      InputError: (a ValueError) if shapes do not match, there is no image, or pixels are NaN
-        or outside [0, 1].
+      InputError: (a ValueError) at once if shapes do not match, there is no image, pixels are NaN
+        or outside [0, 1], labels are not integers, or a number is not one of at least 1. On the
+        first draw if the classifier does not return logits, or a label is outside [0, C); on any
+        draw if logits are not finite: it says of how many images.
     """
+    if isinstance(classifier, nn.Module):
+        _require_arguments("model, variables, images, labels", 3, arguments)
+        variables, images, labels = arguments
+        logits_fn = jax.tree_util.Partial(_Logits(classifier), variables)
+    elif callable(classifier):
+        _require_arguments("logits_fn, images, labels", 2, arguments)
+        images, labels = arguments
+        logits_fn = _as_pytree(classifier)
+    else:
+        raise _validate.InputError("Expected a Flax Linen module or a function of images to "
+                                   f"evaluate, got a {type(classifier).__name__}.")
     if not isinstance(images, StoredImages):  # These check what they read.
         _validate.images("images", images)
-    size = _validate.shapes(images=(images, "N ..."), labels=(labels, "N"))["N"]
-    _validate.in_range("number of images", size, 1)
-    _validate.in_range("num_draws", num_draws, 1)
-    _validate.in_range("batch_size", batch_size, 1)
+    labels = np.asarray(_validate.class_numbers("labels", labels))
+    _validate.shapes(images=(images, "N ..."), labels=(labels, "N"))
+    num_draws = _validate.integer("num_draws", num_draws, 1)
+    batch_size = _validate.integer("batch_size", batch_size, 1)
     layout = make_layout("jit") if layout is None else layout.for_examples()
-    perturb = identity() if perturb is None else perturb
-    variables = replicate(layout, variables)
+    perturb = identity() if perturb is None else _as_pytree(perturb)
+    return _draws(logits_fn, images, labels, perturb, key, num_draws, batch_size, layout)
+
+
+def _as_pytree(function: Callable[..., Any]) -> jax.tree_util.Partial:
+    """A function as an argument of compiled ones."""
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(
+        function)
+
+
+def _require_arguments(names: str, number: int, arguments: tuple) -> None:
+    if len(arguments) != number:
+        raise _validate.InputError(
+            f"Expected evaluate({names}, key=...), got {len(arguments) + 1} arguments.")
+
+
+def _draws(logits_fn, images, labels, perturb, key, num_draws, batch_size, layout):
+    """What :func:`evaluate` yields."""
+    logits_fn = replicate(layout, logits_fn)
     for draw in range(num_draws):
         draw_key = replicate(layout, jax.random.fold_in(key, draw))
-        yield map_batches(
-            functools.partial(_correct, model, layout, variables, perturb, draw_key),
-            images, labels, np.arange(size), batch_size=batch_size, layout=layout)
+        ranked = map_batches(
+            functools.partial(_correct, layout, logits_fn, perturb, draw_key),
+            images, labels, np.arange(len(labels)), batch_size=batch_size, layout=layout)
+        if not ranked.labelled.all():
+            first = int(np.argmin(ranked.labelled))
+            raise _validate.InputError(
+                f"Expected labels to be classes of the logits, got {labels[first]} at index "
+                f"{first} ({int((~ranked.labelled).sum())} in all).")
+        _require_finite(ranked.finite, f" in draw {draw}" if num_draws > 1 else "")
+        yield ranked.correct
 
 
 def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
     """Positions 0 .. size - 1 in batches of one size; the last repeats the last position."""
-    for first in range(0, size, batch_size):
-        yield np.minimum(np.arange(first, first + batch_size), size - 1)
+    batch_size = _validate.integer("batch_size", batch_size, 1)
+    return (np.minimum(np.arange(first, first + batch_size), size - 1)
+            for first in range(0, size, batch_size))
 
 
 def map_batches(
@@ -140,10 +240,14 @@ def map_batches(
 
     Returns:
       The pytree, of NumPy arrays [N, ...].
+
+    Raises:
+      InputError: (a ValueError) if the arrays are not of the same length, or have no row, or
+        ``batch_size`` is not an integer, at least 1.
     """
     size = _validate.shapes(**{f"array {i}": (array, "N ...") for i, array in enumerate(arrays)})[
         "N"]
-    batch_size = min(batch_size, size)
+    batch_size = min(_validate.integer("batch_size", batch_size, 1), size)
     if layout is not None:
         batch_size = -(-batch_size // layout.num_devices) * layout.num_devices
 

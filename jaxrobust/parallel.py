@@ -97,35 +97,35 @@ def make_layout(
 
 
 def over_any_mesh(
-    function: Callable[..., Any], *, split_as: int | None = None
+    function: Callable[..., Any], *, split_as: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
     """``function``, also for arrays on a mesh whose axes are of type ``Explicit``.
 
     That is what ``jax.make_mesh`` gives by default. There every contraction of a sharded axis has
     to name the sharding of its result; inside of ``function`` XLA chooses it, as on axes of type
-    ``Auto``. Of arrays on no mesh, or on such axes, nothing changes.
+    ``Auto``. For arrays on no mesh, or on such axes, nothing changes.
 
     Args:
       function: of pytrees of arrays.
-      split_as: the argument, an array [B, ...], along with whose first axis the results, arrays
-        [B, ...], are split; None for results that every device has whole.
+      split_as: of the same arguments; returns, for the results or subtrees of them, an array that
+        they are split like, or a ``PartitionSpec``. None if every device has all results whole.
     """
     def call(*arguments):
-        meshes = [sharding.mesh for sharding in map(_sharding_of, jax.tree.leaves(arguments))
-                  if sharding.mesh.explicit_axes]
-        if not meshes:
+        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
+        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if mesh is None:
             return function(*arguments)
-        spec = PartitionSpec() if split_as is None else PartitionSpec(
-            *_sharding_of(arguments[split_as]).spec[:1])
-        return jax.sharding.auto_axes(
-            function, out_sharding=NamedSharding(meshes[0], spec))(*arguments)
+
+        def sharding(leaf):
+            spec = leaf if isinstance(leaf, PartitionSpec) else jax.typeof(leaf).sharding.spec
+            return NamedSharding(mesh, spec)
+
+        like = PartitionSpec() if split_as is None else split_as(*arguments)
+        shardings = jax.tree.map(
+            sharding, like, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        return jax.sharding.auto_axes(function, out_sharding=shardings)(*arguments)
 
     return call
-
-
-def _sharding_of(leaf: Any) -> NamedSharding:
-    """As the type of an array says it: on an abstract mesh, which may be empty."""
-    return jax.typeof(leaf).sharding
 
 
 def replicate(layout: Layout, tree: Any) -> Any:

@@ -1,6 +1,20 @@
-"""The train state, the pure train step, and the paper's optimisers."""
+"""The train state, the pure train step, and the paper's optimisers.
 
+**What a model needs.** Any Flax Linen module will do that is called as ``model(images, train=...)``
+and returns :class:`~jaxrobust.models.Outputs`: logits, and the features that its softmax layer, an
+``nn.Dense`` with a bias, turns into them. That layer is called ``head``, or whatever is given as
+``head``: the path of its name, such as ``"top/Dense_0"``. Batch statistics are kept in the
+collection ``batch_stats``. Dropout gets a key of its own for every step and pass.
+
+With an ``axis_name``, a module that has a field ``axis_name``, as those of :mod:`jaxrobust.models`
+do, is given it, and passes it to its batch norms; that is how these see the whole batch. Of a
+module without the field, batch norm sees the share of each device, unless its layers name the axis
+themselves.
+"""
+
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +23,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from jaxrobust import _validate
+from jaxrobust import _validate, parallel
 from jaxrobust.centroids import CentroidState, init_centroids
 from jaxrobust.methods import Batch, Evaluated, Method
 from jaxrobust.models.common import head_parameters
@@ -25,27 +40,36 @@ class TrainState:
     batch_stats: Any
     opt_state: optax.OptState
     centroids: CentroidState
-    key: jax.Array  # constant; randomness of step t comes from fold_in(key, t)
+    key: jax.Array  # constant; augmentation and noise of step t come from fold_in(key, t)
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
+_DROPOUT = 2**32 - 1
+"""Folded into the key of the state for dropout: the number of no step."""
+
+
 def create_train_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, images: jax.Array
+    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, images: jax.Array,
+    *, head: str = "head",
 ) -> TrainState:
     """A model's state before the first step.
 
     Args:
-      model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
+      model: a Flax Linen module; see :mod:`jaxrobust.training`.
       optimizer: as given to :func:`make_train_step`.
       key: a PRNG key; determines the initial parameters and all randomness of training.
       images: [B, H, W, channels], any images of the right size.
+      head: the softmax layer, which says how many classes and features there are.
+
+    Raises:
+      InputError: (a ValueError) if there is no such layer.
     """
     init_key, train_key = jax.random.split(key)
     variables = model.init(init_key, images, train=False)
     params = variables["params"]
-    kernel, _ = head_parameters(params)
+    kernel, _ = head_parameters(params, head)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params,
         batch_stats=variables.get("batch_stats", {}), opt_state=optimizer.init(params),
@@ -58,26 +82,33 @@ def make_objective(
     *,
     axis_name: str | None = None,
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
+    head: str = "head",
 ) -> Callable[[Any, TrainState, Batch], tuple[jax.Array, Evaluated]]:
     """What a train step minimises, as a pure function ``(params, state, batch)``.
 
-    The parameters in the state are not used. Batch norm is in training mode.
+    The parameters in the state are not used. Batch norm and dropout are in training mode.
 
     Args:
-      model, method, axis_name, constraint_weight: as of :func:`make_train_step`.
+      model, method, axis_name, constraint_weight, head: as of :func:`make_train_step`.
 
     Returns:
       A function that returns the loss [] and :class:`~jaxrobust.methods.Evaluated`.
     """
     def objective(params, state, batch):
+        dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
+        if axis_name is not None:  # Each device has other images.
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+        passes = itertools.count()
+
         def forward(batch_stats, images):
             outputs, updated = model.apply(
                 {"params": params, "batch_stats": batch_stats}, images, train=True,
-                mutable=["batch_stats"])
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(dropout_key, next(passes))})
             return outputs, updated.get("batch_stats", batch_stats)
 
         return method.objective(
-            forward, head_parameters(params), state.batch_stats, state.centroids, batch,
+            forward, head_parameters(params, head), state.batch_stats, state.centroids, batch,
             weight=_of_float(constraint_weight)(state.step), axis_name=axis_name)
 
     return objective
@@ -91,39 +122,46 @@ def make_train_step(
     axis_name: str | None = None,
     sync_batch_norm: bool = True,
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
+    head: str = "head",
 ) -> TrainStep:
     """One update as a pure function ``(state, batch) -> (state, metrics)``.
 
     Jit it, or map it over devices with the batch split and the state replicated
-    (:mod:`jaxrobust.parallel` does both).
+    (:mod:`jaxrobust.parallel` does both). Under ``jit`` the batch may be sharded over any mesh.
 
     Args:
-      model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`.
-      method: what is minimised.
+      model: a Flax Linen module; see :mod:`jaxrobust.training` for what it needs.
+      method: what is minimised; see :mod:`jaxrobust.methods` for labels that do not count.
       optimizer: of the parameters.
       axis_name: the device axis over which the batch is split, under ``pmap`` or
         ``shard_map``; None if the batch is whole. Loss, centroids, gradients, metrics and
-        batch norm are those of the whole batch.
+        batch norm are those of the whole batch; dropout draws anew on each device.
       sync_batch_norm: with an ``axis_name``, whether batch norm uses the statistics of the whole
-        batch. If not, each device normalises with those of its own share, as PyTorch's
-        DataParallel does, and the running statistics are the mean over the devices.
+        batch; the model needs a field ``axis_name`` for it. If not, each device normalises with
+        those of its own share, as PyTorch's DataParallel does, and the running statistics are the
+        mean over the devices.
       constraint_weight: factor, by step, of the terms that ``stability`` and ``robust`` add to
         the softmax loss; 1 in the paper.
+      head: the name of the softmax layer, or its path, such as ``"top/Dense_0"``.
 
     Returns:
       The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
-      on the views, and the terms of the method.
+      on the views, and the terms of the method. When it is called, it raises InputError if the
+      model has no such layer, or the batch is empty or its labels are no integers.
     """
-    objective = make_objective(
-        model.clone(axis_name=axis_name if sync_batch_norm else None), method,
-        axis_name=axis_name, constraint_weight=constraint_weight)
+    synchronised = False
+    if "axis_name" in {field.name for field in dataclasses.fields(model)}:
+        synchronised = sync_batch_norm
+        model = model.clone(axis_name=axis_name if sync_batch_norm else None)
+    objective = make_objective(model, method, axis_name=axis_name,
+                               constraint_weight=constraint_weight, head=head)
 
-    def train_step(state, batch):
+    def update(state, batch):
         (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(
             state.params, state, batch)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
-            if not sync_batch_norm:
+            if not synchronised:
                 evaluated = evaluated._replace(
                     batch_stats=jax.lax.pmean(evaluated.batch_stats, axis_name))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -133,6 +171,14 @@ def make_train_step(
             batch_stats=evaluated.batch_stats, opt_state=opt_state,
             centroids=evaluated.centroids)
         return state, metrics
+
+    def train_step(state, batch):
+        _validate.shapes(**{"batch.clean": (batch.clean, "B H W channels"),
+                            "batch.noisy": (batch.noisy, "B H W channels"),
+                            "batch.labels": (batch.labels, "B")})
+        # The state stays where it is; the metrics are on every device.
+        return parallel.over_any_mesh(
+            update, split_as=lambda state, batch: (state, PartitionSpec()))(state, batch)
 
     return train_step
 

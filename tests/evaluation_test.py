@@ -1,12 +1,13 @@
 """Accuracy under noise: every image counts once, whatever the batch size."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import evaluation, models, perturbations
+from jaxrobust import evaluation, models, parallel, perturbations
 from jaxrobust._validate import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -78,9 +79,116 @@ class CorrectPredictions(chex.TestCase):
             correct(images, labels, jnp.arange(4)), [True, True, False, False])
 
 
-def test_bad_arguments_are_named(trained):
+    def test_logits_that_are_not_finite_are_never_class_0(self):
+        images = jnp.eye(4).reshape(4, 2, 2, 1).at[1, 0, 0, 0].set(jnp.nan)
+
+        def correct(images, labels, indices):
+            return evaluation.correct_predictions(
+                lambda images: images.reshape(images.shape[0], -1), images, labels,
+                perturb=perturbations.identity(), key=jax.random.key(0), indices=indices)
+
+        arguments = images, jnp.zeros(4, int), jnp.arange(4)
+        np.testing.assert_array_equal(jax.jit(correct)(*arguments), [True, False, False, False])
+        with pytest.raises(InputError, match="NaN or infinite ones for 1 of 4 images, the first "
+                                             "at index 1"):
+            correct(*arguments)
+
+
+def corner_pixels(images):
+    """As logits of 3 classes, three of the pixels."""
+    return 1.0 * images[:, 0, :3, 0]
+
+
+def test_a_plain_function_is_evaluated_like_a_model(trained):
     model, variables, images, labels = trained
-    with pytest.raises(InputError, match=r"Expected labels of shape \[N\] with N=23, got \(22,\)"):
-        next(evaluation.evaluate(model, variables, images, labels[1:], key=jax.random.key(0)))
-    with pytest.raises(InputError, match="Expected number of images=0"):
-        next(evaluation.evaluate(model, variables, images[:0], labels[:0], key=jax.random.key(0)))
+    noise = perturbations.gaussian(0.3)
+    by_model = all_draws(trained, perturb=noise, num_draws=2, batch_size=8)
+    functions = (lambda inputs: model.apply(variables, inputs, train=False).logits,
+                 jax.tree_util.Partial(
+                     lambda variables, inputs: model.apply(variables, inputs, train=False).logits,
+                     variables))
+    for logits_fn in functions:
+        np.testing.assert_array_equal(by_model, list(evaluation.evaluate(
+            logits_fn, images, labels, perturb=noise, key=jax.random.key(0), num_draws=2,
+            batch_size=8)))
+
+
+def test_a_plain_function_perturbs_too():
+    images = np.zeros((5, 4, 4, 1), np.float32)
+    images[:, 0, 1] = 1
+    flipped, = evaluation.evaluate(
+        corner_pixels, images, np.array([0, 1, 2, 1, 0]), key=jax.random.key(0),
+        perturb=lambda key, images: images[:, :, np.array([1, 0, 2, 3])])
+    np.testing.assert_array_equal(flipped, [True, False, False, False, True])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("form", ["jit", "mesh"])
+def test_images_with_logits_that_are_not_finite_are_an_error_with_their_number(wrong, form):
+    images = np.zeros((SIZE, 8, 8, 1), np.float32)
+    images[[4, 9, 22], 0, 0] = 1
+
+    def logits_fn(images):
+        return jnp.where(images[:, 0, :3, 0] == 1, wrong, 0.0)
+
+    draws = evaluation.evaluate(
+        logits_fn, images, np.zeros(SIZE, np.int32), key=jax.random.key(0), batch_size=8,
+        layout=parallel.make_layout(form))
+    with pytest.raises(InputError, match="NaN or infinite ones for 3 of 23 images, the first at "
+                                         "index 4"):
+        next(draws)
+
+
+def test_a_label_that_is_no_class_is_an_error(trained):
+    model, variables, images, labels = trained
+    for label in (-1, 3):
+        wrong = np.where(np.isin(np.arange(SIZE), (7, 8)), label, labels)
+        with pytest.raises(InputError, match=f"got {label} at index 7 \\(2 in all\\)"):
+            next(evaluation.evaluate(model, variables, images, wrong, key=jax.random.key(0)))
+
+
+def test_bad_arguments_are_named_before_anything_is_drawn(trained):
+    model, variables, images, labels = trained
+    for message, arguments, options in (
+            (r"Expected labels of shape \[N\] with N=23, got \(22,\)",
+             (model, variables, images, labels[1:]), {}),
+            (r"Expected images of shape \[N, ...\], no size 0",
+             (model, variables, images[:0], labels[:0]), {}),
+            ("Expected labels of an integer dtype, got bool",
+             (model, variables, images, labels == 0), {}),
+            (r"Expected images with values in \[0, 1\]",
+             (model, variables, images.astype(np.float32), labels), {}),
+            (r"Expected evaluate\(model, variables, images, labels, key=...\), got 3 arguments",
+             (model, images, labels), {}),
+            (r"Expected evaluate\(logits_fn, images, labels, key=...\), got 4 arguments",
+             (corner_pixels, variables, images, labels), {}),
+            ("Expected a Flax Linen module or a function of images to evaluate, got a dict",
+             (variables, images, labels), {}),
+            ("Expected num_draws=0 to be an integer", trained, {"num_draws": 0}),
+            ("Expected batch_size=2.5 to be an integer", trained, {"batch_size": 2.5})):
+        with pytest.raises(InputError, match=message):
+            evaluation.evaluate(*arguments, key=jax.random.key(0), **options)
+    with pytest.raises(InputError, match="Expected array 0 of shape .* no size 0"):
+        evaluation.map_batches(lambda rows: rows, images[:0], batch_size=3)
+    with pytest.raises(InputError, match="Expected batch_size=0 to be an integer >= 1"):
+        evaluation.map_batches(lambda rows: rows, images, batch_size=0)
+
+
+def test_what_returns_no_logits_is_named(trained):
+    _, _, images, labels = trained
+
+    class Bare(nn.Module):
+
+        def __call__(self, images, *, train):
+            return images[:, 0, :3, 0]
+
+    for arguments, message in (
+            ((Bare(), {}), "returns jaxrobust.models.Outputs, got one that returns a DynamicJaxpr"),
+            ((lambda images: images[:, 0, 0, 0],), r"Expected logits of shape \[B, C\]")):
+        with pytest.raises(InputError, match=message):
+            next(evaluation.evaluate(*arguments, images, labels, key=jax.random.key(0)))
+
+
+def test_integers_of_numpy_are_taken(trained):
+    draws = all_draws(trained, num_draws=np.int64(2), batch_size=np.int64(8))
+    assert draws.shape == (2, SIZE)

@@ -1,8 +1,8 @@
 """Flax Linen classifiers that return logits, penultimate features and block outputs.
 
 Every model takes float images in [0, 1], [B, H, W, channels], normalises them itself with its
-``mean`` and ``std``, and keeps its feature layer under ``params["features"]`` and its softmax
-layer under ``params["head"]``.
+``mean`` and ``std`` (one number for each channel; anything else is an InputError), and keeps its
+feature layer under ``params["features"]`` and its softmax layer under ``params["head"]``.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.models.common import Outputs, head_parameters
@@ -49,13 +50,17 @@ def create_model(
         logits stay float32.
 
     Raises:
-      InputError: (a ValueError) for an unknown name, a size below 1, or a feature layer that the
-        model does not have.
+      InputError: (a ValueError) for an unknown name, a size that is not an integer or below 1,
+        fewer than two classes, a ``mean`` and ``std`` of different lengths, a ``std`` that is not
+        above 0, or a feature layer that the model does not have.
     """
     _validate.one_of("model", name, MODELS)
-    _validate.in_range("num_classes", num_classes, 2)
-    _validate.in_range("num_features", num_features, 1)
-    _validate.in_range("width", width, 1)
+    num_classes = _validate.integer("num_classes", num_classes, 2)
+    num_features = _validate.integer("num_features", num_features, 1)
+    width = _validate.integer("width", width, 1)
+    _validate.shapes(mean=(np.asarray(mean), "channels"), std=(np.asarray(std), "channels"))
+    for deviation in std:
+        _validate.in_range("std", deviation, 0, open_low=True)
     has_others = name.startswith("resnet18")
     _validate.one_of(f"feature_layer of {name}", feature_layer,
                      FEATURE_LAYERS if has_others else ("dense",))

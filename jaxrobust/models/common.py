@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
+
+from jaxrobust import _validate
 
 
 class Outputs(NamedTuple):
@@ -18,9 +21,25 @@ class Outputs(NamedTuple):
     blocks: dict[str, jax.Array]  # each [B, H, W, channels]; outputs of the named blocks
 
 
-def head_parameters(params: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The softmax layer's ``(kernel [d, C], bias [C])`` among a model's parameters."""
-    return params["head"]["kernel"], params["head"]["bias"]
+def head_parameters(
+    params: Mapping[str, Any], head: str = "head"
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax layer's ``(kernel [d, C], bias [C])`` among a model's parameters.
+
+    Args:
+      params: of the model.
+      head: the layer's name; of a layer inside another one the path, such as ``"top/Dense_0"``.
+
+    Raises:
+      InputError: (a ValueError) that lists the layers with a kernel and a bias of such shapes, if
+        that is none of them.
+    """
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    layers = [path.removesuffix("/kernel") for path, leaf in leaves.items()
+              if path.endswith("/kernel") and np.ndim(leaf) == 2
+              and np.shape(leaves.get(f"{path.removesuffix('/kernel')}/bias")) == leaf.shape[1:]]
+    _validate.one_of("head", head, layers)
+    return leaves[f"{head}/kernel"], leaves[f"{head}/bias"]
 
 
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -107,6 +126,19 @@ def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype) -> jax.Array:
-    """(images - mean) / std per channel."""
+    """(images - mean) / std per channel: the door at which every model checks its images.
+
+    Raises:
+      InputError: (a ValueError) if images are not floats [B, H, W, channels], ``mean`` and ``std``
+        not one number for each channel, or one of ``std`` is not above 0.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise _validate.InputError("Expected images of a floating dtype, in [0, 1], got "
+                                   f"{images.dtype}: divide the bytes by 255.")
+    mean, std = np.asarray(mean), np.asarray(std)
+    _validate.shapes(images=(images, "B H W channels"), mean=(mean, "channels"),
+                     std=(std, "channels"))
+    for deviation in std:
+        _validate.in_range("std", deviation, 0, open_low=True)
     mean, std = (jnp.asarray(value, images.dtype)[None, None, None] for value in (mean, std))
     return ((images - mean) / std).astype(dtype)
