@@ -76,12 +76,13 @@ def make_layout(
       devices: all there are if none are given, in all processes; ``"jit"`` takes the first.
 
     Raises:
-      InputError: (a ValueError) for an unknown form, or one that a job of several processes
-        cannot have.
+      InputError: (a ValueError) for an unknown form, one that a job of several processes cannot
+        have, or no devices.
     """
     # Those of a process side by side, so that its rows are.
     devices = sorted(jax.devices() if devices is None else devices,
                      key=lambda device: (device.process_index, device.id))
+    _validate.in_range("number of devices", len(devices), 1)
     processes = {device.process_index for device in devices}
     if form is None:
         accelerators = len(devices) > 1 and devices[0].platform != "cpu"
@@ -159,8 +160,10 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
       The batch, split over the devices if they divide it, else whole on each of them.
 
     Raises:
-      InputError: (a ValueError) if there are not as many rows as this process must provide.
+      InputError: (a ValueError) if there are not as many rows as this process must provide, or
+        ``size`` is not an integer, at least 1.
     """
+    size = _validate.integer("size of a batch", size, 1)
     mine = layout.rows_of(size)
     for leaf in jax.tree.leaves(rows):
         _validate.in_range("rows of a batch", leaf.shape[0], mine.stop - mine.start,

@@ -48,6 +48,34 @@ def test_the_softmax_loss_is_mapped_by_vmap_and_averaged_over_devices():
     np.testing.assert_allclose(over_devices, np.full(8, softmax_loss(logits, LABELS)), rtol=1e-6)
 
 
+def test_the_softmax_loss_is_the_mean_over_the_examples_that_count():
+    logits = np.random.default_rng(0).normal(size=(6, NUM_CLASSES)).astype(np.float32)
+    labels, kept = np.array([0, -1, 2, NUM_CLASSES, 1, 2**31 - 1]), np.array([0, 2, 4])
+    logits[[1, 3, 5]] = [[np.nan] * 3, [np.inf] * 3, [0, np.nan, 0]]
+    value, gradient = jax.value_and_grad(softmax_loss)(logits, labels)
+    np.testing.assert_allclose(
+        value, reference.softmax_loss(logits[kept], labels[kept]), rtol=1e-6)
+    expected = (np.asarray(jax.nn.softmax(logits[kept])) - np.eye(3)[labels[kept]]) / 3
+    np.testing.assert_allclose(gradient[kept], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradient[np.array([1, 3, 5])], np.zeros((3, 3)))
+    # On devices of which the last has no example that counts.
+    per_device = jax.pmap(lambda logits, labels: softmax_loss(logits, labels, axis_name="devices"),
+                          "devices")(logits.reshape(3, 2, 3), labels.reshape(3, 2))
+    np.testing.assert_allclose(per_device, np.full(3, value), rtol=1e-6)
+
+
+def test_the_softmax_loss_of_bfloat16_is_a_mean_in_float32():
+    loss = softmax_loss(jnp.zeros((1024, 2), jnp.bfloat16), jnp.zeros(1024, jnp.int32))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, np.log(2), rtol=5e-3)  # bfloat16 has two digits, the sum more.
+
+
+def test_labels_of_few_bits_are_those_of_many_classes():
+    logits = jnp.zeros((2, 300)).at[0, 200].set(50.0).at[1, 44].set(50.0)
+    for labels in (np.array([200, 44], np.uint8), [200, 44]):
+        np.testing.assert_allclose(softmax_loss(logits, labels), 0, atol=1e-6)
+
+
 # --- objectives with a linear model -----------------------------------------------------------
 
 
@@ -178,6 +206,56 @@ def test_every_method_tracks_the_centroids_of_the_view_it_trains_on(name):
     np.testing.assert_allclose(evaluated.centroids.mean, [stored[c] for c in range(3)],
                                rtol=1e-4, atol=1e-5)
     assert evaluated.centroids.seen.all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_does_not_count_changes_nothing_in_any_objective(name):
+    params, batch, state = linear_problem()
+    labels = np.where(np.isin(np.arange(BATCH), (1, 6, 15)), (-1, NUM_CLASSES)[name == "both"],
+                      LABELS)
+    kept = np.flatnonzero(np.isin(labels, (0, 1, 2)))
+    method = make_method(name, robust=CONFIG, stability_weight=3.0)
+    marked = batch._replace(labels=jnp.asarray(labels))
+    without = jax.tree.map(lambda rows: rows[kept], marked)
+
+    def objective(params, batch):
+        loss, evaluated = evaluate(method, params, batch, state)
+        return loss, (evaluated.centroids, evaluated.metrics)
+
+    compute = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    chex.assert_trees_all_close(
+        compute(params, marked), compute(params, without), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_in_which_nothing_counts_has_loss_and_gradients_0(name):
+    params, batch, state = linear_problem()
+    batch = batch._replace(labels=jnp.full(BATCH, -1))
+    (loss, evaluated), gradients = jax.jit(jax.value_and_grad(
+        lambda params: evaluate(make_method(name, robust=CONFIG), params, batch, state),
+        has_aux=True))(params)
+    assert loss == 0 and not any(evaluated.metrics.values())
+    chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(evaluated.centroids, state)
+
+
+def test_logits_that_are_not_finite_are_not_right_for_class_0():
+    params, batch, state = linear_problem()
+    batch = batch._replace(clean=batch.clean.at[0].set(jnp.nan), labels=jnp.zeros(BATCH, int))
+    _, evaluated = evaluate(make_method("normal"), params, batch, state)
+    features = np.asarray(batch.clean)[1:].reshape(BATCH - 1, -1) @ params["weights"]
+    predicted = np.argmax(features @ params["kernel"] + params["bias"][None], axis=1)
+    np.testing.assert_allclose(
+        evaluated.metrics["accuracy_clean"], np.sum(predicted == 0) / BATCH, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stability", "robust"])
+def test_weights_of_numpy_change_no_dtype(name):
+    params, batch, state = linear_problem()
+    losses = [evaluate(make_method(name, robust=CONFIG, stability_weight=kind(3.0)), params, batch,
+                       state, weight=kind(0.5))[0] for kind in (float, np.float64, np.array)]
+    assert {loss.dtype for loss in losses} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["normal", "noisy", "both"])

@@ -1,6 +1,7 @@
 """The models: shapes, initialisation, normalisation, modes."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -163,6 +164,50 @@ def test_a_feature_layer_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="num_features=7 to be 32, 8 times the width"):
         jax.eval_shape(functools.partial(make("resnet18", feature_layer="pooled").init,
                                          train=False), jax.random.key(0), jnp.zeros(SHAPE))
+
+
+@pytest.mark.parametrize(("images", "changes", "message"), [
+    (jnp.zeros(SHAPE, jnp.uint8), {}, "Expected images of a floating dtype, in [0, 1], got uint8"),
+    (jnp.zeros(SHAPE, jnp.int32), {}, "Expected images of a floating dtype, in [0, 1], got int32"),
+    (jnp.zeros((4, 16, 16, 1)), {}, "Expected mean of shape [channels] with channels=1, got (3,)."),
+    (jnp.zeros(SHAPE), {"std": (0.5,)}, "Expected std of shape [channels] with channels=3"),
+    (jnp.zeros(SHAPE), {"std": (0.5, 0.0, 0.5)}, "Expected std=0.0 in (0, inf)."),
+    (jnp.zeros(SHAPE[1:]), {}, "Expected images of shape [B, H, W, channels], got (16, 16, 3)."),
+    (jnp.zeros((0, *SHAPE[1:])), {}, "Expected images of shape [B, H, W, channels], no size 0")],
+    ids=["uint8", "int32", "one_channel", "one_std", "std_0", "one_image", "no_image"])
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "mobilenet_v3_small"])
+def test_images_that_do_not_fit_are_refused_at_the_door(name, images, changes, message):
+    model = make(name).clone(**changes)
+    with pytest.raises(InputError, match=re.escape(message)):
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"std": (0.5, -1.0, 0.5)}, "Expected std=-1.0 in (0, inf)."),
+    ({"std": (0.5,)}, "Expected std of shape [channels] with channels=3, got (1,)."),
+    ({"mean": 0.5}, "Expected mean of shape [channels], got ()."),
+    ({"num_classes": 3.0}, "Expected num_classes=3.0 to be an integer >= 2."),
+    ({"width": 0.5}, "Expected width=0.5 to be an integer >= 1.")])
+def test_a_model_that_cannot_be_is_refused_when_it_is_made(changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        models.create_model("small_cnn", **{
+            **SMALL, "mean": (0.5,) * 3, "std": (0.25,) * 3, **changes})
+
+
+def test_sizes_of_numpy_are_taken():
+    model = make("small_cnn", num_classes=np.int64(5), width=np.uint8(4))
+    assert model == make("small_cnn", num_classes=5, width=4)
+
+
+def test_the_head_is_the_layer_of_that_name():
+    layer = {"kernel": np.zeros((3, 2)), "bias": np.ones(2)}
+    params = {"top": {"out": layer}, "norm": {"scale": np.ones(3), "bias": np.ones(3)},
+              "conv": {"kernel": np.zeros((3, 3, 1, 4)), "bias": np.zeros(4)},
+              "bare": {"kernel": np.zeros((3, 2))}}
+    assert models.head_parameters(params, "top/out") == (layer["kernel"], layer["bias"])
+    with pytest.raises(InputError, match=re.escape(
+            "Unknown head 'bare'. Expected one of: top/out.")):
+        models.head_parameters(params, "bare")
 
 
 def test_unknown_model_names_the_nearest():

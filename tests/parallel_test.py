@@ -206,3 +206,9 @@ def test_bad_arguments_are_named():
         make_layout("pmp")
     with pytest.raises(InputError, match=r"Expected rows of a batch=3 in \[4, 4\]"):
         parallel.place_batch(make_layout("mesh"), np.zeros(3), 4)
+    with pytest.raises(InputError, match="Expected size of a batch=0 to be an integer >= 1"):
+        parallel.place_batch(make_layout("jit"), np.zeros((0, 3)), 0)
+    with pytest.raises(InputError, match=r"Expected number of devices=0 in \[1, inf\)"):
+        make_layout("jit", [])
+    placed = parallel.place_batch(make_layout("mesh"), np.zeros((16, 3)), np.int64(16))
+    assert placed.shape == (16, 3)

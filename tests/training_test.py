@@ -1,17 +1,20 @@
 """The train step: determinism, device counts, the optimiser as PyTorch defines it."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from jax.sharding import PartitionSpec as P
 
 from jaxrobust import methods, models, training
 from jaxrobust._validate import InputError
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import Batch
+from jaxrobust.models import Outputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -99,6 +102,130 @@ def test_the_constraint_weight_scales_what_is_added_to_the_softmax_loss():
                 + metrics["align"])
         np.testing.assert_allclose(
             metrics["loss"], metrics["softmax"] + weight * ours, rtol=1e-5)
+
+
+# --- modules of users -------------------------------------------------------------------------
+
+
+class Top(nn.Module):
+
+    @nn.compact
+    def __call__(self, features):
+        return nn.Dense(CLASSES)(features)
+
+
+class UsersModel(nn.Module):
+    """No field ``axis_name``, its softmax layer inside another one, and dropout."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Dense(6)(images.reshape(images.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        features = nn.Dropout(self.rate, deterministic=not train)(x)
+        return Outputs(Top(name="top")(features), features, {})
+
+
+def users_step(rate=0.0, name="robust", optimizer=None, **options):
+    optimizer = training.sgd(0.1) if optimizer is None else optimizer
+    model, method = UsersModel(rate), methods.make_method(name, robust=RobustLossConfig(delta_d=1))
+    step = training.make_train_step(model, method, optimizer, head="top/Dense_0", **options)
+    return step, training.create_train_state(
+        model, optimizer, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), head="top/Dense_0")
+
+
+def test_a_users_module_is_trained():
+    step, state = users_step()
+    assert state.centroids.mean.shape == (CLASSES, 6)
+    step, losses = jax.jit(step), []
+    for _ in range(20):
+        state, metrics = step(state, make_batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_head_that_is_not_there_is_answered_with_the_layers_that_could_be_it():
+    message = "Unknown head 'head'.* Expected one of: Dense_0, top/Dense_0."
+    with pytest.raises(InputError, match=message):
+        training.create_train_state(
+            UsersModel(), training.sgd(0.1), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    step = training.make_train_step(
+        UsersModel(), methods.make_method("normal"), training.sgd(0.1))
+    with pytest.raises(InputError, match=message):
+        step(users_step()[1], make_batch())
+
+
+def test_the_statistics_of_a_module_without_an_axis_name_are_the_mean_over_the_devices():
+    step, state = users_step(name="normal", axis_name="devices")
+    batch = make_batch()
+    split = jax.tree.map(lambda rows: rows.reshape(2, 8, *rows.shape[1:]), batch)
+    result, _ = jax.pmap(step, "devices", in_axes=(None, 0))(state, split)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    halves = [UsersModel().apply(variables, images, train=True, mutable=["batch_stats"])[1]
+              for images in split.clean]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *halves)["batch_stats"]
+    for device in (0, 1):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf: leaf[device], result.batch_stats),  # noqa: B023
+            expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_draws_anew_for_every_step_and_pass_and_the_same_for_the_same_seed():
+    # Dropout of 0.5 leaves of a feature of 1 either 0 or 2: the loss goes with how many.
+    images = jnp.ones((4, 8, 8, 1))
+    seen = []
+
+    class Dropped(nn.Module):
+
+        @nn.compact
+        def __call__(self, images, *, train):
+            features = nn.Dropout(0.5, deterministic=not train)(images.reshape(4, -1))
+            if train:
+                jax.debug.callback(lambda x: seen.append(np.asarray(x)), features, ordered=True)
+            return Outputs(nn.Dense(CLASSES, name="head")(features), features, {})
+
+    optimizer = training.sgd(0.1)
+    step = training.make_train_step(Dropped(), methods.make_method("stability"), optimizer)
+    state = training.create_train_state(Dropped(), optimizer, jax.random.key(0), images)
+    batch = Batch(images, images, jnp.zeros(4, jnp.int32))
+    step = jax.jit(step)
+    for first in (state, state.replace(step=state.step + 1), state):
+        step(first, batch)
+        jax.effects_barrier()
+    assert len(seen) == 6 and {0, 2} == set(np.unique(seen))
+    clean, noisy, later, _, again, noisy_again = seen
+    np.testing.assert_array_equal([clean, noisy], [again, noisy_again])
+    for other in (noisy, later):
+        assert 0.3 < np.mean(clean == other) < 0.7  # Of 256 independent draws, a half.
+
+
+def test_a_step_is_the_same_on_the_mesh_that_jax_makes_by_default():
+    step, state = make_step()
+    mesh = jax.make_mesh((8,), ("examples",))
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+    split, whole = (jax.NamedSharding(mesh, spec) for spec in (P("examples"), P()))
+    expected, wanted = jax.jit(step)(state, make_batch())
+    placed, batch = jax.device_put(state, whole), jax.device_put(make_batch(), split)
+    jitted = jax.jit(chex.assert_max_traces(step, n=1))
+    result, metrics = jitted(placed, batch)
+    chex.assert_trees_all_close((result.params, result.centroids, metrics),
+                                (expected.params, expected.centroids, wanted), rtol=1e-4, atol=1e-5)
+    for new, old in zip(jax.tree.leaves(result), jax.tree.leaves(placed), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+    jitted(result, batch)
+
+
+def test_labels_of_any_kind_are_the_same_or_an_error():
+    step, state = make_step("normal")
+    expected = step(state, make_batch(labels=jnp.arange(16) % CLASSES))[1]["loss"]
+    for dtype in (np.uint8, np.int64):
+        labels = (np.arange(16) % CLASSES).astype(dtype)
+        assert step(state, make_batch(labels=labels))[1]["loss"] == expected
+    with pytest.raises(InputError, match="Expected labels of an integer dtype, got bool"):
+        step(state, make_batch(labels=np.zeros(16, bool)))
+    with pytest.raises(InputError, match="Expected batch.clean of shape .* no size 0"):
+        step(state, jax.tree.map(lambda rows: rows[:0], make_batch()))
 
 
 def pytorch_sgd(parameters, gradients, *, learning_rates, momentum, weight_decay):

@@ -67,9 +67,6 @@ WRONG_NUMBERS = {
     "sgd_weight_decay": (lambda: training.sgd(0.1, weight_decay=-1), "weight_decay=-1", "[0, inf)"),
     "sgd_learning_rate": (lambda: training.sgd(0.0), "learning_rate=0.0", "(0, inf)"),
     "sgd_clip_norm": (lambda: training.sgd(0.1, clip_norm=0.0), "clip_norm=0.0", "(0, inf)"),
-    "model_num_classes": (lambda: create(num_classes=1), "num_classes=1", "[2, inf)"),
-    "model_num_features": (lambda: create(num_features=0), "num_features=0", "[1, inf)"),
-    "model_width": (lambda: create(width=0), "width=0", "[1, inf)"),
     **{f"config_{name}": (lambda name=name: RobustLossConfig(**{name: -1.0}), f"{name}=-1.0", "[0,")
        for name in ("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d", "momentum")},
     "config_momentum_1": (lambda: RobustLossConfig(momentum=1.0), "momentum=1.0", "[0, 1)"),
@@ -81,6 +78,9 @@ WRONG_INTEGERS = {
     "dim": (lambda: init_centroids(3, 0), "dim=0", 1),
     "dim_bool": (lambda: init_centroids(3, True), "dim=True", 1),
     "dispersion": (lambda: geometry.class_dispersion(FEATURES, LABELS, 2.5), "num_classes=2.5", 1),
+    "model_num_classes": (lambda: create(num_classes=1), "num_classes=1", 2),
+    "model_num_features": (lambda: create(num_features=0), "num_features=0", 1),
+    "model_width": (lambda: create(width=0), "width=0", 1),
 }
 
 WRONG_DTYPES = {
