@@ -310,16 +310,14 @@ def _train_group(group, dataset, splits, layout, feed, label):
             for index, (running, row, own) in enumerate(zip(group, rows, states, strict=True)):
                 if index in failures:
                     continue
-                if not np.isfinite(row["loss"]):
-                    failures[index] = (
-                        f"The loss of {running.folder} is {row['loss']} in epoch {epoch}: the run "
-                        "has diverged. Lower the learning rate or set a clip norm.")
-                    runs.write_json(running.folder / "diverged.json",
-                                    {"epoch": epoch, "message": failures[index]})
-                    continue
                 ready = functools.partial(
                     _as_evaluated, program, running.config, split=splits.train)
-                running.record(row, own, ready, select)
+                wrong = _record(running, row, own, ready, select)
+                if wrong is not None:
+                    failures[index] = (f"{wrong}: the run has diverged. Lower the learning rate or "
+                                       "set a clip norm.")
+                    runs.write_json(running.folder / "diverged.json",
+                                    {"epoch": epoch, "message": failures[index]})
             if len(failures) == len(group):
                 break
             shown.show(**_shown(rows[0]))
@@ -330,6 +328,18 @@ def _train_group(group, dataset, splits, layout, feed, label):
         if index not in failures:
             running.finish(how)
     return list(failures.values())
+
+
+def _record(running, row, state, ready, selection_accuracy) -> str | None:
+    """Logs an epoch unless something in it is not finite, and then says what."""
+    if not np.isfinite(row["loss"]):
+        return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
+    try:
+        running.record(row, state, ready, selection_accuracy)
+    except _validate.NotFiniteError as error:  # Of a state that the last update spoilt.
+        reason = str(error).removesuffix(".")
+        return f"The validation of {running.folder} ends in epoch {row['epoch']}: {reason}"
+    return None
 
 
 def _as_evaluated(

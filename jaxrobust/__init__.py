@@ -41,6 +41,7 @@ from jaxrobust.losses import (
     margin_loss,
     robust_loss,
     softmax_cross_entropy,
+    softmax_loss,
     stability_loss,
 )
 from jaxrobust.perturbations import gaussian, identity, per_example, uniform
@@ -100,6 +101,7 @@ __all__ = [
     "smoothed_curvature",
     "smoothed_curvature_bound",
     "softmax_cross_entropy",
+    "softmax_loss",
     "spectral_density",
     "squared_frobenius",
     "stability_loss",

@@ -21,6 +21,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError):
+    """Numbers that are NaN or infinite, such as those of a training that diverged."""
+
+
 def installed(module: str, library: str, what: str, install: str) -> types.ModuleType:
     """The module of an optional library, or InputError that says how to install it.
 
@@ -159,7 +163,7 @@ def labels(name: str, value: np.ndarray, num_classes: int) -> None:
 
 
 def finite(name: str, tree: Any) -> None:
-    """Raises InputError, which says how many are not, unless all numbers of a pytree are finite."""
+    """Raises NotFiniteError, which says how many are not, unless all numbers are finite."""
     wrong = {jax.tree_util.keystr(path, simple=True, separator="."): int((~np.isfinite(leaf)).sum())
              for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
              if jnp.issubdtype(leaf.dtype, jnp.inexact)}
@@ -167,8 +171,8 @@ def finite(name: str, tree: Any) -> None:
     if wrong:
         first = next(iter(wrong))
         where = f", the first in {first}" if first else ""
-        raise InputError(f"Expected finite {name}, got {sum(wrong.values())} that are NaN or "
-                         f"infinite{where}.")
+        raise NotFiniteError(f"Expected finite {name}, got {sum(wrong.values())} that are NaN or "
+                             f"infinite{where}.")
 
 
 def images(name: str, value: np.ndarray) -> None:

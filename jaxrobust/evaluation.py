@@ -44,7 +44,7 @@ def _rank(logits_fn, images, labels, perturb, key, indices) -> _Ranked:
 
 def _require_finite(finite: np.ndarray, which: str = "") -> None:
     if not finite.all():
-        raise _validate.InputError(
+        raise _validate.NotFiniteError(
             f"Expected finite logits, got NaN or infinite ones for {int((~finite).sum())} of "
             f"{len(finite)} images{which}, the first at index {int(np.argmin(finite))}.")
 

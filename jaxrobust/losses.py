@@ -1,6 +1,6 @@
-"""The discriminative loss of the paper, and the term of stability training.
+"""The softmax loss, the discriminative loss of the paper, and the term of stability training.
 
-All functions act on features q, [B, d], of the penultimate layer. Under ``pmap`` or
+The latter two act on features q, [B, d], of the penultimate layer. Under ``pmap`` or
 ``shard_map`` give ``axis_name``: every term is then that of the whole batch, the same on
 every device, and gradients are to be averaged over the devices once.
 
@@ -105,6 +105,31 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     # Without this mask, 1 and -1 would drown what the sum adds to the gradient of the top.
     missed = jnp.where(labels == largest, 0, top - of(labels))
     return jnp.where(counts, missed + jnp.log1p(jnp.sum(jnp.exp(gaps), axis=1)), 0)
+
+
+def softmax_loss(
+    logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None
+) -> jax.Array:
+    r"""Mean of :func:`softmax_cross_entropy` over the examples that count.
+
+    Args:
+      logits: [B, C]; cast to float32 if narrower.
+      labels: [B], integers; an example with one outside [0, C) does not count.
+      axis_name: the device axis over which the batch is split, if any.
+
+    Returns:
+      The loss, [], in nats; 0 if no example counts.
+
+    Raises:
+      InputError: (a ValueError) if the shapes do not match, logits are not floats or labels not
+        integers.
+
+    Source: Eq. 3 and 4.
+    """
+    logits = _validate.floats("logits", logits)
+    labels = _validate.class_numbers("labels", labels)
+    losses = softmax_cross_entropy(logits, labels)
+    return mean_over_batch(losses, axis_name, counts=counted(labels, logits.shape[1]))
 
 
 def compactness_loss(

@@ -26,7 +26,7 @@ from jaxrobust.losses import (
     counted,
     mean_over_batch,
     robust_loss,
-    softmax_cross_entropy,
+    softmax_loss,
     stability_loss,
 )
 from jaxrobust.models.common import Outputs
@@ -68,31 +68,6 @@ class Method:
 
     name: str
     objective: Objective
-
-
-def softmax_loss(
-    logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None
-) -> jax.Array:
-    r"""Mean cross-entropy :math:`-\log \sigma(z)_y` over the examples that count.
-
-    Args:
-      logits: [B, C]; cast to float32 if narrower.
-      labels: [B], integers; an example with one outside [0, C) does not count.
-      axis_name: the device axis over which the batch is split, if any.
-
-    Returns:
-      The loss, [], in nats; 0 if no example counts.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, logits are not floats or labels not
-        integers.
-
-    Source: Eq. 3 and 4.
-    """
-    logits = _validate.floats("logits", logits)
-    labels = _validate.class_numbers("labels", labels)
-    losses = softmax_cross_entropy(logits, labels)
-    return mean_over_batch(losses, axis_name, counts=counted(labels, logits.shape[1]))
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:

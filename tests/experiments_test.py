@@ -172,6 +172,21 @@ def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
 
 
+def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkeypatch):
+    # The loss of an epoch is finite where only its last update makes a weight infinite.
+    as_it_is = training._as_evaluated
+    monkeypatch.setattr(training, "_as_evaluated", lambda *arguments, **options: jax.tree.map(
+        lambda leaf: leaf + np.inf if leaf.dtype == np.float32 else leaf,
+        as_it_is(*arguments, **options)))
+    message, = reproduce.run_study(
+        RECIPE, digits, tmp_path, rows=["robust"], seeds=[0], tensorboard=False)
+    assert "Expected finite logits, got NaN or infinite ones for" in message
+    assert "the run has diverged" in message
+    folder = tmp_path / "robust-seed0"
+    assert runs.read_json(folder / "diverged.json") == {"epoch": 1, "message": message}
+    assert not (folder / "evaluation.json").exists() and not (folder / "done.json").exists()
+
+
 def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
     assert reproduce.run_study(
         RECIPE, digits, tmp_path, rows=["normal"], seeds=[0, 1], tensorboard=False,

@@ -347,6 +347,21 @@ def test_every_name_and_shape_must_be_the_models(name, change, message, small):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_with_their_number(wrong, small, tmp_path):
+    weights = np.array(small["resnet18"]["conv1.weight"])
+    weights[1, 0, :2, 2] = wrong
+    state_dict = changed(small["resnet18"], conv1__weight=weights)
+    path = tmp_path / "weights.safetensors"
+    pytorch.write_state_dict(path, state_dict)
+    for call, what in ((lambda: pytorch.read_state_dict(path), f"weights in {path}"),
+                       (lambda: pytorch.load_torch_weights(
+                           make("resnet18"), variables_of("resnet18"), state_dict), "weights")):
+        with pytest.raises(InputError, match=re.escape(
+                f"Expected finite {what}, got 2 that are NaN or infinite")):
+            call()
+
+
 @pytest.mark.parametrize(("name", "weights", "message"), [
     ("resnet18", "resnet18_imagenet", "which conv1.weight is of shape (4, 3, 7, 7), the model's"),
     ("resnet18_imagenet", "resnet18", "which conv1.weight is of shape (4, 3, 3, 3), the model's"),
