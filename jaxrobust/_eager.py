@@ -1,0 +1,94 @@
+"""What stands before a function: scalars made plain, and eager calls compiled and kept."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+
+def python_scalars(function: Callable) -> Callable:
+    """Makes scalars of NumPy those of Python, which take on the dtype of the arrays they meet."""
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        plain = (value.item() if isinstance(value, np.generic) else value for value in arguments)
+        return function(*plain, **{
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in options.items()})
+
+    return call
+
+
+def as_one_program(estimator: Callable) -> Callable:
+    """Compiles an eager call as a whole, unless a call before was the same program.
+
+    ``jax.jit`` with the functions as static arguments would keep the numbers that they close over
+    from the first call, and compile anew for every lambda. Here each eager call traces the
+    estimator, which costs milliseconds, with the numbers that its functions close over as
+    arguments of the program. Programs are told apart by what they do: a lambda that is made anew
+    compiles nothing, and parameters that have changed since the last call count.
+
+    A call with traced arguments, as under ``jax.jit``, is left to that transformation. Scalars of
+    NumPy and JAX become those of Python in either case.
+    """
+    signature = inspect.signature(estimator)
+
+    @functools.wraps(estimator)
+    def call(*arguments, **options):
+        bound = signature.bind(*arguments, **options)
+        given = {name: _python_scalar(value) for name, value in bound.arguments.items()}
+        if any(isinstance(value, jax.core.Tracer) for value in given.values()):
+            return estimator(**given)
+        arrays = {name: jnp.asarray(given.pop(name)) for name in list(given)
+                  if isinstance(given[name], (jax.Array, np.ndarray))}
+        traced, outputs = jax.make_jaxpr(
+            lambda arrays: estimator(**given, **arrays), return_shape=True)(arrays)
+        leaves = _run(_Program(traced.jaxpr), list(traced.consts), jax.tree.leaves(arrays))
+        return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
+
+    return call
+
+
+def _python_scalar(value: Any) -> Any:
+    is_array = isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer)
+    if isinstance(value, np.generic) or (
+            is_array and value.ndim == 0
+            and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        return value.item()
+    return value
+
+
+class _Program:
+    """A jaxpr without its constants, equal to all that do the same."""
+
+    def __init__(self, jaxpr: core.Jaxpr):
+        self.jaxpr = jaxpr
+        # Of functions that are compiled themselves, which keep theirs.
+        self._inner = tuple(_inner_constants(jaxpr))
+        self._key = str(jaxpr), tuple(map(id, self._inner))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Program) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _inner_constants(jaxpr: core.Jaxpr) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        for part in jax.tree.leaves(list(equation.params.values()),
+                                    is_leaf=lambda part: isinstance(part, core.ClosedJaxpr)):
+            if isinstance(part, core.ClosedJaxpr):
+                yield from part.consts
+                yield from _inner_constants(part.jaxpr)
+            elif isinstance(part, core.Jaxpr):
+                yield from _inner_constants(part)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(program: _Program, constants: list, leaves: list) -> list:
+    return core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, constants))(*leaves)
