@@ -8,7 +8,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_losses
 
 from experiments import runs
 from experiments.config import CurvatureConfig, InputError
@@ -16,7 +15,7 @@ from experiments.doubt import outputs_of
 from experiments.evaluation import keep_result, make_test_split
 from experiments.progress import progress
 from experiments.training import TrainedRun, variables_of
-from jaxrobust import _validate, curvature, evaluation, parallel
+from jaxrobust import _validate, curvature, evaluation, losses, parallel
 from jaxrobust.data.augment import to_float
 from jaxrobust.models.common import normalise
 from jaxrobust.parallel import make_layout
@@ -133,7 +132,7 @@ def losses_of(model, variables, labels):
     def logits(images):
         return model.apply(variables, images, train=False).logits
 
-    return lambda images: _softmax_losses(logits(images), labels), logits
+    return lambda images: losses.softmax_cross_entropy(logits(images), labels), logits
 
 
 def require_piecewise_linear(run: TrainedRun, images: np.ndarray, labels: np.ndarray,
@@ -181,7 +180,7 @@ def _columns(model, settings, linear, variables, rows):
                         for function in (loss, logits))
         images = normalise(images, model.mean, model.std, images.dtype)
     gradient = jax.grad(lambda inputs: jnp.sum(loss(inputs)))(images)
-    table["gradient_squared"] = jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
+    table["gradient_squared"] = curvature.squared_norm(gradient)
     spectrum = curvature.piecewise_linear_spectrum(logits, images)
     if linear:
         exact = jnp.zeros(len(images))
@@ -203,10 +202,9 @@ def _columns(model, settings, linear, variables, rows):
     estimates["finite_difference"] = curvature.finite_difference_curvature(
         loss, images, key, step=settings.step, num_probes=settings.num_probes,
         chunk_size=PROBES_AT_ONCE, indices=indices)
-    # A key of its own: the same directions would correlate the two.
     smoothed = curvature.smoothed_curvature(
-        loss, images, jax.random.fold_in(key, 1), sigma=settings.smoothing,
-        num_draws=settings.smoothing_draws, chunk_size=PROBES_AT_ONCE, indices=indices)
+        loss, images, key, sigma=settings.smoothing, num_draws=settings.smoothing_draws,
+        chunk_size=PROBES_AT_ONCE, indices=indices)
     estimates |= {"smoothed_frobenius_squared": smoothed.squared_frobenius,
                   "smoothed_trace": smoothed.trace}
     for name, (value, standard_error) in estimates.items():

@@ -71,11 +71,14 @@ def largest_eigenvalue(product, size: int) -> float:
       size: of the matrix, at least 3.
     """
     start = np.random.default_rng(SEED).normal(size=size)
-    if not np.any(product(start)):
+    # ARPACK takes values below 1e-11 for 0 when it judges whether it has converged.
+    unit = np.max(np.abs(product(start)))
+    if unit == 0:
         return 0.0
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    return float(eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start,
-                       return_eigenvectors=False)[0])
+    operator = LinearOperator(
+        (size, size), matvec=lambda vector: product(vector) / unit, dtype=np.float64)
+    return unit * float(eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start,
+                              return_eigenvectors=False)[0])
 
 
 def measure_sharpness(

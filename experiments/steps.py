@@ -125,8 +125,8 @@ def _measure(model, variables, images, labels, indices, step, num_probes):
         loss, images, key, step=step, num_probes=num_probes, chunk_size=PROBES_AT_ONCE,
         indices=indices)
     smoothed = curvature.smoothed_curvature(
-        loss, images, jax.random.fold_in(key, 1), sigma=step, num_draws=num_probes,
-        chunk_size=PROBES_AT_ONCE, indices=indices).squared_frobenius
+        loss, images, key, sigma=step, num_draws=num_probes, chunk_size=PROBES_AT_ONCE,
+        indices=indices).squared_frobenius
     return {"finite_difference": difference.value, "smoothed": smoothed.value,
             "finite_difference_standard_error": difference.standard_error,
             "smoothed_standard_error": smoothed.standard_error}

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_losses
 from scipy import stats
 
 from experiments import runs
@@ -361,9 +360,10 @@ def _draw(model, variables, images, labels, key, indices, *, sigma):
     def outputs(x):
         return model.apply(variables, x, train=False)
 
+    loss, _ = losses_of(model, variables, labels)
     draws = theory.noise_draws(
-        lambda x: outputs(x).features, lambda x: _softmax_losses(outputs(x).logits, labels),
-        images, key, sigma=sigma, num_draws=1, with_quadratic=True, indices=indices)
+        lambda x: outputs(x).features, loss, images, key, sigma=sigma, num_draws=1,
+        with_quadratic=True, indices=indices)
     noisy = images + theory.gaussian_noise(key, 0, images, sigma=sigma, indices=indices)
     return (*(value[0] for value in draws), jnp.max(jnp.abs(outputs(noisy).logits), axis=1))
 
@@ -377,7 +377,7 @@ def _pointwise(model, variables, images, labels):
     spectrum = curvature.piecewise_linear_spectrum(logits_fn, images)
     return {
         "loss": loss(images), "correct": jnp.argmax(logits, axis=1) == labels,
-        "gradient_norm_squared": jnp.sum(jnp.square(gradient), axis=(1, 2, 3)),
+        "gradient_norm_squared": curvature.squared_norm(gradient),
         "hessian": jnp.sum(jnp.square(spectrum), axis=1),
         "hessian_trace": jnp.sum(spectrum, axis=1),
         "largest_logit": jnp.max(jnp.abs(logits), axis=1)}

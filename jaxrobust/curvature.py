@@ -2,12 +2,25 @@
 
 A ``loss`` here is a function ``images [B, ...] -> [B]`` whose row i depends on image i alone
 (batch norm in evaluation mode). Its Hessian is then block diagonal, and one product treats all
-images at once. Curvature is per unit of whatever ``images`` is measured in: pixels in [0, 1] for
-the models here, which normalise by themselves; :func:`normalised_inputs` changes that to
-normalised images, as in the paper.
+images at once. A loss that returns a scalar, such as the mean over the batch, is refused: its
+curvature would be that of the mean. Of softmax losses take
+:func:`~jaxrobust.losses.softmax_cross_entropy`: logsumexp(z) - z_y loses the digits of confident
+images in float32, and their curvature with them.
+
+Curvature is per unit of whatever ``images`` is measured in: pixels in [0, 1] for the models here,
+which normalise by themselves; :func:`normalised_inputs` changes that to normalised images, as in
+the paper.
 
 Memory is bounded by the images and probes at once: ``chunk_size`` sets the probes, the caller's
 batch the images. With ``indices`` an image's result is the same in whatever batch it comes.
+
+Results have the range of their dtype and no less: what is beyond it, such as a squared norm of
+1e-50 in float32, is 0 or inf. Every estimator draws numbers of its own: two of them that are given
+the same key are independent.
+
+An eager call is traced and compiled as a whole; a second one with the same shapes and options runs
+the same program, with the numbers that the loss closes over as they are then. Under ``jax.jit`` the
+call is a part of the caller's program.
 """
 
 import math
@@ -16,9 +29,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from matfree import decomp, stochtrace
 
 from jaxrobust import _validate
+from jaxrobust._eager import as_one_program
 
 Loss = Callable[[jax.Array], jax.Array]
 """``images [B, ...] -> [B]``, row i depending on image i alone."""
@@ -37,14 +52,13 @@ class Estimate(NamedTuple):
 def mean_estimate(samples: jax.Array) -> Estimate:
     """The mean of independent samples [K, B] over K, with its standard error."""
     num_samples = samples.shape[0]
-    mean = jnp.mean(samples, axis=0)
+    # The square of a small curvature, and the sum of large ones, are beyond the range of float32.
+    unit = _unit(jnp.max(jnp.abs(samples), axis=0))
+    samples = samples / unit[None]
+    mean = unit * jnp.mean(samples, axis=0)
     if num_samples == 1:
         return Estimate(mean, jnp.full_like(mean, jnp.nan))
-    # The square of a small curvature is beyond the range of float32.
-    scale = jnp.max(jnp.abs(samples), axis=0)
-    unit = jnp.where(scale > 0, scale, 1)
-    spread = unit * jnp.std(samples / unit[None], axis=0, ddof=1)
-    return Estimate(mean, spread / num_samples**0.5)
+    return Estimate(mean, unit * (jnp.std(samples, axis=0, ddof=1) / num_samples**0.5))
 
 
 def mean_over_pairs(pairs: jax.Array) -> Estimate:
@@ -60,12 +74,14 @@ def mean_over_pairs(pairs: jax.Array) -> Estimate:
     Source: Hoeffding (1948); Arvesen (1969).
     """
     k = pairs.shape[1]
+    unit = _unit(jnp.max(jnp.abs(pairs), axis=(1, 2)))
+    pairs = pairs / unit[:, None, None]
     rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, pairs), axis=2)  # [B, K]
     total = jnp.sum(rows, axis=1)
     without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
     jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
         jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
-    return Estimate(total / (k * (k - 1)), jackknife)
+    return Estimate(unit * (total / (k * (k - 1))), unit * jackknife)
 
 
 def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence[float],
@@ -82,13 +98,26 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
 
     Args:
       function: a loss or logits, of images [B, ..., channels] in [0, 1].
-      mean: per channel.
-      std: per channel, > 0.
+      mean: a number per channel.
+      std: a number per channel, > 0.
 
     Returns:
       A function of (images - mean) / std.
+
+    Raises:
+      InputError: (a ValueError) if mean and std differ in length or a std is not above 0; from the
+        function, if its images have another number of channels.
     """
+    if len(mean) != len(std):
+        raise _validate.InputError(
+            f"Expected a std for every mean, got {len(std)} for {len(mean)}.")
+    for value in std:
+        _validate.in_range("std", float(value), 0, open_low=True)
+
     def of_normalised(x):
+        if x.ndim < 2 or x.shape[-1] != len(mean):
+            raise _validate.InputError(f"Expected images of shape [B, ..., channels] with channels="
+                                       f"{len(mean)}, as mean and std, got {x.shape}.")
         ones = (1,) * (x.ndim - 1)
         offset, scale = (jnp.asarray(value, x.dtype).reshape(*ones, -1) for value in (mean, std))
         return function(offset + scale * x)
@@ -96,6 +125,7 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
     return of_normalised
 
 
+@as_one_program
 def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     r"""Exact Hessian-vector products, of all images at once.
 
@@ -113,7 +143,7 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
       Like x.
 
     Raises:
-      InputError: (a ValueError) if x and v differ in shape.
+      InputError: (a ValueError) if x and v differ in shape, or the loss is not [B].
 
     >>> loss = lambda x: jnp.sum(x**3, axis=-1)  # its Hessian is diag(6 x)
     >>> hvp(loss, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0]])).tolist()
@@ -121,11 +151,13 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     Source: Section 6.1; Pearlmutter (1994).
     """
+    check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
     return jax.jvp(_gradient(loss), (x,), (v,))[1]
 
 
+@as_one_program
 def squared_frobenius(
     loss: Loss,
     x: jax.Array,
@@ -147,14 +179,15 @@ def squared_frobenius(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; probe k of image i is drawn with
-        ``fold_in(fold_in(key, k), indices[i])``.
+      key: a PRNG key; probe k of image i is drawn with ``fold_in(fold_in(own, k), indices[i])``,
+        ``own`` being the key with the salt of this function folded in.
       num_probes: K >= 1; with ``rtol``, the most that are drawn.
       distribution: of the probes, "normal" or "rademacher" (random signs: a somewhat smaller
         variance where H is near diagonal).
       rtol: draw, for each image, until its standard error is at most ``rtol`` times its value,
         but at least 8 probes. The choice of when to stop looks at the values, which biases the
-        mean by a fraction of ``rtol``.
+        mean by a fraction of ``rtol`` and favours those whose error is taken for too small: the
+        standard error is therefore widened by 1 + 8 / probes.
       chunk_size: probes at once. Memory grows with it and with B, not with ``num_probes``; the
         result does not depend on it.
       indices: [B] integers that name the images; their positions in x if none are given. With
@@ -162,27 +195,31 @@ def squared_frobenius(
 
     Returns:
       Value and standard error, each [B]; unbiased (without ``rtol``). Two standard errors cover
-      the truth in 95 of 100 cases if many eigenvalues are of one size; if one dominates, the
-      samples are as skewed as a squared normal number, and with 20 probes it is 86.
+      the truth in 95 of 100 cases if many eigenvalues are of one size. If one dominates, the
+      samples are as skewed as a squared normal number: it is 88 with 20 probes, 93 with 64 and 94
+      with 200; with ``rtol`` 94 or more.
 
     Raises:
-      InputError: (a ValueError) if num_probes < 1, chunk_size < 1, rtol <= 0 or the distribution
-        is unknown.
+      InputError: (a ValueError) if num_probes < 1, chunk_size < 1, rtol <= 0, the distribution is
+        unknown, or the loss or the indices are not [B].
 
     Source: Section 7.1, without its finite differences. For a ReLU network this is the
     curvature of the softmax alone at that point; kinks have no share in it.
     """
+    check_images(x, indices, loss=loss)
     _validate.one_of("distribution", distribution, _PROBES)
+    key = salted(key, "squared_frobenius")
     _, product = jax.linearize(_gradient(loss), x)
 
     def probe(index):
-        return _squared_norm(product(_draw(key, index, x, indices, distribution)))
+        return squared_norm(product(_draw(key, index, x, indices, distribution)))
 
     if rtol is None:
         return mean_estimate(_stacked(probe, num_probes, chunk_size))
     return _until(probe, rtol, num_probes, chunk_size, x)
 
 
+@as_one_program
 def finite_difference_curvature(
     loss: Loss,
     x: jax.Array,
@@ -207,7 +244,8 @@ def finite_difference_curvature(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; the probes are those of :func:`squared_frobenius`.
+      key: a PRNG key; probe k of image i is drawn as in :func:`squared_frobenius`, with the salt
+        of this function: the two are independent.
       step: t > 0, in the units of x; 1e-2 of a *normalised* image in the paper
         (:func:`normalised_inputs`).
       num_probes: K >= 1.
@@ -215,20 +253,24 @@ def finite_difference_curvature(
       indices: [B] integers that name the images.
 
     Returns:
-      Value and standard error over the probes, each [B].
+      Value and standard error over the probes, each [B]; the latter as honest as that of
+      :func:`squared_frobenius`.
 
     Raises:
-      InputError: (a ValueError) if step <= 0, num_probes < 1 or chunk_size < 1.
+      InputError: (a ValueError) if step <= 0, num_probes < 1, chunk_size < 1, or the loss or the
+        indices are not [B].
 
     Source: Eq. 21.
     """
+    check_images(x, indices, loss=loss)
     _validate.in_range("step", step, 0, open_low=True)
+    key = salted(key, "finite_difference_curvature")
     gradient = _gradient(loss)
     at_x = gradient(x)
 
     def probe(index):
         v = _draw(key, index, x, indices, "normal")
-        return _squared_norm((gradient(x + step * v) - at_x) / step)
+        return squared_norm((gradient(x + step * v) - at_x) / step)
 
     return mean_estimate(_stacked(probe, num_probes, chunk_size))
 
@@ -240,6 +282,7 @@ class SmoothedCurvature(NamedTuple):
     trace: Estimate
 
 
+@as_one_program
 def smoothed_curvature(
     loss: Loss,
     x: jax.Array,
@@ -268,7 +311,8 @@ def smoothed_curvature(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; draw k of image i uses ``fold_in(fold_in(key, k), indices[i])``.
+      key: a PRNG key; draw k of image i uses ``fold_in(fold_in(own, k), indices[i])``, ``own``
+        being the key with the salt of this function folded in.
       sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
       num_draws: pairs x + sigma e, x - sigma e; at least 3. Memory grows with num_draws times B.
       chunk_size: draws at once.
@@ -276,15 +320,21 @@ def smoothed_curvature(
 
     Returns:
       Unbiased values, of which those of the squared norm may be negative, with their standard
-      errors (the squared norm's by the jackknife), each [B].
+      errors (the squared norm's by the jackknife), each [B]. If many eigenvalues are of one size,
+      two standard errors of the squared norm cover the truth in 95 of 100 cases. If one dominates
+      it is about the fourth power of a normal number, and they cover 82 with 20 draws, 85 with 32,
+      89 with 64 and 92 with 100.
 
     Raises:
-      InputError: (a ValueError) if sigma <= 0 or num_draws < 3.
+      InputError: (a ValueError) if sigma <= 0, num_draws < 3, or the loss or the indices are not
+        [B].
 
     Source: Stein (1981); Eq. 14 at the scale of the noise.
     """
+    check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
+    key = salted(key, "smoothed_curvature")
     gradient = _gradient(loss)
 
     def draw(index):
@@ -296,14 +346,13 @@ def smoothed_curvature(
     products = jnp.einsum("ibn,jbn->bij", slopes, e, precision=jax.lax.Precision.HIGHEST)
     trace = mean_estimate(jnp.diagonal(products, axis1=1, axis2=2).T)
     # In units of the largest: the fourth power of a small curvature is beyond float32.
-    largest = jnp.max(jnp.abs(products), axis=(1, 2))
-    products = products / jnp.where(largest > 0, largest, 1)[:, None, None]
+    unit = _unit(jnp.max(jnp.abs(products), axis=(1, 2)))
+    products = products / unit[:, None, None]
     squares = mean_over_pairs(products * products.swapaxes(1, 2))
-    unit = jnp.square(largest)
-    return SmoothedCurvature(
-        Estimate(unit * squares.value, unit * squares.standard_error), trace)
+    return SmoothedCurvature(Estimate(*(unit * (unit * part) for part in squares)), trace)
 
 
+@as_one_program
 def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     r"""All non-zero eigenvalues of each image's Hessian of the softmax loss, without sampling.
 
@@ -325,7 +374,11 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
       x: [B, ...].
 
     Returns:
-      [B, C], increasing, at least one of them 0; all non-negative up to rounding.
+      [B, C], increasing, at least one of them 0; all non-negative up to rounding. The large ones
+      keep their digits however confident the image is.
+
+    Raises:
+      InputError: (a ValueError) if the logits are not [B, C].
 
     >>> kernel = jnp.array([[1.0, -1.0]])  # two classes, one pixel: p = 1/2 at 0
     >>> spectrum = piecewise_linear_spectrum(lambda x: x @ kernel, jnp.zeros((1, 1)))
@@ -334,8 +387,11 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
 
     Source: Section 6.1; the Gauss-Newton decomposition (Schraudolph, 2002).
     """
+    check_images(x, logits_fn=logits_fn)
     logits, pullback = jax.vjp(logits_fn, x)
     batch, num_classes = logits.shape
+    if num_classes == 1:
+        return jnp.zeros_like(logits)
     # A^T 1 = 0: only differences of logits count, and C - 1 of them span all. Taking them before
     # the products also spares the digits that a large common part of the rows of J would cost.
     differences = jnp.eye(num_classes, dtype=logits.dtype)[:-1].at[:, -1].set(-1)
@@ -347,21 +403,29 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     # is faster, as long as the memory of a few is at stake.
     jacobian = _stacked(row, num_classes - 1, math.ceil((num_classes - 1) / _UNROLLED),
                         in_order=num_classes > 16)
+    # J, and A below, in units of their largest: their squares may be beyond float32.
+    unit = _unit(jnp.max(jnp.abs(jacobian), axis=(0, 2)))
+    jacobian = jacobian / unit[None, :, None]
     gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
     gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
 
-    p = jax.nn.softmax(logits)
-    u = jnp.sqrt(p)
+    # The root of the softmax as one of half the logits: p itself may be beyond float32.
+    u = jnp.exp((logits - jnp.max(logits, axis=1, keepdims=True)) / 2)
+    u = u / jnp.sqrt(jnp.sum(jnp.square(u), axis=1, keepdims=True))
     # 1 - p_i as the sum of the others: exact also where p_i rounds to 1.
-    others = jnp.dot(p, 1 - jnp.eye(num_classes, dtype=p.dtype),
+    others = jnp.dot(jnp.square(u), 1 - jnp.eye(num_classes, dtype=u.dtype),
                      precision=jax.lax.Precision.HIGHEST)
     projector = jnp.where(jnp.eye(num_classes, dtype=bool)[None], others[:, :, None],
                           -u[:, :, None] * u[:, None, :])
     a = u[:, :, None] * projector
-    return jnp.linalg.eigvalsh(jnp.einsum(
-        "bic,bij,bjd->bcd", a, gram, a, precision=jax.lax.Precision.HIGHEST))
+    unit_of_a = _unit(jnp.max(jnp.abs(a), axis=(1, 2)))
+    a = a / unit_of_a[:, None, None]
+    unit = (unit * unit_of_a)[:, None]
+    return unit * (unit * jnp.linalg.eigvalsh(jnp.einsum(
+        "bic,bij,bjd->bcd", a, gram, a, precision=jax.lax.Precision.HIGHEST)))
 
 
+@as_one_program
 def gauss_newton_gap(
     loss: Loss, logits_fn: LogitsFn, x: jax.Array, key: jax.Array, *,
     indices: jax.Array | None = None,
@@ -375,29 +439,36 @@ def gauss_newton_gap(
     network (GELU, hard-swish), where it is only the Gauss-Newton part's.
 
     Args:
-      loss: images [B, ...] -> [B], the softmax loss of ``logits_fn`` and the images' labels.
+      loss: images [B, ...] -> [B], the softmax loss of ``logits_fn`` and the images' labels,
+        :func:`~jaxrobust.losses.softmax_cross_entropy`. Of one that rounds away confident images
+        the gap is about 1 there.
       logits_fn: images [B, ...] -> logits [B, C].
       x: [B, ...].
       key: a PRNG key.
       indices: [B] integers that name the images.
 
     Returns:
-      [B]; 0 where both products are 0. In float32 confident images, whose Hessian is tiny, carry
-      rounding of a few per cent.
+      [B]; 0 where both products are 0, inf where only that with the Hessian is.
+
+    Raises:
+      InputError: (a ValueError) if the loss or the indices are not [B] or the logits not [B, C].
 
     Source: the Gauss-Newton decomposition (Schraudolph, 2002).
     """
-    v = _draw(key, 0, x, indices, "normal")
+    check_images(x, indices, loss=loss, logits_fn=logits_fn)
+    v = _draw(salted(key, "gauss_newton_gap"), 0, x, indices, "normal")
     exact = hvp(loss, x, v)
     logits, along = jax.jvp(logits_fn, (x,), (v,))
+    # S u = p (u - p.u), u less its mean under p. With the u of the likeliest class as 0 no digits
+    # are lost where p is nearly 1; exactly 0, which a difference need not be once it is compiled.
+    top = jnp.argmax(logits, axis=1, keepdims=True)
+    along = jnp.where(jnp.arange(logits.shape[1], dtype=top.dtype)[None] == top, 0,
+                      along - jnp.take_along_axis(along, top, axis=1))
     p = jax.nn.softmax(logits)
-    # S u = p (u - p.u): u less its mean under p.
     turned = p * (along - jnp.sum(p * along, axis=1, keepdims=True))
     gauss_newton, = jax.vjp(logits_fn, x)[1](turned)
-    size = _squared_norm(exact)
-    gap = _squared_norm(exact - gauss_newton)
-    return jnp.sqrt(jnp.where(size > 0, gap / jnp.where(size > 0, size, 1),
-                              jnp.where(gap > 0, jnp.inf, 0)))
+    size, gap = _norm(exact), _norm(exact - gauss_newton)
+    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.where(gap > 0, jnp.inf, 0))
 
 
 class RitzValues(NamedTuple):
@@ -408,6 +479,7 @@ class RitzValues(NamedTuple):
     residual: jax.Array  # shape=[B, m]; there is an eigenvalue within it of the value
 
 
+@as_one_program
 def ritz_values(
     loss: Loss,
     x: jax.Array,
@@ -432,7 +504,8 @@ def ritz_values(
       loss: images [B, ...] -> [B].
       x: [B, ...], with n numbers in each image.
       key: a PRNG key; the vector of image i is drawn with
-        ``fold_in(fold_in(key, 0), indices[i])``.
+        ``fold_in(fold_in(own, 0), indices[i])``, ``own`` being the key with the salt of this
+        function folded in.
       num_products: m, between 1 and n; another m products measure the residuals.
       indices: [B] integers that name the images.
 
@@ -440,11 +513,14 @@ def ritz_values(
       m values for each image. A value whose residual is not small has not converged.
 
     Raises:
-      InputError: (a ValueError) if num_products is not in [1, n].
+      InputError: (a ValueError) if num_products is not in [1, n], or the loss or the indices are
+        not [B].
 
     Source: Lanczos (1950), as in ``matfree.decomp.tridiag_sym``; Saad (2011), Section 3.
     """
+    check_images(x, indices, loss=loss)
     _validate.in_range("num_products", num_products, 1, math.prod(x.shape[1:]), open_high=False)
+    key = salted(key, "ritz_values")
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
 
     def one(product, start):
@@ -463,6 +539,7 @@ def ritz_values(
     return RitzValues(values * scale[:, None], weights, residuals * scale[:, None])
 
 
+@as_one_program
 def top_eigenvalues(
     loss: Loss,
     x: jax.Array,
@@ -477,7 +554,7 @@ def top_eigenvalues(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...], with n numbers in each image.
-      key: a PRNG key.
+      key: a PRNG key, used as by :func:`ritz_values`, whose values these are.
       k: at least 1, at most ``num_products``.
       num_products: of Lanczos' iteration; 2 k + 20 if not given, at most n. :func:`ritz_values`
         returns the error bars as well.
@@ -492,6 +569,7 @@ def top_eigenvalues(
     Source: :func:`ritz_values`. For a network of affine pieces
     :func:`piecewise_linear_spectrum` gives all of them, at less cost.
     """
+    check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     num_products = min(2 * k + 20, size) if num_products is None else num_products
     _validate.in_range("k", k, 1, num_products, open_high=False)
@@ -508,12 +586,13 @@ class SpectralDensity(NamedTuple):
     standard_error: jax.Array  # shape=[B, G]; over the probes
 
 
+@as_one_program
 def spectral_density(
     loss: Loss,
     x: jax.Array,
     key: jax.Array,
     *,
-    num_products: int = 30,
+    num_products: int | None = None,
     num_probes: int = 8,
     relative_width: float = 0.02,
     num_points: int = 200,
@@ -530,8 +609,9 @@ def spectral_density(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; probe j uses ``fold_in(key, j)`` as :func:`ritz_values` does.
-      num_products: Lanczos' steps for each probe.
+      key: a PRNG key; probe j uses ``fold_in(own, j)`` as :func:`ritz_values` does its key, ``own``
+        being the key with the salt of this function folded in.
+      num_products: Lanczos' steps for each probe; 30 if not given, at most n.
       num_probes: random vectors, >= 2.
       relative_width: w > 0.
       num_points: G >= 2.
@@ -545,6 +625,10 @@ def spectral_density(
 
     Source: Lin, Saad, Yang (2016); Ghorbani et al. (2019).
     """
+    check_images(x, indices, loss=loss)
+    if num_products is None:
+        num_products = min(30, math.prod(x.shape[1:]))
+    key = salted(key, "spectral_density")
     _validate.in_range("num_probes", num_probes, 2)
     _validate.in_range("relative_width", relative_width, 0, open_low=True)
     _validate.in_range("num_points", num_points, 2)
@@ -566,12 +650,13 @@ def spectral_density(
     return SpectralDensity(grid, *mean_estimate(density))
 
 
+@as_one_program
 def hessian_trace(
     loss: Loss,
     x: jax.Array,
     key: jax.Array,
     *,
-    num_probes: int = 16,
+    num_probes: int | None = None,
     indices: jax.Array | None = None,
 ) -> Estimate:
     r"""Trace of each image's Hessian, the sum of its eigenvalues, by XTrace.
@@ -584,9 +669,10 @@ def hessian_trace(
       loss: images [B, ...] -> [B].
       x: [B, ...], with n numbers in each image. On CPUs B is at most 32: XLA's threads may wait
         for each other forever beyond about 48.
-      key: a PRNG key; the probes of image i are drawn from ``fold_in(key, indices[i])``.
-      num_probes: m, between 2 and n; costs 2 m products. All m are done at once: memory grows
-        with m times B.
+      key: a PRNG key; the probes of image i are drawn from ``fold_in(own, indices[i])``, ``own``
+        being the key with the salt of this function folded in.
+      num_probes: m, between 2 and n; 16 if not given, at most n. Costs 2 m products, m of them at
+        once: memory grows with m times B. With n = 1 one product tells all.
       indices: [B] integers that name the images.
 
     Returns:
@@ -594,20 +680,23 @@ def hessian_trace(
       that of the loss's own derivatives.
 
     Raises:
-      InputError: (a ValueError) if num_probes is not in [2, n], or B is too large.
+      InputError: (a ValueError) if num_probes is not in [2, n], B is too large, or the loss or the
+        indices are not [B].
 
     Source: Epperly, Tropp, Webber (2024), as in ``matfree.stochtrace.leave_one_out_xtrace``.
     """
     return _leave_one_out(
-        stochtrace.leave_one_out_xtrace(), loss, x, key, num_probes, indices, power=1)
+        stochtrace.leave_one_out_xtrace(), loss, x, salted(key, "hessian_trace"), num_probes,
+        indices, power=1)
 
 
+@as_one_program
 def leave_one_out_squared_frobenius(
     loss: Loss,
     x: jax.Array,
     key: jax.Array,
     *,
-    num_probes: int = 16,
+    num_probes: int | None = None,
     indices: jax.Array | None = None,
 ) -> Estimate:
     r"""Squared Frobenius norm of each image's Hessian, variance-reduced.
@@ -621,21 +710,23 @@ def leave_one_out_squared_frobenius(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...], with n numbers in each image; on CPUs B is at most 32.
-      key: a PRNG key; the probes of image i are drawn from ``fold_in(key, indices[i])``.
-      num_probes: m, between 2 and n; costs 2 m products, m of them at once.
+      key: a PRNG key; the probes of image i are drawn from ``fold_in(own, indices[i])``, ``own``
+        being the key with the salt of this function folded in.
+      num_probes: m, as for :func:`hessian_trace`.
       indices: [B] integers that name the images.
 
     Returns:
       Value and standard error, each [B].
 
     Raises:
-      InputError: (a ValueError) if num_probes is not in [2, n], or B is too large.
+      InputError: (a ValueError) if num_probes is not in [2, n], B is too large, or the loss or the
+        indices are not [B].
 
     Source: Epperly (2025), as in ``matfree.stochtrace.leave_one_out_xsymrownorms_squared``.
     """
     return _leave_one_out(
-        stochtrace.leave_one_out_xsymrownorms_squared(), loss, x, key, num_probes, indices,
-        power=2)
+        stochtrace.leave_one_out_xsymrownorms_squared(), loss, x,
+        salted(key, "leave_one_out_squared_frobenius"), num_probes, indices, power=2)
 
 
 class Surface(NamedTuple):
@@ -647,6 +738,7 @@ class Surface(NamedTuple):
     orthogonal_direction: jax.Array  # like the images; of norm 1
 
 
+@as_one_program
 def loss_surface(
     loss: Loss,
     x: jax.Array,
@@ -665,7 +757,8 @@ def loss_surface(
       loss: images [B, ...] -> [B].
       x: [B, ...].
       key: a PRNG key; the random direction of image i is drawn with
-        ``fold_in(fold_in(key, 0), indices[i])``.
+        ``fold_in(fold_in(own, 0), indices[i])``, ``own`` being the key with the salt of this
+        function folded in.
       extent: the largest offset, > 0, in the units of x (Euclidean norm over the image).
       resolution: R >= 2, points along each direction; with an odd one x itself is among them.
       indices: [B] integers that name the images.
@@ -674,17 +767,24 @@ def loss_surface(
       The surface. Points outside [0, 1] are not clipped.
 
     Raises:
-      InputError: (a ValueError) if extent <= 0 or resolution < 2.
+      InputError: (a ValueError) if extent <= 0, resolution < 2, an image is a single number, which
+        leaves no orthogonal direction, or the loss or the indices are not [B].
 
     Source: Fig. 11, which shows its negative.
     """
+    check_images(x, indices, loss=loss)
     _validate.in_range("extent", extent, 0, open_low=True)
     _validate.in_range("resolution", resolution, 2)
+    if math.prod(x.shape[1:]) == 1:
+        raise _validate.InputError(
+            f"Expected x with two numbers or more in each image, got {x.shape}.")
+    key = salted(key, "loss_surface")
     shape = (len(x), *[1] * (x.ndim - 1))
 
     def unit(vectors):
-        norm = jnp.sqrt(_squared_norm(vectors)).reshape(shape)
-        return vectors / jnp.where(norm > 0, norm, 1)
+        vectors = vectors / _unit(_largest(vectors)).reshape(shape)
+        return vectors / _unit(jnp.sqrt(jnp.sum(
+            jnp.square(vectors), axis=tuple(range(1, x.ndim))))).reshape(shape)
 
     u = unit(_gradient(loss)(x))
     w = _draw(key, 0, x, indices, "normal")
@@ -712,12 +812,89 @@ def _draw(key, index, x, indices, distribution):
         jax.random.fold_in(key, i), x.shape[1:], x.dtype))(indices)
 
 
+_SALTS = {name: number for number, name in enumerate((
+    "squared_frobenius", "finite_difference_curvature", "smoothed_curvature", "gauss_newton_gap",
+    "ritz_values", "spectral_density", "hessian_trace", "leave_one_out_squared_frobenius",
+    "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared"))}
+"""Folded into the key of each function that draws, so that no two of them draw the same numbers
+from one key. A new one goes to the end: the numbers are part of what a seed means."""
+
+
+def salted(key: jax.Array, function: str) -> jax.Array:
+    """The key from which the named function draws."""
+    return jax.random.fold_in(key, _SALTS[function])
+
+
+_OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
+
+
+def check_images(x: jax.Array, indices: jax.Array | None = None,
+                 **functions: Callable[[jax.Array], jax.Array]) -> None:
+    """Checks images, the numbers that name them, and what functions of the images return.
+
+    Args:
+      x: [B, ...], floats, B >= 1.
+      indices: [B] integers, or None.
+      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
+        traced, not run.
+
+    Raises:
+      InputError: (a ValueError) if one does not fit.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = getattr(x, "dtype", type(x).__name__)
+        raise _validate.InputError(f"Expected x to be an array of floats, got {what}.")
+    if x.ndim == 0 or x.size == 0:
+        raise _validate.InputError(
+            f"Expected x of shape [B, ...] with at least one image and pixel, got {x.shape}.")
+    batch = len(x)
+    if indices is not None and not (
+            isinstance(indices, (jax.Array, np.ndarray)) and indices.shape == (batch,)
+            and jnp.issubdtype(indices.dtype, jnp.integer)):
+        got = (f"{indices.dtype}{list(indices.shape)}" if hasattr(indices, "dtype")
+               else type(indices).__name__)
+        raise _validate.InputError(
+            f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
+    for name, function in functions.items():
+        spec = _OUTPUTS[name]
+        output = jax.eval_shape(function, x)
+        shape = getattr(output, "shape", type(output).__name__)
+        if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:
+            raise _validate.InputError(
+                f"Expected {name} to return [{', '.join(spec)}] with B={batch}, a row for each "
+                f"image, got {shape}.")
+
+
 def _gradient(loss: Loss) -> Callable[[jax.Array], jax.Array]:
     return jax.grad(lambda x: jnp.sum(loss(x)))
 
 
-def _squared_norm(vectors: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(vectors), axis=tuple(range(1, vectors.ndim)))
+def _largest(vectors: jax.Array) -> jax.Array:
+    """The largest entry [B], by magnitude, of vectors [B, ...]."""
+    return jnp.max(jnp.abs(vectors), axis=tuple(range(1, vectors.ndim)))
+
+
+def _unit(largest: jax.Array) -> jax.Array:
+    """What to divide by so that squares and sums are in range: about the largest, or 1 for 0.
+
+    At most so large that its inverse, with which compilers multiply, is in the range too.
+    """
+    tiny = float(jnp.finfo(largest.dtype).tiny)
+    return jnp.where(largest >= tiny, jnp.minimum(largest, 0.25 / tiny), 1)
+
+
+def squared_norm(vectors: jax.Array) -> jax.Array:
+    """Of vectors [B, ...], each [B]; right wherever it is in the range of the dtype."""
+    unit = _unit(_largest(vectors))
+    scaled = vectors / unit.reshape(-1, *[1] * (vectors.ndim - 1))
+    return unit * (unit * jnp.sum(jnp.square(scaled), axis=tuple(range(1, vectors.ndim))))
+
+
+def _norm(vectors: jax.Array) -> jax.Array:
+    """As :func:`squared_norm`, its root."""
+    unit = _unit(_largest(vectors))
+    scaled = vectors / unit.reshape(-1, *[1] * (vectors.ndim - 1))
+    return unit * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=tuple(range(1, vectors.ndim))))
 
 
 _UNROLLED = 64
@@ -774,7 +951,9 @@ def _until(probe, rtol: float, most: int, chunk_size: int, x: jax.Array) -> Esti
     _validate.in_range("chunk_size", chunk_size, 1)
 
     def error(count, squares):
-        return jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
+        # Of the sums at which it would stop, those with too small a spread are too many.
+        widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
+        return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
 
     def is_open(count, mean, squares):
         return (count < _LEAST_PROBES) | (
@@ -806,6 +985,9 @@ _IMAGES = "images"
 _MOST_IMAGES = 32
 """At once, on CPUs, for the leave-one-out estimators."""
 
+_LEAVE_ONE_OUT_PROBES = 16
+"""Where no number is given and an image has as many numbers."""
+
 
 def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
     """Runs an algorithm for one matrix on the Hessian of each image, divided by its scale.
@@ -816,8 +998,8 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
 
     Returns:
       The results, stacked, and the scales [B]: norms of H v / |v| for a random-like v, the first
-      array's rows; 0 where H is. Thresholds inside the algorithms are absolute; this makes them
-      relative.
+      array's rows; 0 where H is. Thresholds inside the algorithms are absolute, and so is the range
+      of a dtype; this makes both relative.
     """
     _, linear = jax.linearize(_gradient(loss), x)
 
@@ -827,8 +1009,8 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
             return linear(vectors).reshape(len(x), -1)[jax.lax.axis_index(_IMAGES)]
 
         start = own[0].reshape(-1, own[0].shape[-1])[0]
-        scale = jnp.linalg.norm(product(start)) / jnp.linalg.norm(start) * start.size**0.5
-        unit = jnp.where(scale > 0, scale, 1)
+        scale = _norm(product(start)[None])[0] / jnp.linalg.norm(start) * start.size**0.5
+        unit = _unit(scale)
         return algorithm(lambda v: product(v) / unit, *own), scale
 
     # matfree mixes integers and floats freely.
@@ -839,7 +1021,14 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
 
 def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> Estimate:
     """The estimate for H of a leave-one-out estimator that is homogeneous of degree ``power``."""
+    check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
+    rounding = 16 * jnp.finfo(x.dtype).eps
+    if size == 1 and num_probes is None:
+        second = hvp(loss, x, jnp.ones_like(x)).ravel()
+        value = second if power == 1 else jnp.square(second)
+        return Estimate(value, rounding * jnp.abs(value))
+    num_probes = min(_LEAVE_ONE_OUT_PROBES, size) if num_probes is None else num_probes
     _validate.in_range("num_probes", num_probes, 2, size, open_high=False)
     if jax.default_backend() == "cpu":
         _validate.in_range("number of images", len(x), 1, _MOST_IMAGES, open_high=False)
@@ -852,6 +1041,7 @@ def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> 
     # Each leave-one-out sample shares all probes but one with the others: their spread is 0.7 to
     # 1.0 times the error of their mean, by the spectrum. With the root of 2 it is never too small.
     # Where the samples agree, what is left is the rounding of sums of the size of H.
-    rounding = 16 * jnp.finfo(x.dtype).eps
     error = jnp.hypot(2**0.5 * error, jnp.where(scale > 0, rounding, 0))
-    return Estimate(mean * scale**power, error * scale**power)
+    for _ in range(power):  # A power of the scale alone may be beyond the range.
+        mean, error = mean * scale, error * scale
+    return Estimate(mean, error)

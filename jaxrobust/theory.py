@@ -1,7 +1,8 @@
 """What Theorems 6.1 to 6.3 bound, and their bounds.
 
 A ``loss`` is a function ``images [B, ...] -> [B]`` and a ``features_fn`` one to ``[B, d]``, row i
-depending on image i alone, as in :mod:`jaxrobust.curvature`. Losses and divergences are in nats,
+depending on image i alone, as in :mod:`jaxrobust.curvature`, which also says what becomes of an
+eager call. Losses and divergences are in nats,
 sigma in the units of the images, delta and radii in those of the features.
 
 The paper proves its bounds on the curvature for the pointwise Hessian H under the assumption that
@@ -23,14 +24,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
+from jaxrobust._eager import as_one_program, python_scalars
 from jaxrobust.curvature import (
     Estimate,
     Loss,
     _draw,
     _gradient,
     _stacked,
+    _unit,
+    check_images,
     mean_estimate,
     mean_over_pairs,
+    salted,
 )
 from jaxrobust.geometry import safe_norm
 
@@ -41,6 +46,7 @@ FeaturesFn = Callable[[jax.Array], jax.Array]
 # --- Section 6.1: stability and curvature ------------------------------------------------------
 
 
+@python_scalars
 def gaussian_noise(
     key: jax.Array, draw: int | jax.Array, x: jax.Array, *, sigma: float,
     indices: jax.Array | None = None,
@@ -48,7 +54,8 @@ def gaussian_noise(
     r"""Noise number ``draw`` of each image, :math:`\varepsilon \sim N(0, \sigma^2 I)`.
 
     Args:
-      key: a PRNG key; image i's is drawn with ``fold_in(fold_in(key, draw), indices[i])``.
+      key: a PRNG key; image i's is drawn with ``fold_in(fold_in(own, draw), indices[i])``, ``own``
+        being the key with the salt of this function folded in.
       draw: its number.
       x: [B, ...]; its shape and dtype count.
       sigma: standard deviation, > 0, in the units of x.
@@ -58,10 +65,11 @@ def gaussian_noise(
       Like x; not clipped.
 
     Raises:
-      InputError: (a ValueError) if sigma <= 0.
+      InputError: (a ValueError) if sigma <= 0 or the indices are not [B].
     """
+    check_images(x, indices)
     _validate.in_range("sigma", sigma, 0, open_low=True)
-    return sigma * _draw(key, draw, x, indices, "normal")
+    return sigma * _draw(salted(key, "gaussian_noise"), draw, x, indices, "normal")
 
 
 class NoiseDraws(NamedTuple):
@@ -72,6 +80,7 @@ class NoiseDraws(NamedTuple):
     quadratic: jax.Array | None  # shape=[K, B]; the right side of Eq. 14, if it was asked for
 
 
+@as_one_program
 def noise_draws(
     features_fn: FeaturesFn,
     loss: Loss,
@@ -102,10 +111,12 @@ def noise_draws(
       The draws.
 
     Raises:
-      InputError: (a ValueError) if sigma <= 0, num_draws < 1 or chunk_size < 1.
+      InputError: (a ValueError) if sigma <= 0, num_draws < 1, chunk_size < 1, or the loss, the
+        features or the indices are not of their shape.
 
     Source: Definition 6.1.
     """
+    check_images(x, indices, features_fn=features_fn, loss=loss)
     _validate.in_range("num_draws", num_draws, 1)
     clean = features_fn(x)
 
@@ -120,6 +131,7 @@ def noise_draws(
     return NoiseDraws(*values) if with_quadratic else NoiseDraws(*values, None)
 
 
+@as_one_program
 def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     r"""The right side of Eq. 14 at :math:`x + v`.
 
@@ -137,13 +149,14 @@ def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
       [B], in nats.
 
     Raises:
-      InputError: (a ValueError) if x and v differ in shape.
+      InputError: (a ValueError) if x and v differ in shape, or the loss is not [B].
 
     >>> quadratic_model(lambda x: x[:, 0] ** 3, jnp.array([[1.0]]), jnp.array([[1.0]])).tolist()
     [7.0]
 
     Source: Eq. 14.
     """
+    check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
 
@@ -163,6 +176,7 @@ class FeatureStability(NamedTuple):
     variance: Estimate  # Var(l(x + eps)), unbiased; NaN for a single draw
 
 
+@python_scalars
 def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> FeatureStability:
     r"""What Definition 6.1 and Theorem 6.1 need, from given draws.
 
@@ -178,13 +192,14 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
       The estimates. The standard error of eta is :math:`\sqrt{\eta (1 - \eta) / K}`.
 
     Raises:
-      InputError: (a ValueError) if delta < 0 or the shapes do not match.
+      InputError: (a ValueError) if delta < 0, there is no draw, or the shapes do not match.
 
     Source: Definition 6.1 and Eq. 22.
     """
     _validate.in_range("delta", delta, 0)
     count = _validate.shapes(displacement=(draws.displacement, "K B"), loss=(draws.loss, "K B"),
                              clean_loss=(clean_loss, "B"))["K"]
+    _validate.in_range("number of draws", count, 1)
     outside = (draws.displacement > delta).astype(draws.loss.dtype)
     num_outside = jnp.sum(outside, axis=0)
     total = jnp.sum(outside * draws.loss, axis=0)
@@ -198,6 +213,7 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
         mean_estimate(jnp.square(draws.loss - clean_loss[None])), variance)
 
 
+@as_one_program
 def feature_stability(
     features_fn: FeaturesFn,
     loss: Loss,
@@ -216,7 +232,7 @@ def feature_stability(
       features_fn: images [B, ...] -> features [B, d].
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; draw k of image i uses ``fold_in(fold_in(key, k), indices[i])``.
+      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
       sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
       delta: radius, >= 0, in the units of the features; the paper takes 2 delta_v.
       num_draws: K >= 1.
@@ -227,7 +243,8 @@ def feature_stability(
       The estimates, each [B].
 
     Raises:
-      InputError: (a ValueError) if sigma <= 0, delta < 0, num_draws < 1 or chunk_size < 1.
+      InputError: (a ValueError) if sigma <= 0, delta < 0, num_draws < 1, chunk_size < 1, or the
+        loss, the features or the indices are not of their shape.
 
     Source: Definition 6.1.
     """
@@ -237,6 +254,7 @@ def feature_stability(
     return stability_of(draws, loss(x), delta=delta)
 
 
+@python_scalars
 def curvature_upper_bound(
     eta: jax.Array, delta: float, sigma: float, kernel: jax.Array, k_max: float
 ) -> jax.Array:
@@ -272,6 +290,7 @@ def curvature_upper_bound(
     return 8 / sigma**4 * (eta * (largest_row * delta) ** 2 + 4 * (1 - eta) * k_max**2)
 
 
+@python_scalars
 def curvature_lower_bound(
     eta: jax.Array, loss_outside: jax.Array, loss: jax.Array, gradient_norm_squared: jax.Array,
     sigma: float,
@@ -302,6 +321,7 @@ def curvature_lower_bound(
     return 4 / sigma**4 * ((1 - eta) * change**2 - sigma**2 * gradient_norm_squared)
 
 
+@python_scalars
 def quadratic_squared_change(
     gradient_norm_squared: jax.Array, squared_frobenius: jax.Array, trace: jax.Array, sigma: float
 ) -> jax.Array:
@@ -359,6 +379,7 @@ def quadratic_residual(draws: NoiseDraws, clean_loss: jax.Array) -> jax.Array:
     return jnp.where(change > 0, missed / jnp.where(change > 0, change, 1), jnp.nan)
 
 
+@as_one_program
 def smoothed_gradient_norm_squared(
     loss: Loss,
     x: jax.Array,
@@ -380,7 +401,8 @@ def smoothed_gradient_norm_squared(
     Args:
       loss: images [B, ...] -> [B].
       x: [B, ...].
-      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
+      key: a PRNG key; draws are made as by :func:`gaussian_noise`, with the salt of this function:
+        independent of that one's and of :func:`~jaxrobust.curvature.smoothed_curvature`'s.
       sigma: > 0, in the units of x.
       num_draws: pairs x + eps, x - eps; at least 3. Memory grows with num_draws times B.
       chunk_size: draws at once.
@@ -391,22 +413,31 @@ def smoothed_gradient_norm_squared(
       [B], in nats^2 per unit of x squared.
 
     Raises:
-      InputError: (a ValueError) if sigma <= 0, num_draws < 3 or chunk_size < 1.
+      InputError: (a ValueError) if sigma <= 0, num_draws < 3, chunk_size < 1, or the loss or the
+        indices are not [B].
 
     Source: the first order of the Hermite expansion.
     """
+    check_images(x, indices, loss=loss)
+    _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
+    key = salted(key, "smoothed_gradient_norm_squared")
     gradient = _gradient(loss)
 
     def draw(index):
-        noise = gaussian_noise(key, index, x, sigma=sigma, indices=indices)
+        noise = sigma * _draw(key, index, x, indices, "normal")
         return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
 
     slopes = _stacked(draw, num_draws, chunk_size)  # [K, B, n]
-    return mean_over_pairs(jnp.einsum(
+    # In units of the largest: squares of small ones are beyond the range of float32.
+    unit = _unit(jnp.max(jnp.abs(slopes), axis=(0, 2)))
+    slopes = slopes / unit[None, :, None]
+    found = mean_over_pairs(jnp.einsum(
         "ibn,jbn->bij", slopes, slopes, precision=jax.lax.Precision.HIGHEST))
+    return Estimate(*(unit * (unit * part) for part in found))
 
 
+@python_scalars
 def smoothed_curvature_bound(
     variance: jax.Array, sigma: float, gradient_norm_squared: jax.Array | float = 0.0
 ) -> jax.Array:
@@ -441,6 +472,7 @@ def smoothed_curvature_bound(
 # --- Section 6.2: generalisation of compactness ------------------------------------------------
 
 
+@python_scalars
 def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
     r"""The rho-margin loss.
 
@@ -465,6 +497,7 @@ def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
     return jnp.clip(1 - margin / rho, 0, 1)
 
 
+@python_scalars
 def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Array:
     r"""How far inside a ball each point is, :math:`h(x) = r^2 - \|f(x) - m\|^2`.
 
@@ -486,6 +519,7 @@ def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Ar
     return radius**2 - jnp.sum(jnp.square(features - centre[None]), axis=1)
 
 
+@python_scalars
 def generalization_bound(
     empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
     num_samples: int, failure_probability: float,
@@ -521,6 +555,7 @@ def generalization_bound(
     return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
 
 
+@python_scalars
 def held_out_bound(
     empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
     num_samples: int, failure_probability: float,
@@ -557,6 +592,7 @@ def held_out_bound(
     return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
 
 
+@python_scalars
 def held_out_complexity(
     *, feature_bound: float, centre_bound: float, num_samples: int
 ) -> float:
@@ -686,10 +722,12 @@ def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimat
 
     Returns:
       Value and standard error, each [], in nats; the two distributions weigh the same whatever
-      their numbers. The standard error is NaN with a single example of either.
+      their numbers. The standard error is NaN with a single example of either, and both are NaN
+      if ``is_first`` is traced and there is none of either.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match, ``is_first`` is not bool, or there is
+        no example of one of the two.
 
     >>> estimate = jensen_shannon_estimate(jnp.zeros(4), jnp.array([True, False, True, False]))
     >>> estimate.value.item()  # a discriminator that does not know anything
@@ -697,7 +735,12 @@ def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimat
 
     Source: Lemma G.2; the variational form of Goodfellow et al. (2014).
     """
-    _validate.shapes(log_odds=(log_odds, "N"), is_first=(is_first, "N"))
+    count = _validate.shapes(log_odds=(log_odds, "N"), is_first=(is_first, "N"))["N"]
+    if is_first.dtype != bool:
+        raise _validate.InputError(f"Expected is_first of dtype bool, got {is_first.dtype}.")
+    if not isinstance(is_first, jax.core.Tracer):
+        _validate.in_range("number of examples of the first distribution",
+                           int(is_first.sum()), 1, count)
     cross_entropy = jax.nn.softplus(jnp.where(is_first, -log_odds, log_odds))
     halves = []
     for members in (is_first, ~is_first):
@@ -723,18 +766,20 @@ def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) ->
       labels: [N] integers.
 
     Returns:
-      [], in the units of the features; +inf with fewer than two classes. Memory is O(N d).
+      [], in the units of the features; +inf with fewer than two classes, as without examples.
+      Memory is O(N d).
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      InputError: (a ValueError) if the shapes do not match or the labels are not integers.
 
     Source: Proposition 5.2.
     """
+    labels = _validate.class_numbers("labels", labels)
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
 
     def nearest(example):
         feature, label = example
         return jnp.min(jnp.where(
-            labels == label, jnp.inf, safe_norm(features - feature[None])))
+            labels == label, jnp.inf, safe_norm(features - feature[None])), initial=jnp.inf)
 
-    return jnp.min(jax.lax.map(nearest, (features, labels)))
+    return jnp.min(jax.lax.map(nearest, (features, labels)), initial=jnp.inf)

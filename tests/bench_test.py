@@ -49,9 +49,10 @@ def test_pytorch_computes_the_same_logits_and_eq_21():
     ours = jax.jit(lambda images: curvature.finite_difference_curvature(
         lambda x: softmax_cross_entropy_with_integer_labels(logits(x), labels), images, key,
         step=STEP, num_probes=num_probes).value)(images)
-    # The probes as the documentation of `squared_frobenius` says they are drawn.
+    # The probes as the documentation of `finite_difference_curvature` says they are drawn.
+    own = curvature.salted(key, "finite_difference_curvature")
     probes = [jnp.stack([jax.random.normal(
-        jax.random.fold_in(jax.random.fold_in(key, k), i), images.shape[1:], images.dtype)
+        jax.random.fold_in(jax.random.fold_in(own, k), i), images.shape[1:], images.dtype)
         for i in range(len(images))]) for k in range(num_probes)]
     theirs = torch_peer.finite_difference_curvature(
         module, converted, torch.tensor(np.asarray(labels)),

@@ -6,16 +6,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from absl.testing import parameterized
 
-from jaxrobust import curvature, models
+from jaxrobust import curvature, losses, models, theory
 from jaxrobust._validate import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BATCH, SIDE = 3, 4
+KEY = jax.random.key(0)
 
 
 def make_logits(activation, dtype=jnp.float64):
@@ -35,8 +35,7 @@ def make_loss(activation, dtype=jnp.float64):
     logits_fn, images = make_logits(activation, dtype)
 
     def loss(images):
-        return optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits_fn(images), jnp.arange(BATCH))
+        return losses.softmax_cross_entropy(logits_fn(images), jnp.arange(BATCH))
 
     return loss, images
 
@@ -51,6 +50,13 @@ def dense_hessians(loss, images):
     diagonal = np.stack([blocks[index, :, index] for index in range(BATCH)])
     np.testing.assert_allclose(np.sum(blocks**2), np.sum(diagonal**2))
     return diagonal
+
+
+def probe(function, key, number, images):
+    """Probe number ``number`` of the images, as the docstrings say that it is drawn."""
+    key = jax.random.fold_in(curvature.salted(key, function), number)
+    return jax.vmap(lambda i: jax.random.normal(
+        jax.random.fold_in(key, i), images.shape[1:], images.dtype))(jnp.arange(len(images)))
 
 
 @pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu])
@@ -205,19 +211,22 @@ def test_an_eigenvalue_lies_within_the_residual_of_every_ritz_value(precision):
 def test_the_spectral_density_is_that_of_all_eigenvalues():
     with jax.enable_x64(True):
         loss, x = make_quadratics("float64")
-        found = jax.jit(functools.partial(
-            curvature.spectral_density, loss, num_products=SIZE, num_probes=60,
-            relative_width=0.1))(x, jax.random.key(0))
+        found = curvature.spectral_density(loss, x, KEY, num_products=8, num_probes=2)
         step = found.grid[:, 1] - found.grid[:, 0]
         np.testing.assert_allclose(np.sum(found.density, axis=1) * step, 1, atol=1e-3)
-        at = list(SPECTRA).index("indefinite")
         spectrum = SPECTRA["indefinite"]
+        # The errors at neighbouring points go together: several keys.
+        found = jax.jit(lambda keys: jax.lax.map(functools.partial(
+            curvature.spectral_density, lambda x: x**2 @ jnp.asarray(spectrum / 2), x[:1],
+            num_products=SIZE, num_probes=60, relative_width=0.1), keys))(
+            jax.random.split(jax.random.key(0), 10))
         width = 0.1 * (spectrum.max() - spectrum.min())
-        grid = np.asarray(found.grid[at])
+        grid = np.asarray(found.grid[0, 0])
         exact = np.mean(np.exp(-((grid[:, None] - spectrum) / width) ** 2 / 2), axis=1) / (
             width * (2 * np.pi) ** 0.5)
-        off = np.abs(found.density[at] - exact) / np.asarray(found.standard_error[at])
-        assert np.mean(off < 2) > 0.8 and np.max(found.standard_error[at]) < 0.1 * exact.max()
+        off, error = np.asarray(found.density[:, 0]) - exact, np.asarray(found.standard_error[:, 0])
+        assert np.mean(np.abs(off) < 2 * error) > 0.85
+        assert np.max(error) < 0.1 * exact.max()
 
 
 def test_smoothing_sees_kinks_and_the_pointwise_hessian_does_not():
@@ -305,8 +314,7 @@ def test_the_batch_and_the_devices_change_nothing(name):
         @jax.jit
         def measure(images, labels, indices):
             def loss(images):
-                return optax.losses.softmax_cross_entropy_with_integer_labels(
-                    logits_fn(images), labels)
+                return losses.softmax_cross_entropy(logits_fn(images), labels)
             return MEASURES[name](loss, images, jax.random.key(0), indices=indices)
 
         whole = measure(images, labels, indices)
@@ -416,7 +424,7 @@ def test_the_gap_tells_the_hessian_from_its_gauss_newton_part(name):
         jacobian = np.asarray(jax.jacobian(lambda x: logits_fn(x).sum(axis=0))(images))
         jacobian = jacobian.reshape(3, BATCH, -1)
         p = np.asarray(jax.nn.softmax(logits_fn(images)))
-        v = np.asarray(curvature._draw(jax.random.key(0), 0, images, None, "normal"))
+        v = np.asarray(probe("gauss_newton_gap", jax.random.key(0), 0, images))
         for b in range(BATCH):
             part = jacobian[:, b].T @ (np.diag(p[b]) - np.outer(p[b], p[b])) @ jacobian[:, b]
             exact = hessians[b] @ v[b].ravel()
@@ -432,15 +440,16 @@ def test_the_gap_tells_the_hessian_from_its_gauss_newton_part(name):
 def test_finite_differences_converge_to_the_exact_value_on_a_smooth_network():
     with jax.enable_x64(True):
         loss, images = make_loss(jax.nn.gelu)
-        # The same key draws the same probes: what is left is the truncation error.
-        exact = jax.jit(functools.partial(
-            curvature.squared_frobenius, loss, num_probes=5, chunk_size=5))(
-            images, jax.random.key(3)).value
+        key = jax.random.key(3)
+        # With the same probes: what is left is the truncation error.
+        exact = np.mean([np.sum(np.square(product), axis=(1, 2, 3)) for product in jax.vmap(
+            lambda v: curvature.hvp(loss, images, v))(jnp.stack([
+                probe("finite_difference_curvature", key, k, images) for k in range(5)]))], axis=0)
         errors = []
         for step in (1e-2, 1e-3, 1e-4):
             approximate = jax.jit(functools.partial(
                 curvature.finite_difference_curvature, loss, step=step, num_probes=5,
-                chunk_size=5))(images, jax.random.key(3)).value
+                chunk_size=5))(images, key).value
             errors.append(np.max(np.abs(approximate / exact - 1)))
         assert errors[0] > 5 * errors[1] > 25 * errors[2]
         assert errors[2] < 1e-3
@@ -521,6 +530,167 @@ def test_the_spectrum_keeps_its_digits_for_confident_images(confidence):
     np.testing.assert_allclose(single[:, -1], double[:, -1], rtol=2e-5)
 
 
+CONFIDENT_KERNEL = np.random.default_rng(3).normal(size=(6, 3))
+
+
+def softmax_hessian(z):
+    """diag(p) - p p^T in float64, 1 - p_i as the sum of the others."""
+    p = np.exp(z - z.max())
+    p = p / p.sum()
+    others = np.array([np.delete(p, i).sum() for i in range(len(p))])
+    return np.diag(p * others) - (np.outer(p, p) - np.diag(p**2))
+
+
+@pytest.mark.parametrize("gap", [20.0, 45.0])
+@pytest.mark.parametrize("label", [0, 2])
+def test_a_confident_image_has_its_curvature_by_every_measure(gap, label):
+    """A linear softmax with logits (gap, 0, -1), by far right or wrong, in float32."""
+    kernel = jnp.asarray(CONFIDENT_KERNEL, jnp.float32)
+    hessian = CONFIDENT_KERNEL @ softmax_hessian(
+        np.array([gap, 0.0, -1.0])) @ CONFIDENT_KERNEL.T
+    eigenvalues = np.linalg.eigvalsh(hessian / hessian.max())[::-1][:2] * hessian.max()
+    offset, labels = jnp.array([[gap, 0.0, -1.0]]), jnp.array([label])
+    x = jnp.zeros((1, 6))
+
+    def logits(x):
+        return x @ kernel + offset
+
+    def loss(x):
+        return losses.softmax_cross_entropy(logits(x), labels)
+
+    def rounded(x):
+        z = logits(x)
+        return jax.nn.logsumexp(z, axis=1) - z[:, label]
+
+    np.testing.assert_allclose(
+        curvature.hessian_trace(loss, x, KEY).value, np.trace(hessian), rtol=1e-5)
+    np.testing.assert_allclose(
+        curvature.top_eigenvalues(loss, x, KEY, k=2)[0], eigenvalues, rtol=1e-4)
+    np.testing.assert_allclose(
+        curvature.piecewise_linear_spectrum(logits, x)[0, :0:-1], eigenvalues, rtol=1e-4)
+    v = jnp.ones_like(x)
+    np.testing.assert_allclose(
+        curvature.hvp(loss, x, v)[0], hessian.sum(axis=1), rtol=1e-4, atol=1e-6 * hessian.max())
+    assert curvature.gauss_newton_gap(loss, logits, x, KEY)[0] < 1e-5
+    # It notices a loss that rounds the curvature away.
+    assert curvature.gauss_newton_gap(rounded, logits, x, KEY)[0] > 0.3
+    if gap == 20:
+        squared = curvature.leave_one_out_squared_frobenius(loss, x, KEY)
+        np.testing.assert_allclose(squared.value, np.sum(eigenvalues**2), rtol=1e-4)
+
+
+SCALES = (1e-25, 1e-18, 1.0, 1e18)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_measure_is_right_at_every_scale_that_its_dtype_holds(scale):
+    size = 20
+    factor = jnp.float32(scale)  # A constant of the program: one compilation for all scales.
+    def loss(x):
+        return factor * jnp.sum(x**2, axis=1)
+
+    x = jnp.ones((1, size))
+    exact = 2 * scale  # Every eigenvalue.
+    squared = size * exact**2 if size * exact**2 > 1e-37 else 0.0
+    np.testing.assert_allclose(
+        curvature.hessian_trace(loss, x, KEY).value, size * exact, rtol=1e-5)
+    ritz = curvature.ritz_values(loss, x, KEY, num_products=3)
+    chex.assert_tree_all_finite(ritz)
+    np.testing.assert_allclose(ritz.value[0, -1], exact, rtol=1e-5)
+    np.testing.assert_allclose(
+        curvature.leave_one_out_squared_frobenius(loss, x, KEY).value, squared, rtol=1e-5)
+    for estimate, value in (
+            (curvature.squared_frobenius(loss, x, KEY, chunk_size=20), squared),
+            (curvature.squared_frobenius(loss, x, KEY, rtol=0.1, num_probes=99), squared),
+            (curvature.finite_difference_curvature(loss, x, KEY, step=1.0, chunk_size=20), squared),
+            *zip(curvature.smoothed_curvature(loss, x, KEY, sigma=1.0, chunk_size=32),
+                 (squared, size * exact), strict=True)):
+        chex.assert_tree_all_finite(estimate)
+        assert abs(estimate.value[0] - value) <= 4 * estimate.standard_error[0], (estimate, value)
+        assert estimate.standard_error[0] <= 0.3 * value
+    surface = curvature.loss_surface(loss, x, KEY, extent=1.0, resolution=3)
+    np.testing.assert_allclose(surface.gradient_direction, size**-0.5, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(surface.orthogonal_direction), 1, rtol=1e-5)
+    np.testing.assert_allclose(curvature.gauss_newton_gap(
+        loss, lambda x: x @ jnp.ones((size, 3)), x, KEY), 1, rtol=1e-5)
+    np.testing.assert_allclose(curvature.piecewise_linear_spectrum(
+        lambda x: factor**0.5 * x[:, :2], jnp.zeros((1, 2)))[0], [0, scale / 2], rtol=1e-5,
+        atol=1e-6 * scale)
+
+
+def test_what_is_beyond_the_range_is_infinite():
+    factor = jnp.float32(1e25)
+    def loss(x):
+        return factor * jnp.sum(x**2, axis=1)
+
+    x = jnp.ones((1, 20))
+    assert np.isinf(curvature.leave_one_out_squared_frobenius(loss, x, KEY).value[0])
+    assert np.isinf(curvature.squared_frobenius(loss, x, KEY, chunk_size=20).value[0])
+
+
+def test_estimators_given_the_same_key_are_independent():
+    # One eigenvalue dominates, so that every estimate hangs on its probes alone.
+    matrix = jnp.diag(jnp.array([1.0, 0.3, 0.1, 0.03]))
+    x = jnp.ones((1, 4))
+
+    def loss(x):
+        return jnp.sum((x @ matrix) * x, axis=1) + 0.1 * jnp.sum(x**3, axis=1)
+
+    measures = {
+        "squared_frobenius": lambda key: curvature.squared_frobenius(
+            loss, x, key, num_probes=3, chunk_size=3).value,
+        "finite_difference": lambda key: curvature.finite_difference_curvature(
+            loss, x, key, num_probes=3, chunk_size=3).value,
+        "smoothed": lambda key: curvature.smoothed_curvature(
+            loss, x, key, sigma=0.1, num_draws=3, chunk_size=3).squared_frobenius.value,
+        "gap": lambda key: curvature.gauss_newton_gap(loss, lambda x: x, x, key),
+        "top": lambda key: curvature.top_eigenvalues(loss, x, key, k=1, num_products=1)[:, 0],
+        "density": lambda key: curvature.spectral_density(
+            loss, x, key, num_products=1, num_probes=2, num_points=2).grid[:, 1],
+        "trace": lambda key: curvature.hessian_trace(loss, x, key, num_probes=2).standard_error,
+        "leave one out": lambda key: curvature.leave_one_out_squared_frobenius(
+            loss, x, key, num_probes=2).standard_error,
+        "surface": lambda key: curvature.loss_surface(
+            loss, x, key, extent=1.0, resolution=2).orthogonal_direction[:, 0]**2,
+        "noise": lambda key: theory.feature_stability(
+            lambda x: x, loss, x, key, sigma=0.1, delta=1.0, num_draws=3,
+            chunk_size=3).squared_change.value,
+        "smoothed gradient": lambda key: theory.smoothed_gradient_norm_squared(
+            loss, x, key, sigma=0.1, num_draws=3, chunk_size=3).value,
+    }
+    values = jax.jit(lambda keys: jax.lax.map(
+        lambda key: jnp.concatenate([measure(key) for measure in measures.values()]), keys))(
+        jax.random.split(jax.random.key(0), 400))
+    ranks = np.argsort(np.argsort(np.asarray(values), axis=0), axis=0)
+    correlations = np.corrcoef(ranks.T) - np.eye(len(measures))
+    assert np.all(np.std(ranks, axis=0) > 0)
+    # Chance alone is 0.05 in size.
+    assert np.max(np.abs(correlations)) < 0.2, correlations.round(2)
+
+
+def test_the_coverage_where_one_eigenvalue_dominates_is_the_one_stated():
+    # One pixel, so that the only eigenvalue, 2, does; 4,000 images of it are as many estimates.
+    def loss(x):
+        return jnp.sum(x**2, axis=1)
+
+    x = jnp.ones((4000, 1))
+
+    def coverage(estimate):
+        return np.mean(np.abs(estimate.value - 4) <= 2 * estimate.standard_error)
+
+    for num_probes, stated in ((20, 0.88), (64, 0.93)):
+        found = coverage(curvature.squared_frobenius(
+            loss, x, KEY, num_probes=num_probes, chunk_size=num_probes))
+        np.testing.assert_allclose(found, stated, atol=0.02)
+    for num_draws, stated in ((20, 0.82), (64, 0.89)):
+        found = coverage(curvature.smoothed_curvature(
+            loss, x, KEY, sigma=1.0, num_draws=num_draws, chunk_size=num_draws).squared_frobenius)
+        np.testing.assert_allclose(found, stated, atol=0.02)
+    for rtol in (0.3, 0.2, 0.1):
+        assert coverage(curvature.squared_frobenius(
+            loss, x, KEY, num_probes=4000, rtol=rtol, chunk_size=50)) > 0.925
+
+
 class SpectrumVariants(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
@@ -547,6 +717,12 @@ def test_one_probe_has_no_standard_error():
     ("Expected num_draws=2", curvature.smoothed_curvature, {"sigma": 1.0, "num_draws": 2}),
     ("Expected num_probes=1", curvature.hessian_trace, {"num_probes": 1}),
     ("Expected num_probes=17", curvature.leave_one_out_squared_frobenius, {"num_probes": 17}),
+    (r"Expected indices of shape \[B\] with B=3, integers, got int32\[2\]",
+     curvature.smoothed_curvature, {"sigma": 1.0, "indices": jnp.arange(2)}),
+    ("Expected indices .* got int", curvature.hessian_trace, {"indices": jnp.int32(1)}),
+    (r"Expected indices .* got float32\[3\]", curvature.ritz_values,
+     {"num_products": 2, "indices": jnp.zeros(3)}),
+    ("Expected indices .* got list", curvature.squared_frobenius, {"indices": [0, 1, 2]}),
     ("Expected num_products=17", curvature.ritz_values, {"num_products": 17}),
     ("Expected k=9", curvature.top_eigenvalues, {"k": 9, "num_products": 8}),
     ("Expected relative_width=0", curvature.spectral_density, {"relative_width": 0}),
@@ -563,6 +739,112 @@ def test_shapes_that_do_not_match_are_named():
     loss, images = make_loss(jax.nn.gelu, jnp.float32)
     with pytest.raises(InputError, match="Expected v of the shape of x"):
         curvature.hvp(loss, images, images[:1])
+
+
+OF_A_LOSS = {
+    "hvp": lambda loss, x: curvature.hvp(loss, x, x),
+    "squared_frobenius": lambda loss, x: curvature.squared_frobenius(loss, x, KEY),
+    "finite_difference_curvature":
+        lambda loss, x: curvature.finite_difference_curvature(loss, x, KEY),
+    "smoothed_curvature": lambda loss, x: curvature.smoothed_curvature(loss, x, KEY, sigma=1.0),
+    "gauss_newton_gap": lambda loss, x: curvature.gauss_newton_gap(loss, lambda x: x, x, KEY),
+    "ritz_values": lambda loss, x: curvature.ritz_values(loss, x, KEY, num_products=2),
+    "top_eigenvalues": lambda loss, x: curvature.top_eigenvalues(loss, x, KEY, k=1),
+    "spectral_density": lambda loss, x: curvature.spectral_density(loss, x, KEY),
+    "hessian_trace": lambda loss, x: curvature.hessian_trace(loss, x, KEY),
+    "leave_one_out_squared_frobenius":
+        lambda loss, x: curvature.leave_one_out_squared_frobenius(loss, x, KEY),
+    "loss_surface": lambda loss, x: curvature.loss_surface(loss, x, KEY, extent=1.0),
+    "noise_draws": lambda loss, x: theory.noise_draws(
+        lambda x: x, loss, x, KEY, sigma=1.0, num_draws=2),
+    "quadratic_model": lambda loss, x: theory.quadratic_model(loss, x, x),
+    "feature_stability": lambda loss, x: theory.feature_stability(
+        lambda x: x, loss, x, KEY, sigma=1.0, delta=1.0, num_draws=2),
+    "smoothed_gradient_norm_squared": lambda loss, x: theory.smoothed_gradient_norm_squared(
+        loss, x, KEY, sigma=1.0, num_draws=3),
+}
+
+
+@pytest.mark.parametrize("name", list(OF_A_LOSS))
+def test_a_loss_that_is_not_per_image_is_refused(name):
+    x = jnp.ones((3, 4))
+    for loss, got in ((lambda x: jnp.mean(x**2), r"\(\)"),
+                      (lambda x: jnp.sum(x**2, axis=1, keepdims=True), r"\(3, 1\)"),
+                      (lambda x: jnp.sum(x**2, axis=0), r"\(4,\)"),
+                      (lambda x: (jnp.sum(x**2, axis=1),), "tuple")):
+        for call in (OF_A_LOSS[name], lambda loss, x: jax.eval_shape(
+                functools.partial(OF_A_LOSS[name], loss), x)):
+            with pytest.raises(InputError, match=(
+                    rf"Expected loss to return \[B\] with B=3, a row for each image, got {got}.")):
+                call(loss, x)
+    for x, got in ((jnp.zeros((3, 4), jnp.uint8), "array of floats, got uint8"),
+                   (np.zeros((3, 4), np.int32), "array of floats, got int32"),
+                   ([[1.0]], "array of floats, got list"),
+                   (jnp.zeros((0, 4)), r"at least one image and pixel, got \(0, 4\)"),
+                   (jnp.zeros((3, 0)), r"at least one image and pixel, got \(3, 0\)"),
+                   (jnp.zeros(()), "Expected x")):
+        with pytest.raises(InputError, match=got):
+            OF_A_LOSS[name](lambda x: jnp.sum(x**2, axis=1), x)
+
+
+def test_logits_and_features_that_are_not_a_row_for_each_image_are_refused():
+    x = jnp.ones((3, 4))
+    def loss(x):
+        return jnp.sum(x**2, axis=1)
+
+    for function in (lambda x: x[0], loss, lambda x: x[:2]):
+        with pytest.raises(InputError, match=r"Expected logits_fn to return \[B, C\] with B=3"):
+            curvature.piecewise_linear_spectrum(function, x)
+        with pytest.raises(InputError, match=r"Expected logits_fn to return \[B, C\] with B=3"):
+            curvature.gauss_newton_gap(loss, function, x, KEY)
+        with pytest.raises(InputError, match=r"Expected features_fn to return \[B, d\] with B=3"):
+            theory.noise_draws(function, loss, x, KEY, sigma=1.0, num_draws=1)
+
+
+def test_means_and_stds_are_one_for_each_channel():
+    def loss(x):
+        return jnp.sum(x**2, axis=(1, 2, 3))
+
+    three = (0.5, 0.4, 0.3)
+    for x in (jnp.ones((2, 4, 4, 1)), jnp.ones((2, 4, 4, 2)), jnp.ones(3)):
+        with pytest.raises(InputError, match="with channels=3, as mean and std, got"):
+            curvature.normalised_inputs(loss, three, three)(x)
+    with pytest.raises(InputError, match="Expected a std for every mean, got 1 for 3"):
+        curvature.normalised_inputs(loss, three, (0.2,))
+    for std in (0.0, -0.1, float("nan")):
+        with pytest.raises(InputError, match=f"Expected std={std}"):
+            curvature.normalised_inputs(loss, three, (0.2, std, 0.2))
+
+
+def test_one_class_has_no_curvature_and_one_pixel_no_surface():
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(
+        curvature.piecewise_linear_spectrum(lambda x: x[:, :1], x), np.zeros((2, 1)))
+    with pytest.raises(InputError, match=r"two numbers or more in each image, got \(2, 1, 1\)"):
+        curvature.loss_surface(
+            lambda x: jnp.sum(x**2, axis=(1, 2)), x[:, :1, None], KEY, extent=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_defaults_suit_small_images(size):
+    diagonal = jnp.arange(1.0, size + 1)
+    def loss(x):
+        return x**2 @ diagonal
+
+    x = jnp.ones((2, size))
+    trace, norm = (measure(loss, x, KEY) for measure in (
+        curvature.hessian_trace, curvature.leave_one_out_squared_frobenius))
+    for estimate, exact in ((trace, 2 * diagonal.sum()), (norm, 4 * (diagonal**2).sum())):
+        np.testing.assert_allclose(estimate.value, exact, rtol=1e-5)
+        assert np.all(estimate.standard_error < 1e-4 * exact)
+    largest = curvature.top_eigenvalues(loss, x, KEY, k=1)
+    np.testing.assert_allclose(largest[:, 0], 2 * size, rtol=1e-5)
+
+
+def test_the_default_of_the_density_suits_small_images():
+    found = curvature.spectral_density(lambda x: jnp.sum(x**2, axis=1), jnp.ones((1, 3)), KEY)
+    np.testing.assert_allclose(
+        np.sum(found.density) * (found.grid[0, 1] - found.grid[0, 0]), 1, atol=1e-3)
 
 
 def test_too_many_images_for_a_processor_are_refused():

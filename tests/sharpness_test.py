@@ -67,7 +67,9 @@ def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
     basis, _ = np.linalg.qr(random.normal(size=(30, 30)))
     values = np.concatenate([[-50.0, 4.0], random.uniform(-1, 1, size=28)])
     matrix = basis * values @ basis.T
-    assert sharpness.largest_eigenvalue(matrix.__matmul__, 30) == pytest.approx(4.0, rel=1e-3)
+    for scale in (1.0, 1e-20, 1e20):
+        found = sharpness.largest_eigenvalue((scale * matrix).__matmul__, 30)
+        assert found == pytest.approx(4 * scale, rel=1e-3)
     assert sharpness.largest_eigenvalue(np.zeros((30, 30)).__matmul__, 30) == 0
 
 

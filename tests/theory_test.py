@@ -71,8 +71,9 @@ def test_feature_stability_is_that_of_a_loop_over_the_draws(enable_x64):
 
     @jax.jit
     def normal(k, i):
+        own = curvature.salted(key, "gaussian_noise")
         return jax.random.normal(
-            jax.random.fold_in(jax.random.fold_in(key, k), i), (3,), jnp.float64)
+            jax.random.fold_in(jax.random.fold_in(own, k), i), (3,), jnp.float64)
 
     def loss(x):
         z = np.tanh(x) @ KERNEL
@@ -230,8 +231,10 @@ def test_the_hermite_inequality_holds_on_a_network_with_kinks(enable_x64):
         lambda x: x, loss, images, jax.random.key(3), sigma=sigma, delta=1.0,
         num_draws=4000, chunk_size=4000)
     bound = theory.smoothed_curvature_bound(found.variance.value, sigma, slope.value)
-    assert np.all(smooth.squared_frobenius.value
-                  < bound + 4 * smooth.squared_frobenius.standard_error)
+    error = np.sqrt(sum(np.square(part) for part in (
+        smooth.squared_frobenius.standard_error, 2 / sigma**4 * found.variance.standard_error,
+        2 / sigma**2 * slope.standard_error)))
+    assert np.all(smooth.squared_frobenius.value < bound + 4 * error)
     assert np.all(bound < 2 / sigma**4 * found.squared_change.value)
 
 
@@ -529,8 +532,50 @@ def test_bad_arguments_are_named():
         theory.ball_margin(jnp.ones((2, 3)), jnp.ones(2), 1.0)
     with pytest.raises(InputError, match="Expected is_first"):
         theory.jensen_shannon_estimate(jnp.ones(2), jnp.ones(3, bool))
+    # Of integers, ~1 is -2: they would weigh the examples.
+    with pytest.raises(InputError, match="Expected is_first of dtype bool, got int32"):
+        theory.jensen_shannon_estimate(jnp.ones(2), jnp.array([0, 1]))
+    for of_one in (jnp.ones(2, bool), jnp.zeros(2, bool), jnp.zeros(0, bool)):
+        with pytest.raises(InputError, match="number of examples of the first distribution="):
+            theory.jensen_shannon_estimate(jnp.ones(len(of_one)), of_one)
     with pytest.raises(InputError, match="Expected labels"):
         theory.smallest_distance_between_classes(jnp.ones((2, 3)), jnp.arange(3))
+    with pytest.raises(InputError, match="Expected labels of an integer dtype, got float32"):
+        theory.smallest_distance_between_classes(jnp.ones((2, 3)), jnp.ones(2))
+    nothing = theory.NoiseDraws(jnp.zeros((0, 2)), jnp.zeros((0, 2)), None)
+    with pytest.raises(InputError, match="number of draws=0"):
+        theory.stability_of(nothing, jnp.zeros(2), delta=1.0)
+    with pytest.raises(InputError, match="Expected indices"):
+        theory.gaussian_noise(key, 0, x, sigma=1.0, indices=jnp.arange(3))
+
+
+def test_without_examples_of_two_classes_nothing_is_near():
+    for labels in (jnp.zeros(0, jnp.int32), jnp.zeros(2, jnp.int32)):
+        found = theory.smallest_distance_between_classes(jnp.ones((len(labels), 3)), labels)
+        assert found == np.inf
+
+
+def test_numbers_of_numpy_are_as_good_as_those_of_python():
+    settings = {"rho": np.float64(1), "feature_bound": np.float32(1), "centre_bound": np.int64(1),
+                "num_samples": np.int64(100), "failure_probability": np.float64(0.1)}
+    plain = {name: value.item() for name, value in settings.items()}
+    for bound in (theory.generalization_bound, theory.held_out_bound):
+        np.testing.assert_allclose(
+            bound(jnp.float32(0.25), **settings), bound(jnp.float32(0.25), **plain), rtol=1e-6)
+    np.testing.assert_allclose(
+        theory.curvature_upper_bound(
+            jnp.ones(2), np.float64(0.3), np.float64(0.5), jnp.ones((3, 4)), np.int64(7)),
+        theory.curvature_upper_bound(jnp.ones(2), 0.3, 0.5, jnp.ones((3, 4)), 7), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_the_smoothed_gradient_is_right_at_every_scale(scale):
+    factor = jnp.float32(scale)
+    found = theory.smoothed_gradient_norm_squared(
+        lambda x: factor * jnp.sum(x, axis=1), jnp.zeros((2, 5)), jax.random.key(0), sigma=0.1,
+        num_draws=4, chunk_size=4)
+    np.testing.assert_allclose(found.value, 5 * scale**2, rtol=1e-5)
+    chex.assert_tree_all_finite(found)
 
 
 class TheoryVariants(chex.TestCase):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax.losses import softmax_cross_entropy_with_integer_labels as _softmax_losses
 
 from experiments import figures, runs
 from experiments.bench import timing
@@ -31,7 +30,7 @@ from experiments.bench.curvature_page import (
     ratio_table,
 )
 from experiments.progress import progress
-from jaxrobust import curvature
+from jaxrobust import curvature, losses
 from jaxrobust.models import create_model
 
 STEP = 1e-2
@@ -165,7 +164,7 @@ def lower(case: Case, contender: str, num_probes: int) -> tuple[jax.stages.Lower
             return problem.model.apply(variables, images, train=False).logits
 
         def loss(images):
-            return _softmax_losses(logits(images), labels)
+            return losses.softmax_cross_entropy(logits(images), labels)
 
         if contender == "spectrum":
             return curvature.piecewise_linear_spectrum(logits, images)
