@@ -970,13 +970,16 @@ def _until(probe, rtol: float, most: int, chunk_size: int, x: jax.Array) -> Esti
         number, unit, sums = state
         samples = jax.vmap(probe)(number * chunk_size + jnp.arange(chunk_size))
         # In units of the first: the square of a small curvature is beyond float32.
-        unit = jnp.where((number == 0) & (samples[0] > 0), samples[0], unit)
-        return number + 1, unit, jax.lax.scan(add, sums, samples / unit[None])[0]
+        unit = jnp.where(number == 0, _unit(samples[0]), unit)
+        return number + 1, unit, jax.lax.scan(
+            add, sums, (samples / unit[None]).astype(sums[0].dtype))[0]
 
-    zeros, ones = jnp.zeros(len(x), x.dtype), jnp.ones(len(x), x.dtype)
+    # Half precision counts to 256 or 2,048 only.
+    zeros = jnp.zeros(len(x), x.dtype if x.dtype.itemsize >= 4 else jnp.float32)
+    ones = jnp.ones(len(x), x.dtype)
     _, unit, (count, mean, squares) = jax.lax.while_loop(
         lambda state: jnp.any(is_open(*state[2])), step, (0, ones, (zeros, zeros, zeros)))
-    return Estimate(unit * mean, unit * error(count, squares))
+    return Estimate(*(unit * part.astype(unit.dtype) for part in (mean, error(count, squares))))
 
 
 _IMAGES = "images"

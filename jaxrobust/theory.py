@@ -204,13 +204,20 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
     num_outside = jnp.sum(outside, axis=0)
     total = jnp.sum(outside * draws.loss, axis=0)
     loss_outside = jnp.where(num_outside > 0, total / jnp.maximum(num_outside, 1), jnp.nan)
-    deviations = jnp.square(draws.loss - jnp.mean(draws.loss, axis=0, keepdims=True))
+    deviations = draws.loss - jnp.mean(draws.loss, axis=0, keepdims=True)
     # From the mean of the draws themselves, which is too close to them by K - 1 in K.
     correction = count / (count - 1) if count > 1 else jnp.nan
-    variance = jax.tree.map(lambda value: value * correction, mean_estimate(deviations))
+    variance = jax.tree.map(lambda value: value * correction, _mean_square(deviations))
     return FeatureStability(
-        1 - num_outside / count, loss_outside,
-        mean_estimate(jnp.square(draws.loss - clean_loss[None])), variance)
+        1 - num_outside / count, loss_outside, _mean_square(draws.loss - clean_loss[None]),
+        variance)
+
+
+def _mean_square(values: jax.Array) -> Estimate:
+    """Of independent values [K, B]; right wherever the squares are in the range of the dtype."""
+    unit = _unit(jnp.max(jnp.abs(values), axis=0))
+    return Estimate(*(unit * (unit * part) for part in mean_estimate(
+        jnp.square(values / unit[None]))))
 
 
 @as_one_program
@@ -374,8 +381,10 @@ def quadratic_residual(draws: NoiseDraws, clean_loss: jax.Array) -> jax.Array:
         raise _validate.InputError("Expected draws made with with_quadratic=True.")
     _validate.shapes(loss=(draws.loss, "K B"), quadratic=(draws.quadratic, "K B"),
                      clean_loss=(clean_loss, "B"))
-    change = jnp.mean(jnp.square(draws.loss - clean_loss[None]), axis=0)
-    missed = jnp.mean(jnp.square(draws.loss - draws.quadratic), axis=0)
+    change, missed = draws.loss - clean_loss[None], draws.loss - draws.quadratic
+    # The losses of confident images have squares beyond the range of float32.
+    unit = _unit(jnp.max(jnp.abs(change), axis=0))
+    change, missed = (jnp.mean(jnp.square(part / unit[None]), axis=0) for part in (change, missed))
     return jnp.where(change > 0, missed / jnp.where(change > 0, change, 1), jnp.nan)
 
 

@@ -276,6 +276,17 @@ def test_probes_are_drawn_until_the_error_asked_for():
     assert np.all(np.isfinite(limited.value))
 
 
+def test_half_precision_counts_its_probes_beyond_256():
+    estimate = curvature.squared_frobenius(
+        lambda x: jnp.sum(x**2, axis=1), jnp.ones((2, 64), jnp.bfloat16), KEY, num_probes=500,
+        rtol=1e-4, chunk_size=50)
+    assert estimate.value.dtype == jnp.bfloat16
+    np.testing.assert_allclose(estimate.value.astype(jnp.float32), 4 * 64, rtol=0.03)
+    # 500 samples of relative variance 2 / 64, with the factor 1 + 8 / 500.
+    np.testing.assert_allclose(
+        estimate.standard_error.astype(jnp.float32), 256 * (2 / 64 / 500) ** 0.5, rtol=0.2)
+
+
 @pytest.mark.parametrize("rtol", [None, 0.1])
 @pytest.mark.parametrize("chunk_size", [2, 3, 100])
 def test_the_chunk_size_changes_nothing(chunk_size, rtol):

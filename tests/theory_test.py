@@ -568,6 +568,25 @@ def test_numbers_of_numpy_are_as_good_as_those_of_python():
         theory.curvature_upper_bound(jnp.ones(2), 0.3, 0.5, jnp.ones((3, 4)), 7), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e18])
+def test_the_moments_of_the_loss_are_right_at_every_scale(scale):
+    losses_ = scale * jnp.array([[1.0, 2.0, 4.0, 5.0]]).T
+    found = theory.stability_of(
+        theory.NoiseDraws(jnp.zeros((4, 1)), losses_, None), jnp.array([scale]), delta=1.0)
+    # Changes 0, 1, 3, 4, and deviations -2, -1, 1, 2 from the mean.
+    for estimate, squares, correction in ((found.squared_change, [0, 1, 9, 16], 1),
+                                          (found.variance, [4, 1, 1, 4], 4 / 3)):
+        held = scale**2 > 1e-37
+        np.testing.assert_allclose(
+            estimate.value, held * scale**2 * correction * np.mean(squares), rtol=1e-5)
+        np.testing.assert_allclose(estimate.standard_error, (
+            held * scale**2 * correction * np.std(squares, ddof=1) / 2), rtol=1e-5)
+    # The quadratic model is off by 2 everywhere: 4 of a mean of 26 / 4.
+    residual = theory.quadratic_residual(theory.NoiseDraws(
+        jnp.zeros((4, 1)), losses_, losses_ + 2 * scale), jnp.array([scale]))
+    np.testing.assert_allclose(residual, 4 / 6.5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_the_smoothed_gradient_is_right_at_every_scale(scale):
     factor = jnp.float32(scale)
