@@ -13,6 +13,7 @@ from experiments import (
     bench,
     comparison,
     curvature,
+    doubt,
     evaluation,
     perturb_figure,
     predict,
@@ -368,6 +369,7 @@ class Evaluate(_OnRuns):
             found = runs.read_json(path)
             if "classes" in found:  # Older ones have none.
                 say(comparison.evaluation_text(found))
+            say(doubt.doubt_text(doubt.load_doubt(folder)))
             say(f"The accuracies are in {path}")
 
 
@@ -506,8 +508,8 @@ class Predict:
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
-        run, doubt = predict.load_classifier(self.run, self.data_dir)
-        print(predict.table_text(predict.predict_files(run, doubt, self.images), doubt))
+        run, score = predict.load_classifier(self.run, self.data_dir)
+        print(predict.table_text(predict.predict_files(run, score, self.images), score))
 
 
 @dataclasses.dataclass(frozen=True)

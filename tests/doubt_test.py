@@ -123,11 +123,12 @@ def test_a_run_whose_data_set_is_gone_is_used_unmeasured_and_says_why(
     assert "is not known" in doubt.doubt_text(doubt.UNMEASURED)
 
 
-def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path):
+def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path, capsys):
     config = dataclasses.replace(TINY, select="last", validation_size=0, epochs=1)
     training.train(config, digits, tmp_path / "run", tensorboard=False)
     assert call("evaluate", tmp_path / "run", "--noise-levels", "0", "--test-size", "50") == 0
     facts = runs.read_json(tmp_path / "run" / "doubt.json")
+    assert doubt.doubt_text(doubt.load_doubt(tmp_path / "run")) in capsys.readouterr().out
     assert (facts["held_out"], facts["num_images"]) == ("test", 360)
 
 
