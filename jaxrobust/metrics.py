@@ -180,7 +180,6 @@ def doubt_threshold(doubt: np.ndarray, coverage: float) -> float:
         finite.
     """
     _validate.in_range("coverage", coverage, 0, 1, open_low=True, open_high=False)
-    size = _validate.shapes(doubt=(doubt, "N"))["N"]
-    _validate.in_range("number of scores", size, 1)
+    _validate.shapes(doubt=(doubt, "N"))
     _validate.finite("doubt", doubt)
     return float(np.quantile(doubt, coverage, method="inverted_cdf"))

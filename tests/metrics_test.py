@@ -81,11 +81,11 @@ def test_the_threshold_covers_the_share_asked_for_and_no_more():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: metrics.auroc(np.ones(3), np.ones(3, bool)), "got 3 right of 3"),
-    (lambda: metrics.auroc(np.ones(0), np.ones(0, bool)), "got 0 right of 0"),
+    (lambda: metrics.auroc(np.ones(0), np.ones(0, bool)), "no size 0"),
     (lambda: metrics.auroc(np.array([1, np.nan]), np.array([True, False])), "got 1 that are NaN"),
     (lambda: metrics.auroc(np.ones(3), np.ones(2, bool)), "Expected correct of shape"),
     (lambda: metrics.doubt_threshold(np.ones(3), 0), "Expected coverage=0"),
-    (lambda: metrics.doubt_threshold(np.ones(0), 0.5), "Expected number of scores=0"),
+    (lambda: metrics.doubt_threshold(np.ones(0), 0.5), "no size 0"),
     (lambda: metrics.class_statistics(FEATURES, LABELS, 3), "got none of class 2"),
     (lambda: metrics.class_statistics(np.full((8, 2), np.inf), LABELS, 2), "got 16 that are NaN"),
     (lambda: metrics.class_statistics(FEATURES, LABELS, 1), "Expected labels in"),
