@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -98,11 +97,14 @@ def train_together(
 
     Each has the result, up to rounding, that it has alone, and the same files:
     ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
-    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch),
-    ``checkpoints/latest`` (two), ``checkpoints/best`` (one) and, last, ``done.json``, or
-    ``diverged.json`` if the loss was no longer finite. A run that is done or has diverged, which it
-    would do again, is left as it is; one that is not goes on from its latest checkpoint, to the
-    same result as if it had never stopped.
+    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints`` (the latest
+    two) and, last, ``done.json``, or ``diverged.json`` if the loss was no longer finite. A run that
+    is done or has diverged, which it would do again, is left as it is; one that is not goes on from
+    its latest checkpoint, to the same result as if it had never stopped.
+
+    A checkpoint has the number of updates done for its step and holds all that a run goes on from:
+    the state after them, the state of the best epoch so far, the log of the epochs done, and the
+    metrics of the updates done of the next one. ``metrics.jsonl`` follows from it.
 
     Args:
       configs: of the runs; several may differ in nothing but the seed and :data:`config.SWEPT`.
@@ -118,13 +120,17 @@ def train_together(
       A line for each run whose loss is no longer finite. Its checkpoints stay.
 
     Raises:
-      InputError: (a ValueError) if a folder holds another run, or a begun one without
-        ``resume``; or if the runs cannot be trained together, or not on these devices.
+      InputError: (a ValueError) if a folder holds another run, a begun one without ``resume``, or
+        one with checkpoints of an earlier version, which cannot go on; or if the runs cannot be
+        trained together, or not on these devices.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
         if (folder / "metrics.jsonl").is_file() and not resume:
             raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
+        if (folder / "checkpoints" / "latest").is_dir() and not is_trained(folder):
+            raise InputError(f"{folder} was begun by an earlier version, from whose checkpoints "
+                             "this one cannot go on. Train it anew in another folder.")
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
@@ -177,7 +183,7 @@ def _first_state(config, folder, dataset, layout):
     """The state before the first update, and what its provenance is to say of it."""
     state = initial_state(config, dataset, layout)
     # A run with a checkpoint no longer needs the file that it began with.
-    begun = any((folder / "checkpoints" / "latest").glob("[0-9]*"))
+    begun = any((folder / "checkpoints").glob("[0-9]*"))
     if config.init_from is None or begun:
         return state, {}
     state, facts = start_from(config.init_from, state, config, dataset, layout)
@@ -192,15 +198,19 @@ class _Running:
     """A run in training: its files, from its first update or its latest checkpoint on."""
 
     def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
-        self.config, self.folder, self._steps_per_epoch = config, folder, steps_per_epoch
-        place = folder / "checkpoints"
-        self._latest = checkpoints.open_checkpoints(place / "latest", keep=2)
-        self._best = checkpoints.open_checkpoints(place / "best", keep=1)
-        self._within = checkpoints.open_checkpoints(place / "within", keep=2)
-        self.done, self.before, self.state = self._restore(state)
+        self.config, self.folder = config, folder
+        self._checkpoints = checkpoints.open_checkpoints(folder / "checkpoints", keep=2)
+        # Until an epoch is the best, the state before the first stands for it.
+        self.state, self._best = state, checkpoints.to_host(state)
+        self._history, self.before = [], {}
+        self._restore()
+        self.done = len(self._history)
+        if int(self.state.step) != self.done * steps_per_epoch + _updates_in(self.before):
+            raise InputError(
+                f"Expected {self.done} epochs of {steps_per_epoch} updates, and "
+                f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
+                "all: it was trained on other images, or by another version.")
         # What was logged after the checkpoint is trained again.
-        self._history = [row for row in runs.read_lines(folder / "metrics.jsonl")
-                         if row["epoch"] <= self.done]
         runs.barrier("history")
         runs.write_text(folder / "metrics.jsonl",
                         "".join(json.dumps(row) + "\n" for row in self._history))
@@ -210,37 +220,28 @@ class _Running:
         if tensorboard and runs.is_writer():
             self._events = _event_writer(folder, purge_step=self.done + 1)
 
-    def _restore(self, state):
-        """Epochs done, metrics of the updates done of the next one, and the state after them."""
+    def _restore(self):
+        """Takes all that the run goes on from from its newest checkpoint that can be read."""
         skipped: list[str] = []
-        restored = checkpoints.restore_checkpoint(self._latest, state, skipped=skipped)
-        done, state = (0, state) if restored is None else restored
-        before: dict[str, np.ndarray] = {}
-        # Those from before the last whole epoch are past use.
-        newer = [step for step in self._within.all_steps() if step > done * self._steps_per_epoch]
-        if newer:
-            try:
-                step, newest = checkpoints.restore_checkpoint(self._within, state, skipped=skipped)
-                metrics = runs.read_json(self._metrics_within(step))
-            except (InputError, OSError) as error:
-                skipped.append(str(error))
-            else:
-                state = newest
-                before = {name: np.array(values) for name, values in metrics.items()}
-        for line in skipped:
-            print(f"{self.folder}: {line}", flush=True)
-        return done, before, state
+        found = checkpoints.restore_checkpoint(
+            self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
+            need_facts=True)
+        if runs.is_writer():
+            for line in skipped:
+                print(f"{self.folder}: {line}", flush=True)
+        if found is not None:
+            self.state, self._best = found.state["state"], found.state["best"]
+            self._history = found.facts["epochs"]
+            self.before = {name: np.array(values)
+                           for name, values in found.facts["updates"].items()}
 
-    def _metrics_within(self, step):
-        return self.folder / "checkpoints" / f"within-{step}.json"
-
-    def save_within(self, state, values):
-        """Saves a state within an epoch, with the metrics of the epoch's updates so far."""
-        step = int(state.step)
-        # Before the state, which without them could not go on to the same log.
-        runs.write_json(self._metrics_within(step), {
-            name: value.tolist() for name, value in values.items()})
-        checkpoints.save_checkpoint(self._within, step, state)
+    def save(self, state, values):
+        """Saves a state, with the metrics of the updates done of the epoch that is under way."""
+        with runs.writing(self.folder / "checkpoints"):
+            checkpoints.save_checkpoint(
+                self._checkpoints, int(state.step), {"state": state, "best": self._best},
+                {"epochs": self._history,
+                 "updates": {name: value.tolist() for name, value in values.items()}})
 
     def record(self, row, state, ready, selection_accuracy):
         """Logs an epoch and, if it is time for it, saves the state.
@@ -250,9 +251,9 @@ class _Running:
         """
         epoch = row["epoch"]
         checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
-        best = ready(state) if checkpoint else None
+        evaluated = ready(state) if checkpoint else None
         if checkpoint and selection_accuracy is not None:
-            row["selection_accuracy"] = selection_accuracy(best)
+            row["selection_accuracy"] = selection_accuracy(evaluated)
         runs.append_line(self.folder / "metrics.jsonl", row)
         if self._events is not None:
             for name, value in row.items():
@@ -260,8 +261,8 @@ class _Running:
         self._history.append(row)
         if checkpoint:
             if is_best(self._history):
-                checkpoints.save_checkpoint(self._best, epoch, best)
-            checkpoints.save_checkpoint(self._latest, epoch, state)
+                self._best = checkpoints.to_host(evaluated)
+            self.save(state, {})
 
     def finish(self, how):
         """Says how the run was trained, and that it is done."""
@@ -273,14 +274,14 @@ class _Running:
 
     def close(self):
         """Closes the files."""
-        for manager in (self._latest, self._best, self._within):
-            manager.close()
-        if runs.is_writer() and (self.folder / "done.json").is_file():
-            shutil.rmtree(self.folder / "checkpoints" / "within", ignore_errors=True)
-            for path in (self.folder / "checkpoints").glob("within-*.json"):
-                path.unlink()
+        self._checkpoints.close()
         if self._events is not None:
             self._events.close()
+
+
+def _updates_in(metrics) -> int:
+    """The number of updates that metrics [T] are of; 0 if there are none."""
+    return len(next(iter(metrics.values()), ()))
 
 
 def _train_group(group, dataset, splits, layout, feed, label):
@@ -299,7 +300,7 @@ def _train_group(group, dataset, splits, layout, feed, label):
         for index, (running, own) in enumerate(
                 zip(group, unstack_runs(state, len(group)), strict=True)):
             if index not in failures:
-                running.save_within(own, values[index])
+                running.save(own, values[index])
 
     with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, swept)) as epochs, \
             progress(label, configs[0].epochs * epochs.steps, done=begun) as shown:
@@ -380,7 +381,7 @@ class _Epochs:
         already. ``save(state, metrics so far)`` is called within the epoch when it is time.
         """
         start = time.monotonic()
-        first = len(next(iter(before[0].values()), ()))
+        first = _updates_in(before[0])
         calls = self._resident if self._feed.input == "resident" else self._streamed
         every = self._feed.checkpoint_steps or self.steps
         collected, last, done = [], {}, first
@@ -535,12 +536,37 @@ def load_run(
     if network is None:
         raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
     layout = make_layout("jit") if layout is None else layout
-    state = initial_state(config, network, layout)
-    with contextlib.closing(
-        checkpoints.open_checkpoints(folder / "checkpoints" / "best", keep=1)) as best:
-        restored = checkpoints.restore_checkpoint(best, state)
-    if restored is None:
-        raise InputError(f"Expected a checkpoint in {folder / 'checkpoints' / 'best'}.")
-    epoch, state = restored
+    epoch = runs.read_json(folder / "done.json")["best_epoch"]
+    state = _best_state(folder, epoch, initial_state(config, network, layout))
     _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
     return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
+
+
+def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:
+    """The state of a finished run's best epoch.
+
+    Raises:
+      InputError: (a ValueError) if no checkpoint of it can be read.
+    """
+    place = folder / "checkpoints"
+    # Earlier versions kept the best one by itself, and its epoch was its step.
+    by_itself = (place / "best").is_dir()
+    place = place / "best" if by_itself else place
+    if not place.is_dir():
+        raise InputError(f"Expected checkpoints in {place}, found no such folder.")
+    skipped: list[str] = []
+    with contextlib.closing(checkpoints.open_checkpoints(place, keep=2)) as manager:
+        found = checkpoints.restore_checkpoint(
+            manager, like if by_itself else {"state": like, "best": like}, skipped=skipped,
+            need_facts=not by_itself)
+    if found is None:
+        raise InputError(f"Expected a checkpoint in {place}, found none.")
+    there = found.step if by_itself else best_epoch(found.facts["epochs"])
+    if there != epoch:
+        reasons = "".join(f" {line}." for line in skipped)
+        raise InputError(f"Expected a checkpoint of epoch {epoch}, the best one, in {place}, found "
+                         f"one of epoch {there}.{reasons}")
+    if runs.is_writer():
+        for line in skipped:
+            print(f"{folder}: {line}", flush=True)
+    return found.state if by_itself else found.state["best"]

@@ -1,62 +1,161 @@
-"""Orbax checkpoints of a train state: the latest few, and the best."""
+"""Orbax checkpoints of a train state: the latest few, each with its checksum."""
 
+import hashlib
+import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxrobust import _validate
 
+_STATE, _FACTS = "default", "facts"
+_SHA256, _GIVEN = "sha256", "facts"
 
-def open_checkpoints(folder: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, of which the latest ``keep`` are kept."""
+
+class Checkpoint(NamedTuple):
+    """What :func:`restore_checkpoint` finds."""
+
+    step: int  # that it was saved under
+    state: Any
+    facts: dict[str, Any] | None  # None: of a checkpoint that was saved without
+
+
+def open_checkpoints(folder: pathlib.Path | str, *, keep: int) -> ocp.CheckpointManager:
+    """The checkpoints in a folder, of which the latest ``keep`` are kept.
+
+    Raises:
+      InputError: (a ValueError) if ``keep`` is below 1.
+    """
     _validate.in_range("keep", keep, 1)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=False, create=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return ocp.CheckpointManager(
+        pathlib.Path(folder).absolute(), options=options, item_names=(_STATE, _FACTS))
 
 
-def save_checkpoint(manager: ocp.CheckpointManager, epoch: int, state: Any) -> None:
-    """Saves a state under the number of epochs done, unless that one is there already.
+def save_checkpoint(
+    manager: ocp.CheckpointManager, step: int, state: Any,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a state under a step, such as the number of updates or epochs done.
 
-    A run that is taken up again trains the same epochs to the same bits, so what is there
-    already is the same.
-    """
-    if epoch not in manager.all_steps():
-        manager.save(epoch, args=ocp.args.StandardSave(_without_keys(state)))
-
-
-def restore_checkpoint(
-    manager: ocp.CheckpointManager, like: Any, *, skipped: list[str] | None = None
-) -> tuple[int, Any] | None:
-    """The newest state that can be read, with its epoch; None if there is no checkpoint.
+    A kill leaves the checkpoint whole or not there at all. One of this step that is there already
+    stays: training that is taken up again comes to the same bits. Those of this step or later ones
+    that cannot be read, which :func:`restore_checkpoint` passes over, are first moved into the
+    folder ``NAME-damaged`` beside that of the checkpoints.
 
     Args:
       manager: from :func:`open_checkpoints`.
-      like: a state of the same structure, shapes and dtypes.
+      step: above all steps there.
+      state: a pytree of arrays, typed PRNG keys among them.
+      facts: what JSON can hold, to come back with the state.
+
+    Raises:
+      InputError: (a ValueError) if there is a later checkpoint that can be read.
+    """
+    for there in sorted(known for known in manager.all_steps() if known >= step):
+        try:
+            _read(manager, there, state)
+        except _UNREADABLE:
+            _set_aside(manager, there)
+            continue
+        if there > step:
+            raise _validate.InputError(
+                f"Expected step={step} above {there}, that of a checkpoint in "
+                f"{manager.directory}. Go on from that one, or choose another folder.")
+        return
+    plain = _without_keys(state)
+    args = ocp.args.Composite(**{
+        _STATE: ocp.args.StandardSave(plain),
+        _FACTS: ocp.args.JsonSave({_SHA256: _sha256(plain), _GIVEN: facts and dict(facts)})})
+    if not manager.save(step, args=args):
+        raise _validate.InputError(f"Orbax has not saved step={step} in {manager.directory}.")
+
+
+def restore_checkpoint(
+    manager: ocp.CheckpointManager, like: Any, *, skipped: list[str] | None = None,
+    need_facts: bool = False,
+) -> Checkpoint | None:
+    """The newest state that can be read, with its step; None if there is no checkpoint.
+
+    Args:
+      manager: from :func:`open_checkpoints`.
+      like: a state of the same structure, shapes and dtypes, with keys of the same implementation.
       skipped: takes a line for each newer checkpoint that could not be read.
+      need_facts: whether one that was saved without facts counts as one that cannot be read.
 
     Raises:
       InputError: (a ValueError) if there are checkpoints and none can be read.
     """
     skipped = [] if skipped is None else skipped
-    for epoch in _newest_first(manager):
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
-            target = ocp.args.StandardRestore(_without_keys(like))
-            return epoch, _with_keys(manager.restore(epoch, args=target), like)
-        except (ValueError, OSError, KeyError) as error:
+            found = _read(manager, step, like)
+            if need_facts and found.facts is None:
+                raise ValueError("it was saved without what training needs to go on")
+            return found
+        except _UNREADABLE as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            skipped.append(f"checkpoint {epoch} cannot be read: {reason[0]}")
+            skipped.append(f"checkpoint {step} cannot be read: {reason[0]}")
     if skipped:
         raise _validate.InputError(
             f"No checkpoint in {manager.directory} can be read: {'; '.join(skipped)}")
     return None
 
 
-def _newest_first(manager: ocp.CheckpointManager) -> Iterator[int]:
-    return iter(sorted(manager.all_steps(), reverse=True))
+_UNREADABLE = (ValueError, TypeError, OSError, LookupError)
+"""What reading a damaged checkpoint raises."""
+
+
+def _read(manager: ocp.CheckpointManager, step: int, like: Any) -> Checkpoint:
+    names = {_STATE: ocp.args.StandardRestore(_without_keys(like))}
+    # Those of earlier versions have a state alone.
+    if (manager.directory / str(step) / _FACTS).is_dir():
+        names[_FACTS] = ocp.args.JsonRestore()
+    found = manager.restore(step, args=ocp.args.Composite(**names))
+    state, record = found[_STATE], found.get(_FACTS) or {}
+    # Orbax gives back the bytes as they are: it does not see that one has changed.
+    if record.get(_SHA256) is not None and record[_SHA256] != _sha256(state):
+        raise ValueError("its content has changed since it was saved (another SHA-256)")
+    return Checkpoint(step, _with_keys(state, like), record.get(_GIVEN))
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Moves a checkpoint to where it is in nobody's way; what was unreadable may yet be mended."""
+    source = pathlib.Path(manager.directory) / str(step)
+    target = source.parent.with_name(source.parent.name + "-damaged") / source.name
+    if jax.process_index() == 0:
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():  # It was damaged twice.
+            shutil.rmtree(target)
+        os.replace(source, target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+    manager.reload()
+
+
+def _sha256(state: Any) -> str | None:
+    """Of all leaves, in their order; None if a process does not have all of them."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not (
+                leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return None
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def to_host(state: Any) -> Any:
+    """A copy of a state in NumPy arrays, keys as their raw data."""
+    return jax.tree.map(np.array, _without_keys(state))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -70,4 +169,5 @@ def _without_keys(state: Any) -> Any:
 
 def _with_keys(state: Any, like: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, old: jax.random.wrap_key_data(leaf) if _is_key(old) else leaf, state, like)
+        lambda leaf, old: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(old))
+        if _is_key(old) else leaf, state, like)

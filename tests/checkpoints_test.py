@@ -1,22 +1,24 @@
 """Checkpoints: what is saved comes back, and a broken one is passed over."""
 
 import contextlib
+import pathlib
 import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxrobust import checkpoints, models, training
 from jaxrobust._validate import InputError
 
 
-def make_state(step):
+def make_state(step, impl=None):
     model = models.SmallCNN(num_classes=3, mean=(0.5,), std=(0.5,), num_features=4, width=2)
     optimizer = training.sgd(0.1)
     state = training.create_train_state(
-        model, optimizer, jax.random.key(step), jnp.zeros((1, 8, 8, 1)))
+        model, optimizer, jax.random.key(step, impl=impl), jnp.zeros((1, 8, 8, 1)))
     return state.replace(step=jnp.asarray(step, jnp.int32))
 
 
@@ -35,7 +37,7 @@ def assert_same(one, other):
 def test_the_newest_state_comes_back_to_the_bit(manager):
     for epoch in (1, 2, 3):
         checkpoints.save_checkpoint(manager, epoch, make_state(epoch))
-    epoch, state = checkpoints.restore_checkpoint(manager, make_state(9))
+    epoch, state, _ = checkpoints.restore_checkpoint(manager, make_state(9))
     assert epoch == 3
     assert_same(state, make_state(3))
 
@@ -59,7 +61,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_and_named(manager):
         checkpoints.save_checkpoint(manager, epoch, make_state(epoch))
     break_checkpoint(manager, 2)
     skipped = []
-    epoch, state = checkpoints.restore_checkpoint(manager, make_state(9), skipped=skipped)
+    epoch, state, _ = checkpoints.restore_checkpoint(manager, make_state(9), skipped=skipped)
     assert epoch == 1
     assert_same(state, make_state(1))
     assert len(skipped) == 1 and skipped[0].startswith("checkpoint 2 cannot be read")
@@ -70,3 +72,94 @@ def test_if_all_are_broken_that_is_an_error(manager):
     break_checkpoint(manager, 1)
     with pytest.raises(InputError, match="No checkpoint in .* can be read"):
         checkpoints.restore_checkpoint(manager, make_state(9))
+
+
+def damage(manager, step, *, part="default"):
+    """Flips a bit of the largest file, which holds the arrays."""
+    folder = pathlib.Path(manager.directory) / str(step) / part
+    path = max((path for path in folder.rglob("*") if path.is_file()),
+               key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_bit_is_noticed(manager):
+    for step in (1, 2):
+        checkpoints.save_checkpoint(manager, step, make_state(step))
+    damage(manager, 2)
+    skipped = []
+    step, state, _ = checkpoints.restore_checkpoint(manager, make_state(9), skipped=skipped)
+    assert step == 1 and len(skipped) == 1 and skipped[0].startswith("checkpoint 2 cannot be read")
+    assert_same(state, make_state(1))
+
+
+@pytest.mark.parametrize("broken", [break_checkpoint, damage])
+def test_a_damaged_checkpoint_is_written_again_and_kept_aside(broken, manager):
+    for step in (2, 4):
+        checkpoints.save_checkpoint(manager, step, make_state(step))
+    broken(manager, 4)
+    # A lower step than the damaged one's, which Orbax would refuse, and then its own.
+    for step in (3, 4):
+        checkpoints.save_checkpoint(manager, step, make_state(step))
+        found = checkpoints.restore_checkpoint(manager, make_state(9))
+        assert found.step == step
+        assert_same(found.state, make_state(step))
+    assert sorted(manager.all_steps()) == [3, 4]
+    assert [path.name for path in (manager.directory.parent / "c-damaged").iterdir()] == ["4"]
+
+
+def test_a_good_checkpoint_is_neither_replaced_nor_passed_by(manager):
+    for step in (2, 3):
+        checkpoints.save_checkpoint(manager, step, make_state(step), {"epoch": step})
+    checkpoints.save_checkpoint(manager, 3, make_state(7))
+    with pytest.raises(InputError, match="Expected step=1 above 2, that of a checkpoint"):
+        checkpoints.save_checkpoint(manager, 1, make_state(1))
+    found = checkpoints.restore_checkpoint(manager, make_state(9))
+    assert_same(found.state, make_state(3))
+    assert found.facts == {"epoch": 3}
+    assert sorted(manager.all_steps()) == [2, 3]
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path):
+    folder = tmp_path / "c"
+    half = folder / "2.orbax-checkpoint-tmp" / "default"
+    half.mkdir(parents=True)
+    (half / "manifest.ocdbt").write_text("half")
+    with contextlib.closing(checkpoints.open_checkpoints(folder, keep=2)) as manager:
+        assert checkpoints.restore_checkpoint(manager, make_state(9)) is None
+        checkpoints.save_checkpoint(manager, 2, make_state(2))
+        assert_same(checkpoints.restore_checkpoint(manager, make_state(9)).state, make_state(2))
+
+
+def test_facts_come_back_and_may_be_needed(manager):
+    checkpoints.save_checkpoint(manager, 1, make_state(1), {"epoch": 1, "losses": [0.5, 1e-300]})
+    checkpoints.save_checkpoint(manager, 2, make_state(2))
+    assert checkpoints.restore_checkpoint(manager, make_state(9)).facts is None
+    found = checkpoints.restore_checkpoint(manager, make_state(9), need_facts=True)
+    assert (found.step, found.facts) == (1, {"epoch": 1, "losses": [0.5, 1e-300]})
+    break_checkpoint(manager, 2)
+    shutil.rmtree(manager.directory / "1" / "facts")
+    with pytest.raises(InputError, match="checkpoint 1 cannot be read: it was saved without"):
+        checkpoints.restore_checkpoint(manager, make_state(9), need_facts=True)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
+def test_keys_of_every_implementation_come_back(impl, manager):
+    checkpoints.save_checkpoint(manager, 1, make_state(1, impl))
+    state = checkpoints.restore_checkpoint(manager, make_state(9, impl)).state
+    assert_same(state, make_state(1, impl))
+    assert jax.random.key_impl(state.key) == jax.random.key_impl(make_state(1, impl).key)
+    jax.random.normal(state.key)
+
+
+def test_a_checkpoint_of_the_state_alone_is_read(tmp_path):
+    """As earlier versions wrote them."""
+    with contextlib.closing(ocp.CheckpointManager(tmp_path / "old")) as old:
+        state = make_state(1)
+        old.save(5, args=ocp.args.StandardSave(
+            state.replace(key=jax.random.key_data(state.key))))
+    with contextlib.closing(checkpoints.open_checkpoints(str(tmp_path / "old"), keep=1)) as again:
+        found = checkpoints.restore_checkpoint(again, make_state(9))
+    assert (found.step, found.facts) == (5, None)
+    assert_same(found.state, state)

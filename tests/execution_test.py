@@ -72,58 +72,6 @@ def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
         assert metrics_of(tmp_path / "run") == plain  # To the bit.
 
 
-def test_a_stream_resumed_is_a_stream_never_stopped(plain, digits, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Stands for a kill: nothing handles it."""
-
-    record = training._Running.record
-
-    def record_until_killed(self, row, *rest):
-        record(self, row, *rest)
-        raise Killed
-
-    monkeypatch.setattr(training._Running, "record", record_until_killed)
-    feed = Feed(input="stream")
-    with pytest.raises(Killed):
-        training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed)
-    monkeypatch.undo()
-    training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed, resume=True)
-    assert metrics_of(tmp_path / "run") == plain
-
-
-@pytest.mark.parametrize("source", ["resident", "stream"])
-@pytest.mark.parametrize("saves", [1, 2, 5])
-def test_a_run_killed_within_an_epoch_goes_on_there(
-        source, saves, plain, digits, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Stands for a kill: nothing handles it."""
-
-    save, saved = training._Running.save_within, []
-
-    def save_until_killed(self, *arguments):
-        save(self, *arguments)
-        saved.append(int(arguments[0].step))
-        if len(saved) == saves:
-            raise Killed
-
-    monkeypatch.setattr(training._Running, "save_within", save_until_killed)
-    feed = Feed(input=source, checkpoint_steps=3)
-    with pytest.raises(Killed):
-        training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed)
-    monkeypatch.undo()
-    # Epochs have 10 updates.
-    assert saved == [3, 6, 9, 13, 16][:saves]
-    updates, place = [], training._Epochs._place
-    monkeypatch.setattr(training._Epochs, "_place",
-                        lambda *arguments: updates.append(1) or place(*arguments))
-    training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed, resume=True)
-    if source == "stream":
-        assert len(updates) == 20 - saved[-1]
-    assert metrics_of(tmp_path / "run") == plain
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] in (
-        ["latest", "best"], ["best", "latest"])
-
-
 def test_runs_together_have_the_result_of_each_alone(plain, digits, tmp_path):
     configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
                dataclasses.replace(TINY, seed=1)]

@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import json
-import pathlib
 import shutil
 
 import chex
@@ -52,32 +51,6 @@ def _finished(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     training.train(TINY, digits, folder)
     return folder
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it."""
-
-
-@pytest.mark.parametrize("epochs_before", range(1, TINY.epochs))
-@pytest.mark.parametrize("when", ["before the checkpoint", "between the checkpoints"])
-def test_a_killed_run_resumes_to_the_same_bits(
-        epochs_before, when, finished, digits, tmp_path, monkeypatch):
-    save = training.checkpoints.save_checkpoint
-
-    def save_until_killed(manager, epoch, state):
-        is_latest = pathlib.Path(manager.directory).name == "latest"
-        if epoch > epochs_before and (is_latest or when == "before the checkpoint"):
-            raise Killed
-        save(manager, epoch, state)
-
-    monkeypatch.setattr(training.checkpoints, "save_checkpoint", save_until_killed)
-    with pytest.raises(Killed):
-        training.train(TINY, digits, tmp_path / "run")
-    monkeypatch.undo()
-    training.train(TINY, digits, tmp_path / "run", resume=True)
-    assert metrics_of(tmp_path / "run") == metrics_of(finished)
-    chex.assert_trees_all_equal(
-        best_state(tmp_path / "run", digits), best_state(finished, digits))
 
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):

@@ -262,14 +262,18 @@ def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path
     trained = load(run, data_dir)
     params = jax.tree.map(np.array, trained.state.params)
     params["head"]["bias"][1:] = np.nan, np.inf
-    with contextlib.closing(checkpoints.open_checkpoints(
-            broken / "checkpoints" / "best", keep=1)) as best:
-        checkpoints.save_checkpoint(best, 99, trained.state.replace(params=params))
+    state = trained.state.replace(params=params)
+    shutil.rmtree(broken / "checkpoints")
+    with contextlib.closing(
+            checkpoints.open_checkpoints(broken / "checkpoints", keep=1)) as manager:
+        checkpoints.save_checkpoint(manager, 99, {"state": state, "best": state}, {
+            "epochs": runs.read_lines(run / "metrics.jsonl"), "updates": {}})
     for command in (("predict", broken, folder / "dry" / "0.jpg"), ("export", broken)):
         capsys.readouterr()
         assert call(*command) == 2
         said = one_line(capsys)
-        assert "epoch 99, got 2 that are NaN or infinite, the first in params.head.bias." in said
+        assert (f"epoch {trained.epoch}, got 2 that are NaN or infinite, the first in "
+                "params.head.bias.") in said
     weights = pytorch.to_torch_state_dict(trained.model, training.variables_of(
         trained.state.replace(params=params)))
     pytorch.write_state_dict(tmp_path / "weights.safetensors", weights)

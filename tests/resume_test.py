@@ -1,0 +1,195 @@
+"""A run killed at any moment, and resumed, ends with the bits of one that was never stopped."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import chex
+import pytest
+from command_line import metrics_of
+
+from experiments import config, program, runs, training
+from experiments.config import InputError
+from experiments.execution import Feed
+from experiments.recipes import RECIPES
+from jaxrobust import checkpoints
+from jaxrobust.parallel import make_layout
+
+pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
+              pytest.mark.usefixtures("quick_compilation")]
+
+# 56 images in batches of 16: epochs of 4 updates, the last of 8 images.
+EPOCHS, STEPS = 4, 4
+TINY = dataclasses.replace(
+    RECIPES["digits"].rows["robust"], train_size=56, epochs=EPOCHS, width=2, num_features=4,
+    batch_size=16, batch_norm_statistics="recomputed", optimizer=config.OptimizerConfig(
+        learning_rate=0.02, schedule="cosine", clip_norm=1.0))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing handles it."""
+
+
+@pytest.fixture(name="moments")
+def _moments(monkeypatch):
+    """The moments at which a run was killed: after each update, and before and after each
+    checkpoint. At each it is killed once."""
+    seen = []
+
+    def kill(*moment):
+        if moment not in seen:
+            seen.append(moment)
+            raise Killed
+
+    def patch_calls(name):
+        calls = getattr(training._Epochs, name)
+
+        def calls_until_killed(self, state, epoch, first):
+            update = (epoch - 1) * self.steps + first
+            for call in calls(self, state, epoch, first):
+                yield call
+                update += call[-1]
+                kill("update", update)
+
+        monkeypatch.setattr(training._Epochs, name, calls_until_killed)
+
+    patch_calls("_resident")
+    patch_calls("_streamed")
+    save = training._Running.save
+
+    def save_until_killed(self, state, values):
+        kill("before the checkpoint", int(state.step))
+        save(self, state, values)
+        kill("after the checkpoint", int(state.step))
+
+    monkeypatch.setattr(training._Running, "save", save_until_killed)
+    return seen
+
+
+def train(config, digits, folder, feed):
+    training.train(config, digits, folder, resume=True, tensorboard=False, feed=feed)
+
+
+def train_through_kills(config, digits, folder, feed, kills=1000):
+    for _ in range(kills):
+        with contextlib.suppress(Killed):
+            return train(config, digits, folder, feed)
+    raise AssertionError("The run comes to no end.")
+
+
+def final(folder, digits):
+    """All that the last checkpoint holds, but for the time."""
+    state = program.initial_state(config.read_config(folder), digits, make_layout("jit"))
+    like = {"state": checkpoints.to_host(state), "best": checkpoints.to_host(state)}
+    with contextlib.closing(
+            checkpoints.open_checkpoints(folder / "checkpoints", keep=2)) as manager:
+        found = checkpoints.restore_checkpoint(manager, like, need_facts=True)
+    rows = [{name: value for name, value in row.items() if name != "seconds"}
+            for row in found.facts["epochs"]]
+    assert rows == metrics_of(folder) and found.facts["updates"] == {}
+    return found.step, found.state, rows, runs.read_json(folder / "done.json")
+
+
+@pytest.fixture(name="whole", scope="module")
+def _whole(tmp_path_factory, digits):
+    """What a run ends with that was never stopped, by its epochs between checkpoints."""
+    ends = {}
+    for every in (1, 2, 3):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        training.train(dataclasses.replace(TINY, checkpoint_every=every), digits, folder,
+                       tensorboard=False)
+        ends[every] = final(folder, digits)
+    return ends
+
+
+@pytest.mark.parametrize("every, feed, saved", [
+    (1, Feed(), [4, 8, 12, 16]),
+    (2, Feed(checkpoint_steps=3), [3, 7, 8, 11, 15, 16]),
+    (3, Feed(checkpoint_steps=1), [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]),
+    (3, Feed(checkpoint_steps=2, input="stream"), [2, 6, 10, 12, 14, 16]),
+    (3, Feed(checkpoint_steps=2, steps_per_call=2), [2, 6, 10, 12, 14, 16]),
+    (2, Feed(checkpoint_steps=7), [8, 16])])
+def test_a_run_killed_at_every_moment_ends_with_the_same_bits(
+        every, feed, saved, whole, digits, tmp_path, moments):
+    folder = tmp_path / "run"
+    train_through_kills(dataclasses.replace(TINY, checkpoint_every=every), digits, folder, feed)
+    assert [step for when, step in moments if when == "after the checkpoint"] == saved
+    if feed.steps_per_call is None:
+        assert {step for _, step in moments} == set(range(1, EPOCHS * STEPS + 1))
+    ended, expected = final(folder, digits), whole[every]
+    assert ended[0] == expected[0] == EPOCHS * STEPS
+    assert ended[2:] == expected[2:]
+    chex.assert_trees_all_equal(ended[1], expected[1])
+
+
+def killed_at(moment, config, digits, folder, feed, moments):
+    """A run killed at one moment, in its folder."""
+    with pytest.raises(Killed):
+        for _ in range(1000):
+            try:
+                train(config, digits, folder, feed)
+            except Killed:
+                if moments[-1] == moment:
+                    raise
+
+
+def damage(folder, step):
+    path = max((path for path in (folder / str(step)).rglob("*") if path.is_file()),
+               key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_kept_aside_and_made_anew(
+        whole, digits, tmp_path, moments, capsys):
+    folder, feed = tmp_path / "run", Feed(checkpoint_steps=3)
+    changed = dataclasses.replace(TINY, checkpoint_every=2)
+    killed_at(("after the checkpoint", 11), changed, digits, folder, feed, moments)
+    damage(folder / "checkpoints", 11)
+    capsys.readouterr()
+    killed_at(("update", 12), changed, digits, folder, feed, moments)
+    assert f"{folder}: checkpoint 11 cannot be read: " in capsys.readouterr().out
+    assert [path.name for path in (folder / "checkpoints-damaged").iterdir()] == ["11"]
+    train_through_kills(changed, digits, folder, feed)
+    chex.assert_trees_all_equal(final(folder, digits), whole[2])
+
+
+@pytest.mark.parametrize("best", [2, EPOCHS])
+def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
+        best, digits, tmp_path, capsys, monkeypatch):
+    run = dataclasses.replace(TINY, checkpoint_every=1)
+    folder = tmp_path / "run"
+    accuracies = iter([0.9 if epoch == best else 0.1 for epoch in range(1, EPOCHS + 1)])
+    monkeypatch.setattr(training, "accuracy", lambda *_, **__: next(accuracies))
+    training.train(run, digits, folder, tensorboard=False)
+    expected = training.load_run(folder, run, digits)
+    damage(folder / "checkpoints", EPOCHS * STEPS)
+    if best == EPOCHS:  # The one before knows of another best epoch.
+        with pytest.raises(InputError, match=f"Expected a checkpoint of epoch {EPOCHS}, the best"):
+            training.load_run(folder, run, digits)
+    else:
+        found = training.load_run(folder, run, digits)
+        assert found.epoch == expected.epoch == best
+        chex.assert_trees_all_equal(found.state.params, expected.state.params)
+        assert "checkpoint 16 cannot be read" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_is_used_when_done_and_never_continued(digits, tmp_path):
+    folder = tmp_path / "run"
+    training.train(TINY, digits, folder, tensorboard=False)
+    expected = training.load_run(folder, TINY, digits)
+    best = checkpoints.to_host(expected.state)
+    (folder / "checkpoints").rename(tmp_path / "new")
+    for name in ("latest", "best"):
+        with contextlib.closing(
+                checkpoints.open_checkpoints(folder / "checkpoints" / name, keep=1)) as manager:
+            checkpoints.save_checkpoint(manager, expected.epoch, best)
+    found = training.load_run(folder, TINY, digits)
+    assert found.epoch == expected.epoch
+    chex.assert_trees_all_equal(found.state.params, expected.state.params)
+    (folder / "done.json").unlink()
+    before = sorted(pathlib.Path(folder).rglob("*"))
+    with pytest.raises(InputError, match="was begun by an earlier version"):
+        training.train(TINY, digits, folder, resume=True)
+    assert sorted(pathlib.Path(folder).rglob("*")) == before
