@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -204,9 +203,11 @@ class RunConfig:
             raise InputError(f"{str(error)[:-1]}, in pixel values of [0, 1].{hint}") from error
         training_perturbation(self)  # Says what is wrong with it.
         for name, most in (("width", MOST_CHANNELS), ("num_features", MOST_CHANNELS),
-                           ("epochs", MOST_EPOCHS), ("batch_size", math.inf),
+                           ("epochs", MOST_EPOCHS),
                            ("checkpoint_every", MOST_EPOCHS)):
             _validate.in_range(name, getattr(self, name), 1, most)
+        # One image has no variance for batch norm.
+        _validate.in_range("batch_size", self.batch_size, 2)
         _validate.in_range("crop_padding", self.crop_padding, 0, MOST_PIXELS)
         if self.train_size is not None:
             _validate.in_range("train_size", self.train_size, 1)

@@ -152,13 +152,20 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
     if config.batch_norm == "per_device" and layout.form != "pmap":
         raise InputError(
             f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
+    num_train = num_train_of(config, dataset)
+    if config.batch_norm == "per_device" and layout.num_devices in data.batch_sizes(
+            num_train, config.batch_size):
+        raise InputError(
+            f"Expected batch_size={config.batch_size} with {num_train} training images to give "
+            f"each of {layout.num_devices} devices two images or more with "
+            "batch_norm='per_device': one has no variance.")
     swept_settings(configs)  # Says in what they may not differ.
     # One program whatever the values of what can be swept, here any that are valid for all: rows of
     # a study that differ in these alone are compiled once.
     nominal = dict.fromkeys(SWEPT, 0.5)
     return _program(
         with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
-        num_train_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+        num_train, dataset.flip, layout, len(configs) > 1)
 
 
 def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:

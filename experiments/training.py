@@ -150,6 +150,7 @@ def train_together(
         begun: dict[int, list[_Running]] = {}
         steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
         if left:
+            _say_if_one_is_left_out(len(splits.train.labels), configs[0].batch_size)
             _warn_of_lag(configs[0], model_of(configs[0], dataset), steps * configs[0].epochs)
         for (config, folder), (state, facts) in zip(left, first, strict=True):
             running = stack.enter_context(contextlib.closing(_Running(
@@ -159,6 +160,12 @@ def train_together(
         for group in begun.values():
             failures += _train_group(group, dataset, splits, layout, feed, label)
     return failures
+
+
+def _say_if_one_is_left_out(num_train: int, batch_size: int) -> None:
+    if sum(data.batch_sizes(num_train, batch_size)) < num_train and runs.is_writer():
+        print(f"Note: each epoch leaves out one of the {num_train} training images, another each "
+              f"time: it would be the last batch of {batch_size} by itself.", flush=True)
 
 
 LAG = 0.01

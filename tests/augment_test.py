@@ -208,13 +208,19 @@ def test_the_key_alone_determines_a_batch():
 # --- the order of an epoch --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1), (1, 1)])
+@pytest.mark.parametrize(("size", "batch_size"), [(11, 3), (12, 4), (5, 5), (7, 1), (1, 1)])
 def test_an_epoch_visits_each_example_exactly_once(size, batch_size):
     order = epoch_order(jax.random.key(0), 3, size)
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
     sizes = batch_sizes(size, batch_size)
     assert sum(sizes) == size and set(sizes[:-1]) <= {batch_size}
     assert sizes[-1] == (size % batch_size or batch_size)
+
+
+@pytest.mark.parametrize("size, batch_size, expected", [
+    (10, 3, [3, 3, 3]), (5, 4, [4]), (9, 4, [4, 4]), (3, 2, [2]), (10, 4, [4, 4, 2])])
+def test_a_last_batch_of_one_is_left_out(size, batch_size, expected):
+    assert batch_sizes(size, batch_size) == expected
 
 
 @pytest.mark.parametrize("most, expected", [

@@ -72,6 +72,27 @@ def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
         assert metrics_of(tmp_path / "run") == plain  # To the bit.
 
 
+def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys):
+    odd = dataclasses.replace(TINY, train_size=33)
+    for source in ("resident", "stream"):
+        training.train(odd, digits, tmp_path / source, tensorboard=False, feed=Feed(input=source))
+        assert "Note: each epoch leaves out one of the 33 training images" in (
+            capsys.readouterr().out)
+    rows = metrics_of(tmp_path / "resident")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert metrics_of(tmp_path / "stream") == rows
+
+
+def test_a_device_with_one_image_has_no_variance_of_its_own(digits):
+    layout = make_layout("pmap", jax.devices()[:8])
+    apart = dataclasses.replace(TINY, batch_norm="per_device")
+    for changes in ({"batch_size": 8}, {"train_size": 40}):
+        with pytest.raises(InputError, match="each of 8 devices two images or more"):
+            program.program_of([dataclasses.replace(apart, **changes)], digits, layout)
+    program.program_of([dataclasses.replace(apart, train_size=48)], digits, layout)
+    program.program_of([dataclasses.replace(TINY, batch_size=8)], digits, layout)
+
+
 def test_runs_together_have_the_result_of_each_alone(plain, digits, tmp_path):
     configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
                dataclasses.replace(TINY, seed=1)]

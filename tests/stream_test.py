@@ -208,6 +208,13 @@ def test_one_batch_an_epoch_visits_an_order_of_its_own_each_time():
     assert len(set(map(tuple, orders))) == 3
 
 
+def test_a_last_batch_of_one_is_left_out():
+    split = data.Split(stored(size=10), LABELS[:10])
+    batches = [images[:, 0, 0, 0].tolist() for images, _ in stream(split, batch_size=3, stop=6)]
+    orders = [data.epoch_order(KEY, epoch, 10).tolist() for epoch in (1, 2)]
+    assert batches == [order[first : first + 3] for order in orders for first in (0, 3, 6)]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_shares_of_all_processes_are_the_whole_batch(processes):
     reads = [Reads() for _ in range(processes)]

@@ -16,11 +16,16 @@ def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
 def batch_sizes(size: int, batch_size: int) -> list[int]:
     """The sizes of an epoch's batches of ``size`` examples; the last may be smaller.
 
+    A last batch of one example is left out, unless all batches are of one: batch norm would take
+    its variance, which says nothing, for that of the images, and classes have no dispersion. The
+    order of an epoch is random, so that another example is left out each time.
+
     Raises:
       InputError: (a ValueError) if the batch is larger than the data set.
     """
     _validate.in_range("batch_size", batch_size, 1, size, open_high=False)
-    return [min(batch_size, size - first) for first in range(0, size, batch_size)]
+    whole, last = divmod(size, batch_size)
+    return [batch_size] * whole + ([last] if last > 1 else [])
 
 
 def group_batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.data.batching import epoch_order
+from jaxrobust.data.batching import batch_sizes, epoch_order
 from jaxrobust.data.sources import Split
 
 
@@ -26,8 +26,8 @@ def stream_batches(
     """The batches of updates ``start .. stop - 1``, over as many epochs as they take.
 
     They hold the examples, and in the order, that :func:`epoch_order` and :func:`batch_sizes`
-    give: update u is batch ``u mod S`` of epoch ``1 + u // S``, with S = ceil(N / batch_size)
-    updates an epoch, whose last batch may be smaller. So the position in the data is the number
+    give: update u is batch ``u mod S`` of epoch ``1 + u // S``, with S batches an epoch, the last
+    of which may be smaller. So the position in the data is the number
     of updates done, which a train state counts anyway, and nothing else is to be saved: to go on
     after u updates, ``start=u``.
 
@@ -74,16 +74,16 @@ class _Pieces:
     def __init__(self, split, order_of, batch_size, rows_of, start, stop, pieces):
         self._split, self._order_of, self._batch_size = split, order_of, batch_size
         self._rows_of, self._start, self._stop, self._pieces = rows_of, start, stop, pieces
+        self._sizes = batch_sizes(len(split.labels), batch_size)
 
     def __len__(self):
         return (self._stop - self._start) * self._pieces
 
     def __getitem__(self, index):
         update, piece = divmod(index, self._pieces)
-        steps_per_epoch = -(-len(self._split.labels) // self._batch_size)
-        epoch, batch = divmod(self._start + update, steps_per_epoch)
+        epoch, batch = divmod(self._start + update, len(self._sizes))
         first = batch * self._batch_size
-        rows = self._order_of(epoch + 1)[first : first + self._batch_size]
+        rows = self._order_of(epoch + 1)[first : first + self._sizes[batch]]
         rows = rows[self._rows_of(len(rows))]
         low, high = (len(rows) * end // self._pieces for end in (piece, piece + 1))
         rows = rows[low:high]
