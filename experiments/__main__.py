@@ -104,6 +104,8 @@ class Reproduce:
     made; all if none is given."""
     init_from: str | None = None
     """File of PyTorch weights that all rows start from; of tables and figures, as data."""
+    skip_bad: bool = False
+    """Whether to go on without those images of a folder that cannot be used."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     together: bool | None = None
@@ -142,8 +144,14 @@ class Reproduce:
         datasets = [reproduce.load_recipe_dataset(
             study.recipe, self.data_dir, in_memory=self.feed.in_memory())
             for study in plan.studies.values()]
-        failures = []
+        studies = []
         for study, dataset in zip(plan.studies.values(), datasets, strict=True):
+            recipe, lines = reproduce.fit_recipe(study.recipe, dataset)
+            studies.append(dataclasses.replace(study, recipe=recipe))
+            if lines and self.report:  # Not by each process that runs a part of it.
+                say("\n".join(lines))
+        failures = []
+        for study, dataset in zip(studies, datasets, strict=True):
             failures += self._run(study, dataset, layout)
             if self.report and not plan.targets and runs.is_writer():
                 print(f"The report is in {report.write_report(study.folder)}")
@@ -162,7 +170,8 @@ class Reproduce:
             if self.studies is not None:
                 raise InputError("Expected studies only with a table or figure, got them with the "
                                  f"recipe {self.what}.")
-            recipe = reproduce.with_sources(get_recipe(self.what), self.data, self.init_from)
+            recipe = reproduce.with_sources(
+                get_recipe(self.what), self.data, self.init_from, self.skip_bad)
             if self.scale is not None:
                 raise InputError(f"Expected scale only with a table, figure or question, got "
                                  f"{self.scale!r} with the recipe {self.what}.")
@@ -172,7 +181,7 @@ class Reproduce:
             raise InputError(f"Expected rows only with a recipe, got them with {self.what!r}.")
         return targets.make_plan(
             self.what, self.scale or "full", self.out or pathlib.Path("runs"), seeds=self.seeds,
-            data=self.data, init_from=self.init_from, only=self.studies)
+            data=self.data, init_from=self.init_from, skip_bad=self.skip_bad, only=self.studies)
 
     def _run(self, study: targets.StudyPlan, dataset: Dataset, layout: Layout) -> list[str]:
         """Runs a study of a plan; a line for each run that failed."""
@@ -204,6 +213,7 @@ class Reproduce:
         usual = get_recipe(recipe.name).rows[row]
         arguments += [] if first.dataset == usual.dataset else ["--data", first.dataset]
         arguments += [] if first.init_from == usual.init_from else ["--init-from", first.init_from]
+        arguments += ["--skip-bad"] if first.skip_bad else []
         return arguments + [
             word for name, value in dataclasses.asdict(self.feed).items() if value is not None
             for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -310,6 +320,8 @@ class Sweep:
         runs.require_writable(folder)
         check_perturbations(self.run, plan.evaluation.perturb)
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
+        plan = dataclasses.replace(
+            plan, evaluation=reproduce.fit_evaluation(plan.evaluation, dataset))
         # Says what cannot be before anything is written; the plan may grow by what is there.
         sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
         plan = sweep.claim_sweep(folder, plan)
@@ -657,15 +669,19 @@ def main() -> None:
     # So have its errors: Orbax logs each with a traceback before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_freed_memory()
+    command = None
     try:
         command = parse(sys.argv[1:])
         if not isinstance(command, Bench):  # Which measures how long compiling takes.
             keep_compilations()
         command()
     except InputError as error:
+        hint = ""
         if isinstance(error, BadFiles):
             print("\n".join(error.lines), file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
+            if isinstance(command, Reproduce | Train | Sweep):
+                hint = " Add --skip-bad to go on without them."
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -320,6 +320,9 @@ class Cost:
     """On one GPU."""
     basis: str
     """Where the numbers come from."""
+    images: int | None = None
+    """Images in the folder that the hours are for, in proportion to which they grow; none where the
+    recipe has a data set of its own."""
 
 
 @dataclasses.dataclass(frozen=True)

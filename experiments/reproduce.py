@@ -7,15 +7,17 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 
 from experiments import runs
-from experiments.config import InputError, Recipe
+from experiments.config import Evaluation, InputError, Recipe, RunConfig
 from experiments.curvature import measure_curvature
 from experiments.datasets import open_dataset
 from experiments.evaluation import evaluate_run
 from experiments.execution import Feed
+from experiments.program import rows_of
 from experiments.training import load_run, train_together
 from jaxrobust import _validate
 from jaxrobust.data import Dataset
@@ -169,12 +171,79 @@ def run_study_in_parallel(
         return [failure for failure in pool.map(one, tasks) if failure]
 
 
-def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None) -> Recipe:
-    """A recipe on another data set, or from other initial weights, where they are given."""
-    changes = {name: value for name, value in (("dataset", dataset), ("init_from", init_from))
-               if value is not None}
+def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
+                 skip_bad: bool = False) -> Recipe:
+    """A recipe on another data set, without its bad images, or from other initial weights, where
+    they are given."""
+    changes: dict[str, Any] = {
+        name: value for name, value in (("dataset", dataset), ("init_from", init_from))
+        if value is not None}
+    changes |= {"skip_bad": True} if skip_bad else {}
     return dataclasses.replace(recipe, rows={
         row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
+
+
+def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
+    """The recipe with what the data set is too small for made smaller, and a line for each change.
+
+    That is what is held out for validation, the training images, the batch, the test images and
+    those at which the curvature is measured.
+
+    Raises:
+      InputError: (a ValueError) if no image of each class can be held out.
+    """
+    fitted = {row: _fit_run(config, dataset) for row, config in recipe.rows.items()}
+    evaluation, num_test = fit_evaluation(recipe.evaluation, dataset), len(dataset.test.labels)
+    curvature = dataclasses.replace(recipe.curvature, num_images=min(
+        recipe.curvature.num_images, evaluation.test_size or num_test))
+    found = (f"{dataset.name} has {len(dataset.train.labels)} training and {num_test} test images "
+             f"of {len(dataset.class_names)} classes")
+    pairs = [*((recipe.rows[row], config) for row, config in fitted.items()),
+             (recipe.evaluation, evaluation), (recipe.curvature, curvature)]
+    lines = [f"{found}: {field.name} is {'all' if new is None else new} instead of {old}."
+             for before, after in pairs for field in dataclasses.fields(before)
+             if (old := getattr(before, field.name)) != (new := getattr(after, field.name))]
+    return (dataclasses.replace(recipe, rows=fitted, evaluation=evaluation, curvature=curvature),
+            list(dict.fromkeys(lines)))
+
+
+def fit_evaluation(evaluation: Evaluation, dataset: Dataset) -> Evaluation:
+    """The evaluation at all test images where there are no more than it asks for."""
+    if evaluation.test_size is None or evaluation.test_size < len(dataset.test.labels):
+        return evaluation
+    return dataclasses.replace(evaluation, test_size=None)
+
+
+def _fit_run(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration of a run with what the data set is too small for made smaller."""
+    num_train, num_classes = len(dataset.train.labels), len(dataset.class_names)
+    if config.validation_size and dataset.validation is None:
+        size = config.validation_size
+        size = int(size) if size >= 1 else round(size * num_train)
+        # One that leaves less than half is for a larger set.
+        size = size if size <= num_train // 2 else num_train // 5
+        wide_enough = next((count for count in range(max(size, num_classes), num_train)
+                            if _can_hold_out(config, count, dataset)), None)
+        if wide_enough is None:
+            raise InputError(
+                f"Expected more images in {dataset.name}: of {num_train} training images of "
+                f"{num_classes} classes none of each can be held out to choose the epoch.")
+        share = config.validation_size < 1 and wide_enough == size
+        config = dataclasses.replace(
+            config, validation_size=config.validation_size if share else wide_enough)
+    left = len(rows_of(dataclasses.replace(config, train_size=None), dataset)[0])
+    if config.train_size is not None and config.train_size >= left:
+        config = dataclasses.replace(config, train_size=None)
+    return dataclasses.replace(
+        config, batch_size=min(config.batch_size, config.train_size or left))
+
+
+def _can_hold_out(config: RunConfig, count: int, dataset: Dataset) -> bool:
+    try:
+        rows_of(dataclasses.replace(config, validation_size=count, train_size=None), dataset)
+    except InputError:  # A class would be left without an image on one side.
+        return False
+    return True
 
 
 def load_recipe_dataset(

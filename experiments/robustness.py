@@ -145,6 +145,10 @@ def _measure_curvature(run, settings, folder, label, name) -> dict:
             there = runs.read_json(folder / "evaluation.json")["settings"]
             asked = {"test_size": there["test_size"]} | asked
         test_size = asked.pop("test_size", None)
+        num_test = len(make_test_split(run.dataset, test_size).labels)
+        if settings.curvature_images is None:
+            asked["num_images"] = min(CurvatureConfig().num_images, num_test)
+        _validate.in_range("curvature_images", asked["num_images"], 1, num_test, open_high=False)
         measure_curvature(
             run, CurvatureConfig(**asked), folder, label, test_size=test_size, name=name)
     return runs.read_json(path)

@@ -25,6 +25,7 @@ from experiments.recipes.scales import SCALES
 from experiments.study import Study, load_study, with_rows
 from jaxrobust import _validate
 from jaxrobust.data import FOLDER_PREFIX
+from jaxrobust.data.listing import list_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,21 +195,45 @@ class Plan:
         return "\n".join([*lines, *map(study_text, self.studies.values())])
 
 
+def _folder_of(recipe: Recipe) -> str | None:
+    """The folder of images, or CSV file, of a recipe; "" if none is named, None for other data."""
+    dataset = next(iter(recipe.rows.values())).dataset
+    return dataset.removeprefix(FOLDER_PREFIX) if dataset.startswith(FOLDER_PREFIX) else None
+
+
+def _require_data(recipe: Recipe, asked: str) -> None:
+    if _folder_of(recipe) == "":
+        raise InputError(f"Expected data=folder:PATH, a folder of images, for {asked}: "
+                         f"{recipe.name} has no data set of its own.")
+
+
 def study_text(plan: StudyPlan) -> str:
-    """A study of a plan in some lines: its runs, its settings, what it takes."""
+    """A study of a plan in some lines: its runs, its settings, what it takes.
+
+    Raises:
+      InputError: (a ValueError) if it is of a folder that is not there or holds no classes.
+    """
     places = plan.places()
     done = sum((place / "curvature.json").is_file() or (place / "diverged.json").is_file()
                for place in places)
     begun = sum((place / "config.json").is_file() for place in places) - done
     first = plan.recipe.rows[plan.rows[0]]
     size = "all" if first.train_size is None else f"{first.train_size:,}"
+    folder, larger, there = _folder_of(plan.recipe), 1.0, ""
+    if folder is not None:
+        num_images = len(list_images(pathlib.Path(folder).expanduser()).entries)
+        if not num_images:
+            raise InputError(f"Expected images in {folder}, found none.")
+        there = f" of {num_images:,} images"
+        if plan.recipe.cost is not None and plan.recipe.cost.images is not None:
+            larger = num_images / plan.recipe.cost.images
     lines = [f"{plan.recipe.name}: {len(places)} runs ({len(plan.rows)} rows, seeds "
              f"{listed(plan.seeds)}), {done} done, {begun} begun; in {plan.folder}",
-             f"  {first.dataset}, {size} training images, {first.model} of width {first.width}, "
-             f"{first.epochs} epochs, batches of {first.batch_size}"]
+             f"  {first.dataset}{there}, {size} training images, {first.model} of width "
+             f"{first.width}, {first.epochs} epochs, batches of {first.batch_size}"]
     cost = plan.recipe.cost
     if cost is not None:
-        share = (len(places) - done) / len(plan.recipe.rows)
+        share = larger * (len(places) - done) / len(plan.recipe.rows)
         lines.append(
             f"  left, on two CPU cores with --jobs 2: {duration(3600 * share * cost.cpu_hours)}, "
             f"{cost.cpu_gigabytes:g} GB; on one GPU: {duration(3600 * share * cost.gpu_hours)} "
@@ -218,7 +243,8 @@ def study_text(plan: StudyPlan) -> str:
 
 def make_plan(
     name: str, scale: str, root: pathlib.Path, *, seeds: Sequence[int] | None = None,
-    data: str | None = None, init_from: str | None = None, only: Sequence[str] | None = None,
+    data: str | None = None, init_from: str | None = None, skip_bad: bool = False,
+    only: Sequence[str] | None = None,
 ) -> Plan:
     """The plan of a target, or of several.
 
@@ -229,6 +255,7 @@ def make_plan(
       seeds: of all runs; those of each recipe if none are given.
       data: the data set of the studies on folders of images.
       init_from: file of PyTorch weights that these start from.
+      skip_bad: whether they go on without images that cannot be used.
       only: the studies to be used, of targets that are made from several; all if none are given.
 
     Raises:
@@ -250,11 +277,9 @@ def make_plan(
     for target in chosen.values():
         for study in target.studies:
             recipe = STUDIES[study][scale]
-            if next(iter(recipe.rows.values())).dataset.startswith(FOLDER_PREFIX):
-                if data is None:
-                    raise InputError(f"Expected data=folder:PATH, a folder of images, for {name}: "
-                                     f"{recipe.name} has no data set of its own.")
-                recipe = reproduce.with_sources(recipe, data, init_from)
+            if _folder_of(recipe) is not None:
+                recipe = reproduce.with_sources(recipe, data, init_from, skip_bad)
+                _require_data(recipe, name)
             rows = target.rows or tuple(recipe.rows)
             known = studies.get(study)
             needed = {*rows, *(known.rows if known else ())}
@@ -273,8 +298,9 @@ def plan_of_recipe(
     """The plan of a recipe alone, or of some of its rows.
 
     Raises:
-      InputError: (a ValueError) for an unknown row.
+      InputError: (a ValueError) for an unknown row, or a recipe of a folder without one.
     """
+    _require_data(recipe, recipe.name)
     rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
     for row in rows:
         recipe.run(row, seeds[0])

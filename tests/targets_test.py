@@ -15,9 +15,11 @@ from command_line import call, one_line
 
 from experiments import paper, reproduce, runs, targets
 from experiments.config import InputError, get_setting
+from experiments.page import duration
 from experiments.recipes import RECIPES, STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from experiments.study import load_study, with_rows
+from jaxrobust import data
 
 # TensorBoard's writer, Orbax and TFDS warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -162,9 +164,11 @@ def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monk
 
 def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    photographs = tmp_path / "photographs"
+    make_photographs(photographs, {"a": 5, "b": 7})
     for scale in SCALES:
         assert call("reproduce", "all", "--scale", scale, "--dry-run", "--data",
-                    "folder:nowhere") == 0
+                    f"folder:{photographs}") == 0
         said = capsys.readouterr().out
         for name, target in targets.TARGETS.items():
             assert f"{name}: {target.title}; in runs/{scale}/{name}" in said
@@ -173,7 +177,96 @@ def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
         assert said.count("on one GPU") == len(STUDIES)
     assert call("reproduce", "digits", "--dry-run") == 0
     assert "digits: 15 runs (5 rows, seeds 0, 1, 2), 0 done" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [photographs]
+
+
+def make_photographs(folder, counts):
+    """A folder of images of noise, so many of each class."""
+    rng = np.random.default_rng(0)
+    for label, count in counts.items():
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            image = rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)
+            PIL.Image.fromarray(image).save(folder / label / f"{index}.png")
+
+
+def test_a_plan_for_a_folder_has_the_hours_of_its_images(tmp_path, capsys):
+    make_photographs(tmp_path / "few", {"a": 20, "b": 30})
+    assert call("reproduce", "road_small", "--data", f"folder:{tmp_path / 'few'}", "--dry-run") == 0
+    said = capsys.readouterr().out
+    cost = STUDIES["road"]["small"].cost
+    # 50 of the images that the recipe's hours are for.
+    assert "of 50 images, all training images" in said
+    assert f"--jobs 2: {duration(3600 * cost.cpu_hours * 50 / cost.images)}," in said
+
+
+@pytest.mark.parametrize("data, expected", [
+    ("folder:nowhere", "Expected a folder of images or a CSV file at nowhere, got nothing."),
+    (None, "Expected data=folder:PATH, a folder of images, for road_small"),
+    ("folder:", "Expected data=folder:PATH, a folder of images, for road_small")])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_plan_for_a_folder_that_is_not_there_is_refused(
+        data, expected, dry, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("reproduce", "road_small", *(["--data", data] if data else []),
+                *(["--dry-run"] if dry else [])) == 2
+    assert expected in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def dataset_of(per_class, num_test):
+    """A data set of so many training images of each of some classes, and test images."""
+    labels = np.repeat(np.arange(len(per_class), dtype=np.int32), per_class)
+    test = np.resize(np.arange(len(per_class), dtype=np.int32), num_test)
+    splits = (data.Split(np.zeros((len(rows), 8, 8, 3), np.uint8), rows) for rows in (labels, test))
+    names = tuple("abcdefgh"[:len(per_class)])
+    return data.Dataset("few", *splits, names, (0.5,) * 3, (0.5,) * 3, flip=True)
+
+
+def test_a_recipe_is_fitted_to_a_small_data_set():
+    recipe = STUDIES["road"]["small"]
+    large = dataset_of([200] * 4, 200)
+    assert reproduce.fit_recipe(recipe, large) == (recipe, [])
+    # An eighth of 24 images is 3, too few for one of each of four classes.
+    fitted, lines = reproduce.fit_recipe(recipe, dataset_of([6] * 4, 8))
+    for row, config in fitted.rows.items():
+        assert (config.validation_size, config.batch_size) == (4, 20)
+        assert config == dataclasses.replace(
+            recipe.rows[row], validation_size=4, batch_size=20)
+    assert fitted.curvature.num_images == 8 and fitted.evaluation == recipe.evaluation
+    assert lines == [
+        f"few has 24 training and 8 test images of 4 classes: {change}." for change in (
+            "validation_size is 4 instead of 0.125", "batch_size is 20 instead of 32",
+            "num_images is 8 instead of 64")]
+    # Numbers that are for a larger set: 40 for validation, 80 to train on, 60 for the tests.
+    fitted, _ = reproduce.fit_recipe(STUDIES["road"]["tiny"], dataset_of([20, 30], 12))
+    run = next(iter(fitted.rows.values()))
+    assert (run.validation_size, run.train_size, run.batch_size) == (10, None, 40)
+    assert fitted.evaluation.test_size is None and fitted.curvature.num_images == 12
+    with pytest.raises(InputError, match="Expected more images in few: of 5 training images"):
+        reproduce.fit_recipe(recipe, dataset_of([4, 1], 4))
+
+
+def test_all_of_a_recipe_runs_on_a_few_photographs(tmp_path, capsys):
+    make_photographs(tmp_path / "few", {"a": 8, "b": 9})
+    (tmp_path / "few" / "b" / "9.png").write_bytes(b"no image")
+    words = ("reproduce", "road_tiny", "--data", f"folder:{tmp_path / 'few'}", "--rows", "normal",
+             "--no-tensorboard", "--data-dir", tmp_path / "data", "--out", tmp_path / "study")
+    assert call(*words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("b/9.png: ") and said[-1].endswith(
+        "Add --skip-bad to go on without them.")
+    assert not (tmp_path / "study").exists()
+    assert call(*words, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "batch_size is" in said and "The report is in" in said
+    run = tmp_path / "study" / "normal-seed0"
+    # A command without such a flag does not advise it.
+    written = runs.read_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps(written | {"skip_bad": False}))
+    assert call("evaluate", run, "--name", "again", "--data-dir", tmp_path / "data") == 2
+    said = capsys.readouterr().err
+    assert "Bad files in" in said and "--skip-bad" not in said
 
 
 def test_a_target_of_two_data_sets_can_be_made_of_one(capsys):

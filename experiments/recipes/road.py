@@ -71,8 +71,8 @@ ROAD = Recipe(
     paper_rows=METHOD_PAPER_ROWS,
     paper_perturbations=perturbations_of(70, 6),
     note="The paper's numbers are of its own road images, which are not public.",
-    cost=Cost(cpu_hours=20, cpu_gigabytes=8, gpu_hours=0.3,
-              basis="projected, for each thousand training images"),
+    cost=Cost(cpu_hours=20, cpu_gigabytes=8, gpu_hours=0.3, images=1250,
+              basis="projected from a thousand training images"),
 )
 
 ROAD_SMALL = dataclasses.replace(
@@ -90,8 +90,8 @@ ROAD_SMALL = dataclasses.replace(
     evaluation=Evaluation(noise_levels=LEVELS, perturb=tuple(perturbations_of(11, 1))),
     curvature=CurvatureConfig(num_images=64, num_probes=8, smoothing_draws=8, batch_size=16),
     paper_perturbations=perturbations_of(11, 1),
-    cost=Cost(cpu_hours=0.7, cpu_gigabytes=6, gpu_hours=0.1,
-              basis="measured on CPUs for a thousand images, projected on GPUs"),
+    cost=Cost(cpu_hours=0.7, cpu_gigabytes=6, gpu_hours=0.1, images=1000,
+              basis="projected, on CPUs from what a thousand images took"),
     note="Images of 64 x 80 instead of 400 x 500, patches of 11 and stripes of 1 pixel instead of "
          "70 and 6, a network that starts from random weights, and the short schedule of the small "
          "recipes with the paper's loss at small weights: compare the rows with each other. The "

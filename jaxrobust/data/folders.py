@@ -42,8 +42,7 @@ class BadFiles(_validate.InputError):
     """
 
     def __init__(self, source: pathlib.Path, lines: Sequence[str]):
-        super().__init__(f"Bad files in {source}: {len(lines)}, the first {lines[0]}. "
-                         "Add --skip-bad to go on without them.")
+        super().__init__(f"Bad files in {source}: {len(lines)}, the first {lines[0]}.")
         self.lines = tuple(lines)
 
 
