@@ -95,7 +95,10 @@ def measure_robustness(
     """
     if run.config.noise_std == 0:
         raise InputError(f"Expected noise_std=0.0 of {folder} to be > 0: it sets the test noise.")
-    _validate.in_range("number of test images", len(run.dataset.test.labels), NEIGHBOURS + 1)
+    there = len(run.dataset.test.labels)
+    _validate.in_range("number of test images", there, NEIGHBOURS + 1)
+    for number in settings.surface_images or ():
+        _validate.in_range("surface image", number, 0, there)
     facts = _measure_curvature(run, settings, folder, label, name)
     test_size = facts["settings"]["test_size"]
     split = make_test_split(run.dataset, test_size)
