@@ -156,6 +156,10 @@ class RunConfig:
     """Of the method "robust"."""
     stability_weight: float = 1.0
     """Of the method "stability"."""
+    class_weights: str = "none"
+    """Of the softmax losses of every method: "none", all images alike, or "balanced", an image of
+    class c with the weight N / (C n_c), n_c being its training images of N in C classes; a batch's
+    loss is the weighted mean over its images."""
     one_pass: bool = False
     """Of "stability" and "robust": whether clean and noisy images share a forward pass, and with
     it batch norm's statistics, as they always do in "both"."""
@@ -190,6 +194,7 @@ class RunConfig:
         _validate.one_of("method", self.method, METHODS)
         _validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _validate.one_of("feature_layer", self.feature_layer, FEATURE_LAYERS)
+        _validate.one_of("class_weights", self.class_weights, ("none", "balanced"))
         _validate.one_of("batch_norm", self.batch_norm, ("synchronised", "per_device"))
         _validate.one_of(
             "batch_norm_statistics", self.batch_norm_statistics, ("recomputed", "running"))

@@ -25,7 +25,7 @@ from experiments.config import (
 from experiments.network import Network
 from jaxrobust import batch_statistics, data, parallel, training
 from jaxrobust.data import Dataset, Split
-from jaxrobust.methods import make_method
+from jaxrobust.methods import Method, make_method
 from jaxrobust.models import MobileNetV3, create_model, pytorch
 from jaxrobust.parallel import Layout
 from jaxrobust.training import TrainState
@@ -120,6 +120,27 @@ def num_train_of(config: RunConfig, dataset: Dataset) -> int:
     return len(rows_of(config, dataset)[0])
 
 
+def class_weights_of(config: RunConfig, dataset: Dataset) -> tuple[float, ...] | None:
+    """The weight of each class in the softmax losses of a run; None for 1 each.
+
+    Balanced weights are :math:`N / (C n_c)`, with :math:`n_c` of the N training images in class c,
+    as scikit-learn's ``class_weight="balanced"``: over an epoch every class has the same weight.
+    """
+    if config.class_weights == "none":
+        return None
+    labels = dataset.train.labels[rows_of(config, dataset)[0]]
+    counts = np.bincount(labels, minlength=len(dataset.class_names))
+    # A class without an image has no term to be weighted.
+    return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
+
+
+def method_of(config: RunConfig, class_weights: tuple[float, ...] | None) -> Method:
+    """The method of a run, with the weights of its classes."""
+    return make_method(
+        config.method, robust=config.robust, stability_weight=config.stability_weight,
+        one_pass=config.one_pass, class_weights=class_weights)
+
+
 def optimizer_of(
     config: RunConfig, num_train: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -165,7 +186,7 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
     nominal = dict.fromkeys(SWEPT, 0.5)
     return _program(
         with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
-        num_train, dataset.flip, layout, len(configs) > 1)
+        num_train, class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
 def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
@@ -186,17 +207,17 @@ def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, layout: Layout,
+def _program(config: RunConfig, model: nn.Module, num_train: int,
+             class_weights: tuple[float, ...] | None, flip: bool, layout: Layout,
              together: bool) -> Program:
     steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
     optimizer, learning_rate = optimizer_of(config, num_train)
     augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
                "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
-    def method_of(swept):
+    def with_method(swept):
         run = with_settings(config, {name: swept[name] for name in SWEPT})
-        return run, make_method(run.method, robust=run.robust, one_pass=run.one_pass,
-                                stability_weight=run.stability_weight)
+        return run, method_of(run, class_weights)
 
     def batch_of(run, key, step, images, labels, positions):
         return data.make_batch(
@@ -204,7 +225,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
             perturb=training_perturbation(run), independent_views=run.independent_views)
 
     def update(axis_name, state, images, labels, positions, swept):
-        run, method = method_of(swept)
+        run, method = with_method(swept)
         train_step = training.make_train_step(
             model, method, optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
@@ -214,7 +235,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int, flip: bool, la
     def passes(axis_name):
         def step(statistics, shared, rows):
             params, key, index, swept = shared
-            run, method = method_of(swept)
+            run, method = with_method(swept)
             add = batch_statistics.make_pass_step(
                 model, method, axis_name=axis_name,
                 sync_batch_norm=run.batch_norm == "synchronised")

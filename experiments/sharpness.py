@@ -19,13 +19,18 @@ from experiments import runs
 from experiments.config import InputError, RunConfig, training_perturbation
 from experiments.evaluation import keep_result, settings_asked
 from experiments.page import Cell, Section, Table, TableRow, listed, significant
-from experiments.program import initial_state, model_of, start_from
+from experiments.program import (
+    class_weights_of,
+    initial_state,
+    method_of,
+    model_of,
+    start_from,
+)
 from experiments.progress import progress
 from experiments.study import Study
 from experiments.training import load_run, make_splits
 from jaxrobust import _validate, data, training
 from jaxrobust.data import Dataset
-from jaxrobust.methods import make_method
 from jaxrobust.parallel import make_layout
 
 SEED = 0
@@ -124,7 +129,8 @@ def measure_sharpness(
     if finished:
         states["best"] = load_run(folder, config, dataset).state
     model = model_of(config, dataset)
-    terms = _terms(model, config, states["initial"], batch)
+    weights = class_weights_of(config, dataset)
+    terms = _terms(model, config, weights, states["initial"], batch)
     eigenvalues: dict[str, dict[str, float]] = {}
     with progress(f"{label}, sharpness", len(states) * len(terms)) as shown:
         for name, state in states.items():
@@ -135,7 +141,7 @@ def measure_sharpness(
 
                 def product(vector, state=state, chosen=chosen):
                     return np.asarray(_product(
-                        model, config, chosen, state, batch,
+                        model, config, weights, chosen, state, batch,
                         jnp.asarray(vector.ravel(), jnp.float32)), np.float64)
 
                 value = largest_eigenvalue(product, size)
@@ -148,29 +154,28 @@ def measure_sharpness(
     return eigenvalues
 
 
-def _values(model, config, params, state, batch) -> dict[str, jax.Array]:
+def _values(model, config, class_weights, params, state, batch) -> dict[str, jax.Array]:
     """The terms of the loss, each at weight 1, and the whole."""
-    method = make_method(config.method, robust=config.robust, one_pass=config.one_pass,
-                         stability_weight=config.stability_weight)
-    loss, evaluated = training.make_objective(model, method)(params, state, batch)
+    loss, evaluated = training.make_objective(model, method_of(config, class_weights))(
+        params, state, batch)
     return {**{name: value for name, value in evaluated.metrics.items()
                if not name.startswith("accuracy")}, "loss": loss}
 
 
-def _terms(model, config, state, batch) -> list[str]:
+def _terms(model, config, class_weights, state, batch) -> list[str]:
     return list(jax.eval_shape(
-        functools.partial(_values, model, config), state.params, state, batch))
+        functools.partial(_values, model, config, class_weights), state.params, state, batch))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
+@functools.partial(jax.jit, static_argnames=("model", "config", "class_weights"))
 def _product(
-    model, config, weights: dict[str, jax.Array], state, batch, vector: jax.Array
+    model, config, class_weights, weights: dict[str, jax.Array], state, batch, vector: jax.Array
 ) -> jax.Array:
     """The Hessian, in the parameters, of the terms' weighted sum, times a vector [P]."""
     flat, unravel = ravel_pytree(state.params)
 
     def value(flat):
-        values = _values(model, config, unravel(flat), state, batch)
+        values = _values(model, config, class_weights, unravel(flat), state, batch)
         return sum(weights[name] * values[name] for name in weights)
 
     return jax.jvp(jax.grad(value), (flat,), (vector,))[1]

@@ -108,13 +108,21 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def softmax_loss(
-    logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None
+    logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     r"""Mean of :func:`softmax_cross_entropy` over the examples that count.
+
+    With weights of the classes it is the weighted mean over the whole batch,
+
+    .. math:: \frac{\sum_n w_{y_n} (-\log \sigma(z_n)_{y_n})}{\sum_n w_{y_n}},
+
+    as PyTorch's ``CrossEntropyLoss(weight=w)``.
 
     Args:
       logits: [B, C]; cast to float32 if narrower.
       labels: [B], integers; an example with one outside [0, C) does not count.
+      class_weights: [C], >= 0; None for 1 each.
       axis_name: the device axis over which the batch is split, if any.
 
     Returns:
@@ -129,7 +137,16 @@ def softmax_loss(
     logits = _validate.floats("logits", logits)
     labels = _validate.class_numbers("labels", labels)
     losses = softmax_cross_entropy(logits, labels)
-    return mean_over_batch(losses, axis_name, counts=counted(labels, logits.shape[1]))
+    counts = counted(labels, logits.shape[1])
+    if class_weights is None:
+        return mean_over_batch(losses, axis_name, counts=counts)
+    weights = jnp.asarray(class_weights, losses.dtype)
+    _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
+    # Both means are over the same number of examples, which drops out.
+    own = weights[jnp.where(counts, labels, 0)]
+    total, mean = (mean_over_batch(values, axis_name, counts=counts)
+                   for values in (own * losses, own))
+    return total / jnp.where(mean > 0, mean, 1)
 
 
 def compactness_loss(

@@ -13,11 +13,13 @@ spread there to others. Labels are integers of any width; bool is an error.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, update_centroids
@@ -70,6 +72,10 @@ class Method:
     objective: Objective
 
 
+SoftmaxLoss = Callable[..., jax.Array]
+""":func:`softmax_loss`, or it with weights of the classes."""
+
+
 def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:
     """Of the examples that count; logits that are not finite predict no class."""
     labels = _validate.class_numbers("labels", labels)
@@ -79,13 +85,13 @@ def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> ja
                            counts=counted(labels, logits.shape[1]))
 
 
-def _one_view(view: str) -> Objective:
+def _one_view(view: str, softmax: SoftmaxLoss) -> Objective:
     """The softmax loss on one of the two views."""
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
         del head, weight
         outputs, batch_stats = forward(batch_stats, getattr(batch, view))
-        loss = softmax_loss(outputs.logits, batch.labels, axis_name=axis_name)
+        loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
         centroids = _track(centroids, outputs.features, batch.labels, axis_name)
         metrics = {"softmax": loss,
                    f"accuracy_{view}": _accuracy(outputs.logits, batch.labels, axis_name)}
@@ -121,7 +127,7 @@ def _both_views(
 
 def _two_views(
     add: Callable[..., tuple[jax.Array, CentroidState, dict[str, jax.Array]]],
-    *, one_pass: bool, softmax_on_noisy: bool = False,
+    softmax: SoftmaxLoss, *, one_pass: bool, softmax_on_noisy: bool = False,
 ) -> Objective:
     """The softmax loss plus what ``add`` makes of both views' features.
 
@@ -131,9 +137,9 @@ def _two_views(
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
         clean, noisy, batch_stats = _both_views(forward, batch_stats, batch, one_pass=one_pass)
-        loss = softmax_loss(clean.logits, batch.labels, axis_name=axis_name)
+        loss = softmax(clean.logits, batch.labels, axis_name=axis_name)
         if softmax_on_noisy:
-            loss = (loss + softmax_loss(noisy.logits, batch.labels, axis_name=axis_name)) / 2
+            loss = (loss + softmax(noisy.logits, batch.labels, axis_name=axis_name)) / 2
         added, centroids, terms = add(
             clean.features, noisy.features, batch.labels, head, centroids, axis_name)
         metrics = {"softmax": loss,
@@ -175,20 +181,20 @@ def _robust(config: RobustLossConfig):
     return add
 
 
-def _robust_clean(config: RobustLossConfig) -> Objective:
+def _robust_clean(config: RobustLossConfig, softmax: SoftmaxLoss) -> Objective:
     """The softmax loss plus the constraints, all on the clean view (Eq. 7)."""
     config = dataclasses.replace(config, lam=0.0)
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
         outputs, batch_stats = forward(batch_stats, batch.clean)
-        softmax = softmax_loss(outputs.logits, batch.labels, axis_name=axis_name)
+        loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
         ours, terms, centroids = robust_loss(
             outputs.features, outputs.features, batch.labels, *head, centroids, config,
             axis_name=axis_name)
-        metrics = {"softmax": softmax,
+        metrics = {"softmax": loss,
                    "accuracy_clean": _accuracy(outputs.logits, batch.labels, axis_name),
                    "compact": terms.compact, "margin": terms.margin, "norm": terms.norm}
-        return softmax + _scaled(weight, ours), Evaluated(batch_stats, centroids, metrics)
+        return loss + _scaled(weight, ours), Evaluated(batch_stats, centroids, metrics)
 
     return objective
 
@@ -203,6 +209,7 @@ def make_method(
     robust: RobustLossConfig = RobustLossConfig(),
     stability_weight: float = 1.0,
     one_pass: bool = False,
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """The method of that name.
 
@@ -215,22 +222,30 @@ def make_method(
       name: one of :data:`METHODS`.
       robust: of the last two alone.
       stability_weight: of ``stability`` alone, >= 0.
+      class_weights: [C], > 0, of every softmax loss, see :func:`softmax_loss`; None for 1 each. The
+        terms that ``stability``, ``robust`` and ``robust_clean`` add are not weighted.
       one_pass: of ``stability`` and ``robust``, whether clean and noisy images go through the
         network together, as they always do for ``both``, or one after the other, as in the paper.
 
     Raises:
-      InputError: (a ValueError) for an unknown name or a negative weight.
+      InputError: (a ValueError) for an unknown name, or a weight out of range.
 
     Source: Section 7.1; Section 7.6.
     """
     _validate.one_of("method", name, METHODS)
     _validate.in_range("stability_weight", stability_weight, 0)
+    softmax: SoftmaxLoss = softmax_loss
+    if class_weights is not None:
+        for number, value in enumerate(class_weights):
+            _validate.in_range(f"class_weights[{number}]", value, 0, open_low=True)
+        softmax = functools.partial(
+            softmax_loss, class_weights=np.asarray(class_weights, np.float32))
     objectives = {
-        "normal": _one_view("clean"),
-        "noisy": _one_view("noisy"),
-        "both": _two_views(_nothing, one_pass=True, softmax_on_noisy=True),
-        "stability": _two_views(_stability(stability_weight), one_pass=one_pass),
-        "robust": _two_views(_robust(robust), one_pass=one_pass),
-        "robust_clean": _robust_clean(robust),
+        "normal": _one_view("clean", softmax),
+        "noisy": _one_view("noisy", softmax),
+        "both": _two_views(_nothing, softmax, one_pass=True, softmax_on_noisy=True),
+        "stability": _two_views(_stability(stability_weight), softmax, one_pass=one_pass),
+        "robust": _two_views(_robust(robust), softmax, one_pass=one_pass),
+        "robust_clean": _robust_clean(robust, softmax),
     }
     return Method(name, objectives[name])

@@ -33,6 +33,12 @@ def softmax_loss(logits, labels):
     return sum(losses) / len(losses)
 
 
+def weighted_softmax_loss(logits, labels, weights):
+    """The same with a weight for each class, over the sum of the weights."""
+    total = sum(weights[y] * softmax_loss([z], [y]) for z, y in zip(logits, labels, strict=True))
+    return total / sum(weights[y] for y in labels)
+
+
 def naive_centroids(features, labels, num_classes):
     """Section 4.4, the naive way: means over the batch."""
     centroids = {}

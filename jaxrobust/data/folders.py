@@ -402,7 +402,7 @@ def _notes_on_classes(labels, class_names):
         yield (f"Classes are of very different sizes: {counts[most]} training images of "
                f"{class_names[most]!r}, {counts[least]} of {class_names[least]!r}. Calling every "
                f"image {class_names[most]!r} is right for {share:.1%} of them: look at the "
-               "accuracy class by class.")
+               "accuracy class by class, and at class weights.")
 
 
 # --- decoding ---------------------------------------------------------------------------------
