@@ -29,7 +29,7 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
     if test_size is None or test_size == len(dataset.test.labels):
         return dataset.test
     _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
-    return data.split_off(dataset.test, test_size, seed=0)[1]
+    return data.split_off(dataset.test, test_size, seed=0, name="test_size")[1]
 
 
 def settings_asked(settings) -> dict:

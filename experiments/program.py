@@ -112,7 +112,7 @@ def rows_of(config: RunConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray
 def _divide(labels, size, name, groups=None):
     if size >= len(labels):
         raise InputError(f"Expected {name}={size} < {len(labels)}, the images there are.")
-    return data.split_rows(labels, size, seed=SUBSET_SEED, groups=groups)
+    return data.split_rows(labels, size, seed=SUBSET_SEED, groups=groups, name=name)
 
 
 def num_train_of(config: RunConfig, dataset: Dataset) -> int:

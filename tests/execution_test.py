@@ -83,6 +83,15 @@ def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys
     assert metrics_of(tmp_path / "stream") == rows
 
 
+@pytest.mark.parametrize("changes, expected", [
+    ({"validation_size": 7}, "Expected validation_size=7 to leave every class of 1437 examples"),
+    ({"validation_size": 0.005}, "Expected validation_size=7 to leave every class"),
+    ({"train_size": 9}, "Expected train_size=9 to leave every class of 1200 examples")])
+def test_too_few_images_for_every_class_name_the_setting(changes, expected, digits):
+    with pytest.raises(InputError, match=expected):
+        training.make_splits(digits, dataclasses.replace(TINY, **{"batch_size": 5} | changes))
+
+
 def test_a_device_with_one_image_has_no_variance_of_its_own(digits):
     layout = make_layout("pmap", jax.devices()[:8])
     apart = dataclasses.replace(TINY, batch_norm="per_device")

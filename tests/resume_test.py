@@ -103,7 +103,6 @@ def _whole(tmp_path_factory, digits):
 
 
 @pytest.mark.parametrize("every, feed, saved", [
-    (1, Feed(), [4, 8, 12, 16]),
     (2, Feed(checkpoint_steps=3), [3, 7, 8, 11, 15, 16]),
     (3, Feed(checkpoint_steps=1), [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]),
     (3, Feed(checkpoint_steps=2, input="stream"), [2, 6, 10, 12, 14, 16]),

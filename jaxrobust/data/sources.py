@@ -252,7 +252,7 @@ def load_dataset(
 
 
 def split_off(
-    split: Split, size: int, *, seed: int, groups: np.ndarray | None = None
+    split: Split, size: int, *, seed: int, groups: np.ndarray | None = None, name: str = "size"
 ) -> tuple[Split, Split]:
     """Splits off a stratified random share, such as a validation split.
 
@@ -263,6 +263,7 @@ def split_off(
       groups: [N] integers, equal for examples that are to stay together, such as copies of one
         image. The share is then drawn among the first examples of the groups, and as large a part
         of these as ``size`` is of N; the others follow.
+      name: of the size, in messages.
 
     Returns:
       ``(the rest, the share)``, both in their original order. Stored images stay stored: none
@@ -272,33 +273,34 @@ def split_off(
       InputError: (a ValueError) if the size is out of range or leaves a class without an
         example on either side.
     """
-    kept, taken = split_rows(split.labels, size, seed=seed, groups=groups)
+    kept, taken = split_rows(split.labels, size, seed=seed, groups=groups, name=name)
     return take_rows(split, kept), take_rows(split, taken)
 
 
 def split_rows(
-    labels: np.ndarray, size: int, *, seed: int, groups: np.ndarray | None = None
+    labels: np.ndarray, size: int, *, seed: int, groups: np.ndarray | None = None,
+    name: str = "size",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows, each sorted, that :func:`split_off` keeps and takes."""
-    _validate.in_range("size", size, 1, len(labels))
+    _validate.in_range(name, size, 1, len(labels))
     if groups is None:
-        return _stratified(labels, size, seed)
+        return _stratified(labels, size, seed, name)
     first, group_of = np.unique(groups, return_index=True, return_inverse=True)[1:]
     order = np.argsort(first)  # As if the other examples were not there.
     share = min(max(1, round(size * len(first) / len(labels))), len(first) - 1)
     if len(first) == 1:
         raise _validate.InputError(
-            f"Expected size={size} to leave every class of {len(labels)} examples on both sides, "
+            f"Expected {name}={size} to leave every class of {len(labels)} examples on both sides, "
             "got copies of one image.")
-    taken = np.isin(group_of, order[_stratified(labels[first[order]], share, seed)[1]])
+    taken = np.isin(group_of, order[_stratified(labels[first[order]], share, seed, name)[1]])
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-def _stratified(labels, size, seed):
+def _stratified(labels, size, seed, name):
     import sklearn.model_selection
 
     rows, counts = np.arange(len(labels)), np.unique(labels, return_counts=True)[1]
-    expected = f"Expected size={size} to leave every class of {len(rows)} examples on both sides"
+    expected = f"Expected {name}={size} to leave every class of {len(rows)} examples on both sides"
     if min(size, len(rows) - size) < len(counts):
         raise _validate.InputError(
             f"{expected}, got {len(counts)} classes and {min(size, len(rows) - size)} examples on "
