@@ -37,6 +37,7 @@ def _rank(logits_fn, images, labels, perturb, key, indices) -> _Ranked:
     _validate.shapes(images=(images, "B ..."), labels=(labels, "B"), indices=(indices, "B"))
     logits = logits_fn(per_example(perturb, key, images, indices))
     num_classes = _validate.shapes(labels=(labels, "B"), logits=(logits, "B C"))["C"]
+    _validate.in_range("number of classes", num_classes, 2)
     finite = jnp.isfinite(logits).all(axis=1)
     return _Ranked((jnp.argmax(logits, axis=1).astype(labels.dtype) == labels) & finite, finite,
                    counted(labels, num_classes))

@@ -107,13 +107,15 @@ def signed_boundary_distance(
       dtype; in float32 that is about 0.4 % of their length. Memory is O(N C + C d).
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match or a size is 0, or a dtype is wrong.
+      InputError: (a ValueError) if the shapes do not match or a size is 0, there are fewer than two
+        classes, or a dtype is wrong.
     """
     points, kernel, bias = (_validate.floats(name, value) for name, value in (
         ("points", points), ("kernel", kernel), ("bias", bias)))
     labels = _validate.class_numbers("labels", labels)
     num_classes = _validate.shapes(points=(points, "N d"), labels=(labels, "N"),
                                    kernel=(kernel, "d C"), bias=(bias, "C"))["C"]
+    _validate.in_range("number of classes", num_classes, 2)
     everything = class_rows_of(kernel, bias)
     own = jax.tree.map(lambda table: class_rows(table, labels), everything)
     distances = distances_to_all(counted_rows(points, labels, num_classes), own, everything)
@@ -178,7 +180,8 @@ def class_margin(
       hyperplane (:func:`signed_boundary_distance`).
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match or a size is 0, or a dtype is wrong.
+      InputError: (a ValueError) if the shapes do not match or a size is 0, there are fewer than two
+        classes, or a dtype is wrong.
     """
     def smallest(features, labels, kernel, bias):
         distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))

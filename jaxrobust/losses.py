@@ -79,7 +79,8 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       [B], in nats, of the dtype of ``logits``; NaN where a logit of an example that counts is NaN.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match or the labels are not integers.
+      InputError: (a ValueError) if the shapes do not match, there are fewer than two classes, or
+        the labels are not integers.
 
     >>> logits = jnp.array([[20.0, 0.0, -1.0], [1.0, 1.0, 1.0]])
     >>> [f"{loss:.3e}" for loss in softmax_cross_entropy(logits, jnp.array([0, -1])).tolist()]
@@ -89,6 +90,8 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     labels = _validate.class_numbers("labels", labels)
     num_classes = _validate.shapes(logits=(logits, "B C"), labels=(labels, "B"))["C"]
+    # One logit of two classes would have loss 0 for every label.
+    _validate.in_range("number of classes", num_classes, 2)
     counts = counted(labels, num_classes)
     # Masked before anything is computed, because a NaN times a cotangent of 0 is NaN.
     logits = jnp.where(counts[:, None], logits, 0)
@@ -129,8 +132,8 @@ def softmax_loss(
       The loss, [], in nats; 0 if no example counts.
 
     Raises:
-      InputError: (a ValueError) if the shapes do not match, logits are not floats or labels not
-        integers.
+      InputError: (a ValueError) if the shapes do not match, there are fewer than two classes,
+        logits are not floats or labels not integers.
 
     Source: Eq. 3 and 4.
     """

@@ -173,8 +173,8 @@ def make_train_step(
         return state, metrics
 
     def train_step(state, batch):
-        _validate.shapes(**{"batch.clean": (batch.clean, "B H W channels"),
-                            "batch.noisy": (batch.noisy, "B H W channels"),
+        _validate.shapes(**{"batch.clean": (batch.clean, "B ..."),
+                            "batch.noisy": (batch.noisy, "B ..."),
                             "batch.labels": (batch.labels, "B")})
         # The state stays where it is; the metrics are on every device.
         return parallel.over_any_mesh(

@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrobust import _validate, geometry, losses, methods, models, perturbations, training
+from jaxrobust import (
+    _validate,
+    evaluation,
+    geometry,
+    losses,
+    methods,
+    models,
+    perturbations,
+    training,
+)
 from jaxrobust._validate import InputError
 from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
 from jaxrobust.data import augment, batching
@@ -49,6 +58,17 @@ WRONG_NUMBERS = {
     "delta_d": (lambda: margin(delta_d=-0.5), "delta_d=-0.5", "[0, inf)"),
     "one_class": (lambda: margin(CENTROIDS[:1], PRESENT[:1], KERNEL[:, :1], BIAS[:1]),
                   "number of classes=1", "[2, inf)"),
+    **{f"one_class_{name}": (call, "number of classes=1", "[2, inf)") for name, call in (
+        ("softmax", lambda: methods.softmax_loss(FEATURES[:, :1], LABELS)),
+        ("distance", lambda: geometry.signed_boundary_distance(
+            FEATURES, LABELS, KERNEL[:, :1], BIAS[:1])),
+        ("class_margin", lambda: geometry.class_margin(FEATURES, LABELS, KERNEL[:, :1], BIAS[:1])),
+        ("robust", lambda: losses.robust_loss(
+            FEATURES, FEATURES, LABELS, KERNEL[:, :1], BIAS[:1], init_centroids(1, 3),
+            RobustLossConfig())),
+        ("predictions", lambda: evaluation.correct_predictions(
+            lambda images: images[:, 0, 0], PIXELS / np.float32(255), LABELS,
+            perturb=perturbations.identity(), key=jax.random.key(0), indices=LABELS)))},
     "momentum_1": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=1.0),
                    "momentum=1.0", "[0, 1)"),
     "momentum_negative": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=-0.1),
