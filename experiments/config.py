@@ -434,11 +434,15 @@ def from_dict(cls, values: dict):
     return cls(**{name: convert(name, value) for name, value in values.items()})
 
 
+BEFORE_CHOICES = {"batch_norm_statistics": "running", "class_weights": "none"}
+"""What runs had of settings that their files do not name, since they were no choice then."""
+
+
 def read_config(folder: pathlib.Path) -> RunConfig:
     """The configuration of the run in a folder.
 
-    Where ``batch_norm_statistics`` is not written, the run is from before there was a choice, and
-    they were the running ones.
+    A setting that is not written there is from before there was the choice: see
+    :data:`BEFORE_CHOICES`.
 
     Raises:
       InputError: (a ValueError) if the folder holds no run.
@@ -446,5 +450,4 @@ def read_config(folder: pathlib.Path) -> RunConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"Expected a run in {folder}, found no config.json there.")
-    return from_dict(
-        RunConfig, {"batch_norm_statistics": "running"} | json.loads(path.read_text()))
+    return from_dict(RunConfig, BEFORE_CHOICES | json.loads(path.read_text()))

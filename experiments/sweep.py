@@ -14,6 +14,7 @@ import jax
 
 from experiments import runs
 from experiments.config import (
+    BEFORE_CHOICES,
     SWEPT,
     Evaluation,
     InputError,
@@ -173,6 +174,7 @@ def claim_sweep(folder: pathlib.Path, plan: Plan) -> Plan:
         runs.claim(folder, "sweep.json", json.dumps(asked, indent=2) + "\n")
         return plan
     there = runs.read_json(path)
+    there["run"] = BEFORE_CHOICES | there["run"]
     if (there["over"].keys() != plan.over.keys()
             or any(there[name] != asked[name] for name in ("recipe", "run", "evaluation"))):
         raise InputError(f"{folder} holds another sweep (see sweep.json there). "

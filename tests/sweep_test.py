@@ -174,6 +174,22 @@ def test_what_is_done_is_not_done_again_and_another_sweep_is_refused(swept, caps
     assert contents(swept, RUNS) == before
 
 
+def test_a_sweep_from_before_a_choice_is_the_same_sweep(tmp_path):
+    recipe = get_recipe("digits")
+    run = recipe.run("robust", 0)
+    plan = sweep.make_plan(recipe, "robust", run, ("noise_std=0.1,0.2",), None)
+    sweep.claim_sweep(tmp_path, plan)
+    written = runs.read_json(tmp_path / "sweep.json")
+    for name in config.BEFORE_CHOICES:
+        del written["run"][name]
+    runs.write_json(tmp_path / "sweep.json", written)
+    other = dataclasses.replace(run, batch_norm_statistics="recomputed")
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep.claim_sweep(tmp_path, sweep.make_plan(
+            recipe, "robust", other, ("noise_std=0.1,0.2",), None))
+    assert sweep.claim_sweep(tmp_path, plan) == plan
+
+
 @pytest.fixture(name="extended", scope="module")
 def _extended(swept, tmp_path_factory):
     """The sweep with a run lost, another not tested yet, and a value added that diverges."""
