@@ -80,8 +80,8 @@ def measure_curvature(
                 linear = gap < PIECEWISE_LINEAR_GAP
                 partial.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
             kept = min(size, count - rows[0])
-            table = {name: np.asarray(values)[:kept]
-                     for name, values in _measure(*batch, settings=settings, linear=linear).items()}
+            measured = _measure(*batch, settings=settings, linear=linear)
+            table = {name: values[:kept] for name, values in measured.items()}
             partial.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
             shown.advance(kept, **{"squared Frobenius norm": float(
                 np.median(table["frobenius_squared"]))})
@@ -162,52 +162,91 @@ def _gap(model, layout, variables, *rows):
     return parallel.map_examples(layout, share)(variables, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layout", "settings", "linear"))
 def _measure(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
-    """One batch's columns."""
-    columns = functools.partial(_columns, model, settings, linear)
-    return parallel.map_examples(layout, columns)(variables, rows)
+    """One batch's columns.
+
+    Estimates by products are a program each: XLA's threads on CPUs may wait for each other forever
+    where several of them, with their factorisations, are parts of one.
+    """
+    parts = (_columns,) if linear else (_columns, _norm, _trace, _largest)
+    table = {}
+    for part in parts:
+        table |= {name: np.asarray(values) for name, values in _part(
+            part, model, layout, variables, *rows, settings=settings).items()}
+    if linear:
+        spectrum = np.stack([values for name, values in table.items()
+                             if name.startswith(_EIGENVALUE)], axis=1)
+        exact = np.zeros_like(spectrum[:, 0])
+        table |= _with_errors({
+            "frobenius_squared": (np.sum(np.square(spectrum), axis=1), exact),
+            "trace": (np.sum(spectrum, axis=1), exact),
+            "spectral_norm": (np.max(np.abs(spectrum), axis=1), exact)})
+    return table
 
 
-def _columns(model, settings, linear, variables, rows):
+_EIGENVALUE = "gauss_newton_eigenvalue_"
+
+
+@functools.partial(jax.jit, static_argnames=("part", "model", "layout", "settings"))
+def _part(part, model, layout, variables, *rows, settings: CurvatureConfig):
+    return parallel.map_examples(
+        layout, functools.partial(part, model, settings))(variables, rows)
+
+
+def _inputs(model, settings, variables, rows):
+    """Loss, logits and images in the units asked for, and the arguments that estimates share."""
     images, labels, indices = rows
     images = to_float(images)
-    key = jax.random.key(PROBE_SEED)
     loss, logits = losses_of(model, variables, labels)
-    table = {"loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == labels}
     if settings.inputs == "normalised":
         loss, logits = (curvature.normalised_inputs(function, model.mean, model.std)
                         for function in (loss, logits))
         images = normalise(images, model.mean, model.std, images.dtype)
+    return loss, logits, images, {"key": jax.random.key(PROBE_SEED), "indices": indices}
+
+
+def _columns(model, settings, variables, rows):
+    loss, logits, images, shared = _inputs(model, settings, variables, rows)
     gradient = jax.grad(lambda inputs: jnp.sum(loss(inputs)))(images)
-    table["gradient_squared"] = curvature.squared_norm(gradient)
     spectrum = curvature.piecewise_linear_spectrum(logits, images)
-    if linear:
-        exact = jnp.zeros(len(images))
-        estimates = {
-            "frobenius_squared": (jnp.sum(jnp.square(spectrum), axis=1), exact),
-            "trace": (jnp.sum(spectrum, axis=1), exact),
-            "spectral_norm": (jnp.max(jnp.abs(spectrum), axis=1), exact)}
-    else:
-        ritz = curvature.ritz_values(
-            loss, images, key, num_products=settings.num_probes, indices=indices)
-        largest = jnp.argmax(jnp.abs(ritz.value), axis=1, keepdims=True)
-        estimates = {
-            "frobenius_squared": curvature.leave_one_out_squared_frobenius(
-                loss, images, key, num_probes=settings.num_probes, indices=indices),
-            "trace": curvature.hessian_trace(
-                loss, images, key, num_probes=settings.num_probes, indices=indices),
-            "spectral_norm": (jnp.take_along_axis(jnp.abs(values), largest, axis=1)[:, 0]
-                              for values in (ritz.value, ritz.residual))}
-    estimates["finite_difference"] = curvature.finite_difference_curvature(
-        loss, images, key, step=settings.step, num_probes=settings.num_probes,
-        chunk_size=PROBES_AT_ONCE, indices=indices)
     smoothed = curvature.smoothed_curvature(
-        loss, images, key, sigma=settings.smoothing, num_draws=settings.smoothing_draws,
-        chunk_size=PROBES_AT_ONCE, indices=indices)
-    estimates |= {"smoothed_frobenius_squared": smoothed.squared_frobenius,
-                  "smoothed_trace": smoothed.trace}
-    for name, (value, standard_error) in estimates.items():
-        table |= {name: value, f"{name}_standard_error": standard_error}
-    return table | {f"gauss_newton_eigenvalue_{rank}": spectrum[:, -rank]
-                    for rank in range(1, spectrum.shape[1] + 1)}
+        loss, images, sigma=settings.smoothing, num_draws=settings.smoothing_draws,
+        chunk_size=PROBES_AT_ONCE, **shared)
+    return {
+        "loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == rows[1],
+        "gradient_squared": curvature.squared_norm(gradient),
+        **_with_errors({
+            "finite_difference": curvature.finite_difference_curvature(
+                loss, images, step=settings.step, num_probes=settings.num_probes,
+                chunk_size=PROBES_AT_ONCE, **shared),
+            "smoothed_frobenius_squared": smoothed.squared_frobenius,
+            "smoothed_trace": smoothed.trace}),
+        **{f"{_EIGENVALUE}{rank}": spectrum[:, -rank]
+           for rank in range(1, spectrum.shape[1] + 1)}}
+
+
+def _norm(model, settings, variables, rows):
+    loss, _, images, shared = _inputs(model, settings, variables, rows)
+    return _with_errors({"frobenius_squared": curvature.leave_one_out_squared_frobenius(
+        loss, images, num_probes=settings.num_probes, **shared)})
+
+
+def _trace(model, settings, variables, rows):
+    loss, _, images, shared = _inputs(model, settings, variables, rows)
+    return _with_errors({"trace": curvature.hessian_trace(
+        loss, images, num_probes=settings.num_probes, **shared)})
+
+
+def _largest(model, settings, variables, rows):
+    loss, _, images, shared = _inputs(model, settings, variables, rows)
+    ritz = curvature.ritz_values(loss, images, num_products=settings.num_probes, **shared)
+    at = jnp.argmax(jnp.abs(ritz.value), axis=1, keepdims=True)
+    return _with_errors({"spectral_norm": [
+        jnp.take_along_axis(jnp.abs(values), at, axis=1)[:, 0]
+        for values in (ritz.value, ritz.residual)]})
+
+
+def _with_errors(estimates):
+    """Columns of estimates, each with its standard error."""
+    return {column: values for name, (value, error) in estimates.items()
+            for column, values in ((name, value), (f"{name}_standard_error", error))}

@@ -199,7 +199,6 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
     _validate.in_range("delta", delta, 0)
     count = _validate.shapes(displacement=(draws.displacement, "K B"), loss=(draws.loss, "K B"),
                              clean_loss=(clean_loss, "B"))["K"]
-    _validate.in_range("number of draws", count, 1)
     outside = (draws.displacement > delta).astype(draws.loss.dtype)
     num_outside = jnp.sum(outside, axis=0)
     total = jnp.sum(outside * draws.loss, axis=0)
@@ -775,8 +774,7 @@ def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) ->
       labels: [N] integers.
 
     Returns:
-      [], in the units of the features; +inf with fewer than two classes, as without examples.
-      Memory is O(N d).
+      [], in the units of the features; +inf with fewer than two classes. Memory is O(N d).
 
     Raises:
       InputError: (a ValueError) if the shapes do not match or the labels are not integers.
@@ -789,6 +787,6 @@ def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) ->
     def nearest(example):
         feature, label = example
         return jnp.min(jnp.where(
-            labels == label, jnp.inf, safe_norm(features - feature[None])), initial=jnp.inf)
+            labels == label, jnp.inf, safe_norm(features - feature[None])))
 
-    return jnp.min(jax.lax.map(nearest, (features, labels)), initial=jnp.inf)
+    return jnp.min(jax.lax.map(nearest, (features, labels)))
