@@ -1,5 +1,6 @@
 """What runs execute, compiled once for all runs that differ in their seed alone."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from experiments.config import (
     with_settings,
 )
 from experiments.network import Network
+from experiments.progress import compiling
 from jaxrobust import batch_statistics, data, parallel, training
 from jaxrobust.data import Dataset, Split
 from jaxrobust.methods import Method, make_method
@@ -362,8 +364,12 @@ def recompute_statistics(
     for index, rows in enumerate(np.resize(order, (count, size))):
         rows = rows[mine]
         shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), swept)
-        statistics, _ = program.passes(statistics, shared, parallel.place_batch(
-            layout, (split.images[rows], split.labels[rows], positions), size))
+        batch = parallel.place_batch(
+            layout, (split.images[rows], split.labels[rows], positions), size)
+        # The first call waits for the compilation, and no call for the computation.
+        with contextlib.nullcontext() if index else compiling(
+                f"the passes that batch norm's statistics of {config.model} come from"):
+            statistics, _ = program.passes(statistics, shared, batch)
     return state.replace(batch_stats=_combine(layout)(statistics))
 
 
