@@ -146,7 +146,7 @@ def softmax_loss(
     weights = jnp.asarray(class_weights, losses.dtype)
     _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
     # Both means are over the same number of examples, which drops out.
-    own = weights[jnp.where(counts, labels, 0)]
+    own = class_rows(weights, labels)
     total, mean = (mean_over_batch(values, axis_name, counts=counts)
                    for values in (own * losses, own))
     return total / jnp.where(mean > 0, mean, 1)

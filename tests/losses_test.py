@@ -754,6 +754,11 @@ def test_the_losses_are_computed_on_the_mesh_that_jax_makes_by_default():
     on_it = (jax.device_put(params, whole), jax.device_put(batch, split),
              jax.device_put(state, whole))
     assert_equal_up_to_rounding(jitted(*arguments), jitted(*on_it), 1e-6)
+    for weights in (None, np.array([1.0, 2.0, 3.0, 4.0])):
+        found, expected = (jax.jit(lambda params, batch: losses.softmax_loss(
+            batch["images"] @ params["weights"] @ params["kernel"], batch["labels"],
+            class_weights=weights))(*pair[:2]) for pair in (on_it, arguments))  # noqa: B023
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 # --- the hinge, squared or not (Appendix A.1) -------------------------------------------------
