@@ -242,8 +242,10 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
                 model, method, axis_name=axis_name,
                 sync_batch_norm=run.batch_norm == "synchronised")
             # Beyond the steps of any training, whose randomness is another.
-            batch = batch_of(run, key, index + jnp.uint32(2**31), *rows)
-            return add(statistics, params, batch), ()
+            number = index + jnp.uint32(2**31)
+            batch = batch_of(run, key, number, *rows)
+            # The models here have no dropout.
+            return add(statistics, params, batch, jax.random.fold_in(key, number)), ()
 
         return step
 

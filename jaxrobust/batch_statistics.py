@@ -14,6 +14,7 @@ Source: Wu & Johnson (2021), `Rethinking "Batch" in BatchNorm
 <https://arxiv.org/abs/2105.07576>`_, Section 3.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from flax import traverse_util
 from jaxrobust import _validate
 from jaxrobust.centroids import init_centroids
 from jaxrobust.methods import Batch, BatchStats, Method
-from jaxrobust.models.common import head_parameters
+from jaxrobust.models.common import head_parameters, over_axis
 
 
 class PassStatistics(NamedTuple):
@@ -88,9 +89,11 @@ def _means_of_variances(batch_stats: BatchStats) -> dict[tuple[str, ...], tuple[
 
 def make_pass_step(
     model: nn.Module, method: Method, *, axis_name: str | None = None,
-    sync_batch_norm: bool = True,
-) -> Callable[[PassStatistics, Any, Batch], PassStatistics]:
-    """A method's passes over a training batch: ``(statistics, params, batch) -> statistics``.
+    sync_batch_norm: bool = True, head: str = "head",
+) -> Callable[[PassStatistics, Any, Batch, jax.Array], PassStatistics]:
+    """A method's passes over a training batch: ``(statistics, params, batch, key) -> statistics``.
+
+    The key, one for each batch, is that of dropout, which is in training mode too.
 
     Each forward pass that the method makes in training is one pass here: one of ``normal`` on clean
     and of ``noisy`` on noisy images, one of ``both`` on the two together, two of ``robust`` on one
@@ -104,23 +107,28 @@ def make_pass_step(
       axis_name: as of :func:`~jaxrobust.training.make_train_step`.
       sync_batch_norm: as of that; if not, a pass's statistics are those of the devices' shares
         together, each of which was normalised alone.
+      head: as of that.
     """
-    model = model.clone(axis_name=axis_name if sync_batch_norm else None)
+    model, synchronised = over_axis(model, axis_name, sync_batch_norm)
 
-    def step(statistics, params, batch):
+    def step(statistics, params, batch, key):
+        if axis_name is not None:  # Each device has other images.
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        passes = itertools.count()
         zeros = jax.tree.map(jnp.zeros_like, statistics.average)
 
         def forward(statistics, images):
             with nn.intercept_methods(_keep_own_statistics):
                 outputs, updated = model.apply(
                     {"params": params, "batch_stats": zeros}, images, train=True,
-                    mutable=["batch_stats"])
+                    mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.fold_in(key, next(passes))})
             own = updated.get("batch_stats", {})
-            if own and axis_name is not None and not sync_batch_norm:
+            if own and axis_name is not None and not synchronised:
                 own = _of_all_shares(own, axis_name)
             return outputs, add_pass(statistics, own)
 
-        kernel, bias = head_parameters(params)
+        kernel, bias = head_parameters(params, head)
         centroids = init_centroids(kernel.shape[1], kernel.shape[0])
         # Of the losses, only what goes through the network is used and thus computed.
         _, evaluated = method.objective(

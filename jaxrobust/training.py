@@ -12,7 +12,6 @@ module without the field, batch norm sees the share of each device, unless its l
 themselves.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from jax.sharding import PartitionSpec
 from jaxrobust import _validate, parallel
 from jaxrobust.centroids import CentroidState, init_centroids
 from jaxrobust.methods import Batch, Evaluated, Method
-from jaxrobust.models.common import head_parameters
+from jaxrobust.models.common import head_parameters, over_axis
 
 
 @flax.struct.dataclass
@@ -149,10 +148,7 @@ def make_train_step(
       on the views, and the terms of the method. When it is called, it raises InputError if the
       model has no such layer, or the batch is empty or its labels are no integers.
     """
-    synchronised = False
-    if "axis_name" in {field.name for field in dataclasses.fields(model)}:
-        synchronised = sync_batch_norm
-        model = model.clone(axis_name=axis_name if sync_batch_norm else None)
+    model, synchronised = over_axis(model, axis_name, sync_batch_norm)
     objective = make_objective(model, method, axis_name=axis_name,
                                constraint_weight=constraint_weight, head=head)
 

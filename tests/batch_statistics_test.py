@@ -76,7 +76,8 @@ def recomputed(method, *, model=THIN, batches=3, layout=None, one_pass=False, **
 
     def make_step(axis_name):
         step = batch_statistics.make_pass_step(model, method, axis_name=axis_name, **options)
-        return lambda statistics, params, batch: (step(statistics, params, batch), ())
+        return lambda statistics, params, batch: (
+            step(statistics, params, batch, jax.random.key(7)), ())
 
     step = parallel.compile_step(layout, make_step)
     statistics = parallel.replicate(
@@ -87,6 +88,26 @@ def recomputed(method, *, model=THIN, batches=3, layout=None, one_pass=False, **
         statistics, _ = step(
             statistics, params, parallel.place_batch(layout, batch, len(batch.labels)))
     return jax.device_get(batch_statistics.combine_passes(statistics))
+
+
+class Users(nn.Module):
+    """A module of a user's: with dropout, without an axis name, its softmax layer called "top"."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.BatchNorm(use_running_average=not train, name="first")(images.reshape(-1, 32))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return Outputs(nn.Dense(3, name="top")(x), x, {})
+
+
+@pytest.mark.parametrize("form", ["jit", "pmap"])
+def test_a_module_with_dropout_and_without_an_axis_name(form):
+    layout = make_layout(form, jax.devices()[:2])
+    found = recomputed("both", model=Users(), batches=2, layout=layout, head="top")
+    inputs = np.concatenate([getattr(make_batch(seed), view).reshape(-1, 32)
+                             for seed in range(2) for view in ("clean", "noisy")])
+    np.testing.assert_allclose(found["first"]["mean"], inputs.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found["first"]["var"], inputs.var(axis=0), rtol=1e-4)
 
 
 # Of which views a method's evaluation statistics are, by hand.

@@ -1,5 +1,6 @@
 """What the models share: their outputs, their layers as PyTorch has them, normalisation."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,18 @@ class Outputs(NamedTuple):
     logits: jax.Array  # shape=[B, C], dtype=float32 or wider; z of Eq. 1
     features: jax.Array  # shape=[B, d]; q, the input of the softmax layer
     blocks: dict[str, jax.Array]  # each [B, H, W, channels]; outputs of the named blocks
+
+
+def over_axis(
+    model: nn.Module, axis_name: str | None, synchronised: bool
+) -> tuple[nn.Module, bool]:
+    """The model for a device axis, and whether batch norm shares its statistics over it.
+
+    They are shared if that is asked for and the module declares an ``axis_name``.
+    """
+    if "axis_name" not in {field.name for field in dataclasses.fields(model)}:
+        return model, False
+    return model.clone(axis_name=axis_name if synchronised else None), synchronised
 
 
 def head_parameters(
