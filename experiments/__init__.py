@@ -1,1 +1,3 @@
-"""Commands that put jaxrobust's functions together into the paper's experiments."""
+"""The paper: its recipes, its numbers, its tables and figures, on top of the application."""
+
+from experiments import paper, recipes  # noqa: F401  They make themselves known to the commands.

@@ -1,18 +1,10 @@
 """The paper's numbers as data: accuracy in per cent, mean and spread over 10 noise draws."""
 
-from typing import NamedTuple
+from jaxrobust.app import published
+from jaxrobust.app.published import AccuracyTable, PerturbationTable
 
-
-class PaperTable(NamedTuple):
-    """An accuracy table of the paper; its test images are clean or have Gaussian noise."""
-
-    title: str
-    levels: tuple[float, ...]  # std of the Gaussian noise in units of 1/255; 0 is clean
-    rows: dict[str, tuple[tuple[float, float | None], ...]]  # by method: (mean, std) by level
-
-
-TABLES: dict[str, PaperTable] = {
-    "table1": PaperTable(
+TABLES = {
+    "table1": AccuracyTable(
         "Table 1, CIFAR-10 (training noise 0.06)",
         (0, 2, 4, 8, 16, 20),
         {
@@ -28,7 +20,7 @@ TABLES: dict[str, PaperTable] = {
                        (91.15, 0.20), (89.42, 0.11)),
         },
     ),
-    "table2": PaperTable(
+    "table2": AccuracyTable(
         "Table 2, SVHN (training noise 0.15)",
         (0, 5, 10, 20, 36, 42),
         {
@@ -44,7 +36,7 @@ TABLES: dict[str, PaperTable] = {
                        (92.47, 0.09), (90.86, 0.08)),
         },
     ),
-    "table3": PaperTable(
+    "table3": AccuracyTable(
         "Table 3, road images (training noise 40/255)",
         (0, 10, 30, 40, 60),
         {
@@ -56,10 +48,10 @@ TABLES: dict[str, PaperTable] = {
             "robust": ((97.37, None), (97.29, 0.17), (96.71, 0.49), (95.52, 0.64), (93.65, 0.49)),
         },
     ),
-    "table5_cifar10": PaperTable("Table 5, CIFAR-10, clean images alone", (0,), {
+    "table5_cifar10": AccuracyTable("Table 5, CIFAR-10, clean images alone", (0,), {
         "compact": ((93.43, None),), "margin": ((92.25, None),), "alpha_beta": ((94.01, None),),
         "gamma_0": ((93.66, None),), "gamma_1": ((93.81, None),)}),
-    "table5_svhn": PaperTable("Table 5, SVHN, clean images alone", (0,), {
+    "table5_svhn": AccuracyTable("Table 5, SVHN, clean images alone", (0,), {
         "compact": ((96.15, None),), "margin": ((95.98, None),), "alpha_beta": ((96.64, None),),
         "gamma_0": ((96.55, None),), "gamma_1": ((96.67, None),)}),
 }
@@ -70,15 +62,7 @@ both 1 with gamma_reg = 0 and 1.
 """
 
 
-class PaperPerturbations(NamedTuple):
-    """A table of the paper with a row for each perturbation."""
-
-    title: str
-    rows: dict[str, tuple[tuple[float, float | None], ...]]  # by perturbation: (mean, std)
-    methods: tuple[str, ...]  # the columns
-
-
-TABLE4 = PaperPerturbations(
+TABLE4 = PerturbationTable(
     "Table 4, road images",
     {
         "Occlusion": ((89.89, 0.49), (80.21, 1.02), (87.92, 0.68), (80.99, 1.19), (94.05, 0.75)),
@@ -96,3 +80,6 @@ TABLE4 = PaperPerturbations(
     ("normal", "noisy", "both", "stability", "robust"),
 )
 """Transcribed from Table 4 of arXiv 2405.18499; down-up sampling alone has no randomness."""
+
+published.TABLES.update(TABLES)
+published.PERTURBATIONS["table3"] = TABLE4

@@ -1,31 +1,23 @@
 """The paper's tables and figures, and the open questions, each by name.
 
-    target ─ studies at a scale ─▶ runs (reproduce) ─▶ Study, the rows needed ─▶ tables and figures
+    target ─ studies at a scale ─▶ runs ─▶ Study, the rows needed ─▶ tables and figures
 """
 
 import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from experiments import (
-    figures,
-    networks_report,
-    report,
-    reproduce,
-    robustness_report,
-    runs,
-    sharpness,
-)
-from experiments.config import InputError, Recipe
-from experiments.page import Section, Table, duration, listed
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
-from experiments.study import Study, load_study, with_rows
 from jaxrobust import _validate
-from jaxrobust.data import FOLDER_PREFIX
-from jaxrobust.data.listing import list_images
+from jaxrobust.app import comparing, runs
+from jaxrobust.app.config import InputError
+from jaxrobust.app.measurements import networks_report, robustness_report, sharpness
+from jaxrobust.app.report import figures, report
+from jaxrobust.app.report.page import Section, Table
+from jaxrobust.app.study import Study, load_study, with_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,81 +156,19 @@ EVERY = {"all": tuple(TARGETS), "paper": tuple(PAPER), "questions": tuple(QUESTI
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyPlan:
-    """What is to be run of one study."""
-
-    recipe: Recipe
-    folder: pathlib.Path
-    rows: tuple[str, ...]
-    seeds: tuple[int, ...]
-    measured: tuple[str, ...]  # rows of which ``figures`` is to measure what it shows
-
-    def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
-        """The folders of the runs, of all rows or of some."""
-        return [reproduce.run_folder(self.folder, row, seed)
-                for seed in self.seeds for row in (self.rows if rows is None else rows)]
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """Targets and the studies that they are made from."""
 
     targets: dict[str, Target]
     scale: str
-    studies: dict[str, StudyPlan]  # by key of STUDIES
+    studies: dict[str, comparing.StudyPlan]  # by key of STUDIES
     out: pathlib.Path
 
     def text(self) -> str:
         """What is to be done, what is there already, and what it takes."""
         lines = [f"{name}: {target.title}; in {self.out / name}"
                  for name, target in self.targets.items()]
-        return "\n".join([*lines, *map(study_text, self.studies.values())])
-
-
-def _folder_of(recipe: Recipe) -> str | None:
-    """The folder of images, or CSV file, of a recipe; "" if none is named, None for other data."""
-    dataset = next(iter(recipe.rows.values())).dataset
-    return dataset.removeprefix(FOLDER_PREFIX) if dataset.startswith(FOLDER_PREFIX) else None
-
-
-def _require_data(recipe: Recipe, asked: str) -> None:
-    if _folder_of(recipe) == "":
-        raise InputError(f"Expected data=folder:PATH, a folder of images, for {asked}: "
-                         f"{recipe.name} has no data set of its own.")
-
-
-def study_text(plan: StudyPlan) -> str:
-    """A study of a plan in some lines: its runs, its settings, what it takes.
-
-    Raises:
-      InputError: (a ValueError) if it is of a folder that is not there or holds no classes.
-    """
-    places = plan.places()
-    done = sum((place / "curvature.json").is_file() or (place / "diverged.json").is_file()
-               for place in places)
-    begun = sum((place / "config.json").is_file() for place in places) - done
-    first = plan.recipe.rows[plan.rows[0]]
-    size = "all" if first.train_size is None else f"{first.train_size:,}"
-    folder, larger, there = _folder_of(plan.recipe), 1.0, ""
-    if folder is not None:
-        num_images = len(list_images(pathlib.Path(folder).expanduser()).entries)
-        if not num_images:
-            raise InputError(f"Expected images in {folder}, found none.")
-        there = f" of {num_images:,} images"
-        if plan.recipe.cost is not None and plan.recipe.cost.images is not None:
-            larger = num_images / plan.recipe.cost.images
-    lines = [f"{plan.recipe.name}: {len(places)} runs ({len(plan.rows)} rows, seeds "
-             f"{listed(plan.seeds)}), {done} done, {begun} begun; in {plan.folder}",
-             f"  {first.dataset}{there}, {size} training images, {first.model} of width "
-             f"{first.width}, {first.epochs} epochs, batches of {first.batch_size}"]
-    cost = plan.recipe.cost
-    if cost is not None:
-        share = larger * (len(places) - done) / len(plan.recipe.rows)
-        lines.append(
-            f"  left, on two CPU cores with --jobs 2: {duration(3600 * share * cost.cpu_hours)}, "
-            f"{cost.cpu_gigabytes:g} GB; on one GPU: {duration(3600 * share * cost.gpu_hours)} "
-            f"({cost.basis})")
-    return "\n".join(lines)
+        return "\n".join([*lines, *(study.text() for study in self.studies.values())])
 
 
 def make_plan(
@@ -273,38 +203,23 @@ def make_plan(
             study for study in target.studies if study in only))
             for one, target in chosen.items()}
         chosen = {one: target for one, target in chosen.items() if target.studies}
-    studies: dict[str, StudyPlan] = {}
+    studies: dict[str, comparing.StudyPlan] = {}
     for target in chosen.values():
         for study in target.studies:
             recipe = STUDIES[study][scale]
-            if _folder_of(recipe) is not None:
-                recipe = reproduce.with_sources(recipe, data, init_from, skip_bad)
-                _require_data(recipe, name)
+            if comparing.folder_of(recipe) is not None:
+                recipe = comparing.with_sources(recipe, data, init_from, skip_bad)
+                comparing.require_data(recipe, name)
             rows = target.rows or tuple(recipe.rows)
             known = studies.get(study)
             needed = {*rows, *(known.rows if known else ())}
             measured = {*(rows if target.measured else ()), *(known.measured if known else ())}
-            studies[study] = StudyPlan(
+            studies[study] = comparing.StudyPlan(
                 recipe, root / recipe.name,
                 tuple(row for row in recipe.rows if row in needed),
                 tuple(seeds or recipe.seeds),
                 tuple(row for row in recipe.rows if row in measured))
     return Plan(chosen, scale, studies, root / scale)
-
-
-def plan_of_recipe(
-    recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None, seeds: Sequence[int] | None
-) -> Plan:
-    """The plan of a recipe alone, or of some of its rows.
-
-    Raises:
-      InputError: (a ValueError) for an unknown row, or a recipe of a folder without one.
-    """
-    _require_data(recipe, recipe.name)
-    rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
-    for row in rows:
-        recipe.run(row, seeds[0])
-    return Plan({}, "", {recipe.name: StudyPlan(recipe, folder, rows, seeds, ())}, folder)
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:

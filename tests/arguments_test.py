@@ -6,11 +6,10 @@ import types
 import typing
 
 import pytest
-from command_line import call, one_line
+from command_line import call, one_line, parse
 
-from experiments import __main__ as cli
-from experiments import robustness, sharpness, steps, theory
-from experiments.config import (
+from jaxrobust.app import commands
+from jaxrobust.app.config import (
     CurvatureConfig,
     Evaluation,
     InputError,
@@ -18,9 +17,10 @@ from experiments.config import (
     RunConfig,
     distinct,
 )
-from experiments.datasets import SHAPES, check_perturbations
-from experiments.execution import Execution, Feed
-from experiments.recipes import RECIPES
+from jaxrobust.app.datasets import SHAPES, check_perturbations
+from jaxrobust.app.execution import Execution, Feed
+from jaxrobust.app.measurements import robustness, sharpness, steps, theory
+from jaxrobust.app.recipe import RECIPES
 from jaxrobust.losses import RobustLossConfig
 
 
@@ -32,14 +32,14 @@ from jaxrobust.losses import RobustLossConfig
 ])
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_the_recipe_is_found_wherever_it_stands(command, words):
-    parsed = cli.parse([command, *words])
+    parsed = parse([command, *words])
     assert parsed.recipe.partition("/")[0] == "road_small"
     assert parsed.run == dataclasses.replace(
         RECIPES["road_small"].rows["robust"], dataset="folder:X", image_size=(20, 30))
 
 
 def test_a_value_that_is_a_recipes_name_too_is_not_taken_for_the_recipe():
-    run = cli.parse(["train", "--dataset", "digits", "cifar10/both"]).run
+    run = parse(["train", "--dataset", "digits", "cifar10/both"]).run
     assert run == dataclasses.replace(RECIPES["cifar10"].rows["both"], dataset="digits")
 
 
@@ -58,7 +58,7 @@ def test_a_value_that_is_a_recipes_name_too_is_not_taken_for_the_recipe():
     (("train", "digits/both", "more"), "Unexpected words: more."),
     (("trian", "digits"), "Unknown command 'trian'. Did you mean 'train'?"),
     (("predict",), "Missing from python -m experiments predict"),
-    ((), "Expected one of {reproduce, train"),
+    ((), "Expected a command, got none. See python -m experiments --help."),
     (("train", "digits/both", "--seeds", "0,0"), "Expected each seed once, got 0 twice."),
     (("sweep", "digits", "--seeds", "0,x"), "Expected --seeds {None}|INT[,INT...]"),
     (("reproduce", "digits", "--seeds", "0", "0"), "Expected each seed once, got 0 twice."),
@@ -98,26 +98,26 @@ def test_words_that_do_not_fit_are_one_line(words, said, capsys):
 
 def test_seeds_are_read_alike_by_all_commands():
     for words in (("train", "digits"), ("sweep", "digits"), ("reproduce", "digits")):
-        assert cli.parse([*words, "--seeds", "0,1"]).seeds == (0, 1)
-        assert cli.parse([*words, "--seeds", "2", "3,5"]).seeds == (2, 3, 5)
+        assert parse([*words, "--seeds", "0,1"]).seeds == (0, 1)
+        assert parse([*words, "--seeds", "2", "3,5"]).seeds == (2, 3, 5)
 
 
 def test_the_help_is_of_the_recipe_that_is_named(capsys):
     for words, epochs in ((["train", "--help"], 60), (["train", "--help", "road_small"], 70)):
         with pytest.raises(SystemExit) as stop:
-            cli.parse(words)
+            parse(words)
         assert not stop.value.code
         assert f"(default: {epochs})" in capsys.readouterr().out
 
 
 def test_a_warmup_that_would_not_end_keeps_its_share_of_the_epochs(capsys):
     # digits warms up for 2 of 60 epochs: of 2 epochs that is 2 * 2 / 60.
-    run = cli.parse(["train", "--epochs", "2", "digits/both"]).run
+    run = parse(["train", "--epochs", "2", "digits/both"]).run
     assert run.epochs == 2 and run.optimizer.warmup_epochs == pytest.approx(1 / 15)
     assert "Warm-up of 0.067 epochs, not 2" in capsys.readouterr().out
     # What fits stays, and what is asked for is done.
-    assert cli.parse(["train", "digits/both", "--epochs", "3"]).run.optimizer.warmup_epochs == 2
-    run = cli.parse(["train", "digits", "--epochs", "2", "--optimizer.warmup-epochs", "1"]).run
+    assert parse(["train", "digits/both", "--epochs", "3"]).run.optimizer.warmup_epochs == 2
+    run = parse(["train", "digits", "--epochs", "2", "--optimizer.warmup-epochs", "1"]).run
     assert run.optimizer.warmup_epochs == 1
     assert not capsys.readouterr().out
 
@@ -129,7 +129,7 @@ def test_a_warmup_that_would_not_end_keeps_its_share_of_the_epochs(capsys):
 ])
 def test_a_perturbation_that_does_not_fit_is_refused_before_the_images_are_opened(
         command, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "open_dataset", None)
+    monkeypatch.setattr(commands, "open_dataset", None)
     assert call(*command) == 2
     assert f"It is in perturbation={command[-1]!r}, for images of" in one_line(capsys)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from command_line import metrics_of
 
-from experiments import config, program, runs, training
-from experiments.config import InputError
-from experiments.execution import Feed
-from experiments.recipes import RECIPES
 from jaxrobust import checkpoints, data
+from jaxrobust.app import config, program, runs, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.execution import Feed
+from jaxrobust.app.recipe import RECIPES
 from jaxrobust.models import common, small_cnn
 from jaxrobust.parallel import make_layout
 
@@ -62,7 +62,7 @@ def _short_runs(faint, slow_statistics, tmp_path_factory):
     folders = {}
     for statistics in ("running", "recomputed"):
         folders[statistics] = tmp_path_factory.mktemp("short") / statistics
-        training.train(dataclasses.replace(SHORT, batch_norm_statistics=statistics), faint,
+        trainer.train(dataclasses.replace(SHORT, batch_norm_statistics=statistics), faint,
                        folders[statistics], tensorboard=False)
     return folders
 
@@ -70,8 +70,8 @@ def _short_runs(faint, slow_statistics, tmp_path_factory):
 def test_running_statistics_end_at_chance_and_recomputed_ones_do_not(short_runs, faint):
     accuracies = {}
     for statistics, folder in short_runs.items():
-        run = training.load_run(folder, config.read_config(folder), faint)
-        accuracies[statistics] = training.accuracy(run.model, run.state, faint.test, run.layout)
+        run = trainer.load_run(folder, config.read_config(folder), faint)
+        accuracies[statistics] = trainer.accuracy(run.model, run.state, faint.test, run.layout)
         rows = metrics_of(folder)
         assert rows[-1]["accuracy_clean"] > 0.9
         assert max(row["selection_accuracy"] for row in rows) == pytest.approx(
@@ -98,7 +98,7 @@ def recomputed(dataset, layout=None, split=None):
     built = program.program_of([SHORT], dataset, layout)
     state = program.initial_state(SHORT, dataset, layout)
     state = program.recompute_statistics(
-        built, SHORT, state, split or training.make_splits(dataset, SHORT).train)
+        built, SHORT, state, split or trainer.make_splits(dataset, SHORT).train)
     return jax.device_get(state.batch_stats)
 
 
@@ -114,7 +114,7 @@ def test_they_are_of_all_images_or_of_a_limited_number(faint, slow_statistics, m
         """The rows that are read."""
 
     read = Counted()
-    split = training.make_splits(faint, SHORT).train
+    split = trainer.make_splits(faint, SHORT).train
     # A batch and a half: the second is filled up from the beginning.
     split = data.Split(split.images[:60], split.labels[:60])
     stored = data.StoredImages(
@@ -129,7 +129,7 @@ def test_they_are_of_all_images_or_of_a_limited_number(faint, slow_statistics, m
 
 def best_statistics(folder, dataset):
     return jax.device_get(
-        training.load_run(folder, config.read_config(folder), dataset).state.batch_stats)
+        trainer.load_run(folder, config.read_config(folder), dataset).state.batch_stats)
 
 
 def test_they_are_the_same_streamed_resumed_and_together(
@@ -137,7 +137,7 @@ def test_they_are_the_same_streamed_resumed_and_together(
     class Killed(BaseException):
         """Stands for a kill: nothing handles it."""
 
-    record = training._Running.record
+    record = trainer._Running.record
 
     def record_until_killed(self, row, *rest):
         record(self, row, *rest)
@@ -145,16 +145,16 @@ def test_they_are_the_same_streamed_resumed_and_together(
             raise Killed
 
     expected = best_statistics(short_runs["recomputed"], faint)
-    monkeypatch.setattr(training._Running, "record", record_until_killed)
+    monkeypatch.setattr(trainer._Running, "record", record_until_killed)
     with pytest.raises(Killed):
-        training.train(SHORT, faint, tmp_path / "run", tensorboard=False)
+        trainer.train(SHORT, faint, tmp_path / "run", tensorboard=False)
     monkeypatch.undo()
-    training.train(SHORT, faint, tmp_path / "run", tensorboard=False, resume=True,
+    trainer.train(SHORT, faint, tmp_path / "run", tensorboard=False, resume=True,
                    feed=Feed(input="stream"))
     assert metrics_of(tmp_path / "run") == metrics_of(short_runs["recomputed"])
     chex.assert_trees_all_equal(best_statistics(tmp_path / "run", faint), expected)
     folders = [tmp_path / "0", tmp_path / "1"]
-    assert training.train_together([SHORT, dataclasses.replace(SHORT, seed=1)], faint, folders,
+    assert trainer.train_together([SHORT, dataclasses.replace(SHORT, seed=1)], faint, folders,
                                    tensorboard=False) == []
     chex.assert_trees_all_close(
         best_statistics(folders[0], faint), expected, rtol=1e-3, atol=1e-4)

@@ -9,11 +9,12 @@ import pytest
 from command_line import call
 from optax.losses import softmax_cross_entropy_with_integer_labels
 
-from experiments import bench, runs
+from experiments import bench
 from experiments.bench import curvature as curvature_bench
 from experiments.bench import folder as folder_bench
 from experiments.bench import timing
 from jaxrobust import curvature, data
+from jaxrobust.app import runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

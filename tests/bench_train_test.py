@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from command_line import call, one_line
 
-from experiments import runs
 from experiments.bench import profile as profile_bench
 from experiments.bench import programs, timing, train
+from jaxrobust.app import runs
 from jaxrobust.parallel import make_layout
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import reference
 
-from experiments import program
-from experiments.config import RunConfig
-from experiments.training import variables_of
 from jaxrobust import InputError, data
+from jaxrobust.app import program
+from jaxrobust.app.config import RunConfig
+from jaxrobust.app.trainer import variables_of
 from jaxrobust.methods import METHODS, make_method, softmax_loss
 from jaxrobust.parallel import make_layout
 from jaxrobust.perturbations import gaussian

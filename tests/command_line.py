@@ -2,20 +2,26 @@
 
 import sys
 
-from experiments import __main__ as cli
-from experiments import runs
+from experiments import __main__ as experiments
+from jaxrobust.app import arguments, cli, runs
 
 
 def call(*arguments):
     """What a user's command line does: exit status 0 or that of SystemExit."""
-    previous, sys.argv = sys.argv, ["experiments", *map(str, arguments)]
+    previous, sys.argv = sys.argv, ["experiments/__main__.py", *map(str, arguments)]
     try:
-        cli.main()
+        experiments.main()
     except SystemExit as stop:
         return stop.code
     finally:
         sys.argv = previous
     return 0
+
+
+def parse(words):
+    """The command that the words of a command line make."""
+    return arguments.parse(
+        cli.find(experiments.COMMANDS[words[0]]), words, "python -m experiments")
 
 
 def one_line(capsys):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import execution, progress
+from jaxrobust.app import execution, progress
 
 
 @pytest.fixture(name="enabled")

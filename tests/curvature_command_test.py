@@ -9,12 +9,13 @@ import pandas
 import pytest
 from command_line import call, one_line
 
-from experiments import config, curvature, runs, steps, theory, training
-from experiments.config import CurvatureConfig, InputError
-from experiments.recipes import RECIPES
-from experiments.study import Run, Study
 from jaxrobust import curvature as measures
 from jaxrobust import data
+from jaxrobust.app import config, runs, trainer
+from jaxrobust.app.config import CurvatureConfig, InputError
+from jaxrobust.app.measurements import curvature, steps, theory
+from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.study import Run, Study
 from jaxrobust.data.augment import to_float
 
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -30,13 +31,13 @@ OPTIONS = ("--num-images", "10", "--num-probes", "3", "--smoothing-draws", "3")
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    training.train(TINY, data.load_dataset("digits"), folder, tensorboard=False)
+    trainer.train(TINY, data.load_dataset("digits"), folder, tensorboard=False)
     return folder
 
 
 @pytest.fixture(name="run", scope="module")
 def _run(folder):
-    return training.load_run(folder, TINY, data.load_dataset("digits"))
+    return trainer.load_run(folder, TINY, data.load_dataset("digits"))
 
 
 def measured(run, folder, settings=SETTINGS):
@@ -55,7 +56,7 @@ def _table(run, tmp_path_factory):
 def images_and_functions(run, count=10):
     split = run.dataset.test
     loss, logits = curvature.losses_of(
-        run.model, training.variables_of(run.state), jnp.asarray(split.labels[:count]))
+        run.model, trainer.variables_of(run.state), jnp.asarray(split.labels[:count]))
     return to_float(jnp.asarray(split.images[:count])), loss, logits
 
 

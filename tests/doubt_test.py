@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from command_line import call
 
-from experiments import doubt, predict, recipes, runs, training
 from jaxrobust import data, metrics
 from jaxrobust._validate import InputError
+from jaxrobust.app import doubt, predict, runs, trainer
+from jaxrobust.app.recipe import RECIPES
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
               pytest.mark.usefixtures("quick_compilation")]
 
 TINY = dataclasses.replace(
-    recipes.RECIPES["digits"].rows["both"], train_size=100, validation_size=100, epochs=3,
+    RECIPES["digits"].rows["both"], train_size=100, validation_size=100, epochs=3,
     checkpoint_every=3, width=2, num_features=4, optimizer=dataclasses.replace(
-        recipes.RECIPES["digits"].rows["both"].optimizer, warmup_epochs=0.0))
+        RECIPES["digits"].rows["both"].optimizer, warmup_epochs=0.0))
 
 
 def test_the_score_that_tells_best_is_chosen_with_its_threshold():
@@ -67,7 +68,7 @@ def test_so_many_images_are_drawn_that_no_class_is_left_out(monkeypatch):
 @pytest.fixture(name="run", scope="module")
 def _run(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    training.train(TINY, digits, folder, tensorboard=False)
+    trainer.train(TINY, digits, folder, tensorboard=False)
     return folder
 
 
@@ -77,14 +78,14 @@ def test_a_run_is_measured_at_first_use_on_the_images_that_chose_its_epoch(
     shutil.copytree(run, folder)
     trained, score = predict.load_classifier(folder, tmp_path)
     facts = runs.read_json(folder / "doubt.json")
-    validation = training.make_splits(digits, TINY).selection
+    validation = trainer.make_splits(digits, TINY).selection
     logits, features = doubt.outputs_of(trained, validation.images)
     correct = logits.argmax(axis=1) == validation.labels
     assert (facts["held_out"], facts["num_images"]) == ("validation", 100)
     assert facts["num_wrong"] == np.sum(~correct) >= 5
     assert facts["auroc"]["probability"] == metrics.auroc(
         np.asarray(metrics.improbability(logits)), correct)
-    train = training.make_splits(digits, TINY).train
+    train = trainer.make_splits(digits, TINY).train
     statistics = metrics.class_statistics(
         doubt.outputs_of(trained, train.images)[1], train.labels, 10)
     assert facts["auroc"]["mahalanobis"] == metrics.auroc(np.asarray(
@@ -125,7 +126,7 @@ def test_a_run_whose_data_set_is_gone_is_used_unmeasured_and_says_why(
 
 def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path, capsys):
     config = dataclasses.replace(TINY, select="last", validation_size=0, epochs=1)
-    training.train(config, digits, tmp_path / "run", tensorboard=False)
+    trainer.train(config, digits, tmp_path / "run", tensorboard=False)
     assert call("evaluate", tmp_path / "run", "--noise-levels", "0", "--test-size", "50") == 0
     facts = runs.read_json(tmp_path / "run" / "doubt.json")
     assert doubt.doubt_text(doubt.load_doubt(tmp_path / "run")) in capsys.readouterr().out
@@ -133,7 +134,7 @@ def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_pat
 
 
 def test_what_is_not_finite_is_refused_with_its_number(run, digits, tmp_path):
-    trained = training.load_run(run, TINY, digits)
+    trained = trainer.load_run(run, TINY, digits)
     params = trained.state.params | {  # Finite, but not the product.
         layer: jax.tree.map(lambda leaf: leaf * 1e25, trained.state.params[layer])
         for layer in ("features", "head")}

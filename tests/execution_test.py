@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from command_line import metrics_of
 
-from experiments import config, program, training
-from experiments.config import InputError
-from experiments.execution import Feed
-from experiments.recipes import RECIPES
 from jaxrobust import data
+from jaxrobust.app import config, program, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.execution import Feed
+from jaxrobust.app.recipe import RECIPES
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -30,7 +30,7 @@ TINY = dataclasses.replace(
 @pytest.fixture(name="plain", scope="module")
 def _plain(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("plain") / "run"
-    training.train(TINY, digits, folder, tensorboard=False)
+    trainer.train(TINY, digits, folder, tensorboard=False)
     return metrics_of(folder)
 
 
@@ -53,16 +53,16 @@ def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
         if event.endswith("backend_compile_duration"):
             compiled.append(seconds)
 
-    record = training._Running.record
+    record = trainer._Running.record
 
     def record_and_count(self, *arguments):
         record(self, *arguments)
         after_epoch.append(len(compiled))
 
-    monkeypatch.setattr(training._Running, "record", record_and_count)
+    monkeypatch.setattr(trainer._Running, "record", record_and_count)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        training.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed,
+        trainer.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=feed,
                        layout=make_layout(form, jax.devices()[:devices]))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
@@ -75,7 +75,7 @@ def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
 def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys):
     odd = dataclasses.replace(TINY, train_size=33)
     for source in ("resident", "stream"):
-        training.train(odd, digits, tmp_path / source, tensorboard=False, feed=Feed(input=source))
+        trainer.train(odd, digits, tmp_path / source, tensorboard=False, feed=Feed(input=source))
         assert "Note: each epoch leaves out one of the 33 training images" in (
             capsys.readouterr().out)
     rows = metrics_of(tmp_path / "resident")
@@ -89,7 +89,7 @@ def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys
     ({"train_size": 9}, "Expected train_size=9 to leave every class of 1200 examples")])
 def test_too_few_images_for_every_class_name_the_setting(changes, expected, digits):
     with pytest.raises(InputError, match=expected):
-        training.make_splits(digits, dataclasses.replace(TINY, **{"batch_size": 5} | changes))
+        trainer.make_splits(digits, dataclasses.replace(TINY, **{"batch_size": 5} | changes))
 
 
 def test_a_device_with_one_image_has_no_variance_of_its_own(digits):
@@ -106,10 +106,10 @@ def test_runs_together_have_the_result_of_each_alone(plain, digits, tmp_path):
     configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
                dataclasses.replace(TINY, seed=1)]
     folders = [tmp_path / str(number) for number in range(3)]
-    assert training.train_together(configs, digits, folders, tensorboard=False) == []
+    assert trainer.train_together(configs, digits, folders, tensorboard=False) == []
     alone = [plain]
     for number in (1, 2):
-        training.train(configs[number], digits, tmp_path / f"alone{number}", tensorboard=False)
+        trainer.train(configs[number], digits, tmp_path / f"alone{number}", tensorboard=False)
         alone.append(metrics_of(tmp_path / f"alone{number}"))
     for folder, expected in zip(folders, alone, strict=True):
         chex.assert_trees_all_close(metrics_of(folder), expected, rtol=1e-4, atol=1e-5)
@@ -121,7 +121,7 @@ def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits,
     class Killed(BaseException):
         """Stands for a kill: nothing handles it."""
 
-    record = training._Running.record
+    record = trainer._Running.record
 
     def record_until_killed(self, row, *rest):
         if self.folder.name == "1":
@@ -130,19 +130,19 @@ def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits,
 
     configs = [TINY, dataclasses.replace(TINY, seed=1)]
     folders = [tmp_path / "0", tmp_path / "1"]
-    monkeypatch.setattr(training._Running, "record", record_until_killed)
+    monkeypatch.setattr(trainer._Running, "record", record_until_killed)
     with pytest.raises(Killed):
-        training.train_together(configs, digits, folders, tensorboard=False)
+        trainer.train_together(configs, digits, folders, tensorboard=False)
     monkeypatch.undo()
     assert [len(metrics_of(folder)) for folder in folders] == [1, 0]
-    assert training.train_together(configs, digits, folders, tensorboard=False, resume=True) == []
+    assert trainer.train_together(configs, digits, folders, tensorboard=False, resume=True) == []
     chex.assert_trees_all_close(metrics_of(folders[0]), plain, rtol=1e-4, atol=1e-5)
     assert len(metrics_of(folders[1])) == 2
 
 
 def test_a_diverged_run_does_not_stop_those_beside_it(plain, digits, tmp_path):
     wild = config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})
-    failures = training.train_together(
+    failures = trainer.train_together(
         [wild, TINY], digits, [tmp_path / "wild", tmp_path / "tame"], tensorboard=False)
     assert len(failures) == 1 and "has diverged" in failures[0] and "wild" in failures[0]
     assert not (tmp_path / "wild" / "done.json").exists()
@@ -152,17 +152,17 @@ def test_a_diverged_run_does_not_stop_those_beside_it(plain, digits, tmp_path):
 def test_runs_that_differ_in_more_are_refused(digits, tmp_path):
     other = dataclasses.replace(TINY, width=3)
     with pytest.raises(InputError, match="to differ in nothing but the seed, noise_std"):
-        training.train_together([TINY, other], digits, [tmp_path / "a", tmp_path / "b"])
+        trainer.train_together([TINY, other], digits, [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_computes_and_float32_remembers(plain, digits, tmp_path):
     half = dataclasses.replace(TINY, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):  # Flax's layers add float32 and bfloat16.
-        training.train(half, digits, tmp_path / "half", tensorboard=False)
-        run = training.load_run(tmp_path / "half", half, digits)
+        trainer.train(half, digits, tmp_path / "half", tensorboard=False)
+        run = trainer.load_run(tmp_path / "half", half, digits)
         outputs, _ = run.model.apply(
-            training.variables_of(run.state), np.zeros((2, 8, 8, 1), np.float32), train=True,
+            trainer.variables_of(run.state), np.zeros((2, 8, 8, 1), np.float32), train=True,
             mutable=["batch_stats"])
     kept = (run.state.params, run.state.batch_stats, run.state.opt_state, run.state.centroids)
     floating = {leaf.dtype for leaf in jax.tree.leaves(kept)

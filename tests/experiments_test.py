@@ -11,20 +11,11 @@ import numpy as np
 import pytest
 from command_line import call, metrics_of, one_line
 
-from experiments import (
-    config,
-    paper,
-    prepare,
-    reproduce,
-    robustness,
-    runs,
-    sharpness,
-    steps,
-    theory,
-    training,
-)
-from experiments.config import InputError
-from experiments.recipes import RECIPES, get_recipe
+from experiments import paper
+from jaxrobust.app import comparing, config, prepare, runs, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.measurements import robustness, sharpness, steps, theory
+from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -42,14 +33,14 @@ RECIPE = dataclasses.replace(
 
 
 def best_state(folder, digits):
-    run = training.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, config.read_config(folder), digits)
     return run.epoch, run.state.replace(key=jax.random.key_data(run.state.key))
 
 
 @pytest.fixture(name="finished", scope="module")
 def _finished(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    training.train(TINY, digits, folder)
+    trainer.train(TINY, digits, folder)
     return folder
 
 
@@ -60,7 +51,7 @@ def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
 
 
 def test_the_same_run_twice_gives_the_same_bits(finished, digits, tmp_path):
-    training.train(TINY, digits, tmp_path / "again")
+    trainer.train(TINY, digits, tmp_path / "again")
     assert metrics_of(tmp_path / "again") == metrics_of(finished)
     chex.assert_trees_all_equal(
         best_state(tmp_path / "again", digits), best_state(finished, digits))
@@ -69,9 +60,9 @@ def test_the_same_run_twice_gives_the_same_bits(finished, digits, tmp_path):
 def test_the_best_epoch_is_kept_the_later_of_equals():
     history = [{"epoch": epoch, "selection_accuracy": accuracy}
                for epoch, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.7))]
-    assert training.best_epoch(history) == 3
-    assert [training.is_best(history[:n]) for n in (1, 2, 3, 4)] == [True, True, True, False]
-    assert training.best_epoch([{"epoch": 1}, {"epoch": 2}]) == 2
+    assert trainer.best_epoch(history) == 3
+    assert [trainer.is_best(history[:n]) for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert trainer.best_epoch([{"epoch": 1}, {"epoch": 2}]) == 2
 
 
 def test_a_run_records_where_it_came_from(finished):
@@ -90,17 +81,17 @@ def test_configurations_survive_json():
 @pytest.fixture(name="study", scope="module")
 def _study(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("study")
-    reproduce.claim_study(
-        folder, reproduce.describe_study(RECIPE, [0], list(digits.class_names)))
-    failures = reproduce.run_study(
+    comparing.claim_study(
+        folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
+    failures = comparing.run_study(
         RECIPE, digits, folder, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
     assert failures == []
     return folder
 
 
 def test_every_method_is_trained_tested_and_measured(study):
-    for row in config.METHOD_LABELS:
-        folder = reproduce.run_folder(study, row, 0)
+    for row in METHOD_LABELS:
+        folder = comparing.run_folder(study, row, 0)
         evaluation = runs.read_json(folder / "evaluation.json")
         assert evaluation["num_images"] == 50
         assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
@@ -120,26 +111,26 @@ def test_the_report_is_written(study):
 def test_what_is_done_is_not_done_again(study, digits):
     paths = sorted(path for path in study.rglob("*") if path.is_file())
     before = [path.stat().st_mtime_ns for path in paths]
-    reproduce.run_study(
+    comparing.run_study(
         RECIPE, digits, study, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 
 def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path):
     for seeds, command in (([0], "a"), ([2, 0], "b")):
-        description = reproduce.describe_study(RECIPE, seeds, [])
-        reproduce.claim_study(tmp_path, {**description, "command": command})
+        description = comparing.describe_study(RECIPE, seeds, [])
+        comparing.claim_study(tmp_path, {**description, "command": command})
     there = runs.read_json(tmp_path / "study.json")
     assert (there["seeds"], there["command"]) == ([0, 2], "a")
     with pytest.raises(InputError, match="holds another study"):
-        reproduce.claim_study(tmp_path, reproduce.describe_study(get_recipe("digits"), [0], []))
+        comparing.claim_study(tmp_path, comparing.describe_study(get_recipe("digits"), [0], []))
 
 
 def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(
         learning_rate=1e8, schedule="cosine"))
     recipe = dataclasses.replace(RECIPE, rows={"wild": wild, "robust": TINY})
-    failures = reproduce.run_study(
+    failures = comparing.run_study(
         recipe, digits, tmp_path, rows=["wild", "robust"], seeds=[0], tensorboard=False)
     assert len(failures) == 1 and "has diverged" in failures[0]
     assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
@@ -147,11 +138,11 @@ def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
 
 def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkeypatch):
     # The loss of an epoch is finite where only its last update makes a weight infinite.
-    as_it_is = training._as_evaluated
-    monkeypatch.setattr(training, "_as_evaluated", lambda *arguments, **options: jax.tree.map(
+    as_it_is = trainer._as_evaluated
+    monkeypatch.setattr(trainer, "_as_evaluated", lambda *arguments, **options: jax.tree.map(
         lambda leaf: leaf + np.inf if leaf.dtype == np.float32 else leaf,
         as_it_is(*arguments, **options)))
-    message, = reproduce.run_study(
+    message, = comparing.run_study(
         RECIPE, digits, tmp_path, rows=["robust"], seeds=[0], tensorboard=False)
     assert "Expected finite logits, got NaN or infinite ones for" in message
     assert "the run has diverged" in message
@@ -161,10 +152,10 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
 
 
 def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
-    assert reproduce.run_study(
+    assert comparing.run_study(
         RECIPE, digits, tmp_path, rows=["normal"], seeds=[0, 1], tensorboard=False,
         together=True) == []
-    folders = [reproduce.run_folder(tmp_path, "normal", seed) for seed in (0, 1)]
+    folders = [comparing.run_folder(tmp_path, "normal", seed) for seed in (0, 1)]
     assert metrics_of(folders[0]) != metrics_of(folders[1])
     for folder in folders:
         assert runs.read_json(folder / "provenance.json")["runs_together"] == 2
@@ -203,24 +194,24 @@ def test_a_data_set_that_cannot_be_downloaded_is_one_line(capsys, tmp_path, monk
 def test_a_folder_of_another_run_is_left_alone(finished, digits, capsys):
     before = metrics_of(finished)
     with pytest.raises(InputError, match="holds a run already. Add --resume"):
-        training.train(TINY, digits, finished)
+        trainer.train(TINY, digits, finished)
     other = dataclasses.replace(TINY, seed=1)
     with pytest.raises(InputError, match="holds another configuration"):
-        training.train(other, digits, finished, resume=True)
+        trainer.train(other, digits, finished, resume=True)
     assert metrics_of(finished) == before
 
 
 def test_a_folder_with_something_else_is_left_alone(digits, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="is not empty and holds no config.json"):
-        training.train(TINY, digits, tmp_path)
+        trainer.train(TINY, digits, tmp_path)
 
 
 def test_results_with_other_settings_are_not_overwritten(study, digits):
     other = dataclasses.replace(
         RECIPE, evaluation=dataclasses.replace(RECIPE.evaluation, num_draws=4))
     with pytest.raises(InputError, match="was made with num_draws=3, not 4"):
-        reproduce.run_study(other, digits, study, rows=["both"], seeds=[0], tensorboard=False)
+        comparing.run_study(other, digits, study, rows=["both"], seeds=[0], tensorboard=False)
 
 
 def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(study, digits, capsys):
@@ -257,7 +248,7 @@ def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(stu
 def test_every_kind_of_measurement_takes_a_name(measure, settings, kind, study, digits, tmp_path):
     """Found before anything is computed: what is there under the name has other settings."""
     folder = study / "both-seed0"
-    run = training.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, config.read_config(folder), digits)
     shutil.copy(folder / "curvature.json", tmp_path / "curvature-big.json")
     path = tmp_path / f"{kind}-big.json"
     path.write_text('{"settings": {"num_images": -1}}')
@@ -277,7 +268,7 @@ def test_the_papers_recipes_are_those_of_appendix_h1():
     for name, dataset, noise, table in (
             ("cifar10", "cifar10", 0.06, "table1"), ("svhn", "svhn_cropped", 0.15, "table2")):
         recipe = get_recipe(name)
-        assert tuple(recipe.rows) == tuple(config.METHOD_LABELS)
+        assert tuple(recipe.rows) == tuple(METHOD_LABELS)
         assert recipe.evaluation.noise_levels == paper.TABLES[table].levels
         assert recipe.evaluation.num_draws == 10
         for method, run in recipe.rows.items():

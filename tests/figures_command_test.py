@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 from command_line import call, one_line
 
-from experiments import (
-    config,
-    curvature,
-    evaluation,
-    reproduce,
-    robustness,
-    runs,
-    training,
-)
-from experiments.recipes import RECIPES
 from jaxrobust import data
+from jaxrobust.app import comparing, config, runs, trainer
+from jaxrobust.app.measurements import accuracy, curvature, robustness
+from jaxrobust.app.recipe import RECIPES
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -46,9 +39,9 @@ def _study(tmp_path_factory):
     """A study of two rows; the curvature of one is measured already."""
     folder = tmp_path_factory.mktemp("study")
     digits = data.load_dataset("digits")
-    reproduce.claim_study(
-        folder, reproduce.describe_study(RECIPE, [0], list(digits.class_names)))
-    assert reproduce.run_study(
+    comparing.claim_study(
+        folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
+    assert comparing.run_study(
         RECIPE, digits, folder, rows=list(RECIPE.rows), seeds=[0], tensorboard=False) == []
     for name in ("curvature.json", "curvature.npz"):
         (folder / "robust-seed0" / name).unlink()
@@ -87,8 +80,8 @@ def test_results_are_of_the_images_whose_curvature_is_there(study):
 ])
 def test_counts_are_of_clipped_noise_that_is_the_images_own(study, number, noise):
     folder, digits = study / "robust-seed0", data.load_dataset("digits")
-    run = training.load_run(folder, config.read_config(folder), digits)
-    split = evaluation.make_test_split(digits, 50)
+    run = trainer.load_run(folder, config.read_config(folder), digits)
+    split = accuracy.make_test_split(digits, 50)
     there = np.load(folder / "noise_counts.npz")[("gaussian", "uniform")[number]]
     for draw in range(3):
         for image in (0, 7, 19):
@@ -98,7 +91,7 @@ def test_counts_are_of_clipped_noise_that_is_the_images_own(study, number, noise
             pixels = split.images[image : image + 1] / np.float32(255)
             noisy = np.clip(pixels + noise(key, pixels.shape), 0, 1)
             logits = run.model.apply(
-                training.variables_of(run.state), noisy, train=False).logits
+                trainer.variables_of(run.state), noisy, train=False).logits
             assert there[draw, image] == (np.argmax(logits) == split.labels[image])
 
 
@@ -152,7 +145,7 @@ def test_other_settings_are_refused_in_one_line(study, change, expected, capsys)
 
 
 def test_folders_that_hold_no_run_are_refused_before_any_work(study, capsys, monkeypatch):
-    monkeypatch.setattr(training, "load_run", None)
+    monkeypatch.setattr(trainer, "load_run", None)
     assert call("figures", study / "robust-seed0", study / "nowhere") == 2
     assert "error: Expected a run in" in one_line(capsys)
     assert call("figures") == 2
@@ -201,7 +194,7 @@ def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_pat
 
 def test_a_run_without_training_noise_is_refused(tmp_path, capsys):
     quiet = dataclasses.replace(TINY, noise_std=0.0, method="normal")
-    training.train(quiet, data.load_dataset("digits"), tmp_path / "run", tensorboard=False)
+    trainer.train(quiet, data.load_dataset("digits"), tmp_path / "run", tensorboard=False)
     capsys.readouterr()
     assert call("figures", tmp_path / "run") == 2
     assert "Expected noise_std=0.0 of" in one_line(capsys)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import figures, networks_report
-from experiments.networks_report import RankCorrelations
-from experiments.study import Run, Study
+from jaxrobust.app.measurements import networks_report
+from jaxrobust.app.measurements.networks_report import RankCorrelations
+from jaxrobust.app.report import figures
+from jaxrobust.app.study import Run, Study
 
 SAMPLES = st.integers(0, 2**16).map(np.random.default_rng)
 

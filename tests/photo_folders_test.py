@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import datasets, network, program, training
-from experiments.config import RunConfig
 from jaxrobust import InputError, data
+from jaxrobust.app import datasets, network, program, trainer
+from jaxrobust.app.config import RunConfig
 from jaxrobust.data import copies, listing
 
 SIZE = (24, 30)  # Height and width.
@@ -179,7 +179,7 @@ def test_a_given_validation_split_chooses_the_epoch_and_nothing_more_is_held_out
     for number, (side, count) in enumerate((("train", 6), ("val", 3), ("test", 2))):
         fill(tmp_path / "photos" / side, {"fog": count, "rain": count}, 100 * number)
     dataset = load(tmp_path / "photos")
-    splits = training.make_splits(dataset, CONFIG)
+    splits = trainer.make_splits(dataset, CONFIG)
     assert splits.train is dataset.train and splits.selection is dataset.validation
     assert program.num_train_of(CONFIG, dataset) == 12
 
@@ -328,7 +328,7 @@ def test_copies_are_on_one_side_of_a_drawn_split_and_of_the_validation_images(lo
         assert sorted([*rows, *held_out]) == list(range(len(paths))) and 2 <= len(held) <= 8
         assert all((copy in held) == (path in held) for copy, path in original.items()
                    if sides[copy] == "train")
-        splits = training.make_splits(dataset, CONFIG)
+        splits = trainer.make_splits(dataset, CONFIG)
         assert len(splits.train.labels) == program.num_train_of(CONFIG, dataset) == len(rows)
         note, = (note for note in dataset.notes if "Copies" in note)
         assert note.startswith("Copies of other images: 12, the first fog/00.png (")

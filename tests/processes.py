@@ -16,9 +16,9 @@ def main(devices: str, last_epoch: str, *words: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # After JAX's settings, which it reads when it is imported.
     from experiments import __main__ as cli
-    from experiments import runs, training
+    from jaxrobust.app import runs, trainer
 
-    record = training._Running.record
+    record = trainer._Running.record
 
     def record_until_killed(self, row, *rest):
         record(self, row, *rest)
@@ -28,13 +28,13 @@ def main(devices: str, last_epoch: str, *words: str) -> None:
             time.sleep(1)
             os._exit(KILLED)
 
-    training._Running.record = record_until_killed
+    trainer._Running.record = record_until_killed
     command: list[str] = []
     for word in [*words, "+"]:
         if word != "+":
             command.append(word)
             continue
-        sys.argv = ["experiments", *command]
+        sys.argv = ["experiments/__main__.py", *command]
         cli.main()
         command = []
 

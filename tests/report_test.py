@@ -14,8 +14,9 @@ import pytest
 import scipy.stats
 from command_line import call, one_line
 
-from experiments import comparison, figures, report, study
-from experiments.config import InputError, RunConfig, to_json
+from jaxrobust.app import study
+from jaxrobust.app.config import InputError, RunConfig, to_json
+from jaxrobust.app.report import comparison, figures, report
 
 LABELS = {"both": "Training on both", "robust": "Robust <&> |method|"}
 LEVELS = (0, 2)

@@ -8,11 +8,11 @@ import chex
 import pytest
 from command_line import metrics_of
 
-from experiments import config, program, runs, training
-from experiments.config import InputError
-from experiments.execution import Feed
-from experiments.recipes import RECIPES
 from jaxrobust import checkpoints
+from jaxrobust.app import config, program, runs, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.execution import Feed
+from jaxrobust.app.recipe import RECIPES
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -42,7 +42,7 @@ def _moments(monkeypatch):
             raise Killed
 
     def patch_calls(name):
-        calls = getattr(training._Epochs, name)
+        calls = getattr(trainer._Epochs, name)
 
         def calls_until_killed(self, state, epoch, first):
             update = (epoch - 1) * self.steps + first
@@ -51,23 +51,23 @@ def _moments(monkeypatch):
                 update += call[-1]
                 kill("update", update)
 
-        monkeypatch.setattr(training._Epochs, name, calls_until_killed)
+        monkeypatch.setattr(trainer._Epochs, name, calls_until_killed)
 
     patch_calls("_resident")
     patch_calls("_streamed")
-    save = training._Running.save
+    save = trainer._Running.save
 
     def save_until_killed(self, state, values):
         kill("before the checkpoint", int(state.step))
         save(self, state, values)
         kill("after the checkpoint", int(state.step))
 
-    monkeypatch.setattr(training._Running, "save", save_until_killed)
+    monkeypatch.setattr(trainer._Running, "save", save_until_killed)
     return seen
 
 
 def train(config, digits, folder, feed):
-    training.train(config, digits, folder, resume=True, tensorboard=False, feed=feed)
+    trainer.train(config, digits, folder, resume=True, tensorboard=False, feed=feed)
 
 
 def train_through_kills(config, digits, folder, feed, kills=1000):
@@ -96,7 +96,7 @@ def _whole(tmp_path_factory, digits):
     ends = {}
     for every in (1, 2, 3):
         folder = tmp_path_factory.mktemp("whole") / "run"
-        training.train(dataclasses.replace(TINY, checkpoint_every=every), digits, folder,
+        trainer.train(dataclasses.replace(TINY, checkpoint_every=every), digits, folder,
                        tensorboard=False)
         ends[every] = final(folder, digits)
     return ends
@@ -160,15 +160,15 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
     run = dataclasses.replace(TINY, checkpoint_every=1)
     folder = tmp_path / "run"
     accuracies = iter([0.9 if epoch == best else 0.1 for epoch in range(1, EPOCHS + 1)])
-    monkeypatch.setattr(training, "accuracy", lambda *_, **__: next(accuracies))
-    training.train(run, digits, folder, tensorboard=False)
-    expected = training.load_run(folder, run, digits)
+    monkeypatch.setattr(trainer, "accuracy", lambda *_, **__: next(accuracies))
+    trainer.train(run, digits, folder, tensorboard=False)
+    expected = trainer.load_run(folder, run, digits)
     damage(folder / "checkpoints", EPOCHS * STEPS)
     if best == EPOCHS:  # The one before knows of another best epoch.
         with pytest.raises(InputError, match=f"Expected a checkpoint of epoch {EPOCHS}, the best"):
-            training.load_run(folder, run, digits)
+            trainer.load_run(folder, run, digits)
     else:
-        found = training.load_run(folder, run, digits)
+        found = trainer.load_run(folder, run, digits)
         assert found.epoch == expected.epoch == best
         chex.assert_trees_all_equal(found.state.params, expected.state.params)
         assert "checkpoint 16 cannot be read" in capsys.readouterr().out
@@ -176,19 +176,19 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
 
 def test_a_run_of_an_earlier_version_is_used_when_done_and_never_continued(digits, tmp_path):
     folder = tmp_path / "run"
-    training.train(TINY, digits, folder, tensorboard=False)
-    expected = training.load_run(folder, TINY, digits)
+    trainer.train(TINY, digits, folder, tensorboard=False)
+    expected = trainer.load_run(folder, TINY, digits)
     best = checkpoints.to_host(expected.state)
     (folder / "checkpoints").rename(tmp_path / "new")
     for name in ("latest", "best"):
         with contextlib.closing(
                 checkpoints.open_checkpoints(folder / "checkpoints" / name, keep=1)) as manager:
             checkpoints.save_checkpoint(manager, expected.epoch, best)
-    found = training.load_run(folder, TINY, digits)
+    found = trainer.load_run(folder, TINY, digits)
     assert found.epoch == expected.epoch
     chex.assert_trees_all_equal(found.state.params, expected.state.params)
     (folder / "done.json").unlink()
     before = sorted(pathlib.Path(folder).rglob("*"))
     with pytest.raises(InputError, match="was begun by an earlier version"):
-        training.train(TINY, digits, folder, resume=True)
+        trainer.train(TINY, digits, folder, resume=True)
     assert sorted(pathlib.Path(folder).rglob("*")) == before

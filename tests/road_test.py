@@ -17,22 +17,13 @@ import PIL.Image
 import pytest
 from command_line import call, one_line
 
-from experiments import (
-    datasets,
-    doubt,
-    evaluation,
-    network,
-    predict,
-    recipes,
-    report,
-    reproduce,
-    runs,
-    training,
-)
-from experiments.config import InputError, read_config
 from experiments.paper import TABLE4, TABLES
-from experiments.recipes import RECIPES
 from jaxrobust import checkpoints, data, models, perturbations
+from jaxrobust.app import comparing, datasets, doubt, network, predict, runs, trainer
+from jaxrobust.app.config import InputError, read_config
+from jaxrobust.app.measurements import accuracy
+from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.report import report
 from jaxrobust.models import pytorch
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -81,7 +72,7 @@ def _run(folder, data_dir, tmp_path_factory):
 
 def load(run, data_dir):
     config = read_config(run)
-    return training.load_run(run, config, datasets.open_dataset(config, data_dir))
+    return trainer.load_run(run, config, datasets.open_dataset(config, data_dir))
 
 
 def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_dir, capsys):
@@ -107,7 +98,7 @@ def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run, data_dir):
     # All layers are trained, and some steps later are still near to where they started.
     given = pytorch.read_state_dict(read_config(run).init_from)
     trained = load(run, data_dir)
-    now = pytorch.to_torch_state_dict(trained.model, training.variables_of(trained.state))
+    now = pytorch.to_torch_state_dict(trained.model, trainer.variables_of(trained.state))
     for name, values in given.items():
         if name.startswith("fc_layer.2.") or name.endswith("num_batches_tracked"):
             continue
@@ -126,18 +117,18 @@ def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir,
 
 
 def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
-    found = runs.read_json(run / "evaluation.json")
+    found = runs.read_json(run / "accuracy.json")
     assert [(one["perturb"], len(one["accuracies"])) for one in found["perturbations"]] == [
         (PERTURB[0], 2), (PERTURB[1], 1), (PERTURB[2], 2)]
     # Image by image, with the image's own key: what the table says can be had without the command.
     trained = load(run, data_dir)
     split = trained.dataset.test
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(evaluation.NOISE_SEED), 2), 0)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(accuracy.NOISE_SEED), 2), 0)
     images = np.stack([perturbations.parse_perturbation(PERTURB[0])(
         jax.random.fold_in(key, index), image[None].astype(np.float32) / 255)[0]
         for index, image in enumerate(split.images)])
     logits = trained.model.apply(
-        training.variables_of(trained.state), images, train=False).logits
+        trainer.variables_of(trained.state), images, train=False).logits
     assert found["perturbations"][0]["accuracies"][0] == np.mean(
         np.argmax(logits, axis=1) == split.labels)
     features = dict(np.load(run / "features.npz"))
@@ -150,7 +141,7 @@ def test_predictions_are_the_networks_and_doubt_the_runs_score(run, folder, data
     trained = load(run, data_dir)
     images = np.stack([data.read_image(path, (16, 20)) for path in paths])
     outputs = trained.model.apply(
-        training.variables_of(trained.state), images.astype(np.float32) / 255, train=False)
+        trainer.variables_of(trained.state), images.astype(np.float32) / 255, train=False)
     probabilities = np.exp(outputs.logits) / np.exp(outputs.logits).sum(axis=1, keepdims=True)
     best = probabilities.argmax(axis=1)
     score = doubt.load_doubt(run)
@@ -253,7 +244,7 @@ def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, 
     for change in ({"mean": (0.5, 0.5, 0.5)}, {"class_names": ("wet", "snow", "dry")}):
         other = dataclasses.replace(trained.dataset, files=None, **change)
         with pytest.raises(InputError, match=f"was trained with {next(iter(change))}="):
-            training.load_run(run, trained.config, other)
+            trainer.load_run(run, trained.config, other)
 
 
 def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path, capsys):
@@ -274,24 +265,24 @@ def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path
         said = one_line(capsys)
         assert (f"epoch {trained.epoch}, got 2 that are NaN or infinite, the first in "
                 "params.head.bias.") in said
-    weights = pytorch.to_torch_state_dict(trained.model, training.variables_of(
+    weights = pytorch.to_torch_state_dict(trained.model, trainer.variables_of(
         trained.state.replace(params=params)))
     pytorch.write_state_dict(tmp_path / "weights.safetensors", weights)
     with pytest.raises(InputError, match=r"finite weights in \S+safetensors, got 2 that are NaN"):
         pytorch.read_state_dict(tmp_path / "weights.safetensors")
     # Those of a file that a narrower dtype cannot hold.
     weights = {name: value.astype(np.float64) for name, value in pytorch.to_torch_state_dict(
-        trained.model, training.variables_of(trained.state)).items()}
+        trained.model, trainer.variables_of(trained.state)).items()}
     weights["fc_layer.2.bias"][0] = 1e300
     with pytest.raises(InputError, match="got 1 that are NaN or infinite, the first in fc_layer.2"):
-        pytorch.load_torch_weights(trained.model, training.variables_of(trained.state), weights)
+        pytorch.load_torch_weights(trained.model, trainer.variables_of(trained.state), weights)
 
 
 def test_weights_go_to_pytorch_and_back_to_the_same_bits(run, data_dir, tmp_path):
     out = tmp_path / "weights.safetensors"
     assert call("export", run, "--out", out, "--data-dir", data_dir) == 0
     trained = load(run, data_dir)
-    variables = training.variables_of(trained.state)
+    variables = trainer.variables_of(trained.state)
     loaded = pytorch.load_torch_weights(
         trained.model, jax.tree.map(np.zeros_like, variables), pytorch.read_state_dict(out))
     assert not loaded.replaced
@@ -310,11 +301,11 @@ def test_the_recipe_is_reproduced_on_a_folder_with_both_tables(
         small, rows=rows, evaluation=dataclasses.replace(small.evaluation, num_draws=2),
         curvature=dataclasses.replace(small.curvature, num_images=2, num_probes=2,
                                       smoothing_draws=3, batch_size=2))
-    monkeypatch.setitem(recipes.RECIPES, "road_small", recipe)
+    monkeypatch.setitem(RECIPES, "road_small", recipe)
     study = tmp_path / "study"
     assert call("reproduce", "road_small", "--data", f"folder:{folder}", "--data-dir", data_dir,
                 "--no-tensorboard", "--out", study) == 0
-    assert reproduce.run_folder(study, "robust", 0).joinpath("split.csv").is_file()
+    assert comparing.run_folder(study, "robust", 0).joinpath("split.csv").is_file()
     page = (study / "report.md").read_text()
     for title in (TABLES["table3"].title, TABLE4.title, *TABLE4.rows):
         assert report._md(title) in page

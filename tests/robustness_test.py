@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import figures, robustness, robustness_figures, robustness_report
+from jaxrobust.app.measurements import robustness, robustness_figures, robustness_report
+from jaxrobust.app.report import figures
 
 NUM_DRAWS = 10
 

@@ -11,9 +11,9 @@ import pytest
 from command_line import call, one_line
 
 import jaxrobust
-from experiments import runs
-from experiments.config import InputError, to_json
-from experiments.recipes import get_recipe
+from jaxrobust.app import runs
+from jaxrobust.app.config import InputError, to_json
+from jaxrobust.app.recipe import get_recipe
 
 VERSION = f"jaxrobust {jaxrobust.__version__}"
 

@@ -12,11 +12,13 @@ import pytest
 from command_line import call, one_line
 from jax.flatten_util import ravel_pytree
 
-from experiments import report, runs, sharpness
-from experiments.config import OptimizerConfig, RunConfig, to_json, training_perturbation
-from experiments.datasets import open_dataset
-from experiments.program import initial_state, model_of
 from jaxrobust import data, training
+from jaxrobust.app import runs
+from jaxrobust.app.config import OptimizerConfig, RunConfig, to_json, training_perturbation
+from jaxrobust.app.datasets import open_dataset
+from jaxrobust.app.measurements import sharpness
+from jaxrobust.app.program import initial_state, model_of
+from jaxrobust.app.report import report
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import make_method
 from jaxrobust.parallel import make_layout

@@ -12,11 +12,12 @@ import pytest
 from command_line import call, metrics_of, one_line
 from matplotlib.patches import Rectangle
 
-from experiments import config, runs, sweep, sweep_report, training
-from experiments.config import InputError
-from experiments.execution import Feed
-from experiments.recipes import RECIPES, get_recipe
 from jaxrobust import data
+from jaxrobust.app import config, runs, sweep, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.execution import Feed
+from jaxrobust.app.recipe import RECIPES, get_recipe
+from jaxrobust.app.report import sweep_report
 from jaxrobust.parallel import make_layout
 
 # TensorBoard's writer and Orbax warn about themselves.
@@ -75,7 +76,7 @@ def test_the_values_reach_the_runs(swept):
 
 def test_a_run_has_the_result_that_it_has_alone(swept, tmp_path):
     name = "lam=1,noise_std=0.2-seed1"
-    training.train(config.read_config(swept / name), data.load_dataset("digits"),
+    trainer.train(config.read_config(swept / name), data.load_dataset("digits"),
                    tmp_path / "alone", tensorboard=False)
     alone, together = metrics_of(tmp_path / "alone"), metrics_of(swept / name)
     assert len(alone) == 2

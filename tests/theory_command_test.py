@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from command_line import call
 
-from experiments import config, evaluation, report, reproduce, runs, theory, training
-from experiments.config import InputError
-from experiments.recipes import RECIPES
 from jaxrobust import data, models
+from jaxrobust.app import comparing, config, runs, trainer
+from jaxrobust.app.config import InputError
+from jaxrobust.app.measurements import accuracy, theory
+from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.report import report
 from jaxrobust.theory import jensen_shannon_sharp_bound
 
 # TensorBoard's writer and Orbax warn about themselves.
@@ -36,11 +38,11 @@ WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--t
 def _study(tmp_path_factory):
     digits = data.load_dataset("digits")
     folder = tmp_path_factory.mktemp("study")
-    reproduce.claim_study(folder, reproduce.describe_study(RECIPE, [0], list(digits.class_names)))
-    run_folder = reproduce.run_folder(folder, "robust", 0)
-    training.train(TINY, digits, run_folder, tensorboard=False)
-    run = training.load_run(run_folder, TINY, digits)
-    evaluation.evaluate_run(run, RECIPE.evaluation, run_folder, "tiny")
+    comparing.claim_study(folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
+    run_folder = comparing.run_folder(folder, "robust", 0)
+    trainer.train(TINY, digits, run_folder, tensorboard=False)
+    run = trainer.load_run(run_folder, TINY, digits)
+    accuracy.evaluate_run(run, RECIPE.evaluation, run_folder, "tiny")
     return folder
 
 
@@ -95,10 +97,10 @@ def test_facts_that_hold_on_any_network(checked):
 
 def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(checked):
     folder = checked / "robust-seed0"
-    run = training.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    run = trainer.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
     kernel, bias = (np.asarray(part) for part in models.head_parameters(run.state.params))
     test = theory._layers_of(
-        run, evaluation.make_test_split(run.dataset, SETTINGS.test_size))
+        run, accuracy.make_test_split(run.dataset, SETTINGS.test_size))
     facts = runs.read_json(folder / "theory.json")["separation"]
     for (a, b), sides, bound in zip(
             facts["pairs"], facts["pair_sides"], facts["pair_decision_bound"], strict=True):
@@ -116,7 +118,7 @@ def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(c
 def test_geometry_is_that_of_all_pairs_of_training_images(checked):
     digits = data.load_dataset("digits")
     folder = checked / "robust-seed0"
-    run = training.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, config.read_config(folder), digits)
     split = theory._training_images(run, 100)
     layers = theory._layers_of(run, split)
     features, labels = np.asarray(layers.features, np.float64), np.asarray(layers.labels)
@@ -153,7 +155,7 @@ def test_settings_out_of_range_are_named(changed, named):
     ({"train_size": 10}, "train_size=10 to leave 2 images")])
 def test_too_few_images_are_named(changed, named, checked, tmp_path):
     folder = checked / "robust-seed0"
-    run = training.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    run = trainer.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
     with pytest.raises(InputError, match=named):
         theory.measure_theory(run, dataclasses.replace(SETTINGS, **changed), tmp_path, "theory")
     silent = run._replace(config=dataclasses.replace(run.config, noise_std=0.0))

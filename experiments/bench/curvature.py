@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import figures, runs
 from experiments.bench import timing
 from experiments.bench.curvature_page import (
     LABELS,
@@ -29,8 +28,10 @@ from experiments.bench.curvature_page import (
     page_text,
     ratio_table,
 )
-from experiments.progress import progress
 from jaxrobust import curvature, losses
+from jaxrobust.app import runs
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report import figures
 from jaxrobust.models import create_model
 
 STEP = 1e-2

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.bench import markdown
-from experiments.figures import row_style
-from experiments.page import significant
+from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.report.page import significant
 
 LABELS = {
     "spectrum": "exact spectrum",

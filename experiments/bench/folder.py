@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from experiments import runs
 from experiments.bench import markdown, programs, timing
-from experiments.config import RunConfig
-from experiments.page import significant
-from experiments.recipes import get_recipe
 from jaxrobust import data, perturbations
+from jaxrobust.app import runs
+from jaxrobust.app.config import RunConfig
+from jaxrobust.app.recipe import get_recipe
+from jaxrobust.app.report.page import significant
 from jaxrobust.data import Dataset, Split
 from jaxrobust.data.augment import to_float
 from jaxrobust.parallel import make_layout

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-from experiments import runs
 from experiments.bench import markdown, programs, timing
-from experiments.page import significant
+from jaxrobust.app import runs
+from jaxrobust.app.report.page import significant
 from jaxrobust.parallel import make_layout
 
 IDLE = "no operation running"

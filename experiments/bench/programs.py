@@ -1,6 +1,6 @@
 """What runs execute: several seeds at once, the host's share, devices, the start, an epoch.
 
-The programs are those of :mod:`experiments.program`, called as the trainer calls them. The images
+The programs are those of :mod:`jaxrobust.app.program`, called as the trainer calls them. The images
 of ResNet18 are noise and its weights random: no time depends on them.
 """
 
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import timing
-from experiments.config import RunConfig
-from experiments.execution import STEPS_PER_CALL
-from experiments.program import (
+from jaxrobust import data, parallel, training
+from jaxrobust.app.config import RunConfig
+from jaxrobust.app.execution import STEPS_PER_CALL
+from jaxrobust.app.program import (
     initial_state,
     model_of,
     num_train_of,
@@ -32,9 +33,8 @@ from experiments.program import (
     stack_runs,
     swept_settings,
 )
-from experiments.recipes import get_recipe
-from experiments.training import make_splits
-from jaxrobust import data, parallel, training
+from jaxrobust.app.recipe import get_recipe
+from jaxrobust.app.trainer import make_splits
 from jaxrobust.data import Dataset, Split
 from jaxrobust.parallel import Layout, make_layout
 

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import figures, runs
 from experiments.bench import losses, programs, timing, train_page, train_step
-from experiments.progress import progress
 from jaxrobust import _validate
+from jaxrobust.app import runs
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report import figures
 
 
 class Settings(NamedTuple):

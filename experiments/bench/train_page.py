@@ -9,8 +9,8 @@ from matplotlib.lines import Line2D
 
 from experiments.bench import markdown
 from experiments.bench.programs import PHASES, to_first_step
-from experiments.figures import Style, add_legend, new_figure, row_style
-from experiments.page import duration, significant
+from jaxrobust.app.report.figures import Style, add_legend, new_figure, row_style
+from jaxrobust.app.report.page import duration, significant
 
 _LABELS = {
     "ours": "JAX",

@@ -1,18 +1,16 @@
 """The recipes: comparisons of methods, by name, and the studies that have one at every scale."""
 
-from experiments.config import Recipe
 from experiments.recipes import (
     ablations,
     authors_release,
     cifar10,
     cifar10_small,
-    digits,
     road,
     svhn,
     svhn_small,
 )
 from experiments.recipes.scales import SCALES, tiny
-from jaxrobust import _validate
+from jaxrobust.app.recipe import Recipe, register
 
 STUDIES: dict[str, dict[str, Recipe]] = {
     "cifar10": {"full": cifar10.RECIPE, "small": cifar10_small.RECIPE,
@@ -24,18 +22,5 @@ STUDIES: dict[str, dict[str, Recipe]] = {
 }
 """By name, the recipe at each scale."""
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (digits.RECIPE, authors_release.CIFAR10, authors_release.SVHN,
-                   *(recipe for scales in STUDIES.values() for recipe in scales.values()))
-}
-
-
-def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-      InputError: (a ValueError) for an unknown name; it names the nearest.
-    """
-    _validate.one_of("recipe", name, RECIPES)
-    return RECIPES[name]
+register(authors_release.CIFAR10, authors_release.SVHN,
+         *(recipe for scales in STUDIES.values() for recipe in scales.values()))

@@ -13,19 +13,17 @@ full scale is 0.01 there, beta = 1 is 0.05 and lambda = 1 is 0.05.
 import dataclasses
 from typing import NamedTuple
 
-from experiments.config import (
-    METHOD_LABELS,
-    Cost,
-    CurvatureConfig,
-    Evaluation,
-    OptimizerConfig,
-    Recipe,
-    RunConfig,
-    with_settings,
-)
 from experiments.paper import TABLES
 from experiments.recipes import cifar10, cifar10_small, svhn
 from experiments.recipes.scales import name_at, tiny
+from jaxrobust.app.config import (
+    CurvatureConfig,
+    Evaluation,
+    OptimizerConfig,
+    RunConfig,
+    with_settings,
+)
+from jaxrobust.app.recipe import METHOD_LABELS, Cost, Recipe
 from jaxrobust.losses import RobustLossConfig
 
 Rows = dict[str, tuple[str, RunConfig]]

@@ -9,8 +9,8 @@ epoch that is best *on the test set*, which leaks. `docs/methods.md` lists every
 
 import dataclasses
 
-from experiments.config import Recipe
 from experiments.recipes import cifar10, svhn
+from jaxrobust.app.recipe import Recipe
 from jaxrobust.losses import AUTHORS_RELEASE
 
 

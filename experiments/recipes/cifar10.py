@@ -11,15 +11,8 @@ the test set. Here 5,000 training images are held out for that choice; `--select
 50,000 is the paper's protocol, labelled as leaking.
 """
 
-from experiments.config import (
-    METHOD_LABELS,
-    METHOD_PAPER_ROWS,
-    Cost,
-    Evaluation,
-    Recipe,
-    RunConfig,
-    method_rows,
-)
+from jaxrobust.app.config import Evaluation, RunConfig
+from jaxrobust.app.recipe import METHOD_LABELS, METHOD_PAPER_ROWS, Cost, Recipe, method_rows
 
 NOISES = ("uniform(0.104)", "laplace(0.06)", "speckle(0.12)", "salt_and_pepper(0.014)")
 """Of the power of the Gaussian noise of training, speckle on values with a mean square of 1/4."""

@@ -28,17 +28,9 @@ scaled to 30 epochs.
 
 import dataclasses
 
-from experiments.config import (
-    METHOD_PAPER_ROWS,
-    SHORT_SCHEDULE_LABELS,
-    Cost,
-    CurvatureConfig,
-    OptimizerConfig,
-    Recipe,
-    RunConfig,
-    method_rows,
-)
 from experiments.recipes import cifar10
+from jaxrobust.app.config import CurvatureConfig, OptimizerConfig, RunConfig
+from jaxrobust.app.recipe import METHOD_PAPER_ROWS, SHORT_SCHEDULE_LABELS, Cost, Recipe, method_rows
 from jaxrobust.losses import RobustLossConfig
 
 BASE = RunConfig(

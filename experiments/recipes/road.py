@@ -21,36 +21,19 @@ they were not searched for.
 
 import dataclasses
 
-from experiments.config import (
+from jaxrobust.app.config import CurvatureConfig, Evaluation, OptimizerConfig, RunConfig
+from jaxrobust.app.recipe import (
     METHOD_LABELS,
     METHOD_PAPER_ROWS,
-    SHORT_SCHEDULE_LABELS,
+    NOISE_LEVELS,
+    PHOTOS,
     Cost,
-    CurvatureConfig,
-    Evaluation,
-    OptimizerConfig,
     Recipe,
-    RunConfig,
     method_rows,
+    photo_perturbations,
 )
 from jaxrobust.data import FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
-
-LEVELS = (0, 10, 30, 40, 60)
-
-
-def perturbations_of(patch: int, thickness: int) -> dict[str, str]:
-    """The rows of Table 4 by what they are; combinations in the order of the authors' release."""
-    occlusion, down_up, stripes = f"occlusion(20,{patch})", "down_up(3)", f"stripes(10,{thickness})"
-    return {
-        occlusion: "Occlusion",
-        f"gaussian(40/255)+{occlusion}": "Occlusion + Gaussian noise",
-        down_up: "DU sampling",
-        f"{down_up}+{occlusion}": "DU sampling + occlusion",
-        stripes: "Stripe masking",
-        f"{down_up}+{stripes}": "DU sampling + stripe masking",
-    }
-
 
 BASE = RunConfig(
     dataset=FOLDER_PREFIX, validation_size=0.125, model="mobilenet_v3_small", width=16,
@@ -65,33 +48,22 @@ ROAD = Recipe(
     rows=method_rows(BASE),
     labels=METHOD_LABELS,
     evaluation=Evaluation(
-        noise_levels=LEVELS, perturb=tuple(perturbations_of(70, 6)), tsne_images=400),
+        noise_levels=NOISE_LEVELS, perturb=tuple(photo_perturbations(70, 6)), tsne_images=400),
     curvature=CurvatureConfig(num_images=64, batch_size=4),
     paper_table="table3",
     paper_rows=METHOD_PAPER_ROWS,
-    paper_perturbations=perturbations_of(70, 6),
+    paper_perturbations=photo_perturbations(70, 6),
     note="The paper's numbers are of its own road images, which are not public.",
     cost=Cost(cpu_hours=20, cpu_gigabytes=8, gpu_hours=0.3, images=1250,
               basis="projected from a thousand training images"),
 )
 
 ROAD_SMALL = dataclasses.replace(
-    ROAD,
+    PHOTOS,
     name="road_small",
-    title="A folder of photographs at 64 x 80, MobileNetV3 from random weights",
-    rows=method_rows(dataclasses.replace(
-        BASE, image_size=(64, 80), num_features=128, batch_size=32,
-        batch_norm_statistics="recomputed",
-        robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_d=3.0),
-        optimizer=OptimizerConfig(
-            name="adam", learning_rate=2e-3, schedule="cosine", warmup_epochs=2.0,
-            weight_decay=0.0, clip_norm=5.0))),
-    labels=SHORT_SCHEDULE_LABELS,
-    evaluation=Evaluation(noise_levels=LEVELS, perturb=tuple(perturbations_of(11, 1))),
-    curvature=CurvatureConfig(num_images=64, num_probes=8, smoothing_draws=8, batch_size=16),
-    paper_perturbations=perturbations_of(11, 1),
-    cost=Cost(cpu_hours=0.7, cpu_gigabytes=6, gpu_hours=0.1, images=1000,
-              basis="projected, on CPUs from what a thousand images took"),
+    paper_table="table3",
+    paper_rows=METHOD_PAPER_ROWS,
+    paper_perturbations=photo_perturbations(11, 1),
     note="Images of 64 x 80 instead of 400 x 500, patches of 11 and stripes of 1 pixel instead of "
          "70 and 6, a network that starts from random weights, and the short schedule of the small "
          "recipes with the paper's loss at small weights: compare the rows with each other. The "

@@ -2,13 +2,8 @@
 
 import dataclasses
 
-from experiments.config import (
-    Cost,
-    CurvatureConfig,
-    OptimizerConfig,
-    Recipe,
-    RunConfig,
-)
+from jaxrobust.app.config import CurvatureConfig, OptimizerConfig, RunConfig
+from jaxrobust.app.recipe import Cost, Recipe
 
 SCALES = ("full", "small", "tiny")
 

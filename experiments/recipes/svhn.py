@@ -6,15 +6,8 @@ As `cifar10`, with noise of 0.15. Expected by the paper: robust 96.13 % clean an
 36/255. 5,000 training images are held out to choose the epoch.
 """
 
-from experiments.config import (
-    METHOD_LABELS,
-    METHOD_PAPER_ROWS,
-    Cost,
-    Evaluation,
-    Recipe,
-    RunConfig,
-    method_rows,
-)
+from jaxrobust.app.config import Evaluation, RunConfig
+from jaxrobust.app.recipe import METHOD_LABELS, METHOD_PAPER_ROWS, Cost, Recipe, method_rows
 
 RECIPE = Recipe(
     name="svhn",

@@ -7,8 +7,8 @@ The settings were found on CIFAR-10 and are untried on SVHN, which was not at ha
 
 import dataclasses
 
-from experiments.config import method_rows
 from experiments.recipes import cifar10_small, svhn
+from jaxrobust.app.recipe import method_rows
 
 BASE = dataclasses.replace(cifar10_small.BASE, dataset="svhn_cropped", noise_std=0.15)
 

@@ -408,7 +408,7 @@ def _notes_on_classes(labels, class_names):
 # --- decoding ---------------------------------------------------------------------------------
 
 def _require_pillow(what: str) -> None:
-    _validate.installed("PIL.Image", "Pillow", what, "pip install 'jaxrobust[data]'")
+    _validate.installed("PIL.Image", "Pillow", what, "pip install pillow")
 
 
 def _check_size(image_size: tuple[int, int]) -> None:

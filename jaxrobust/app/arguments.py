@@ -1,0 +1,112 @@
+"""The words of a command line: what they are before anything is checked, and what is wrong."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import itertools
+import re
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from jaxrobust.app.config import InputError
+
+
+def parse(kind: type, words: Sequence[str], program: str) -> Any:
+    """The command, an instance of ``kind``, from its words, of which the first is its name.
+
+    A kind with a classmethod ``default_of(options, called)`` gets its defaults from that.
+
+    Raises:
+      InputError: (a ValueError) in one line, for words that do not fit the command, or a value
+        that a configuration refuses.
+      SystemExit: with status 0, after the help.
+    """
+    name, *options = words
+    called = f"{program} {name}"
+    default = kind.default_of(options, called) if hasattr(kind, "default_of") else None
+    return read(kind, options, called, default)
+
+
+def read(kind: type, options: Sequence[str], called: str, default: Any = None) -> Any:
+    """An instance of ``kind`` from what follows the name of the command that is ``called`` so.
+
+    Raises:
+      InputError: (a ValueError) in one line, for what tyro draws a box of, or what a configuration
+        within it refuses.
+      SystemExit: with status 0, after the help.
+    """
+    defaults = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=options, prog=called, **defaults)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__context__
+        if not stop.code:
+            raise
+    message = _unknown_option(kind, options, called, defaults) or _message(said.getvalue())
+    raise InputError(f"{message} See {called} --help.")
+
+
+def unchecked_copy(value: Any) -> Any:
+    """A dataclass instance as one of a class without checks, those in it too; can be changed.
+
+    Checks may refuse words only because of defaults that are not theirs: those of another recipe.
+    """
+    if not dataclasses.is_dataclass(value):
+        return value
+    return _unchecked(type(value))(**{
+        field.name: unchecked_copy(getattr(value, field.name))
+        for field in dataclasses.fields(value)})
+
+
+@functools.cache
+def _unchecked(kind: type) -> type:
+    """The fields of a dataclass, and of those in it, without ``__post_init__``."""
+    fields = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        inner, *marks = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        if dataclasses.is_dataclass(inner):
+            inner = _unchecked(inner)
+        fields.append((name, Annotated[inner, *marks] if marks else inner))
+    return dataclasses.make_dataclass(kind.__name__, fields)
+
+
+def _unknown_option(
+    kind: type, options: Sequence[str], called: str, defaults: dict[str, Any]
+) -> str | None:
+    """A sentence on the first word that looks like an option and is none of the command."""
+    helped = io.StringIO()
+    with contextlib.redirect_stdout(helped), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=called, **defaults)
+    known = re.findall(r"(?<![\w-])--[a-z][\w.-]*", helped.getvalue())
+    for word in options:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            return f"Unknown option {option} of {called.split()[-1]}.{hint}"
+    return None
+
+
+def _message(box: str) -> str:
+    """The first paragraph of a box, and how the option in it is written, as one line."""
+    # The border is drawn in ASCII where the output bears no more; rules become empty.
+    lines = [re.sub(r"^-+$", "", line.strip(" │╭╮╰╯─|+")) for line in box.splitlines()]
+    title, *lines = itertools.dropwhile(lambda line: not line, lines)
+    lines = list(itertools.dropwhile(lambda line: not line, lines))
+    end = lines.index("") if "" in lines else len(lines)
+    message = (" ".join(lines[:end]) or title).replace("Unrecognized options", "Unexpected words")
+    for place, line in enumerate(lines):
+        if line == "Argument helptext:":
+            return f"{message.rstrip('.')}. Expected {lines[place + 1]}."
+    return f"{message.rstrip('.')}."

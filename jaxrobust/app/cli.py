@@ -1,0 +1,84 @@
+"""The command line: which commands there are, and which of them its words name.
+
+A command is a dataclass whose fields are its options; what it needs is imported once it is named.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxrobust import InputError, __version__, _validate
+
+
+class Command(NamedTuple):
+    """Where a command is, and what it does, in a line."""
+
+    module: str
+    name: str  # of its class in the module
+    summary: str
+
+
+_COMMANDS = "jaxrobust.app.commands"
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(_COMMANDS, "Demo", "Compare five training methods on digits, with a report."),
+    "train": Command(_COMMANDS, "Train", "Train one network."),
+    "compare": Command(_COMMANDS, "Compare", "Train and test several methods, with a report."),
+    "sweep": Command(_COMMANDS, "Sweep", "Compare the values of some settings."),
+    "evaluate": Command(_COMMANDS, "Evaluate", "Test trained networks under noise."),
+    "curvature": Command(_COMMANDS, "Curvature", "Measure the curvature of the loss."),
+    "figures": Command(_COMMANDS, "Figures", "Relate curvature and robustness, in figures."),
+    "report": Command(_COMMANDS, "Report", "Write the report of trained networks."),
+    "predict": Command(_COMMANDS, "Predict", "Classify image files, each with its doubt."),
+    "export": Command(_COMMANDS, "Export", "Write a network for use elsewhere."),
+    "perturb": Command(_COMMANDS, "Perturb", "Show what perturbations do to an image."),
+    "prepare": Command(_COMMANDS, "Prepare", "Download and prepare a data set."),
+}
+"""By name, in the order of the help."""
+
+
+def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust") -> None:
+    """Runs the command that the command line names; bad input is one line and status 2."""
+    words = sys.argv[1:]
+    if words[:1] in (["--help"], ["-h"]):
+        print(help_text(commands, program))
+        return
+    if words[:1] == ["--version"]:
+        print(f"jaxrobust {__version__}")
+        return
+    try:
+        if not words:
+            raise InputError(f"Expected a command, got none. See {program} --help.")
+        _validate.one_of("command", words[0], commands)
+        # Imports JAX and all that computes.
+        from jaxrobust.app import arguments, execution
+
+        execution.start_process()
+        command = arguments.parse(find(commands[words[0]]), words, program)
+        command()
+    except InputError as error:
+        lines = getattr(error, "lines", ())  # Of images that cannot be used.
+        for line in lines:
+            print(line, file=sys.stderr)
+        hint = " Add --skip-bad to go on without them." if lines and hasattr(
+            command, "skip_bad") else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def find(command: Command) -> type:
+    """The class of a command."""
+    return getattr(importlib.import_module(command.module), command.name)
+
+
+def help_text(commands: Mapping[str, Command], program: str) -> str:
+    """What ``--help`` prints."""
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in commands.items()]
+    return "\n".join([
+        f"usage: {program} COMMAND [OPTIONS]", "",
+        "Train and test image classifiers that keep their accuracy when inputs are noisy.", "",
+        *lines, "", f"{program} COMMAND --help lists the options of a command."])

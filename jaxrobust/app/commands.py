@@ -1,0 +1,527 @@
+"""The commands of the application: their options, and what each does with them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from jaxrobust import _validate
+from jaxrobust.app import (
+    arguments,
+    comparing,
+    doubt,
+    perturb_figure,
+    predict,
+    prepare,
+    runs,
+    sweep,
+    trainer,
+)
+from jaxrobust.app.comparing import StudyPlan
+from jaxrobust.app.config import (
+    CurvatureConfig,
+    Evaluation,
+    InputError,
+    RunConfig,
+    check_image_size,
+    check_seeds,
+    distinct,
+    read_config,
+    with_settings,
+)
+from jaxrobust.app.datasets import check_perturbations, open_dataset
+from jaxrobust.app.execution import Execution, Feed
+from jaxrobust.app.measurements import accuracy, curvature, robustness
+from jaxrobust.app.measurements.robustness import FigureSettings
+from jaxrobust.app.recipe import RECIPES, get_recipe
+from jaxrobust.app.report import comparison, report, sweep_report
+from jaxrobust.data.sources import default_data_dir
+
+Positional = tyro.conf.Positional
+Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*", metavar="INT[,INT...]",
+    instance_from_str=lambda words: tuple(
+        int(seed) for word in words for seed in word.split(",") if seed),
+    is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda seeds: [
+        str(seed) for seed in seeds])]
+"""As ``0 1 2`` or ``0,1,2``."""
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes of a job."""
+    if runs.is_writer():
+        print(text, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Train and test several methods: all rows of a recipe, over some seeds, with a report.
+
+    Leaves finished runs as they are, and resumes interrupted ones.
+    """
+
+    recipe: Positional[str]
+    """Such as photos or digits."""
+    dry_run: bool = False
+    """Only say what would be done, and what it takes."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/RECIPE if none is given."""
+    rows: tuple[str, ...] | None = None
+    """Rows of the recipe to run; all if none is given."""
+    seeds: Seeds | None = None
+    """Training seeds; the recipe's if none is given."""
+    jobs: int = 1
+    """Runs at a time, each a process on its share of the CPU cores."""
+    report: bool = True
+    """Whether to write the report at the end."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data: str | None = None
+    """Data set instead of the recipe's, such as folder:PATH."""
+    init_from: str | None = None
+    """File of PyTorch weights that all rows start from."""
+    skip_bad: bool = False
+    """Whether to go on without those images of a folder that cannot be used."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+    together: bool | None = None
+    """Whether the seeds of a row are trained as one vmapped program; if not given, on
+    accelerators. On CPUs that is slower than one after the other."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        _validate.in_range("jobs", self.jobs, 1)
+        check_seeds(self.seeds)
+        if self.rows is not None:
+            _validate.in_range("number of rows", len(self.rows), 1)
+            distinct("row", self.rows)
+
+    def __call__(self) -> None:
+        recipe = comparing.with_sources(
+            get_recipe(self.recipe), self.data, self.init_from, self.skip_bad)
+        plan = comparing.plan_study(
+            recipe, self.out or pathlib.Path("runs") / recipe.name, self.rows, self.seeds)
+        if self.dry_run:
+            print(plan.text())
+            return
+        failures = run_plans([plan], self, plan.text())
+        if self.report and runs.is_writer():
+            print(f"The report is in {report.write_report(plan.folder)}")
+        runs.barrier("report")
+        if failures:
+            raise InputError("; ".join(failures))
+
+
+def run_plans(plans: Sequence[StudyPlan], options: Compare, text: str) -> list[str]:
+    """Runs studies, all of whose data sets are loaded before the first of them begins.
+
+    Args:
+      plans: of the studies.
+      options: how to run them.
+      text: what to say first.
+
+    Returns:
+      A line for each run that failed.
+
+    Raises:
+      InputError: (a ValueError) if they cannot be run.
+    """
+    if options.jobs > 1 and options.execution != Execution():
+        raise InputError(
+            f"Expected jobs=1 with several devices or processes, got {options.jobs}.")
+    for plan in plans:
+        runs.require_writable(plan.folder)
+    layout = options.execution.start()
+    say(text)
+    for plan in plans:
+        for row in plan.rows:
+            check_perturbations(plan.recipe.rows[row], plan.recipe.evaluation.perturb)
+    datasets = [comparing.load_recipe_dataset(
+        plan.recipe, options.data_dir, in_memory=options.feed.in_memory()) for plan in plans]
+    fitted = []
+    for plan, dataset in zip(plans, datasets, strict=True):
+        recipe, changes = comparing.fit_recipe(plan.recipe, dataset)
+        fitted.append(dataclasses.replace(plan, recipe=recipe))
+        for change in changes:
+            say(change)
+    return [failure for plan, dataset in zip(fitted, datasets, strict=True)
+            for failure in comparing.run_plan(
+                plan, dataset, jobs=options.jobs, data_dir=options.data_dir,
+                tensorboard=options.tensorboard, together=options.together, layout=layout,
+                feed=options.feed)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train five methods on scikit-learn's digits with three seeds each, test them under noise,
+    and write a report: all that there is, in some minutes on a CPU."""
+
+    out: pathlib.Path = pathlib.Path("runs/digits")
+    """Folder of the results."""
+    jobs: int = 1
+    """Runs at a time, each a process on its share of the CPU cores."""
+
+    def __call__(self) -> None:
+        Compare("digits", out=self.out, jobs=self.jobs)()
+
+
+class OfRecipe:
+    """What the commands that train with a recipe's settings have in common."""
+
+    @classmethod
+    def default_of(cls, options: Sequence[str], called: str):
+        """The command with the settings of the recipe that its options name, wherever among them.
+
+        Where so few epochs are asked for that the recipe's warm-up would not end within them, it
+        is the same share of them as in the recipe, and a line says so.
+
+        Raises:
+          InputError: (a ValueError) for no or an unknown recipe or row.
+        """
+        shown = cls(recipe="digits", run=get_recipe("digits").run("robust", seed=0))
+        nothing = arguments.unchecked_copy(shown)
+        nothing.recipe, nothing.run.epochs, nothing.run.optimizer.warmup_epochs = "", -1, -1.0
+        helping = [word for word in options if word in ("-h", "--help")]
+        asked = arguments.read(type(nothing), [word for word in options if word not in helping],
+                               called, nothing)
+        if not asked.recipe:
+            if helping:
+                return shown
+            raise InputError(f"Expected a recipe, such as {called.split()[-1]} digits/both, got "
+                             f"none. There are: {', '.join(RECIPES)}.")
+        name, _, row = asked.recipe.partition("/")
+        run = get_recipe(name).run(row or "robust", seed=0)
+        warmup, epochs = run.optimizer.warmup_epochs, asked.run.epochs
+        if asked.run.optimizer.warmup_epochs == -1 and 0 < epochs <= warmup:
+            fitting = warmup * epochs / run.epochs
+            run = with_settings(dataclasses.replace(run, optimizer=dataclasses.replace(
+                run.optimizer, warmup_epochs=fitting)), {"epochs": epochs})
+            if not helping:
+                print(f"Warm-up of {fitting:.2g} epochs, not {warmup:g}: the same share of "
+                      f"--epochs {epochs} as in the recipe. --optimizer.warmup-epochs sets "
+                      "another.", flush=True)
+        return cls(recipe=asked.recipe, run=run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(OfRecipe):
+    """Train one run: `train RECIPE/ROW`, with any of its settings changed, or one for each of
+    several seeds.
+
+    The defaults shown are those of the recipe's row that the command line names; of digits/robust
+    where it names none.
+    """
+
+    recipe: Positional[str]
+    """RECIPE/ROW, such as cifar10/both, anywhere among the words; the row is "robust" if none is
+    given."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out: pathlib.Path | None = None
+    """Folder of the run, or with several seeds above the runs; runs/RECIPE-ROW-seedSEED if none
+    is given."""
+    seeds: Seeds | None = None
+    """Seeds of several runs, trained as one vmapped program on one device; instead of --seed."""
+    resume: bool = False
+    """Go on with a run begun before."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        check_seeds(self.seeds)
+
+    def __call__(self) -> None:
+        name = self.recipe.replace("/", "-")
+        layout = self.execution.start()
+        configs = [self.run] if self.seeds is None else [
+            dataclasses.replace(self.run, seed=seed) for seed in self.seeds]
+        folders = [(self.out or pathlib.Path("runs")) / f"{name}-seed{config.seed}"
+                   for config in configs]
+        if self.seeds is None and self.out is not None:
+            folders = [self.out]
+        for folder in folders:
+            runs.require_writable(folder)
+        check_perturbations(self.run, ())
+        dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
+        if self.run.select == "test":
+            say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
+                "on them is then too high.")
+        failures = trainer.train_together(
+            configs, dataset, folders, resume=self.resume, tensorboard=self.tensorboard, label=name,
+            layout=layout, feed=self.feed)
+        if failures:
+            raise InputError("; ".join(failures))
+        say(f"Trained: {', '.join(str(folder) for folder in folders)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(OfRecipe):
+    """Train and test `sweep RECIPE/ROW` with all combinations of some settings' values, and show
+    them side by side.
+
+    Any setting that all share can be changed as in `train`. What is done already is left as it
+    is; what was broken off goes on; values and seeds are added to a sweep of the same settings,
+    which then holds all their combinations. The best setting is that of the best validation
+    accuracy.
+    """
+
+    recipe: Positional[str]
+    """RECIPE/ROW, such as cifar10_small/robust, anywhere among the words; the row is "robust" if
+    none is given."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; once for each setting."""
+    seeds: Seeds | None = None
+    """Training seeds of each combination, instead of --seed."""
+    at_once: int | None = None
+    """The most runs trained as one vmapped program; if not given, all on accelerators, where the
+    memory may ask for fewer, and 1 on CPUs. There an epoch of three together took 2.5 to 4 times
+    as long as one of each, but they are compiled once, not once for each setting: what is trained
+    for seconds only is done sooner together."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/sweep-RECIPE-ROW if none is given."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        check_seeds(self.seeds)
+        if self.at_once is not None:
+            _validate.in_range("at_once", self.at_once, 1)
+
+    def __call__(self) -> None:
+        name, _, row = self.recipe.partition("/")
+        row = row or "robust"
+        plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
+        layout = self.execution.start()
+        folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
+        runs.require_writable(folder)
+        check_perturbations(self.run, plan.evaluation.perturb)
+        dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
+        plan = dataclasses.replace(
+            plan, evaluation=comparing.fit_evaluation(plan.evaluation, dataset))
+        # Says what cannot be before anything is written; the plan may grow by what is there.
+        sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
+        plan = sweep.claim_sweep(folder, plan)
+        at_once = sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
+        diverged = sweep.run_sweep(
+            plan, dataset, folder, at_once=at_once, tensorboard=self.tensorboard, layout=layout,
+            feed=self.feed)
+        if runs.is_writer():
+            print(f"The table is in {sweep_report.write_sweep(folder, plan)}")
+        if diverged:
+            raise InputError(f"{len(diverged)} of {len(plan.configs())} runs in {folder} diverged: "
+                             f"{', '.join(diverged)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnRuns:
+    """What the commands on finished runs have in common."""
+
+    runs: Positional[tuple[pathlib.Path, ...]]
+    """Folders of finished runs."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+    name: str | None = None
+    """Of this measurement, kept in files of its own (evaluation-NAME.json) beside those with other
+    settings; none for the one that reports show."""
+
+    def configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
+        """Of all runs before the first is measured, which takes long."""
+        if not self.runs:
+            raise InputError("Expected at least one folder of a run, got none.")
+        configs = [(folder, read_config(folder)) for folder in self.runs]
+        for folder, _ in configs:
+            runs.require_writable(folder)
+            runs.result_path(folder, "evaluation", self.name)  # Says what is wrong with the name.
+        return configs
+
+    def load(self, layout=None):
+        for folder, config in self.configs():
+            yield folder, trainer.load_run(
+                folder, config, open_dataset(config, self.data_dir), layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(OnRuns):
+    """Test finished runs under Gaussian noise and other perturbations."""
+
+    settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
+        noise_levels=(0, 2, 4, 8, 16, 20))
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __call__(self) -> None:
+        layout = self.execution.start()
+        for _, config in self.configs():
+            check_perturbations(config, self.settings.perturb)
+        for folder, run in self.load(layout):
+            accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
+            path = runs.result_path(folder, "evaluation", self.name)
+            runs.barrier("evaluated")
+            found = runs.read_json(path)
+            if "classes" in found:  # Older ones have none.
+                say(comparison.evaluation_text(found))
+            say(doubt.doubt_text(doubt.load_doubt(folder)))
+            say(f"The accuracies are in {path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature(OnRuns):
+    """Measure the curvature of finished runs' loss at test images.
+
+    What is done already is left as it is; what was broken off goes on.
+    """
+
+    settings: Annotated[CurvatureConfig, tyro.conf.arg(name="")] = CurvatureConfig()
+    test_size: int | None = None
+    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
+    all, in their order."""
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
+
+    def __call__(self) -> None:
+        for folder, run in self.load(self.execution.start()):
+            curvature.measure_curvature(
+                run, self.settings, folder, folder.name, test_size=self.test_size, name=self.name)
+            path = runs.result_path(folder, "curvature", self.name)
+            say(f"The curvatures are in {path.with_suffix('.npz')}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures(OnRuns):
+    """Make the paper's Fig. 8 to 13 of finished runs: curvature and robustness, loss surfaces,
+    features of the blocks.
+
+    Measures what is missing, then writes the report of the study that the runs belong to anew.
+    """
+
+    settings: Annotated[FigureSettings, tyro.conf.arg(name="")] = FigureSettings()
+    out: pathlib.Path | None = None
+    """Folder of the figures of runs that belong to no study; "figures" beside the first of them
+    if none is given."""
+
+    def __call__(self) -> None:
+        # Says what is wrong before hours of work.
+        if self.out is not None:
+            runs.require_writable(self.out)
+        report.group_by_study(self.runs)
+        for folder, run in self.load():
+            robustness.measure_robustness(run, self.settings, folder, folder.name, self.name)
+        for path in report.write_figures(self.runs, self.out, self.name):
+            print(f"The figures are in {path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the report of a folder that `reproduce` made, or of any finished runs."""
+
+    folders: Positional[tuple[pathlib.Path, ...]]
+    """Folder of the study; or folders of runs, of which those that differ in the seed alone are one
+    row."""
+    out: pathlib.Path | None = None
+    """Folder of a report of runs; "report" beside the first if none is given."""
+
+    def __call__(self) -> None:
+        if not self.folders:
+            raise InputError("Expected a folder of a study, or folders of runs, got none.")
+        first = self.folders[0]
+        if self.out is not None:
+            runs.require_writable(self.out)
+        if len(self.folders) == 1 and not (first / "config.json").is_file():
+            if self.out is not None:
+                raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
+                                 f"report. Got {self.out}.")
+            path = report.write_report(first)
+        else:
+            path = report.write_report_of_runs(self.folders, self.out or first.parent / "report")
+        print(f"The report is in {path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify image files with a finished run, and say how doubtful each prediction is.
+
+    A line for each image, and one on the score of doubt: which it is, how well it told wrong
+    predictions from right ones on held-out images, and above which threshold an image is marked
+    as doubtful. It is measured when a run is tested or, if it was not, at first use.
+    """
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    images: Positional[tuple[pathlib.Path, ...]]
+    """Image files."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        run, score = predict.load_classifier(self.run, self.data_dir)
+        print(predict.table_text(predict.predict_files(run, score, self.images), score))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the network of a finished run for use elsewhere."""
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+    out: pathlib.Path | None = None
+    """FILE.stablehlo: the whole classifier, normalisation inside, for jax.export; FILE.safetensors
+    or FILE.pth: the weights, in PyTorch's names; RUN/model.stablehlo if none is given."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        out = self.out or self.run / "model.stablehlo"
+        predict.require_exportable(out)
+        predict.export_run(*predict.load_classifier(self.run, self.data_dir), out)
+        print(f"The network is in {out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturb:
+    """Show what perturbations do to an image."""
+
+    image: Positional[pathlib.Path]
+    """Image file."""
+    perturb: tuple[str, ...] = perturb_figure.EVERY
+    """Perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; if not
+    given, all there are, in the paper's strengths."""
+    image_size: tuple[int, int] = (400, 500)
+    """Height and width to which the image is resized."""
+    out: pathlib.Path = pathlib.Path("perturbations.png")
+    """Where the picture goes: a .png, .jpg, .webp or .svg file."""
+
+    def __post_init__(self):
+        check_image_size(self.image_size)
+        _validate.in_range("number of perturbations", len(self.perturb), 1)
+        distinct("perturbation", self.perturb)
+
+    def __call__(self) -> None:
+        perturb_figure.show_perturbations(self.image, self.image_size, self.perturb, self.out)
+        print(f"The picture is in {self.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download and prepare a data set."""
+
+    dataset: Positional[str]
+    """"cifar10" or "svhn_cropped"; "digits" needs none."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+
+    def __call__(self) -> None:
+        runs.require_writable(self.data_dir.expanduser())
+        print(prepare.prepare(self.dataset, self.data_dir.expanduser()))

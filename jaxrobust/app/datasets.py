@@ -1,0 +1,98 @@
+"""The data set of a run, and the record of its files beside the run."""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import data
+from jaxrobust.app import runs
+from jaxrobust.app.config import InputError, RunConfig
+from jaxrobust.app.progress import Progress, progress
+from jaxrobust.data import Dataset
+from jaxrobust.perturbations import parse_perturbation
+
+SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3)}
+"""Of the images of a data set by name: height, width, channels."""
+
+
+def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
+    """Checks that a run's images are large enough for its own perturbation and those of its tests,
+    before the data set is opened, which may take minutes.
+
+    Raises:
+      InputError: (a ValueError) if one cannot be applied; it names it.
+    """
+    shape = SHAPES.get(config.dataset, (*config.image_size, 3))
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    for text in (*texts, *([] if config.perturb is None else [config.perturb])):
+        try:
+            jax.eval_shape(parse_perturbation(text), jax.random.key(0), image)
+        except InputError as error:
+            raise InputError(f"{error} It is in perturbation={text!r}, for images of "
+                             f"{config.dataset}.") from error
+
+
+def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:
+    """The data set that a configuration names; runs that share it share what is in memory.
+
+    The images of a folder stay in the file of those decoded, which the system keeps in memory as
+    far as there is room: ``in_memory`` is of the other data sets. Says which files of a folder are
+    left out, and what else is to be known of it.
+
+    Raises:
+      InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
+    """
+    if not config.dataset.startswith(data.FOLDER_PREFIX):
+        return _load(config.dataset, data_dir, in_memory)
+    return _load_folder(config.dataset, config.image_size, config.split_seed, config.skip_bad,
+                        data_dir)
+
+
+@functools.cache
+def _load(name, data_dir, in_memory):
+    return data.load_dataset(name, data_dir, in_memory=in_memory)
+
+
+@functools.cache
+def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
+    shown: list[Progress] = []
+    with contextlib.ExitStack() as stack:
+
+        def decoded(done, total):
+            if not shown:  # Nothing is shown where all images are decoded already.
+                shown.append(stack.enter_context(progress("decode", total)))
+            shown[0].advance()
+
+        dataset = data.load_dataset(
+            name, data_dir, in_memory=False, image_size=image_size, split_seed=split_seed,
+            skip_bad=skip_bad, progress=decoded)
+    if runs.is_writer():
+        for line in dataset.skipped:
+            print(f"Skipped: {line}", flush=True)
+        if dataset.skipped:
+            print(f"Skipped {len(dataset.skipped)} in all.", flush=True)
+        for line in dataset.notes:
+            print(f"Note: {line}", flush=True)
+    return dataset
+
+
+def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
+    """Checks that a run's folder is of a data set whose files are still the same.
+
+    Raises:
+      InputError: (a ValueError) if images have come, gone or moved since.
+    """
+    path = folder / "split.csv"
+    if dataset.files is not None and path.is_file():
+        data.check_same_files(data.files_from_csv(path.read_text()), dataset.files,
+                              f"{dataset.name}, with which {folder} was trained,")
+
+
+def save_files(dataset: Dataset, folder: pathlib.Path) -> None:
+    """Writes ``split.csv``, with path, class and side of every image, beside a run."""
+    if dataset.files is not None:
+        runs.write_text(folder / "split.csv", data.files_to_csv(dataset.files))

@@ -1,0 +1,172 @@
+"""How doubtful a run's predictions are: a score, chosen and judged on images not trained on."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrobust import _validate, evaluation, metrics
+from jaxrobust.app import runs
+from jaxrobust.app.execution import batch_size_of
+from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
+from jaxrobust.data import Split, StoredImages
+from jaxrobust.data.augment import to_float
+from jaxrobust.metrics import ClassStatistics
+
+SCORES = {
+    "probability": "1 - probability",
+    "energy": "energy",
+    "distance": "distance to the class centroid, over the class's typical one",
+    "mahalanobis": "Mahalanobis distance to the class centroid",
+}
+"""The candidates, in words. Of equals the first is chosen."""
+_OF_FEATURES = ("distance", "mahalanobis")
+
+COVERAGE = 0.9
+"""The share of held-out images that the threshold accepts."""
+LEAST = 5
+"""Right predictions, and wrong ones, without which an AUROC says too little to choose by."""
+MOST_IMAGES = 5000
+"""Training images that the distances are measured from, a share of each class, and held-out images;
+drawn at random with seed 0."""
+
+
+class Doubt(NamedTuple):
+    """The score of a run."""
+
+    score: str  # one of SCORES
+    statistics: ClassStatistics | None  # of the training images; None where the score needs none
+    facts: dict | None  # what doubt.json says of it; None if no score was measured
+
+
+UNMEASURED = Doubt("probability", None, None)
+
+
+def doubt_of(
+    score: str, logits: jax.Array, features: jax.Array, statistics: ClassStatistics | None
+) -> jax.Array:
+    """The score [B] of predictions from logits [B, C] and features [B, d]: large for doubtful."""
+    classes = logits.argmax(axis=1)
+    return {
+        "probability": lambda: metrics.improbability(logits),
+        "energy": lambda: metrics.energy(logits),
+        "distance": lambda: metrics.scaled_distance(features, classes, statistics),
+        "mahalanobis": lambda: metrics.mahalanobis_distance(features, classes, statistics),
+    }[score]()
+
+
+def outputs_of(run: TrainedRun, images) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, C] and features [N, d] of images [N, H, W, channels]."""
+    variables = variables_of(run.state)
+    return evaluation.map_batches(
+        lambda rows: _outputs(run.model, variables, rows), images,
+        batch_size=batch_size_of(images))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _outputs(model, variables, images):
+    outputs = model.apply(variables, to_float(images), train=False)
+    return outputs.logits, outputs.features
+
+
+def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
+    """Writes ``doubt.json``, and ``doubt.npz`` if the chosen score needs statistics of the classes.
+
+    The score is that of :data:`SCORES` with the best AUROC on images that the run was not trained
+    on: the validation images that chose its epoch or, if it has none or too few of them are
+    classified wrongly, the test images. If too few of these are too, none is better than the
+    others, and it is the probability. Does nothing if it is there.
+
+    Raises:
+      InputError: (a ValueError) if logits or features are not finite.
+    """
+    path = folder / "doubt.json"
+    if path.is_file():
+        return
+    runs.barrier("doubt")  # All have looked before one writes.
+    splits = make_splits(run.dataset, run.config)
+    num_classes = len(run.dataset.class_names)
+    train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)
+                                 for label in range(num_classes)])
+    features = outputs_of(run, train.images)[1]
+    _validate.finite("features of training images", features)
+    statistics = metrics.class_statistics(features, train.labels, num_classes)
+    held_out = {"test": run.dataset.test}
+    if run.config.select == "validation":
+        held_out = {"validation": splits.selection} | held_out
+    for name, split in held_out.items():
+        split = _draw(split, [np.arange(len(split.labels))])
+        logits, features = outputs_of(run, split.images)
+        _validate.finite(f"logits of {name} images", logits)
+        _validate.finite(f"features of {name} images", features)
+        correct = logits.argmax(axis=1) == split.labels
+        doubts = {score: np.asarray(doubt_of(score, logits, features, statistics))
+                  for score in SCORES}
+        facts = {"held_out": name, **choose_score(doubts, correct)}
+        if facts["auroc"] is not None:
+            break
+    if facts["score"] in _OF_FEATURES:
+        runs.write_arrays(folder / "doubt.npz", statistics._asdict())
+    runs.write_json(path, {**facts, "epoch": run.epoch, "provenance": runs.provenance()})
+
+
+def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
+    """Of the rows of each group as many as make :data:`MOST_IMAGES` of all groups, in order."""
+    random, most = np.random.default_rng(0), -(-MOST_IMAGES // len(groups))
+    rows = np.sort(np.concatenate([random.permutation(group)[:most] for group in groups]))
+    take = split.images.take if isinstance(split.images, StoredImages) else split.images.__getitem__
+    return Split(take(rows), split.labels[rows])
+
+
+def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
+    """Which score tells wrong predictions from right ones best, and how well.
+
+    Args:
+      doubts: by score, [N].
+      correct: [N] bool, whether each prediction is right.
+
+    Returns:
+      Facts for JSON: the ``score``; the ``auroc`` of each, None with less than :data:`LEAST` right
+      or wrong predictions; the ``threshold`` that accepts the share ``coverage``; and accuracies.
+    """
+    num_wrong = int(np.sum(~correct))
+    tells = min(num_wrong, len(correct) - num_wrong) >= LEAST
+    auroc = {score: metrics.auroc(doubt, correct) for score, doubt in doubts.items()} if (
+        tells) else None
+    score = max(auroc, key=auroc.get) if tells else "probability"
+    threshold = metrics.doubt_threshold(doubts[score], COVERAGE)
+    accepted = doubts[score] <= threshold
+    return {
+        "score": score, "auroc": auroc, "num_images": len(correct), "num_wrong": num_wrong,
+        "coverage": COVERAGE, "threshold": threshold, "accepted": float(accepted.mean()),
+        "accuracy": float(correct.mean()), "accuracy_of_accepted": float(correct[accepted].mean())}
+
+
+def load_doubt(folder: pathlib.Path) -> Doubt:
+    """The score of the run in a folder; :data:`UNMEASURED` if it has no ``doubt.json``."""
+    if not (folder / "doubt.json").is_file():
+        return UNMEASURED
+    facts = runs.read_json(folder / "doubt.json")
+    if facts["score"] not in _OF_FEATURES:
+        return Doubt(facts["score"], None, facts)
+    with np.load(folder / "doubt.npz") as arrays:
+        return Doubt(facts["score"], ClassStatistics(**arrays), facts)
+
+
+def doubt_text(doubt: Doubt) -> str:
+    """What a user must know of the score, in a line."""
+    facts, name = doubt.facts, SCORES[doubt.score]
+    if facts is None:
+        return f"Doubt is {name}; how well it tells wrong predictions from right is not known."
+    told = (f"its AUROC is {facts['auroc'][doubt.score]:.2f} (0.5 is chance, 1 perfect)"
+            if facts["auroc"] else
+            f"fewer than {LEAST} wrong or right ones are too few for an AUROC")
+    accepted, right, every = (100 * facts[key] for key in (
+        "accepted", "accuracy_of_accepted", "accuracy"))
+    return (f"Doubt is {name}: on {facts['num_images']} {facts['held_out']} images, "
+            f"{facts['num_wrong']} of them classified wrongly, {told}. Above "
+            f"{facts['threshold']:.4g} it is doubtful: {accepted:.1f} % of them are not, and of "
+            f"these {right:.1f} % are right, of all {every:.1f} %.")

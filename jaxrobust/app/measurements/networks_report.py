@@ -1,0 +1,189 @@
+"""The report's section on curvature across networks: is the flatter network the more robust one?
+
+One point for each run, where :mod:`.robustness_report` has one for each image.
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from jaxrobust.app.measurements.networks_figure import Network, networks_figure
+from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
+from jaxrobust.app.study import Run, Study
+
+FEWEST = 8
+"""Networks without which there is no section."""
+
+CURVATURES = {
+    "frobenius_squared": "Exact Hessian",
+    "finite_difference": "Finite differences",
+    "smoothed_frobenius_squared": "Noise-averaged loss",
+}
+"""Columns of the curvature file; different quantities on a ReLU network."""
+
+RESAMPLES = 500
+"""Of the rows, with replacement, for the interval of a correlation."""
+
+SHARE = 0.95
+"""Of the resampled correlations within the interval."""
+
+
+class Coefficient(NamedTuple):
+    """Spearman's, with its interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+class RankCorrelations:
+    """Spearman's coefficients between variables, and their intervals over resampled groups.
+
+    Whole groups (the seeds of a row, which are alike) are drawn with replacement, so that many
+    seeds of few rows do not pass for many networks. Resamples without a coefficient, such as those
+    in which a variable is constant, are left out.
+
+    Args:
+      variables: by name, [n] each.
+      groups: [n], what belongs together.
+    """
+
+    def __init__(self, variables: dict[Hashable, np.ndarray], groups: np.ndarray):
+        self._index = {name: index for index, name in enumerate(variables)}
+        values = np.stack(list(variables.values()), axis=1)
+        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        random = np.random.default_rng(0)
+        drawn = [np.concatenate([members[index] for index in random.integers(
+            len(members), size=len(members))]) for _ in range(RESAMPLES)]
+        # The first is of the networks as they are.
+        self._matrices = np.stack([_spearman(values[rows])
+                                   for rows in (np.arange(len(values)), *drawn)])
+
+    def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
+        """That of two variables; with the ranks of a third held fixed, the partial one."""
+        found = self._of(x, y)
+        if given is not None:
+            with_x, with_y = self._of(x, given), self._of(y, given)
+            rest = (1 - with_x**2) * (1 - with_y**2)
+            # Where one variable is ranked as the given one is, nothing is left of it.
+            rest[rest < 1e-9] = np.nan
+            found = (found - with_x * with_y) / np.sqrt(rest)
+        value, resampled = found[0], found[1:][np.isfinite(found[1:])]
+        tail = (1 - SHARE) / 2
+        low, high = (np.quantile(resampled, (tail, 1 - tail)) if len(resampled) else
+                     (np.nan, np.nan))
+        return Coefficient(float(value), float(low), float(high))
+
+    def _of(self, x: Hashable, y: Hashable) -> np.ndarray:
+        return self._matrices[:, self._index[x], self._index[y]]
+
+
+def _spearman(values: np.ndarray) -> np.ndarray:
+    """The coefficients [k, k] of the columns of [n, k]; NaN for those that are constant."""
+    # Many times as fast as scipy.stats.spearmanr, which also makes p-values.
+    ranks = stats.rankdata(values, axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    norms[norms == 0] = np.nan
+    return (ranks.T @ ranks) / np.outer(norms, norms)
+
+
+def section(study: Study) -> Section | None:
+    """The section; None for fewer than :data:`FEWEST` networks with curvature, or without clean
+    and noisy accuracies that all of them have."""
+    found = _different([
+        (row, run) for row in study.labels for run in study.finished(row)
+        if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
+    if len(found) < FEWEST:
+        return None
+    levels = sorted(set.intersection(*(
+        {test["std_255"] for test in run.evaluation["levels"]} for _, run in found)))
+    if len(levels) < 2 or levels[0] != 0:
+        return None
+    return Section(
+        "networks", "Curvature and robustness, network by network",
+        "Is a network whose loss curves less at clean images the one that loses less to noise?",
+        (_table(found, levels),), (_picture(study, found, levels[-1]),))
+
+
+def _different(found: list[tuple[str, Run]]) -> list[tuple[str, Run]]:
+    """Without those that are an earlier one again, to the last digit.
+
+    A setting that does nothing in two rows, such as a bound that no gradient reaches, makes them
+    one network, which must not count twice.
+    """
+    results: dict[tuple, tuple[str, Run]] = {}
+    for row, run in found:
+        results.setdefault((str(run.medians), str(run.evaluation["levels"])), (row, run))
+    return list(results.values())
+
+
+def _medians(found: list[tuple[str, Run]], key: str) -> np.ndarray:
+    return np.array([run.medians[key] for _, run in found])
+
+
+def _measures(found: list[tuple[str, Run]]) -> dict[str, str]:
+    return {key: name for key, name in CURVATURES.items()
+            if all(key in run.medians for _, run in found)}
+
+
+def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
+    """Per cent, mean over the draws, by network."""
+    return np.array([100 * np.mean(next(
+        test["accuracies"] for test in run.evaluation["levels"] if test["std_255"] == level))
+        for _, run in found])
+
+
+def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
+    groups = np.array([row for row, _ in found])
+    measures, clean = _measures(found), _accuracies(found, 0)
+    variables: dict[str | float, np.ndarray] = {key: _medians(found, key) for key in measures}
+    outcomes: list[tuple] = []  # heading, variable, and that which is held fixed
+    for level in levels:
+        accuracy = variables[level] = _accuracies(found, level)
+        outcomes.append((f"accuracy, {level_name(level).lower()}", level, None))
+        if level:
+            lost = f"loss of accuracy at {level_name(level)}"
+            variables[lost] = clean - accuracy
+            outcomes += [(lost, lost, None), (
+                f"accuracy, {level_name(level)}, clean accuracy held fixed", level, 0)]
+    correlations = RankCorrelations(variables, groups)
+    rows = [TableRow(head, tuple(Cell(_text(correlations.between(key, outcome, given)))
+                                 for key in measures)) for head, outcome, given in outcomes]
+    return Table(
+        "Spearman's rank correlation, over networks, of the median curvature at clean test images "
+        "with the accuracy and with what noise takes of it.",
+        ("Outcome", *measures.values()), tuple(rows),
+        f"{len(found)} different networks of {len(set(groups))} rows; in brackets the "
+        f"{100 * SHARE:g} % interval over resampled rows.",
+        "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
+        "and the loss of accuracy a positive one. Networks that are flat because they have "
+        "learnt little have low accuracy and lose little: that is taken out where the ranks of the "
+        "clean accuracy are held fixed (partial coefficients).")
+
+
+def _text(found: Coefficient) -> str:
+    if np.isnan(found.value):
+        return "–"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−")
+
+
+def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Picture:
+    measures, methods = _measures(found), list(dict.fromkeys(study.methods.values()))
+    clean, noisy = _accuracies(found, 0), _accuracies(found, level)
+    networks = [Network(study.methods[row], row_style(methods.index(study.methods[row])),
+                        {key: run.medians[key] for key in measures}, float(accuracy),
+                        float(before - accuracy))
+                for (row, run), before, accuracy in zip(found, clean, noisy, strict=True)]
+    return Picture(
+        "networks", networks_figure(networks, measures, level_name(level)),
+        f"Median curvature and accuracy at {level_name(level)}, network by network.",
+        f"Scatter plots of {len(found)} networks, a column for each of {len(measures)} measures of "
+        "curvature: accuracy under noise above, loss of accuracy below.",
+        "How to read: a point for each network, by the method that trained it "
+        f"({listed(methods)}). Further left is flatter. Above: accuracy under noise, higher is "
+        "better; below: clean accuracy less that, lower is more robust. Medians over the images, "
+        "on a logarithmic axis; those of zero or less lie beyond its left edge.")

@@ -1,0 +1,505 @@
+"""The report's sections on robustness and curvature: the paper's Fig. 8, 9 and 11 to 13.
+
+Reads what the command ``figures`` measured; a study without it has none of these sections.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from jaxrobust.app.measurements import robustness_figures
+from jaxrobust.app.report import figures
+from jaxrobust.app.report.page import (
+    Cell,
+    Picture,
+    Section,
+    Table,
+    TableRow,
+    count,
+    listed,
+    signed,
+)
+from jaxrobust.app.study import Run, Study, class_labels
+
+SHARES = np.arange(10, 101, 5)
+"""Shares of the images kept in Fig. 8, per cent."""
+
+NOISES = {"gaussian": "Gaussian noise", "uniform": "uniform noise"}
+"""Arrays of ``noise_counts.npz``, as shown."""
+
+
+class Measure(NamedTuple):
+    """A column of ``curvature.npz``, as shown."""
+
+    title: str
+    axis: str
+
+
+MEASURES = {
+    "frobenius_squared": Measure(
+        "Exact Hessian", "Mean $\\Vert H\\Vert_F^2$ [1/pixel$^4$]"),
+    "finite_difference": Measure(
+        "Eq. 21 (finite differences)", "Mean $\\Lambda$ of Eq. 21 [1/pixel$^4$]"),
+    "smoothed_frobenius_squared": Measure(
+        "Noise-averaged loss", "Mean $\\Vert H_\\sigma\\Vert_F^2$ [1/pixel$^4$]"),
+}
+"""Different quantities on a ReLU network."""
+
+
+class Counted(NamedTuple):
+    """A run's noise counts beside the curvature of the same images."""
+
+    run: Run
+    counts: dict
+    curvature: dict
+
+    def correct(self, noise: str) -> np.ndarray:
+        """[draws, images]."""
+        return self.counts[noise]
+
+
+class Correlation(NamedTuple):
+    """Of curvature and the number of correct predictions; NaN where there is none."""
+
+    pearson: float  # between that number and the mean curvature of its group, as in the paper
+    spearman: float  # between both, over the images
+    spearman_correct: float  # the same over the images that are correctly classified when clean
+    num_images: int  # behind ``spearman``
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+
+def kept_accuracy(curvature: np.ndarray, correct: np.ndarray, shares: Sequence[float]
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy on the images of lowest curvature, as in the paper's Fig. 8.
+
+    Args:
+      curvature: [n]; images whose value is not finite do not count.
+      correct: [draws, n], bool.
+      shares: S values p in (0, 1].
+
+    Returns:
+      For each share, the mean of ``correct`` over the draws and the images whose curvature is
+      below its p-quantile (all images at p = 1), NaN if there is none; and their number. Images
+      of equal curvature are kept or left out together.
+    """
+    usable = np.isfinite(curvature)
+    values, correct = curvature[usable].astype(np.float64), correct[:, usable]
+    accuracies, sizes = [], []
+    for share in shares:
+        kept = (values < np.quantile(values, share) if share < 1 and values.size else
+                np.ones(len(values), bool))
+        sizes.append(int(kept.sum()))
+        accuracies.append(float(correct[:, kept].mean()) if kept.any() else math.nan)
+    return np.array(accuracies), np.array(sizes)
+
+
+def group_means(curvature: np.ndarray, counts: np.ndarray, num_draws: int
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Mean curvature of the images by number of correct predictions, as in the paper's Fig. 9.
+
+    Args:
+      curvature: [n]; images whose value is not finite do not count.
+      counts: [n], 0 to ``num_draws``.
+      num_draws: of the noise.
+
+    Returns:
+      The mean of each group, NaN for an empty one, and its number of images, [num_draws + 1].
+    """
+    usable = np.isfinite(curvature)
+    values, counts = curvature[usable].astype(np.float64), counts[usable]
+    groups = [values[counts == k] for k in range(num_draws + 1)]
+    return (np.array([group.mean() if group.size else math.nan for group in groups]),
+            np.array([group.size for group in groups]))
+
+
+def correlation(curvature: np.ndarray, counts: np.ndarray, correct_when_clean: np.ndarray,
+                num_draws: int) -> Correlation:
+    """How curvature [n] goes with the number of correct predictions [n].
+
+    Images whose curvature is not finite do not count.
+    """
+    means, _ = group_means(curvature, counts, num_draws)
+    groups = np.flatnonzero(np.isfinite(means))
+    usable = np.isfinite(curvature)
+    right = usable & correct_when_clean
+    return Correlation(
+        _coefficient(scipy.stats.pearsonr, groups, means[groups]),
+        _coefficient(scipy.stats.spearmanr, counts[usable], curvature[usable]),
+        _coefficient(scipy.stats.spearmanr, counts[right], curvature[right]),
+        int(usable.sum()))
+
+
+def _coefficient(statistic: Callable, x: np.ndarray, y: np.ndarray) -> float:
+    # Two points always lie on a line, and a constant goes with nothing.
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(statistic(x, y).statistic)
+
+
+# --- What is there ---------------------------------------------------------------------------
+
+
+def _counted_runs(study: Study) -> tuple[dict[str, list[Counted]], list[str]]:
+    """By row, the runs with counts; and the labels of those that do not fit the others."""
+    found, left_out, num_draws = {}, [], None
+    for row, runs in study.runs.items():
+        for run in runs:
+            counts, curvature = run.result("noise_counts"), run.curvature
+            if not counts:
+                continue
+            num_draws = num_draws or counts["num_draws"]
+            # Arrays are matched by position: both hold the first images of one test split.
+            same = curvature and all(counts[name] == curvature["settings"][name]
+                                     for name in ("num_images", "test_size"))
+            if same and counts["num_draws"] == num_draws:
+                found.setdefault(row, []).append(Counted(run, counts, curvature))
+            else:
+                left_out.append(f"{study.labels[row]}, seed {run.seed}")
+    return found, left_out
+
+
+def _first_results(study: Study, name: str) -> dict[str, tuple[Run, dict]]:
+    """The first seed's run with that result, by row."""
+    found = {}
+    for row, runs in study.runs.items():
+        for run in runs:
+            result = run.result(name) if row not in found else None
+            if result:
+                found[row] = run, result
+    return found
+
+
+def _style(study: Study, row: str) -> figures.Style:
+    return figures.row_style(list(study.labels).index(row))
+
+
+def _measures(found: dict[str, list[Counted]]) -> dict[str, Measure]:
+    """Those that every run has."""
+    return {key: measure for key, measure in MEASURES.items()
+            if all(key in one.curvature for runs in found.values() for one in runs)}
+
+
+# --- Words -----------------------------------------------------------------------------------
+
+
+def relation(coefficients: Sequence[tuple[str, float, int]]) -> str:
+    """In words, how curvature goes with misclassification, from (method, Spearman, images).
+
+    A coefficient counts if it is beyond 1.96 / sqrt(images - 1), which chance alone exceeds once
+    in 20 times.
+    """
+    found = {"misclassified more often": [], "misclassified less often": [],
+             "neither more nor less often misclassified, beyond chance,": []}
+    more, less, neither = found.values()
+    for method, value, size in coefficients:
+        if math.isfinite(value):
+            clear = abs(value) > 1.96 / math.sqrt(size - 1)
+            (neither if not clear else more if value < 0 else less).append((method, value))
+    total = sum(map(len, found.values()))
+    if not total:
+        return "no method has a coefficient"
+    parts = [f"{words} {_within(methods, total)}" for words, methods in sorted(
+        found.items(), key=lambda item: -len(item[1])) if methods]
+    return f"images of higher curvature are {'; '.join(parts)}"
+
+
+def _within(methods: Sequence[tuple[str, float]], total: int) -> str:
+    values = sorted(value for _, value in methods)
+    span = " to ".join(dict.fromkeys((signed(values[0]), signed(values[-1]))))
+    where = ("in every method" if len(methods) == total > 1 else
+             f"in {len(methods)} of {total} methods" if len(methods) > 2 else
+             f"in {' and '.join(f'“{method}”' for method, _ in methods)}")
+    return f"{where} (Spearman {span})"
+
+
+def _statements(study: Study, found: dict[str, list[Counted]], noise: str) -> str:
+    """A sentence for each measure."""
+    sentences = []
+    for key, measure in _measures(found).items():
+        by_row = {row: _over_runs(runs, key, noise) for row, runs in found.items()}
+        words = relation([
+            (study.labels[row], float(np.mean([one.spearman for one in ones])), ones[0].num_images)
+            for row, ones in by_row.items()])
+        sentences.append(f"{measure.title}: {words}.")
+    return " ".join(sentences)
+
+
+def _gain_of_half(found: dict[str, list[Counted]]) -> str:
+    """A sentence on how much better the flatter half of the images does."""
+    gains = [100 * float(np.mean([half - whole for half, whole in (
+        kept_accuracy(one.curvature[key], one.correct(noise), (0.5, 1))[0] for one in runs)]))
+        for key in _measures(found) for noise in NOISES for runs in found.values()]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    if not gains:
+        return ""
+    return (f" The half of lowest curvature is classified more accurately than all images in "
+            f"{sum(gain > 0 for gain in gains)} of the {len(gains)} lines; the difference is "
+            f"{' to '.join(dict.fromkeys(map(signed, (min(gains), max(gains)))))} points.")
+
+
+def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[Correlation]:
+    return [correlation(one.curvature[key], one.correct(noise).sum(axis=0),
+                        one.curvature["correct"], one.counts["num_draws"]) for one in runs]
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def correlation_table(study: Study, found: dict[str, list[Counted]], noise: str) -> Table:
+    """The coefficients for one noise, by row."""
+    measures = _measures(found)
+    rows = []
+    for row, runs in found.items():
+        ones = [_over_runs(runs, key, noise) for key in measures]
+        cells = [Cell(_over_seeds([getattr(one, name) for one in by_run]))
+                 for by_run in ones for name in ("pearson", "spearman", "spearman_correct")]
+        rows.append(TableRow(study.labels[row], tuple(cells)))
+    columns = [name for measure in measures.values() for name in (
+        f"{measure.title}: Pearson, groups", "Spearman, images",
+        "Spearman, right when clean")]
+    return Table(
+        f"Curvature and the number of correct predictions under {NOISES[noise]}.",
+        ("Method", *columns), tuple(rows),
+        f"{_statements(study, found, noise)} {_counted_details(found)}",
+        _CORRELATION_NOTE if noise == next(iter(NOISES)) else "How to read: as the table above.")
+
+
+_CORRELATION_NOTE = (
+    "How to read: −1 means that higher curvature always goes with fewer correct predictions, 0 "
+    "that they are unrelated. Pearson, groups: between k and the mean curvature of the images "
+    "with k correct predictions, as the paper does; some of these means rest on few images (see "
+    "the figure). Spearman: rank correlation over the images, all or those that are correctly "
+    "classified without noise; beyond chance: further from 0 than unrelated numbers come once in "
+    "20 times. With several seeds the mean over the seeds [lowest to highest].")
+
+
+def sizes_table(study: Study, found: dict[str, list[Counted]]) -> Table:
+    """How many images each mean of Fig. 9 rests on."""
+    num_draws = _num_draws(found)
+    rows = []
+    for row, runs in found.items():
+        for noise, name in NOISES.items():
+            counts = np.concatenate([one.correct(noise).sum(axis=0) for one in runs])
+            sizes = np.bincount(counts, minlength=num_draws + 1)
+            rows.append(TableRow(f"{study.labels[row]}, {name}",
+                                 tuple(Cell(count(int(size))) for size in sizes)))
+    return Table("Images by number of correct predictions.",
+                 ("Method and noise", *map(str, range(num_draws + 1))), tuple(rows),
+                 note="How to read: columns are the number of correct predictions in "
+                 f"{num_draws} draws; of all seeds together.", folded=True)
+
+
+def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Table:
+    """How well the features of each block separate the classes, in numbers."""
+    blocks = list(dict.fromkeys(name for _, result in results.values()
+                                for name in result["blocks"]))
+    rows = []
+    for row, (_, result) in results.items():
+        cells = []
+        for block in blocks:
+            for view in ("clean", "noisy"):
+                there = block in result["blocks"]
+                value = (result[f"{view}_neighbours"][result["blocks"].index(block)]
+                         if there else math.nan)
+                cells.append(Cell(f"{100 * value:.1f}" if math.isfinite(value) else "–"))
+        rows.append(TableRow(study.labels[row], tuple(cells)))
+    columns = [name for block in blocks for name in (f"{_block_name(block)}: clean", "noisy")]
+    return Table(
+        "How well each block’s features separate the classes: accuracy in % of the 5 nearest "
+        "neighbours.", ("Method", *columns), tuple(rows),
+        f"{listed(count(result['num_images']) for _, result in results.values())} test images; "
+        f"first seed of each method.",
+        "How to read: the share of images whose class is the commonest among the five other "
+        "images with the nearest features (averaged over the positions of the block’s outputs), "
+        "clean among clean, noisy among noisy. Unlike the t-SNE pictures below, a number of the "
+        "features themselves.")
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "–"
+    mean = signed(float(np.mean(values)))
+    return mean if len(values) == 1 else f"{mean} [{signed(min(values))} to {signed(max(values))}]"
+
+
+def _num_draws(found: dict[str, list[Counted]]) -> int:
+    return next(one.counts["num_draws"] for runs in found.values() for one in runs)
+
+
+def _counted_details(found: dict[str, list[Counted]]) -> str:
+    runs = [one for runs in found.values() for one in runs]
+    return (f"{listed(one.counts['num_images'] for one in runs)} test images of each run, "
+            f"{_num_draws(found)} draws; standard deviation (Gaussian) or amplitude (uniform) "
+            f"{listed(one.counts['noise_std'] for one in runs)} of the pixel range, clipped to "
+            "[0, 1].")
+
+
+def _block_name(block: str) -> str:
+    return block.replace("block", "Block ")
+
+
+# --- Figures ---------------------------------------------------------------------------------
+
+
+def kept_share_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
+    """Fig. 8: accuracy under noise against the share of images of lowest curvature."""
+    fewest = []
+
+    def line(row, key, noise):
+        curves, sizes = zip(*(kept_accuracy(one.curvature[key], one.correct(noise), SHARES / 100)
+                              for one in found[row]), strict=True)
+        fewest.extend(size[0] for size in sizes)
+        # A share that one seed cannot give has no mean over the seeds.
+        return SHARES, 100 * np.mean(curves, axis=0), np.sum(sizes, axis=0)
+
+    panels = _panels(study, found, line)
+    return Picture(
+        "accuracy_by_curvature", robustness_figures.kept_share_figure(panels),
+        "Accuracy under noise of the images with the lowest curvature (the paper’s Fig. 8).",
+        f"Line charts of accuracy under noise in per cent against the share of images kept, a "
+        f"line for each of {len(found)} methods; {len(panels)} panels.",
+        "How to read: images are kept in the order of their curvature at the clean image; the "
+        "right end is all images. A line that falls says that noise spares the images of low "
+        "curvature. Each method ranks the images by its own curvature. The leftmost points rest "
+        f"on {listed(fewest)} images of each run: small wiggles there are chance."
+        + _gain_of_half(found)
+        + _shown_measures(found) + _not_finite(found))
+
+
+def groups_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
+    """Fig. 9: mean clean curvature by number of correct predictions."""
+    num_draws = _num_draws(found)
+    few = hidden = 0
+
+    def line(row, key, noise):
+        nonlocal few, hidden
+        means, sizes = group_means(
+            np.concatenate([one.curvature[key] for one in found[row]]),
+            np.concatenate([one.correct(noise).sum(axis=0) for one in found[row]]), num_draws)
+        few += int(((sizes > 0) & (sizes < robustness_figures.FEW)).sum())
+        hidden += int((means <= 0).sum())
+        return np.arange(num_draws + 1), means, sizes
+
+    panels = _panels(study, found, line)
+    figure = robustness_figures.groups_figure(
+        panels, num_draws, {measure.title: measure.axis for measure in MEASURES.values()})
+    groups = sum(int((line.sizes > 0).sum()) for panel in panels for line in panel.lines)
+    zeros = f" {hidden} means of zero or less are not shown." if hidden else ""
+    return Picture(
+        "curvature_by_correct", figure,
+        "Mean curvature at the clean image, by the number of correct predictions under noise "
+        "(the paper’s Fig. 9).",
+        f"Line charts on a logarithmic axis of mean curvature against the number of correct "
+        f"predictions, a line for each of {len(found)} methods; {len(panels)} panels. The tables "
+        "hold the coefficients.",
+        f"How to read: images on the right keep their right class in all {num_draws} draws. A "
+        "line that falls says that images of higher curvature are misclassified more often. "
+        f"Larger marker: more images; open marker: fewer than {robustness_figures.FEW} images "
+        f"({few} of the {groups} means), of which one image may move the mean far.{zeros} Heights "
+        "of the two columns do not compare." + _shown_measures(found) + _not_finite(found))
+
+
+def surfaces_picture(study: Study, results: dict[str, tuple[Run, dict]]) -> Picture:
+    """Fig. 11: the negative loss around a few images, the same for all methods."""
+    first = next(iter(results.values()))[1]
+    same = {row: result for row, (_, result) in results.items()
+            if np.array_equal(result["image"], first["image"])
+            and np.array_equal(result["offsets"], first["offsets"])}
+    planes = [robustness_figures.LossPlanes(study.labels[row], result["offsets"],
+                                            result["values"]) for row, result in same.items()]
+    names = [first["class_names"][label] for label in first["label"]]
+    left_out = [study.labels[row] for row in results if row not in same]
+    return Picture(
+        "loss_surfaces", robustness_figures.surfaces_figure(first["image"], names, planes),
+        "The negative of the softmax loss over a plane through a test image (the paper’s "
+        "Fig. 11).",
+        f"Filled contours of the negative loss, a panel for each of {len(names)} images and "
+        f"{len(planes)} methods.",
+        "How to read: the dot is the image on the left, bright means a small loss. Up is the "
+        "direction in which this network’s loss grows fastest at the image, right a random one "
+        "at a right angle to it (the same random vector for all methods, before it is set at a "
+        f"right angle). Offsets are Euclidean distances in pixel units, up to "
+        f"{first['extent']:.2f}: the length of a typical noise vector, the training noise’s "
+        f"standard deviation {first['noise_std']:g} times the square root of the number of "
+        "values in an image. Colours compare within a line of panels, not between lines. Closely "
+        "spaced contours that bend are a curved loss. Points outside [0, 1] are not clipped."
+        + (f" Not shown, of other images: {', '.join(left_out)}." if left_out else ""))
+
+
+def blocks_picture(study: Study, results: dict[str, tuple[Run, dict]], view: str) -> Picture:
+    """Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
+    other = {"clean": "noisy", "noisy": "clean"}[view]
+    planes = [robustness_figures.BlockPlanes(
+        study.labels[row],
+        tuple(f"{_block_name(block)} ({channels} channels)" for block, channels in zip(
+            result["blocks"], result["channels"], strict=True)),
+        result[view], result[other], result["label"]) for row, (_, result) in results.items()]
+    names = class_labels(next(iter(results.values()))[1]["class_names"])
+    noise = listed(result["noise_std"] for _, result in results.values())
+    which, number = (("clean test images", 12) if view == "clean" else
+                     (f"test images with Gaussian noise of std {noise} of the pixel range", 13))
+    return Picture(
+        f"blocks_{view}", robustness_figures.blocks_figure(planes, names),
+        f"Outputs of the network’s blocks, by t-SNE: {which} (the paper’s Fig. {number}).",
+        f"Scatter plots coloured by class, a panel for each block of {len(planes)} methods.",
+        "How to read: a point for each test image, its block’s outputs averaged over their "
+        "positions, colour and marker by its true class. Clean and noisy images share one "
+        "embedding of each panel, so the same place in the clean and in the noisy figure is the "
+        "same feature. Directions, distances between clusters and sizes have no meaning in "
+        "t-SNE; the table above holds a number for each panel.")
+
+
+def _panels(study: Study, found: dict[str, list[Counted]], line: Callable
+            ) -> list[robustness_figures.Panel]:
+    return [robustness_figures.Panel(NOISES[noise], measure.title, tuple(
+        robustness_figures.Line(study.labels[row], _style(study, row), *line(row, key, noise))
+        for row in found)) for noise in NOISES for key, measure in _measures(found).items()]
+
+
+def _shown_measures(found: dict[str, list[Counted]]) -> str:
+    runs = [one for runs in found.values() for one in runs]
+    return (" Exact Hessian: the squared Frobenius norm at the image itself, from exact products; "
+            "Eq. 21: the paper’s finite differences, here at t = "
+            f"{listed(one.curvature['step'] for one in runs)} of the pixel range.")
+
+
+def _not_finite(found: dict[str, list[Counted]]) -> str:
+    number = sum(int((~np.isfinite(one.curvature[key])).sum())
+                 for runs in found.values() for one in runs for key in _measures(found))
+    return f" {number} curvatures that are not finite are left out." if number else ""
+
+
+# --- Sections --------------------------------------------------------------------------------
+
+
+def sections(study: Study) -> list[Section]:
+    """Those whose results are there."""
+    made = []
+    found, left_out = _counted_runs(study)
+    if found:
+        tables = [correlation_table(study, found, noise) for noise in NOISES]
+        lead = ("Are images at which the loss curves more the ones that noise turns wrong? By "
+                "each measure of curvature, which are different quantities.")
+        if left_out:
+            lead += (" Not shown, measured with other images or draws: "
+                     f"{'; '.join(left_out)}.")
+        made.append(Section(
+            "robustness", "Curvature and correct predictions under noise", lead,
+            (*tables, sizes_table(study, found)),
+            (kept_share_picture(study, found), groups_picture(study, found))))
+    surfaces = _first_results(study, "surfaces")
+    if surfaces:
+        made.append(Section("surfaces", "Loss around an image", "", (),
+                            (surfaces_picture(study, surfaces),)))
+    blocks = _first_results(study, "blocks")
+    if blocks:
+        made.append(Section(
+            "blocks", "Features of the blocks", "",
+            (neighbours_table(study, blocks),),
+            tuple(blocks_picture(study, blocks, view) for view in ("clean", "noisy"))))
+    return made

@@ -1,0 +1,231 @@
+"""Sharpness: how strongly the terms of a loss curve in the parameters, and the rate that bears it.
+
+The curvature of all else here is that in the image. That in the parameters bounds the learning
+rate: gradient descent leaves a quadratic valley that curves more than its rate allows.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+from jaxrobust import _validate, data, training
+from jaxrobust.app import runs
+from jaxrobust.app.config import InputError, RunConfig, training_perturbation
+from jaxrobust.app.measurements.accuracy import keep_result, settings_asked
+from jaxrobust.app.program import (
+    class_weights_of,
+    initial_state,
+    method_of,
+    model_of,
+    start_from,
+)
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report.page import Cell, Section, Table, TableRow, listed, significant
+from jaxrobust.app.study import Study
+from jaxrobust.app.trainer import load_run, make_splits
+from jaxrobust.data import Dataset
+from jaxrobust.parallel import make_layout
+
+SEED = 0
+"""Of the noise of the noisy views, and of Lanczos' first vector."""
+
+TOLERANCE = 0.01
+"""Of an eigenvalue, relative; ARPACK's stopping criterion."""
+
+STATES = {"initial": "before training", "best": "trained"}
+"""The states measured, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SharpnessSettings:
+    """What the command ``sharpness`` measures."""
+
+    num_images: int | None = None
+    """Of the training images, the first so many, as one batch; the run's batch size if none is
+    given."""
+
+    def __post_init__(self):
+        if self.num_images is not None:
+            _validate.in_range("num_images", self.num_images, 1)
+
+
+def stable_rate(curvature: float, momentum: float) -> float:
+    r"""The learning rate from which SGD with Nesterov momentum leaves a quadratic valley.
+
+    .. math:: \eta < \frac{2 (1 + m)}{(1 + 2 m) \lambda}
+
+    for curvature :math:`\lambda > 0` and momentum m in [0, 1): where the roots of
+    :math:`z^2 - (1 + m)(1 - \eta\lambda) z + m (1 - \eta\lambda)` are within the unit circle.
+    Infinite for a curvature of 0 or less.
+    """
+    return 2 * (1 + momentum) / ((1 + 2 * momentum) * curvature) if curvature > 0 else np.inf
+
+
+def largest_eigenvalue(product, size: int) -> float:
+    """The largest eigenvalue of a symmetric matrix, by Lanczos' iteration (ARPACK).
+
+    Args:
+      product: vector [size] -> matrix times vector.
+      size: of the matrix, at least 3.
+    """
+    start = np.random.default_rng(SEED).normal(size=size)
+    # ARPACK takes values below 1e-11 for 0 when it judges whether it has converged.
+    unit = np.max(np.abs(product(start)))
+    if unit == 0:
+        return 0.0
+    operator = LinearOperator(
+        (size, size), matvec=lambda vector: product(vector) / unit, dtype=np.float64)
+    return unit * float(eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start,
+                              return_eigenvectors=False)[0])
+
+
+def measure_sharpness(
+    config: RunConfig, dataset: Dataset, settings: SharpnessSettings, folder: pathlib.Path,
+    label: str, name: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Writes ``sharpness.json``: the largest Hessian eigenvalue of each term, in the parameters;
+    with a name, ``sharpness-NAME.json``.
+
+    Of the terms of the run's method, each at weight 1, and of the whole loss with the run's
+    weights, at a batch of training images without augmentation, with batch norm in training mode;
+    before training and, if the run is finished, in its best epoch. Exact products with the
+    Hessian (``jax.jvp`` of ``jax.grad``). Does nothing if it is there already, with the same
+    settings.
+
+    Returns:
+      By state (``initial``, ``best``) and term; ``loss`` is the whole.
+
+    Raises:
+      InputError: (a ValueError) if there is a measurement with other settings, the run is not
+        trained by SGD, of which alone the limit of the rate is, or the file of weights that it
+        starts from cannot be read.
+    """
+    if config.optimizer.name != "sgd":
+        raise InputError(f"Expected optimizer.name=sgd of {folder}, whose limit of the rate is "
+                         f"known, got {config.optimizer.name}.")
+    count = config.batch_size if settings.num_images is None else settings.num_images
+    finished = (folder / "done.json").is_file()
+    asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
+    path = runs.result_path(folder, "sharpness", name)
+    if keep_result(path, asked):
+        return runs.read_json(path)["eigenvalues"]
+    train = make_splits(dataset, config).train
+    _validate.in_range("num_images", count, 2, len(train.labels), open_high=False)
+    batch = jax.jit(functools.partial(
+        data.make_batch, augment=lambda key, image: image, perturb=training_perturbation(config)))(
+        jax.random.key(SEED), jnp.asarray(train.images[:count]), jnp.asarray(train.labels[:count]))
+    layout = make_layout("jit")
+    states = {"initial": initial_state(config, dataset, layout)}
+    if config.init_from is not None:
+        states["initial"], _ = start_from(
+            config.init_from, states["initial"], config, dataset, layout)
+    if finished:
+        states["best"] = load_run(folder, config, dataset).state
+    model = model_of(config, dataset)
+    weights = class_weights_of(config, dataset)
+    terms = _terms(model, config, weights, states["initial"], batch)
+    eigenvalues: dict[str, dict[str, float]] = {}
+    with progress(f"{label}, sharpness", len(states) * len(terms)) as shown:
+        for name, state in states.items():
+            size = ravel_pytree(state.params)[0].size
+            for term in terms:
+                # As an argument, so that one compiled program serves all terms.
+                chosen = {other: float(other == term) for other in terms}
+
+                def product(vector, state=state, chosen=chosen):
+                    return np.asarray(_product(
+                        model, config, weights, chosen, state, batch,
+                        jnp.asarray(vector.ravel(), jnp.float32)), np.float64)
+
+                value = largest_eigenvalue(product, size)
+                eigenvalues.setdefault(name, {})[term] = value
+                shown.advance(**{term: value})
+    runs.write_json(path, {
+        "eigenvalues": eigenvalues, "learning_rate": config.optimizer.learning_rate,
+        "momentum": config.optimizer.momentum, "settings": asked,
+        "provenance": runs.provenance()})
+    return eigenvalues
+
+
+def _values(model, config, class_weights, params, state, batch) -> dict[str, jax.Array]:
+    """The terms of the loss, each at weight 1, and the whole."""
+    loss, evaluated = training.make_objective(model, method_of(config, class_weights))(
+        params, state, batch)
+    return {**{name: value for name, value in evaluated.metrics.items()
+               if not name.startswith("accuracy")}, "loss": loss}
+
+
+def _terms(model, config, class_weights, state, batch) -> list[str]:
+    return list(jax.eval_shape(
+        functools.partial(_values, model, config, class_weights), state.params, state, batch))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config", "class_weights"))
+def _product(
+    model, config, class_weights, weights: dict[str, jax.Array], state, batch, vector: jax.Array
+) -> jax.Array:
+    """The Hessian, in the parameters, of the terms' weighted sum, times a vector [P]."""
+    flat, unravel = ravel_pytree(state.params)
+
+    def value(flat):
+        values = _values(model, config, class_weights, unravel(flat), state, batch)
+        return sum(weights[name] * values[name] for name in weights)
+
+    return jax.jvp(jax.grad(value), (flat,), (vector,))[1]
+
+
+def section(study: Study) -> Section | None:
+    """Of the report; None if no run was measured."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in study.labels:
+        for run in study.runs[row]:
+            result = run.facts("sharpness")
+            for state, values in (result or {}).get("eigenvalues", {}).items():
+                found.setdefault((row, state), []).append(result | {"values": values})
+    if not found:
+        return None
+    terms = list(dict.fromkeys(
+        term for results in found.values() for result in results for term in result["values"]))
+    rows = []
+    for (row, state), results in found.items():
+        limit = [stable_rate(result["values"]["loss"], result["momentum"]) for result in results]
+        cells = [_over_runs([result["values"][term] for result in results
+                             if term in result["values"]]) for term in terms]
+        rows.append(TableRow(f"{study.labels[row]}, {STATES[state]}", (
+            *cells, _over_runs(limit),
+            Cell(listed(f"{result['learning_rate']:g}" for result in results)))))
+    every = [result for results in found.values() for result in results]
+    return Section(
+        "sharpness", "How sharply the loss bends in the parameters",
+        "A learning rate above the limit throws gradient descent out of the valley that it is in.",
+        (Table("Largest eigenvalue of the Hessian in the parameters.",
+               ("Method", *terms, "Limit of the rate", "Rate"), tuple(rows),
+               f"At {listed(one['settings']['num_images'] for one in every)} training images; "
+               "terms at weight 1, the whole loss with the run's weights. Mean over the seeds "
+               " [lowest–highest].",
+               "How to read: the limit is 2 (1 + m) / ((1 + 2 m) λ) for the whole loss and "
+               "momentum m, that of a quadratic; training may bear more for some steps, since it "
+               "moves to flatter places."),))
+
+
+def _over_runs(values: list[float]) -> Cell:
+    if not values:
+        return Cell("–")
+    spread = "" if len(values) == 1 else (
+        f" [{significant(min(values))}–{significant(max(values))}]")
+    return Cell(significant(float(np.mean(values))) + spread)
+
+
+def table_text(eigenvalues: dict[str, dict[str, float]], momentum: float) -> str:
+    """The result as plain text, a line for each state and term."""
+    return "\n".join(
+        f"{STATES[state]}: {term}: {significant(value)}; stable below a rate of "
+        f"{significant(stable_rate(value, momentum))}"
+        for state, values in eigenvalues.items() for term, value in values.items())

@@ -1,0 +1,234 @@
+"""How Eq. 21 depends on its step: beside the exact curvature and the smoothed one."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.lines import Line2D
+
+from jaxrobust import _validate, curvature
+from jaxrobust.app import runs
+from jaxrobust.app.config import check_length, distinct
+from jaxrobust.app.measurements.accuracy import keep_result, make_test_split, settings_asked
+from jaxrobust.app.measurements.curvature import (
+    PROBE_SEED,
+    PROBES_AT_ONCE,
+    losses_of,
+    require_piecewise_linear,
+)
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report import figures
+from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, listed, significant
+from jaxrobust.app.study import Study
+from jaxrobust.app.trainer import TrainedRun, variables_of
+from jaxrobust.data.augment import to_float
+
+PRECISIONS = ("float32", "float64")
+BATCH_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What the command ``steps`` measures."""
+
+    steps: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    """t of Eq. 21, and the standard deviation of the smoothed curvature, in pixel values."""
+    num_images: int = 64
+    """Test images: the first so many."""
+    num_probes: int = 20
+    """Random directions of Eq. 21, and pairs of noisy images of the smoothed curvature."""
+    test_size: int | None = None
+    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
+    all, in their order."""
+
+    def __post_init__(self):
+        for step in self.steps:
+            check_length("steps", step)
+        _validate.in_range("number of steps", len(self.steps), 1)
+        _validate.in_range("num_images", self.num_images, 1)
+        _validate.in_range("num_probes", self.num_probes, 3)
+        distinct("step", self.steps)
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
+
+
+def study_steps(
+    run: TrainedRun, settings: StepSettings, folder: pathlib.Path, label: str,
+    name: str | None = None,
+) -> None:
+    """Writes ``steps.npz``, a row for each precision, step and image, and ``steps.json``; both with
+    ``-NAME`` if there is a name.
+
+    In float32 and float64, with respect to pixels in [0, 1]: Eq. 21 with each step t, the
+    smoothed curvature with noise of standard deviation t, and the exact squared Frobenius norm.
+    Does nothing if they are there already, with the same settings.
+
+    Raises:
+      InputError: (a ValueError) if there is a study with other settings, or the network is not
+        made of affine pieces.
+    """
+    asked = settings_asked(settings)
+    path = runs.result_path(folder, "steps", name)
+    if keep_result(path, asked):
+        return
+    split = make_test_split(run.dataset, settings.test_size)
+    count = settings.num_images
+    _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
+    first = slice(min(count, BATCH_SIZE))
+    require_piecewise_linear(run, split.images[first], split.labels[first], "steps")
+    parts: list[dict[str, np.ndarray]] = []
+    with progress(f"{label}, steps",
+                  len(PRECISIONS) * len(settings.steps) * -(-count // BATCH_SIZE)) as shown:
+        for precision in PRECISIONS:
+            with jax.enable_x64(precision == "float64"):
+                model = run.model.clone(dtype=jnp.dtype(precision))
+                variables = jax.tree.map(
+                    lambda leaf, dtype=precision: jnp.asarray(np.asarray(leaf), dtype),
+                    variables_of(run.state))
+                for first in range(0, count, BATCH_SIZE):
+                    rows = np.arange(first, min(first + BATCH_SIZE, count))
+                    images = to_float(jnp.asarray(split.images[rows])).astype(precision)
+                    batch = (model, variables, images, jnp.asarray(split.labels[rows]),
+                             jnp.asarray(rows))
+                    exact = np.asarray(_exact(*batch[:3]))
+                    for step in settings.steps:
+                        measured = _measure(*batch, step, settings.num_probes)
+                        shown.advance(**{f"Eq. 21 at {step:g}": float(
+                            np.median(measured["finite_difference"]))})
+                        parts.append({
+                            "bits": np.full(len(rows), int(precision[5:])),
+                            "step": np.full(len(rows), step), "index": rows, "exact": exact,
+                            **{name: np.asarray(value) for name, value in measured.items()}})
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    runs.write_arrays(path.with_suffix(".npz"), table)
+    runs.write_json(path, {"with_respect_to": "pixels in [0, 1]", "settings": asked,
+                           "provenance": runs.provenance()})
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _exact(model, variables, images):
+    spectrum = curvature.piecewise_linear_spectrum(
+        lambda images: model.apply(variables, images, train=False).logits, images)
+    return jnp.sum(jnp.square(spectrum), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_probes"))
+def _measure(model, variables, images, labels, indices, step, num_probes):
+    loss, _ = losses_of(model, variables, labels)
+    key = jax.random.key(PROBE_SEED)
+    step = jnp.asarray(step, images.dtype)
+    difference = curvature.finite_difference_curvature(
+        loss, images, key, step=step, num_probes=num_probes, chunk_size=PROBES_AT_ONCE,
+        indices=indices)
+    smoothed = curvature.smoothed_curvature(
+        loss, images, key, sigma=step, num_draws=num_probes, chunk_size=PROBES_AT_ONCE,
+        indices=indices).squared_frobenius
+    return {"finite_difference": difference.value, "smoothed": smoothed.value,
+            "finite_difference_standard_error": difference.standard_error,
+            "smoothed_standard_error": smoothed.standard_error}
+
+
+class StepCurves(NamedTuple):
+    """Medians over the images of one run, and for Eq. 21 the quartiles."""
+
+    label: str
+    steps: np.ndarray  # [T]
+    exact: float
+    single: np.ndarray  # [T]; Eq. 21 in float32
+    double: np.ndarray  # [3, T]; Eq. 21 in float64: lower quartile, median, upper quartile
+    smoothed: np.ndarray  # [T]; in float64
+
+
+def step_curves(label: str, table: dict[str, np.ndarray]) -> StepCurves:
+    """The curves of a ``steps.npz``."""
+    steps = np.unique(table["step"])
+
+    def quantiles(name, bits, shares):
+        return np.stack([np.quantile(
+            table[name][(table["bits"] == bits) & (table["step"] == step)], shares)
+            for step in steps], axis=-1)
+
+    return StepCurves(
+        label, steps, float(np.median(table["exact"][table["bits"] == 64])),
+        quantiles("finite_difference", 32, 0.5),
+        quantiles("finite_difference", 64, (0.25, 0.5, 0.75)), quantiles("smoothed", 64, 0.5))
+
+
+_EXACT, _SINGLE, _DOUBLE, _SMOOTHED = "#000000", "#D55E00", "#0072B2", "#009E73"
+
+
+def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
+    """Curvature against the step, a panel for each run, all with the same axes."""
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = figures.new_figure(3.9 * columns + 0.6, 3.1 * lines + 0.9)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for ax, curve in zip(axes.flat, curves, strict=False):
+        ax.set_title(figures.wrap(curve.label), fontsize=11)
+        ax.axhline(curve.exact, color=_EXACT, linewidth=1.4)
+        ax.fill_between(curve.steps, curve.double[0], curve.double[2], color=_DOUBLE, alpha=0.2,
+                        linewidth=0)
+        ax.plot(curve.steps, curve.double[1], color=_DOUBLE, marker="o", markersize=5)
+        ax.plot(curve.steps, curve.single, color=_SINGLE, marker="x", linestyle=(0, (4, 2)))
+        # An unbiased estimate may be negative, which this axis cannot show.
+        ax.plot(curve.steps, np.where(curve.smoothed > 0, curve.smoothed, np.nan),
+                color=_SMOOTHED, marker="s", markersize=4.5, linestyle=(0, (1, 1)))
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    for ax in axes.flat[len(curves):]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("step $t$, or noise $\\sigma$ [pixel values]")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("median over the images [1/pixel$^4$]")
+    figures.add_legend(figure, [
+        Line2D([], [], color=_EXACT, label="exact $\\Vert H\\Vert_F^2$ at the image"),
+        Line2D([], [], color=_DOUBLE, marker="o", markersize=5,
+               label="Eq. 21, float64 (band: quartiles)"),
+        Line2D([], [], color=_SINGLE, marker="x", linestyle=(0, (4, 2)), label="Eq. 21, float32"),
+        Line2D([], [], color=_SMOOTHED, marker="s", markersize=4.5, linestyle=(0, (1, 1)),
+               label="smoothed $\\Vert H_\\sigma\\Vert_F^2$, float64")], columns=4)
+    return figure
+
+
+def section(study: Study) -> Section | None:
+    """Of the report; None if no run was studied."""
+    found = [(study.labels[row], result) for row in study.labels
+             for run in study.runs[row][:1] if (result := run.result("steps"))]
+    if not found:
+        return None
+    curves = [step_curves(label, result) for label, result in found]
+    steps = curves[0].steps
+    shown = range(0, len(steps), 2)  # The figure has them all.
+    columns = ("Method", "Exact", *(f"Eq. 21, t = {steps[i]:g}" for i in shown),
+               f"float32, t = {steps[0]:g}", f"Smoothed, σ = {steps[-1]:g}")
+    rows = [TableRow(curve.label, tuple(map(Cell, map(significant, (
+        curve.exact, *(curve.double[1][i] for i in shown), curve.single[0], curve.smoothed[-1])))))
+        for curve in curves]
+    settings = [result["settings"] for _, result in found]
+    details = (f"Medians over {listed(one['num_images'] for one in settings)} test images of the "
+               f"first seed; {listed(one['num_probes'] for one in settings)} random directions; "
+               "float64 if not said otherwise; in 1/pixel⁴.")
+    ratios = np.concatenate([curve.double[1] / curve.exact for curve in curves])
+    return Section(
+        "steps", "How Eq. 21 depends on its step",
+        "Over these steps and methods the median of Eq. 21 lies between "
+        f"{significant(ratios.min())} and {significant(ratios.max())} times the exact one. On a "
+        "smooth network both would agree as t goes to 0; on one with kinks Eq. 21 has no limit "
+        "to settle on.",
+        (Table("Eq. 21 against the step.", columns, tuple(rows), details,
+               "How to read: along a row, what the step alone does to the number."),),
+        (Picture("steps", steps_figure(curves), "Eq. 21 and the smoothed curvature against their "
+                 "scale, beside the exact curvature.",
+                 "Line charts of curvature against the step on logarithmic axes, a panel for each "
+                 "method. The table holds the medians of Eq. 21.",
+                 "How to read: the black line is what both would be on a quadratic loss. Eq. 21 "
+                 "squares every jump of the gradient that a step crosses; the smoothed curvature "
+                 "averages the jumps first, so that those to and fro cancel. Where float32 leaves "
+                 "float64, rounding has taken over. Median values of zero or less are left out."),
+         ))

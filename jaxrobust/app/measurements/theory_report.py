@@ -1,0 +1,259 @@
+"""The report's section on the checked theorems, from what the command ``theory`` wrote."""
+
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxrobust.app.measurements import theory_figures
+from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.report.page import (
+    Cell,
+    Picture,
+    Section,
+    Table,
+    TableRow,
+    count,
+    listed,
+    significant,
+)
+from jaxrobust.app.study import Study
+
+CURVATURES = {
+    "hessian": "‖H‖², pointwise, exact",
+    "smoothed_hessian": "‖H_σ‖², of the noise-averaged loss",
+    "squared_change": "2/σ⁴ E(l(x+ε) − l(x))²: bounds ‖H_σ‖²; ‖H‖² only with Eq. 14",
+    "upper_bound_median": "Eq. 15 at the median displacement",
+}
+"""Columns of ``theory.npz`` that the first figure shows, and their names there."""
+
+MAPPING = {
+    "error": "measured on test images",
+    "theorem": "Theorem 6.2, on the training images",
+    "held_out": "for fixed features, norms from 0",
+    "held_out_around": "for fixed features, norms from the training centroid",
+    "fixed_centre": "Clopper-Pearson, fixed centre",
+}
+"""Curves of ``theory.json`` that the second figure shows, and their names there."""
+
+
+def section(study: Study) -> Section | None:
+    """The section; None if no run of the study was checked."""
+    found = {row: [result for run in runs if (result := run.result("theory"))]
+             for row, runs in study.runs.items()}
+    found = {row: results for row, results in found.items() if results}
+    if not found:
+        return None
+    return Section(
+        "theory", "The paper’s theorems, checked",
+        "Each proposition and theorem of the paper was tried on these networks: whether what it "
+        "assumes is met, whether what it claims is true, and how far its bound is from the value. "
+        "The derivations are in docs/theory.md.",
+        (curvature_table(study, found), claims_table(study, found),
+         separation_table(study, found)),
+        (bounds_picture(study, found), mapping_picture(study, found),
+         separation_picture(study, found)))
+
+
+def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
+    """Theorem 6.1 and its assumption, by row."""
+    rows = []
+    for row, results in found.items():
+        def cell(key, field, show: Callable = _percent, results=results):
+            return Cell(show(_mean(_claim(result, key)[field] for result in results)))
+
+        rows.append(TableRow(study.labels[row], (
+            Cell(significant(_mean(np.nanmedian(result["quadratic_residual"])
+                                   for result in results))),
+            cell("eq22_pointwise", "holds"), cell("eq22_smoothed", "holds"),
+            cell("thm61_upper_pointwise_median", "holds"),
+            cell("thm61_upper_pointwise_median", "looseness", significant),
+            cell("thm61_upper_smoothed_median", "looseness", significant),
+            cell("thm61_lower_pointwise_median", "holds"),
+            cell("thm61_lower_smoothed_median", "holds"))))
+    first = [result for results in found.values() for result in results]
+    settings = first[0]["settings"]
+    sigmas = listed(f"{255 * result['sigma']:.3g}" for result in first)
+    return Table(
+        "Theorem 6.1: curvature between two bounds.",
+        ("Method", "Eq. 14: residual", "Step 1, ‖H‖² [%]", "Step 1, ‖H_σ‖² [%]",
+         "Eq. 15 holds [%]", "Eq. 15 / ‖H‖²", "Eq. 15 / ‖H_σ‖²", "Eq. 16 holds, H [%]",
+         "Eq. 16 holds, H_σ [%]"), tuple(rows),
+        f"{settings['num_images']} test images of each run, noise of standard deviation "
+        f"{sigmas}/255, "
+        f"{settings['num_draws']} draws; δ is the median displacement of the run’s features "
+        "(half of all draws stay within it).",
+        "How to read: Eq. 14 takes the loss as quadratic at the scale of the noise; its residual "
+        "is the part of E(l(x+ε) − l(x))² that the quadratic model misses: 0 is a quadratic loss, "
+        "1 no better than a constant, more than 1 is worse; median over the images. Step 1: share "
+        "of the images with a curvature below 2/σ⁴ E(l(x+ε) − l(x))², assumed for the pointwise "
+        "Hessian H, a theorem for H_σ, that of the noise-averaged loss. Eq. 15, 16: share of the "
+        "images for which the bound holds (Eq. 16: of those for which it is above 0), and the "
+        "median of bound over value: 1 would be tight. With several seeds, means over them.")
+
+
+def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
+    """Sections 5, 6.2 and 6.3, by row."""
+    rows = []
+    for row, results in found.items():
+        geometry = [result["geometry"] for result in results]
+        mapping = [result["mapping"] for result in results]
+        separation = [result["separation"] for result in results]
+        rescaled = [result["rescaling"] for result in results]
+        cells = [
+            significant(_mean(part["compactness_loss"] for part in geometry)),
+            significant(_mean(part["margin_loss"] for part in geometry)),
+            _percent(_mean(part["train_share_within_delta_v"] for part in geometry)),
+            _percent(_mean(np.mean(part["same_predictions"]) for part in rescaled)),
+            significant(max(_informative_error(part, "theorem") for part in mapping)),
+            significant(max(_informative_error(part, "held_out") for part in mapping)),
+            significant(_mean(min(part["tau_at_delta_v"]) for part in separation)),
+            significant(_mean(min(part["tau_at_widest"]) for part in separation)),
+            significant(_mean(part["bound_at_widest"] for part in separation)),
+            significant(_mean(min(part["divergence"]["features"]) for part in separation)),
+        ]
+        rows.append(TableRow(study.labels[row], tuple(map(Cell, cells))))
+    results = [result for row in found.values() for result in row]
+    deltas = {name: listed(f"{result[name]:g}" for result in results)
+              for name in ("delta_v", "delta_d")}
+    return Table(
+        "Propositions 5.1 to 5.3, Theorems 6.2 and 6.3.",
+        ("Method", "L_compact", "L_margin", "Within δ_v [%]", "T_ν: same predictions [%]",
+         "6.2: largest error bounded below 1", "Fixed features: the same", "6.3: τ at δ_v",
+         "τ, widest balls", "Bound there [nats]", "Divergence at least [nats]"), tuple(rows),
+        f"Losses and shares: {listed(count(r['num_train_images']) for r in results)} training "
+        f"images, δ_v = {deltas['delta_v']}, δ_d = {deltas['delta_d']}; the rest: "
+        f"{listed(count(r['num_test_images']) for r in results)} test images.",
+        "How to read: Propositions 5.1 and 5.2 assume that L_compact and L_margin are exactly 0; "
+        "rows that were trained without these terms are shown for comparison. T_ν must leave every "
+        "prediction as it is. A bound on the share of images outside a ball says something only "
+        "below 1: the largest error that is bounded below 1 is 0 for Theorem 6.2, which is then "
+        "about balls that hold every feature. Theorem 6.3 needs τ ≥ 1/2 in the worst class; at "
+        "the run’s δ_v and with the widest balls that are still disjoint; its bound, in nats, "
+        "beside what a classifier shows the divergence of the closest pair of classes to be at "
+        "least, in the penultimate layer.")
+
+
+SEPARATION = {
+    "pair_bound": "Eq. 20", "pair_sharp_bound": "Sharp", "pair_decision_bound": "Hyperplanes"}
+"""Bounds of ``theory.json`` on the divergence of each pair of classes, and their names."""
+
+
+def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
+    """Theorem 6.3 layer by layer, by row."""
+    layers = next(iter(found.values()))[0]["separation"]["layers"]
+    rows = []
+    for row, results in found.items():
+        parts = [result["separation"] for result in results]
+        columns = [*([part["divergence"][layer] for part in parts] for layer in layers),
+                   *([part[key] for part in parts] for key in SEPARATION)]
+        rows.append(TableRow(study.labels[row], tuple(
+            Cell(significant(_mean(map(np.median, by_seed)))) for by_seed in columns)))
+    return Table(
+        "Theorem 6.3: how far apart two classes are in each layer, in nats.",
+        ("Method", *layers, *SEPARATION.values()), tuple(rows),
+        "Median over the pairs of classes; with several seeds, the mean of that.",
+        "How to read: higher is better separated; log 2 = 0.693 is complete separation. Layers: "
+        "what a logistic regression shows the divergence to be at least. Right of them bounds that "
+        "hold for every layer at once: that of Eq. 20 and the sharpest under its hypotheses, for "
+        "balls around the two centroids that touch, and that from the sides of the network’s "
+        "own decision hyperplane (docs/theory.md). No layer’s divergence is below that of a later "
+        "one, so that a number of an earlier layer below one on its right says how little a linear "
+        "classifier sees there.")
+
+
+def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
+    """Theorem 6.1."""
+    samples = []
+    for row, results in found.items():
+        values = {label: np.concatenate([result[key] for result in results])
+                  for key, label in CURVATURES.items()}
+        change = CURVATURES["squared_change"]
+        values[change] = np.concatenate(
+            [2 / result["sigma"] ** 4 * result["squared_change"] for result in results])
+        samples.append(theory_figures.BoundSample(study.labels[row], values))
+    hidden = sum(int((~(values > 0)).sum()) for sample in samples
+                 for values in sample.values.values())
+    total = sum(values.size for sample in samples for values in sample.values.values())
+    return Picture(
+        "theory_curvature", theory_figures.bounds_figure(samples),
+        "Theorem 6.1: the curvature at test images, and what bounds it.",
+        f"Box plots on a logarithmic axis, {len(CURVATURES)} boxes for each of {len(samples)} "
+        "methods: two curvatures and two bounds on them.",
+        "How to read: further left is flatter. Box: quartiles and median over the images; "
+        "whiskers: 5th to 95th percentile. A bound’s box should lie right of a curvature’s; the "
+        "distance between the two, in powers of ten, is how loose it is. The order of the methods "
+        "by a loose bound need not be that by the curvature. "
+        f"{hidden} of the {total} values are zero or negative (estimates of ‖H_σ‖² scatter around "
+        "theirs) and lie beyond the left edge.")
+
+
+def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
+    """Theorem 6.2."""
+    curves = []
+    for row, results in found.items():
+        values = {label: np.mean([np.mean(result["mapping"][key], axis=0) for result in results],
+                                 axis=0) for key, label in MAPPING.items()}
+        curves.append(theory_figures.MappingCurves(
+            study.labels[row], np.array(results[0]["mapping"]["radii_over_median_distance"]),
+            values))
+    settings = next(iter(found.values()))[0]["settings"]
+    return Picture(
+        "theory_mapping", theory_figures.mapping_figure(curves),
+        "Theorem 6.2: the share of test images outside a ball around their class’s centroid.",
+        f"Line charts against the radius, one for each of {len(curves)} methods: the measured "
+        "share, and four bounds on it.",
+        "How to read: means over the classes. Radius in units of the median distance of the "
+        "class’s training images to their centroid. Grey: above 1 a bound says nothing; a line "
+        "that is not seen lies above. The bounds for fixed features and Clopper and Pearson’s "
+        "are made on one half of the test images; the measured share is of the other half. Each "
+        f"holds with probability {1 - settings['failure_probability']:g} for a class and radius.")
+
+
+def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
+    """Theorem 6.3."""
+    lines = []
+    for row, results in found.items():
+        parts = [result["separation"] for result in results]
+        layers = tuple(parts[0]["layers"])
+        by_layer = [np.concatenate([part["divergence"][name] for part in parts])
+                    for name in layers]
+        bounds = {label: np.concatenate([part[key] for part in parts])
+                  for key, label in SEPARATION.items()}
+        lines.append(theory_figures.SeparationLine(
+            study.labels[row], row_style(list(study.labels).index(row)), layers,
+            np.array([values.min() for values in by_layer]),
+            np.array([np.median(values) for values in by_layer]),
+            {label: (float(values.min()), float(np.median(values)))
+             for label, values in bounds.items()}))
+    return Picture(
+        "theory_separation", theory_figures.separation_figure(lines),
+        "Theorem 6.3: how far apart two classes are in each layer, and what the theorem promises.",
+        f"Two line charts of the Jensen-Shannon divergence against the layer, a line for each of "
+        f"{len(lines)} methods, and the theorem’s bounds beside them.",
+        "How to read: higher is better separated; 0.693 nats (log 2) is complete separation. "
+        "Lines: what a logistic regression, fitted on one half of the test images and judged on "
+        "the other, shows the divergence to be at least (features of a block: averages over its "
+        "pixels). Right of the vertical line, bounds that hold for every layer: that of Eq. 20 and "
+        "the sharpest that its hypotheses allow, for balls around the two classes’ centroids that "
+        "touch each other, and that from the sides of the network’s decision hyperplanes.")
+
+
+def _claim(result: dict, key: str) -> dict:
+    return next(line for line in result["claims"] if line["key"] == key)
+
+
+def _mean(values) -> float:
+    """Of what is there; NaN of nothing."""
+    there = [float(value) for value in values if value is not None]
+    return statistics.fmean(there) if there else float("nan")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share == share else "–"
+
+
+def _informative_error(mapping: dict, name: str) -> float:
+    """The largest measured error among the classes and radii with a bound below 1."""
+    errors, bounds = np.array(mapping["error"]), np.array(mapping[name])
+    return float(errors[bounds < 1].max(initial=0))

@@ -1,0 +1,175 @@
+"""Classifies images with a finished run, and exports the run's network."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrobust import _validate, data
+from jaxrobust.app import runs
+from jaxrobust.app.config import InputError, read_config
+from jaxrobust.app.datasets import open_dataset
+from jaxrobust.app.doubt import (
+    Doubt,
+    doubt_of,
+    doubt_text,
+    load_doubt,
+    measure_doubt,
+    outputs_of,
+)
+from jaxrobust.app.network import read_network
+from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
+from jaxrobust.data.augment import to_float
+from jaxrobust.models import pytorch
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""That an exported network runs on."""
+
+
+def load_classifier(
+    folder: pathlib.Path, data_dir: pathlib.Path
+) -> tuple[TrainedRun, Doubt]:
+    """A finished run, to be used, and its score of doubt.
+
+    The data set it was trained on is needed only by a run from before ``network.json`` was written,
+    and for a score that is not measured yet. If that cannot be had it is said why, and the score is
+    :data:`jaxrobust.app.doubt.UNMEASURED`.
+
+    Raises:
+      InputError: (a ValueError) as :func:`jaxrobust.app.trainer.load_run` does.
+    """
+    config = read_config(folder)
+    if read_network(folder) is not None:
+        run = load_run(folder, config, None)
+    else:
+        try:
+            dataset = open_dataset(config, data_dir, in_memory=False)
+        except InputError as error:
+            raise InputError(f"{folder} is from before network.json was written, and needs its "
+                             f"data set: {error}") from error
+        run = load_run(folder, config, dataset)
+    if not (folder / "doubt.json").is_file():
+        try:
+            measure_doubt(_with_dataset(run, folder, data_dir), folder)
+        except InputError as error:
+            print(f"The score of doubt cannot be measured: {error}", file=sys.stderr)
+    return run, load_doubt(folder)
+
+
+def _with_dataset(run, folder, data_dir):
+    if run.dataset is not None:
+        return run
+    return load_run(folder, run.config, open_dataset(run.config, data_dir, in_memory=False))
+
+
+class Prediction(NamedTuple):
+    """Of one image."""
+
+    path: pathlib.Path
+    label: str
+    probability: float  # of that class
+    doubt: float  # the run's score of doubt, larger for more doubtful
+    doubtful: bool  # whether the score is beyond its threshold; False if it has none
+
+
+def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.Array]:
+    r"""What a run says of images [B, H, W, channels], uint8 or in [0, 1].
+
+    Returns:
+      ``probabilities`` [B, C]; ``doubt`` [B], the run's score, larger for more doubtful; and
+      ``distances`` [B, C] of the features to the centroids of the classes, :math:`\|q - m_c\|`,
+      infinite for a class that was never seen.
+    """
+    outputs = run.model.apply(variables_of(run.state), to_float(images), train=False)
+    centroids = run.state.centroids
+    distances = jnp.linalg.norm(outputs.features[:, None] - centroids.mean[None], axis=-1)
+    return {"probabilities": jax.nn.softmax(outputs.logits),
+            "doubt": doubt_of(doubt.score, outputs.logits, outputs.features, doubt.statistics),
+            "distances": jnp.where(centroids.seen[None], distances, jnp.inf)}
+
+
+def predict_files(
+    run: TrainedRun, doubt: Doubt, paths: Sequence[pathlib.Path]
+) -> list[Prediction]:
+    """The class of each image file; it is resized to the size that the run was trained with.
+
+    Raises:
+      InputError: (a ValueError) if there is no file, one cannot be read, or the network's logits
+        for one are not finite.
+    """
+    _validate.in_range("number of images", len(paths), 1)
+    *image_size, channels = run.network.image_shape
+    images = np.stack([data.read_image(path, tuple(image_size), channels) for path in paths])
+    logits, features = outputs_of(run, images)
+    broken = [str(path) for path, row in zip(paths, logits, strict=True)
+              if not np.isfinite(row).all()]
+    if broken:
+        raise InputError(f"Expected finite logits, got NaN or infinite ones for {len(broken)} of "
+                         f"{len(paths)} images: {', '.join(broken)}.")
+    doubts = np.asarray(doubt_of(doubt.score, logits, features, doubt.statistics))
+    threshold = np.inf if doubt.facts is None else doubt.facts["threshold"]
+    best, probabilities = logits.argmax(axis=1), jax.nn.softmax(logits)
+    return [Prediction(path, run.network.class_names[index], float(row[index]), float(score),
+                       bool(score > threshold))
+            for path, index, row, score in zip(paths, best, probabilities, doubts, strict=True)]
+
+
+def table_text(predictions: Sequence[Prediction], doubt: Doubt) -> str:
+    """Predictions as lines: path, class, probability, doubt; and what the doubt is worth."""
+    rows = [("image", "class", "probability", "doubt", "")]
+    rows += [(str(one.path), one.label, f"{one.probability:.4f}", f"{one.doubt:.4g}",
+              "doubtful" if one.doubtful else "") for one in predictions]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join([*("  ".join(
+        cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows), doubt_text(doubt)])
+
+
+def require_exportable(path: pathlib.Path) -> None:
+    """Raises InputError unless a network can be written to this path."""
+    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES))
+    runs.require_writable_file(path)
+
+
+def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
+    """Writes a run's network for use without this package.
+
+    ``.stablehlo``: a serialised ``jax.export`` artefact of :func:`classify`, normalisation and
+    weights inside, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json`` with
+    the names of the classes and what goes in and out. ``.safetensors``, ``.pth``: the weights, in
+    PyTorch's names and layout.
+
+    Raises:
+      InputError: (a ValueError) for another suffix, a file that cannot be written, or a network
+        of which PyTorch's names are not known.
+    """
+    require_exportable(path)
+    if path.suffix in pytorch.SUFFIXES:
+        state_dict = pytorch.to_torch_state_dict(
+            run.model, jax.device_get(variables_of(run.state)))
+        runs.make_folder(path.parent)
+        with runs.writing(path):
+            pytorch.write_state_dict(path, state_dict)
+        return
+    shape = run.network.image_shape
+    batch, = jax.export.symbolic_shape("b")
+    exported = jax.export.export(
+        jax.jit(lambda images: classify(run, doubt, images)), platforms=PLATFORMS)(
+            jax.ShapeDtypeStruct((batch, *shape), jnp.uint8))
+    runs.make_folder(path.parent)
+    with runs.replacing(path) as partial:
+        partial.write_bytes(exported.serialize())
+    runs.write_text(path.with_suffix(".json"), json.dumps({
+        "input": {"shape": ["b", *shape], "dtype": "uint8", "values": "RGB or grey, 0 to 255"},
+        "output": {"probabilities": ["b", len(run.network.class_names)], "doubt": ["b"],
+                   "distances": ["b", len(run.network.class_names)]},
+        "doubt": {"what": doubt_text(doubt), **(doubt.facts or {})},
+        "class_names": list(run.network.class_names),
+        "use": "jax.export.deserialize(open(path, 'rb').read()).call(images)",
+        "epoch": run.epoch, "provenance": runs.provenance()}, indent=2) + "\n")

@@ -1,0 +1,394 @@
+"""What runs execute, compiled once for all runs that differ in their seed alone."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrobust import batch_statistics, data, parallel, training
+from jaxrobust.app.config import (
+    SWEPT,
+    InputError,
+    OptimizerConfig,
+    RunConfig,
+    get_setting,
+    training_perturbation,
+    with_settings,
+)
+from jaxrobust.app.network import Network
+from jaxrobust.app.progress import compiling
+from jaxrobust.data import Dataset, Split
+from jaxrobust.methods import Method, make_method
+from jaxrobust.models import MobileNetV3, create_model, pytorch
+from jaxrobust.parallel import Layout
+from jaxrobust.training import TrainState
+
+
+def model_of(config: RunConfig, dataset: Dataset | Network) -> nn.Module:
+    """The model of a run."""
+    return create_model(
+        config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
+        width=config.width, feature_layer=config.feature_layer, mean=dataset.mean, std=dataset.std,
+        dtype=jnp.dtype(config.dtype))
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, *, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate by step."""
+    if config.schedule == "piecewise":
+        return training.piecewise_schedule(
+            config.learning_rate, decay_factor=config.decay_factor,
+            decay_steps=tuple(epoch * steps_per_epoch for epoch in config.decay_epochs))
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_epochs else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        decay_steps=epochs * steps_per_epoch)
+
+
+def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The weight, by step, of the terms beside the softmax loss."""
+    steps = round(config.constraint_warmup_epochs * steps_per_epoch)
+    if steps == 0:
+        return optax.schedules.constant_schedule(1.0)
+    return optax.schedules.linear_schedule(0.0, 1.0, steps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The compiled parts of a run, or of several that are trained together.
+
+    The state of several has a leading axis of runs, [R], in every leaf, and so have their
+    orders, metrics and swept settings; the images are shared.
+    """
+
+    layout: Layout
+    model: nn.Module
+    learning_rate: optax.Schedule
+    resident: Callable[[int], parallel.Step]
+    """By the number of updates in a call: ``(state, (images [N, ...] uint8, labels [N], order
+    [N], swept), positions [B]) -> (state, metrics [T])``. The images are on the devices."""
+    streamed: parallel.Step
+    """``(state, swept, (images [B, ...], labels [B], positions [B])) -> (state, metrics [1])``:
+    one update with images that have just come."""
+    order: Callable[[jax.Array, int], jax.Array]
+    """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
+    passes: parallel.Step
+    """``(statistics, (params, key, index, swept), (images [B, ...], labels [B], positions [B])) ->
+    (statistics, ())``, of one run: adds batch number ``index`` to batch norm's statistics."""
+
+
+SUBSET_SEED = 0
+"""Of the choice of training and validation images: the same for all runs."""
+
+
+def rows_of(config: RunConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows of the training split that a run is trained on, and of those held out of it.
+
+    The latter are None if none are, as where the data set has images for validation of its own.
+    Copies of one image are held out together.
+
+    Raises:
+      InputError: (a ValueError) if there are fewer images than the configuration asks for.
+    """
+    labels, held_out = dataset.train.labels, None
+    rows, size = np.arange(len(labels)), config.validation_size
+    if size and dataset.validation is None:
+        size = int(size) if size >= 1 else round(size * len(labels))
+        rows, held_out = _divide(labels, size, "validation_size", dataset.groups)
+    if config.train_size is not None and config.train_size != len(rows):
+        rows = rows[_divide(labels[rows], config.train_size, "train_size")[1]]
+    return rows, held_out
+
+
+def _divide(labels, size, name, groups=None):
+    if size >= len(labels):
+        raise InputError(f"Expected {name}={size} < {len(labels)}, the images there are.")
+    return data.split_rows(labels, size, seed=SUBSET_SEED, groups=groups, name=name)
+
+
+def num_train_of(config: RunConfig, dataset: Dataset) -> int:
+    """The number of images a run is trained on."""
+    return len(rows_of(config, dataset)[0])
+
+
+def class_weights_of(config: RunConfig, dataset: Dataset) -> tuple[float, ...] | None:
+    """The weight of each class in the softmax losses of a run; None for 1 each.
+
+    Balanced weights are :math:`N / (C n_c)`, with :math:`n_c` of the N training images in class c,
+    as scikit-learn's ``class_weight="balanced"``: over an epoch every class has the same weight.
+    """
+    if config.class_weights == "none":
+        return None
+    labels = dataset.train.labels[rows_of(config, dataset)[0]]
+    counts = np.bincount(labels, minlength=len(dataset.class_names))
+    # A class without an image has no term to be weighted.
+    return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
+
+
+def method_of(config: RunConfig, class_weights: tuple[float, ...] | None) -> Method:
+    """The method of a run, with the weights of its classes."""
+    return make_method(
+        config.method, robust=config.robust, stability_weight=config.stability_weight,
+        one_pass=config.one_pass, class_weights=class_weights)
+
+
+def optimizer_of(
+    config: RunConfig, num_train: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of a run, and its learning rate by step."""
+    learning_rate = learning_rate_schedule(
+        config.optimizer, epochs=config.epochs,
+        steps_per_epoch=len(data.batch_sizes(num_train, config.batch_size)))
+    return _transformation(config.optimizer, learning_rate), learning_rate
+
+
+def _transformation(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    shared = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm}
+    if config.name == "adam":
+        return training.adam(learning_rate, **shared)
+    return training.sgd(learning_rate, momentum=config.momentum, **shared)
+
+
+def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
+    """The program of runs that differ in their seed, and in swept settings, alone.
+
+    Raises:
+      InputError: (a ValueError) if they differ in more, or the layout cannot run it.
+    """
+    config = configs[0]
+    if not layout.divides(config.batch_size):
+        raise InputError(f"Expected batch_size={config.batch_size} to be a multiple of the "
+                         f"{layout.num_devices} devices it is split over.")
+    if config.batch_norm == "per_device" and layout.form != "pmap":
+        raise InputError(
+            f"Expected parallel='pmap' with batch_norm='per_device', got {layout.form!r}.")
+    num_train = num_train_of(config, dataset)
+    if config.batch_norm == "per_device" and layout.num_devices in data.batch_sizes(
+            num_train, config.batch_size):
+        raise InputError(
+            f"Expected batch_size={config.batch_size} with {num_train} training images to give "
+            f"each of {layout.num_devices} devices two images or more with "
+            "batch_norm='per_device': one has no variance.")
+    swept_settings(configs)  # Says in what they may not differ.
+    # One program whatever the values of what can be swept, here any that are valid for all: rows of
+    # a study that differ in these alone are compiled once.
+    nominal = dict.fromkeys(SWEPT, 0.5)
+    return _program(
+        with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
+        num_train, class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+
+
+def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
+    """The values of :data:`jaxrobust.app.config.SWEPT`, each [R] float32; [] of one run.
+
+    Raises:
+      InputError: (a ValueError) if they differ in one that is the same for all runs that are
+        trained together.
+    """
+    alike = {name: get_setting(configs[0], name) for name in SWEPT}
+    for config in configs:
+        if dataclasses.replace(with_settings(config, alike), seed=configs[0].seed) != configs[0]:
+            raise InputError("Expected runs that are trained together to differ in nothing but "
+                             f"the seed, {', '.join(SWEPT)}.")
+    values = {name: np.array([get_setting(config, name) for config in configs], np.float32)
+              for name in SWEPT}
+    return values if len(configs) > 1 else {name: value[0] for name, value in values.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: RunConfig, model: nn.Module, num_train: int,
+             class_weights: tuple[float, ...] | None, flip: bool, layout: Layout,
+             together: bool) -> Program:
+    steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
+    optimizer, learning_rate = optimizer_of(config, num_train)
+    augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
+               "photo": data.photo_augmentation}[config.augmentation](flip=flip)
+
+    def with_method(swept):
+        run = with_settings(config, {name: swept[name] for name in SWEPT})
+        return run, method_of(run, class_weights)
+
+    def batch_of(run, key, step, images, labels, positions):
+        return data.make_batch(
+            jax.random.fold_in(key, step), images, labels, positions=positions, augment=augment,
+            perturb=training_perturbation(run), independent_views=run.independent_views)
+
+    def update(axis_name, state, images, labels, positions, swept):
+        run, method = with_method(swept)
+        train_step = training.make_train_step(
+            model, method, optimizer, axis_name=axis_name,
+            sync_batch_norm=run.batch_norm == "synchronised",
+            constraint_weight=constraint_schedule(run, steps_per_epoch))
+        return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
+
+    def passes(axis_name):
+        def step(statistics, shared, rows):
+            params, key, index, swept = shared
+            run, method = with_method(swept)
+            add = batch_statistics.make_pass_step(
+                model, method, axis_name=axis_name,
+                sync_batch_norm=run.batch_norm == "synchronised")
+            # Beyond the steps of any training, whose randomness is another.
+            number = index + jnp.uint32(2**31)
+            batch = batch_of(run, key, number, *rows)
+            # The models here have no dropout.
+            return add(statistics, params, batch, jax.random.fold_in(key, number)), ()
+
+        return step
+
+    def resident(num_steps, axis_name):
+        def steps(state, shared, positions):
+            images, labels, order, swept = shared
+
+            def one(state, _):
+                first = state.step % steps_per_epoch * config.batch_size
+                rows = order[first + positions]
+                return update(axis_name, state, images[rows], labels[rows], positions, swept)
+
+            if num_steps == 1:  # A loop of one iteration is as slow as any on CPUs.
+                return _with_axis(one(state, None))
+            # On CPUs convolutions are several times slower inside loops.
+            return jax.lax.scan(one, state, length=num_steps,
+                                unroll=jax.default_backend() == "cpu")
+
+        return jax.vmap(steps, in_axes=(0, (None, None, 0, 0), None)) if together else steps
+
+    def streamed(axis_name):
+        def step(state, swept, rows):
+            images, labels, positions = rows
+            return _with_axis(update(axis_name, state, images, labels, positions, swept))
+
+        return step
+
+    compile_step = functools.partial(
+        parallel.compile_step, layout, ynnpack=not isinstance(model, MobileNetV3))
+    return Program(
+        layout, model, learning_rate,
+        resident=functools.cache(
+            lambda num_steps: compile_step(functools.partial(resident, num_steps))),
+        streamed=compile_step(streamed),
+        order=_order_of(layout, num_train, together), passes=compile_step(passes))
+
+
+@functools.lru_cache(maxsize=8)
+def _order_of(layout: Layout, num_train: int, together: bool) -> Callable[..., jax.Array]:
+    """``order`` of a :class:`Program`; compiled once for all runs on as many images."""
+    def order(key, epoch):
+        return data.epoch_order(key, epoch, num_train)
+
+    return parallel.compile(layout, jax.vmap(order, (0, None)) if together else order)
+
+
+def _with_axis(state_and_metrics):
+    """The metrics with the axis [T] of the updates in a call."""
+    state, metrics = state_and_metrics
+    return state, jax.tree.map(lambda value: value[None], metrics)
+
+
+def initial_state(
+    config: RunConfig, dataset: Dataset | Network, layout: Layout
+) -> TrainState:
+    """The state of one run before its first step, on the devices."""
+    sample = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+    create = _state_of(model_of(config, dataset), config.optimizer)
+    return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
+
+
+@functools.lru_cache(maxsize=8)
+def _state_of(model: nn.Module, optimizer: OptimizerConfig) -> Callable[..., TrainState]:
+    """``(key, images) -> state`` before the first step; compiled once for all runs of a kind."""
+    # What an optimiser begins with does not depend on its schedule.
+    transformation = _transformation(optimizer, optax.schedules.constant_schedule(0.0))
+    # Compiled as a whole: layer by layer it takes longer than compiling the update.
+    return jax.jit(functools.partial(training.create_train_state, model, transformation))
+
+
+def start_from(
+    path: str, state: TrainState, config: RunConfig, dataset: Dataset, layout: Layout
+) -> tuple[TrainState, dict[str, Any]]:
+    """A first state with the weights of a PyTorch file, and what is to be known of it.
+
+    That is the file's SHA-256, and the layers that keep their initial weights since the file has
+    none of their shape.
+
+    Raises:
+      InputError: (a ValueError) if the file cannot be read or is of another network.
+    """
+    loaded = pytorch.load_torch_weights(
+        model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},
+        pytorch.read_state_dict(path))
+    digest = hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()
+    state = state.replace(**parallel.replicate(layout, loaded.variables))
+    return state, {"init_from": {
+        "path": str(path), "sha256": digest, "initialised_anew": list(loaded.replaced)}}
+
+
+STATISTICS_IMAGES = 2048
+"""The most training images that batch norm's statistics are recomputed from, filled up to whole
+batches. Wu & Johnson (2021) find a thousand enough."""
+
+
+def recompute_statistics(
+    program: Program, config: RunConfig, state: TrainState, split: Split
+) -> TrainState:
+    """The state of one run with batch norm's statistics recomputed from its training images.
+
+    Of those, at most :data:`STATISTICS_IMAGES` at random, or all, as batches of the training's
+    size, augmented and perturbed as in training, with a key of their own: the run's key alone
+    determines them, so that they are the same in all epochs, after a resumption, and whatever the
+    input and the devices. Without batch norm the state is as it was.
+    """
+    if not jax.tree.leaves(state.batch_stats):
+        return state
+    size, layout = config.batch_size, program.layout
+    # The epochs of training begin with 1.
+    order = data.host_epoch_order(state.key, len(split.labels))(0)
+    count = -(-min(len(order), STATISTICS_IMAGES) // size)
+    mine = layout.rows_of(size)
+    positions = np.arange(size, dtype=np.int32)[mine]
+    swept = parallel.replicate(layout, swept_settings([config]))
+    statistics = parallel.replicate(
+        layout, batch_statistics.init_pass_statistics(jax.device_get(state.batch_stats)))
+    # Where the images do not fill whole batches, the first ones do so.
+    for index, rows in enumerate(np.resize(order, (count, size))):
+        rows = rows[mine]
+        shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), swept)
+        batch = parallel.place_batch(
+            layout, (split.images[rows], split.labels[rows], positions), size)
+        # The first call waits for the compilation, and no call for the computation.
+        with contextlib.nullcontext() if index else compiling(
+                f"the passes that batch norm's statistics of {config.model} come from"):
+            statistics, _ = program.passes(statistics, shared, batch)
+    return state.replace(batch_stats=_combine(layout)(statistics))
+
+
+@functools.cache
+def _combine(layout: Layout) -> Callable[..., Any]:
+    return parallel.compile(layout, batch_statistics.combine_passes)
+
+
+def stack_runs(states: Sequence[TrainState]) -> TrainState:
+    """The states of several runs as one, with a leading axis; that of one run as it is."""
+    if len(states) == 1:
+        return states[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def unstack_runs(tree: Any, num_runs: int) -> list[Any]:
+    """What :func:`stack_runs` put together."""
+    if num_runs == 1:
+        return [tree]
+    return [jax.tree.map(lambda leaf, run=run: leaf[run], tree) for run in range(num_runs)]

@@ -1,0 +1,174 @@
+"""What a comparison of methods is, and those that anyone can run on data of their own."""
+
+import dataclasses
+
+from jaxrobust import _validate
+from jaxrobust.app.config import CurvatureConfig, Evaluation, OptimizerConfig, RunConfig
+from jaxrobust.data import FOLDER_PREFIX
+from jaxrobust.losses import RobustLossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What all rows of a recipe take for one seed, training and tests."""
+
+    cpu_hours: float
+    """On two CPU cores, with --jobs 2."""
+    cpu_gigabytes: float
+    """Memory of the processes together."""
+    gpu_hours: float
+    """On one GPU."""
+    basis: str
+    """Where the numbers come from."""
+    images: int | None = None
+    """Images in the folder that the hours are for, in proportion to which they grow; none where the
+    recipe has a data set of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A comparison of methods: one row of the tables for each run, over all seeds."""
+
+    name: str
+    title: str
+    rows: dict[str, RunConfig]
+    """By a name fit for a folder. The order is that of the tables."""
+    labels: dict[str, str]
+    """Of the rows, as shown."""
+    evaluation: Evaluation
+    curvature: CurvatureConfig = CurvatureConfig()
+    seeds: tuple[int, ...] = (0,)
+    paper_table: str | None = None
+    """Key of :data:`jaxrobust.app.published.TABLES`, with which the report compares."""
+    paper_rows: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By row, the row of that table to be shown beside it."""
+    paper_perturbations: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By perturbation of the evaluation, the row of the paper's Table 4 to be shown beside it."""
+    note: str = ""
+    """What a reader of the report must know, such as what differs from the paper."""
+    cost: Cost | None = None
+    """Expected; none if it is not known."""
+    may_diverge: bool = False
+    """Whether a run that diverges is a result, as in a study of learning rates, and no failure."""
+
+    def run(self, row: str, seed: int) -> RunConfig:
+        """The configuration of one run.
+
+        Raises:
+          InputError: (a ValueError) for an unknown row; it names the nearest.
+        """
+        _validate.one_of("row", row, self.rows)
+        return dataclasses.replace(self.rows[row], seed=seed)
+
+
+METHOD_LABELS = {
+    "normal": "Normal training",
+    "noisy": "Training only on noisy images",
+    "both": "Training on both clean and noisy images",
+    "stability": "Stability training",
+    "robust": "Robust (the paper's method)",
+}
+"""The rows of the paper's tables."""
+
+
+def method_rows(base: RunConfig) -> dict[str, RunConfig]:
+    """A row for each of the five methods, alike in all else."""
+    return {method: dataclasses.replace(base, method=method) for method in METHOD_LABELS}
+
+
+SHORT_SCHEDULE_LABELS = {**METHOD_LABELS, "robust": "Robust, short-schedule settings"}
+"""For recipes in which the paper's method does not have the paper's settings."""
+
+METHOD_PAPER_ROWS = {method: method for method in METHOD_LABELS}
+"""Each method beside its own row of the paper's table."""
+
+
+RECIPES: dict[str, Recipe] = {}
+"""By name; see :func:`register`."""
+
+
+def register(*recipes: Recipe) -> None:
+    """Makes recipes known to all commands, by their names."""
+    RECIPES.update({recipe.name: recipe for recipe in recipes})
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+      InputError: (a ValueError) for an unknown name; it names the nearest.
+    """
+    _validate.one_of("recipe", name, RECIPES)
+    return RECIPES[name]
+
+
+DIGITS = Recipe(
+    name="digits",
+    title="Digits (8 x 8), a small network",
+    rows=method_rows(RunConfig(
+        dataset="digits", validation_size=237, model="small_cnn", width=16, num_features=32,
+        noise_std=0.15, crop_padding=1, epochs=60, checkpoint_every=6, one_pass=True,
+        batch_norm_statistics="running",
+        robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05),
+        optimizer=OptimizerConfig(
+            learning_rate=0.01, schedule="cosine", warmup_epochs=2.0, clip_norm=5.0))),
+    labels=SHORT_SCHEDULE_LABELS,
+    evaluation=Evaluation(noise_levels=(0, 16, 32, 48, 64), tsne_images=360),
+    curvature=CurvatureConfig(num_images=360),
+    seeds=(0, 1, 2),
+    note="In so short a schedule the robust method keeps the paper's loss and distances, with "
+         "smaller weights (alpha 0.01, beta 0.05, lambda 0.05), gradients clipped to norm 5, and "
+         "one forward pass for both views. Noise of 0.15 (38/255) in training: 48/255 and 64/255 "
+         "are beyond it.",
+)
+"""Real 8 x 8 digits on a small network: the demonstration, in some minutes on a CPU.
+
+1,200 training images of scikit-learn's digits and 237 held out to choose the epoch, 360 test
+images, a network of two convolutions, 60 epochs, three training seeds. Noise of 0.15 in pixel
+values: digits bear more than photographs. Crops by one pixel, no flips. `both` and `stability` run
+the paper's objectives, `robust` the paper's loss with its weights scaled down; the settings were
+found on the held-out images.
+"""
+
+NOISE_LEVELS = (0, 10, 30, 40, 60)
+"""For photographs, in units of 1/255: those of the paper's Table 3."""
+
+
+def photo_perturbations(patch: int, thickness: int) -> dict[str, str]:
+    """Perturbations of photographs other than noise, each with its name: those of the paper's
+    Table 4, in the order of the authors' release, for patches and stripes of some pixels."""
+    occlusion, down_up, stripes = f"occlusion(20,{patch})", "down_up(3)", f"stripes(10,{thickness})"
+    return {
+        occlusion: "Occlusion",
+        f"gaussian(40/255)+{occlusion}": "Occlusion + Gaussian noise",
+        down_up: "DU sampling",
+        f"{down_up}+{occlusion}": "DU sampling + occlusion",
+        stripes: "Stripe masking",
+        f"{down_up}+{stripes}": "DU sampling + stripe masking",
+    }
+
+
+PHOTOS = Recipe(
+    name="photos",
+    title="A folder of photographs at 64 x 80, MobileNetV3 from random weights",
+    rows=method_rows(RunConfig(
+        dataset=FOLDER_PREFIX, image_size=(64, 80), validation_size=0.125,
+        model="mobilenet_v3_small", width=16, num_features=128, batch_size=32, noise_std=40 / 255,
+        augmentation="photo", epochs=70,
+        robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_d=3.0),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=2e-3, schedule="cosine", warmup_epochs=2.0,
+            weight_decay=0.0, clip_norm=5.0))),
+    labels=SHORT_SCHEDULE_LABELS,
+    evaluation=Evaluation(
+        noise_levels=NOISE_LEVELS, perturb=tuple(photo_perturbations(11, 1))),
+    curvature=CurvatureConfig(num_images=64, num_probes=8, smoothing_draws=8, batch_size=16),
+    note="Images of 64 x 80, a network that starts from random weights, and a short schedule with "
+         "the paper's loss at small weights: compare the rows with each other.",
+    cost=Cost(cpu_hours=0.7, cpu_gigabytes=6, gpu_hours=0.1, images=1000,
+              basis="projected, on CPUs from what a thousand images took"),
+)
+"""A folder with a sub-folder of photographs for each class, in three quarters of an hour on two CPU
+cores for a thousand of them: the paper's road experiment at 64 x 80 from random weights."""
+
+register(DIGITS, PHOTOS)

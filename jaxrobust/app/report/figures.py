@@ -1,0 +1,362 @@
+"""The report's figures: pure functions from numbers to a matplotlib ``Figure``.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; every row also has a
+marker and a line style of its own, for print in black and white. No function here touches
+pyplot, whose figures are global state.
+"""
+
+import math
+import pathlib
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import threadpoolctl
+from matplotlib import cbook, patheffects, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.manifold import TSNE
+
+from jaxrobust.app.runs import writing
+
+DPI = 150
+"""Of the PNG files, and of the points that an SVG file holds as an image."""
+
+_ORANGE, _SKY, _GREEN, _YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+_BLUE, _VERMILLION, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
+_GREY = "#999999"
+_ROW_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _VERMILLION, _BLACK, _SKY, _GREY)
+_ROW_MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+_ROW_DASHES = ("-", (0, (6, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)),
+               (0, (8, 2, 2, 2)), (0, (2, 2)))
+_CLASS_COLORS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK, _YELLOW, _GREY,
+                 "#7F4A1E")
+_CLASS_MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", ">", "*")
+GRID = {"color": "#D9D9D9", "linewidth": 0.6}
+
+
+class Style(NamedTuple):
+    """How a row is drawn, the same in every figure."""
+
+    color: str
+    marker: str
+    dashes: str | tuple  # a matplotlib line style
+
+
+class AccuracyLine(NamedTuple):
+    """Accuracy of one row of the table against the noise."""
+
+    label: str
+    style: Style
+    levels: np.ndarray  # [L]; std of the noise in units of 1/255, increasing
+    mean: np.ndarray  # [L]; per cent
+    std: np.ndarray  # [L]; per cent, 0 where unknown
+
+
+class TrainingCurve(NamedTuple):
+    """What one run logged."""
+
+    label: str
+    style: Style
+    epochs: np.ndarray  # [E]
+    loss: np.ndarray  # [E]; in nats
+    selection_epochs: np.ndarray  # [S]; a subset of the epochs, may be empty
+    selection_accuracy: np.ndarray  # [S]; per cent
+    chosen_epoch: int | None
+
+
+class CurvatureSample(NamedTuple):
+    """Curvatures of the loss at the images of one row, of the runs of all seeds together."""
+
+    label: str
+    style: Style
+    values: dict[str, np.ndarray]  # by measure, [n]
+
+
+class Embedding(NamedTuple):
+    """Features of one run in the plane."""
+
+    label: str
+    clean: np.ndarray  # [n, 2]
+    noisy: np.ndarray  # [n, 2]
+    classes: np.ndarray  # [n], integers
+    noise: str  # of the noisy view, in words
+
+
+def row_style(index: int) -> Style:
+    """The style of the ``index``-th row of the table; 56 differ, eight in colour."""
+    shape = (index + index // len(_ROW_COLORS)) % len(_ROW_MARKERS)
+    return Style(_ROW_COLORS[index % len(_ROW_COLORS)], _ROW_MARKERS[shape], _ROW_DASHES[shape])
+
+
+def lowest_share(values: np.ndarray) -> np.ndarray:
+    """The lowest 90 % of the finite values [n], sorted, as in the paper's Fig. 10."""
+    finite = np.sort(values[np.isfinite(values)])
+    return finite[:math.ceil(9 * len(finite) / 10)]
+
+
+def joint_tsne(clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """One t-SNE embedding of the clean and noisy features together.
+
+    Args:
+      clean: [n, d].
+      noisy: [n, d], row i from the same image as ``clean[i]``.
+
+    Returns:
+      Both, each [n, 2]; None if there is nothing to embed: fewer than 4 points, features that
+      are not finite, or all features alike, as of a training that diverged.
+    """
+    points = np.concatenate([clean, noisy]).astype(np.float64)
+    if len(points) < 4 or not np.isfinite(points).all() or np.ptp(points, axis=0).max() == 0:
+        return None
+    # Threads add up in an order that changes from one call to the next; a report must not.
+    with threadpoolctl.threadpool_limits(limits=1):
+        plane = TSNE(random_state=0, init="pca",
+                     perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
+    return plane[:len(clean)], plane[len(clean):]
+
+
+def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]) -> Figure:
+    """Accuracy against the noise level; ``paper`` holds the paper's lines, in the rows' styles.
+
+    Where the paper's lines or the weakest row take much of the range, a second panel shows ours
+    enlarged, down to where the second weakest ends; rows that lie wholly below are left out of it.
+    In the last panel the markers of a level are side by side.
+    """
+    limits = _enlarged(lines, paper)
+    figure = new_figure(11 if limits else 7, 5.6)
+    axes = figure.subplots(1, 2 if limits else 1, squeeze=False)[0]
+    levels = sorted({float(level) for line in lines for level in line.levels})
+    for line in paper:
+        axes[0].plot(line.levels, line.mean, color=line.style.color, linestyle=(0, (4, 3)),
+                     linewidth=0.8, marker=line.style.marker, markersize=4,
+                     markerfacecolor="white")
+    for ax in axes:
+        shift = 0.009 * (levels[-1] - levels[0]) if ax is axes[-1] else 0.0
+        for index, line in enumerate(lines):
+            if limits and ax is axes[1] and line.mean.max() < limits[0]:
+                continue  # else its error bars alone would reach in
+            ax.errorbar(line.levels + shift * (index - (len(lines) - 1) / 2), line.mean,
+                        yerr=line.std, color=line.style.color, marker=line.style.marker,
+                        markersize=6, linewidth=1.4, capsize=3, markeredgecolor="white",
+                        markeredgewidth=0.6)
+        ax.set_xticks(levels)
+        ax.set_xlabel("Standard deviation of the test noise [1/255 of the pixel range]")
+        ax.set_ylabel("Test accuracy [%]")
+    if limits:
+        axes[0].set_title("Ours and the paper's" if paper else "All")
+        axes[1].set_title("Ours, enlarged (the weakest cut off)")
+        axes[1].set_ylim(*limits)
+    handles = [Line2D([], [], color=line.style.color, marker=line.style.marker, linewidth=1.6,
+                      label=wrap(line.label)) for line in lines]
+    if paper:
+        handles.append(Line2D([], [], color="#595959", linestyle=(0, (4, 3)), linewidth=0.8,
+                              marker="o", markersize=4, markerfacecolor="white",
+                              label="thin, dashed, open marker:\nthe paper's, same colour"))
+    add_legend(figure, handles)
+    return figure
+
+
+def _enlarged(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine],
+              ) -> tuple[float, float] | None:
+    """The range of all lines but the weakest; None if it is most of the whole."""
+    if len(lines) < 3:
+        return None
+    weakest, low = sorted(float((line.mean - line.std).min()) for line in lines)[:2]
+    high = max(float((line.mean + line.std).max()) for line in lines)
+    ends = [weakest, high, *(float(mean) for line in paper for mean in line.mean)]
+    if high - low > 0.75 * (max(ends) - min(ends)):
+        return None
+    margin = 0.05 * max(high - low, 1)
+    return low - margin, high + margin
+
+
+def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
+    """Accuracy in tests of these names, one below the other, and in each the rows; the lines'
+    levels are the tests' numbers among the names."""
+    figure = new_figure(9.5, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
+    ax = figure.subplots()
+    for index, line in enumerate(lines):
+        shift = 0.7 * (index - (len(lines) - 1) / 2) / len(lines)
+        ax.errorbar(line.mean, line.levels + shift, xerr=line.std, color=line.style.color,
+                    marker=line.style.marker, markersize=6, linestyle="none", capsize=2,
+                    markeredgecolor="white", markeredgewidth=0.6)
+    for border in range(1, len(names)):
+        ax.axhline(border - 0.5, **GRID)
+    ax.set_yticks(range(len(names)), [name.replace("+", " +\n") for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("Test accuracy [%]")
+    add_legend(figure, [
+        Line2D([], [], color=line.style.color, marker=line.style.marker, linestyle="none",
+               label=wrap(line.label)) for line in lines])
+    ax.grid(visible=False, axis="y")
+    return figure
+
+
+def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
+    """Training loss, and the accuracy by which the epoch is chosen where there is any.
+
+    A thin line for each run; a large marker at the chosen epoch.
+    """
+    selected = any(len(curve.selection_epochs) for curve in curves)
+    figure = new_figure(11 if selected else 7, 5.2)
+    axes = figure.subplots(1, 2 if selected else 1, squeeze=False)[0]
+    for curve in curves:
+        look = {"color": curve.style.color, "linestyle": curve.style.dashes, "linewidth": 1.0,
+                "marker": curve.style.marker, "markersize": 3.5}
+        axes[0].plot(curve.epochs, curve.loss, markevery=max(1, len(curve.epochs) // 8), **look)
+        if selected:
+            axes[1].plot(curve.selection_epochs, curve.selection_accuracy,
+                         markevery=max(1, len(curve.selection_epochs) // 8), **look)
+            at = curve.selection_epochs == curve.chosen_epoch
+            axes[1].plot(curve.selection_epochs[at], curve.selection_accuracy[at],
+                         color=curve.style.color, marker=curve.style.marker, markersize=9,
+                         markeredgecolor="black", linestyle="none", zorder=3)
+    axes[0].set_yscale("log")
+    losses = np.concatenate([curve.loss for curve in curves])
+    losses = losses[np.isfinite(losses) & (losses > 0)]
+    # The default labels powers of ten only, of which a well-behaved loss may cross none.
+    if losses.size and losses.max() < 1000 * losses.min():
+        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes[0].set_ylabel(f"{loss_name} [nats]")
+    if selected:
+        axes[1].set_ylabel("Selection accuracy [%]")
+    for ax in axes:
+        ax.set_xlabel("Epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    styles = {curve.label: curve.style for curve in curves}
+    add_legend(figure, [Line2D([], [], color=style.color, marker=style.marker, markersize=5,
+                               linestyle=style.dashes, label=wrap(label))
+                        for label, style in styles.items()])
+    return figure
+
+
+def curvature_figure(samples: Sequence[CurvatureSample], measures: dict[str, str]) -> Figure:
+    """Box plots on a logarithmic axis of the lowest 90 % of each row's curvatures.
+
+    A panel for each of ``measures``, whose words head it. Boxes: quartiles; whiskers: the 5th and
+    95th percentile of what is shown. Values of zero or less lie beyond the left edge.
+    """
+    figure = new_figure(3 + 4 * len(measures), 1.9 + 0.6 * len(samples))
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for ax, (name, words) in zip(axes, measures.items(), strict=True):
+        _boxes(ax, [sample.values[name] for sample in samples], samples)
+        ax.set_title(words)
+        ax.set_xlabel("[1/pixel$^4$]")
+        ax.tick_params(axis="y", left=ax is axes[0])
+    axes[0].set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
+    axes[0].invert_yaxis()
+    return figure
+
+
+def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) -> Figure:
+    """Clean and noisy features side by side, two rows of the table on a line."""
+    columns = min(2, len(embeddings))
+    lines = math.ceil(len(embeddings) / columns)
+    figure = new_figure(5.7 * columns, 0.8 + 3.2 * lines)
+    parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.04, hspace=0.04).flat
+    for part, embedding in zip(parts, embeddings, strict=False):
+        part.suptitle(wrap(embedding.label, 60), fontsize=11, fontweight="bold")
+        clean, noisy = part.subplots(1, 2, sharex=True, sharey=True)
+        scatter(clean, embedding.clean, embedding.classes)
+        clean.set_title("clean")
+        clean.set_ylabel("t-SNE 2 (no unit)")
+        scatter(noisy, embedding.noisy, embedding.classes)
+        noisy.set_title(f"noisy, {embedding.noise}")
+    add_legend(figure, class_handles((int(c) for e in embeddings for c in e.classes),
+                                     class_names), columns=5)
+    return figure
+
+
+def save(figure: Figure, stem: pathlib.Path) -> None:
+    """Writes ``stem.png`` and ``stem.svg``, the same bytes for the same figure."""
+    with writing(stem), matplotlib.rc_context({"svg.hashsalt": "jaxrobust"}):
+        figure.savefig(stem.with_suffix(".svg"), dpi=DPI, metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"), dpi=DPI)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose parts make room for each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def wrap(label: str, width: int = 30) -> str:
+    """A label over as many lines as it needs."""
+    return textwrap.fill(label, width)
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
+    """One legend below all panels, which get their grid and lose their upper right spines.
+
+    In as many columns, up to ``columns``, as the figure is wide.
+    """
+    for ax in figure.axes:
+        ax.set_axisbelow(True)
+        if ax.get_xticks().size:
+            ax.grid(**GRID)
+        ax.spines[["top", "right"]].set_visible(False)
+    for count in range(min(columns, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=count,
+                               frameon=False, columnspacing=1.5, handlelength=2.6)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+
+
+def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSample]) -> None:
+    stats = [cbook.boxplot_stats(lowest_share(v), whis=(5, 95))[0] for v in values]
+    for index, (stat, sample) in enumerate(zip(stats, samples, strict=True)):
+        ax.bxp([stat], positions=[index], orientation="horizontal", widths=0.55, showfliers=False,
+               patch_artist=True, boxprops={"facecolor": sample.style.color, "alpha": 0.55},
+               medianprops={"color": "black", "linewidth": 1.8}, manage_ticks=False)
+        if not stat["whishi"] > 0:
+            words = "no finite value" if np.isnan(stat["whishi"]) else "zero to the 95th percentile"
+            ax.text(0.5, index, words, transform=ax.get_yaxis_transform(), ha="center",
+                    va="center", style="italic")
+        if stat["med"] > 0:
+            ax.plot(stat["med"], index, marker=sample.style.marker, color="black", markersize=6,
+                    markeredgecolor="white", markeredgewidth=0.6)
+    ends = [stat[end] for stat in stats for end in ("whislo", "q1", "med", "q3", "whishi")]
+    positive = [float(end) for end in ends if end > 0]
+    low, high = (min(positive), max(positive)) if positive else (1e-6, 1.0)
+    ax.set_xlim(low / 3, high * 3)
+    ax.set_xscale("log", nonpositive="clip")
+    ax.set_axisbelow(True)
+    ax.grid(axis="x", **GRID)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def class_look(index: int) -> tuple[str, str]:
+    """Colour and marker of a class."""
+    return (_CLASS_COLORS[index % len(_CLASS_COLORS)],
+            _CLASS_MARKERS[index % len(_CLASS_MARKERS)])
+
+
+def class_handles(classes: Iterable[int], class_names: dict[int, str]) -> list[Line2D]:
+    """The legend of a scatter plot by class."""
+    return [Line2D([], [], color=class_look(c)[0], marker=class_look(c)[1], linestyle="none",
+                   label=class_names.get(c, str(c))) for c in sorted(set(classes))]
+
+
+def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 9,
+            numbers: bool = True) -> None:
+    """Points of the plane [n, 2] by class, with the number of each class at its median."""
+    for c in np.unique(classes):
+        color, marker = class_look(int(c))
+        # As an image: thousands of markers would make the SVG file, and the page, slow.
+        ax.scatter(*points[classes == c].T, s=size, color=color, marker=marker, linewidths=0,
+                   rasterized=True)
+    for c in np.unique(classes) if numbers else ():
+        ax.annotate(str(c), np.median(points[classes == c], axis=0), ha="center", va="center",
+                    fontsize=10, fontweight="bold",
+                    path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")])
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_xlabel("t-SNE 1 (no unit)")

@@ -1,0 +1,102 @@
+"""What a page of results is made of, and the words for its numbers."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jaxrobust.app.report.figures import Figure
+
+
+class Cell(NamedTuple):
+    """Of a table."""
+
+    text: str
+    bold: bool = False
+
+
+class TableRow(NamedTuple):
+    """Of a table; the paper's rows are muted."""
+
+    head: str
+    cells: tuple[Cell, ...]
+    muted: bool = False
+
+
+class Table(NamedTuple):
+    """As shown, in HTML and in Markdown alike."""
+
+    caption: str
+    columns: tuple[str, ...]  # the first heads the rows
+    rows: tuple[TableRow, ...]
+    details: str = ""  # continues the caption
+    note: str = ""
+    numeric: bool = True
+    folded: bool = False
+
+
+class Picture(NamedTuple):
+    """A figure as shown; its files are ``figures/<name>.svg`` and ``.png``."""
+
+    name: str
+    figure: Figure
+    caption: str
+    alt: str
+    note: str
+
+
+class Section(NamedTuple):
+    """Of the page."""
+
+    anchor: str
+    heading: str
+    lead: str
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+def level_name(level: float) -> str:
+    """A noise level (std in units of 1/255) as the paper writes it."""
+    return f"{level:g}/255" if level else "Clean"
+
+
+def signed(points: float) -> str:
+    """A difference with its sign, two decimals."""
+    return f"{points:+.2f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units, as ``1 h 05 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours} h {minutes:02d} min" if hours else
+            f"{minutes} min {rest:02d} s" if minutes else f"{rest} s")
+
+
+def significant(value: float) -> str:
+    """Three significant digits, written out between 0.001 and 100,000; a dash for NaN."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0 or not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def with_spread(mean: float, std: float | None) -> str:
+    """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def listed(values: Iterable) -> str:
+    """The different values, sorted, with commas between them."""
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def count(number: int) -> str:
+    """A number with commas between its thousands."""
+    return f"{number:,}"
+
+
+def paragraphs(note: str) -> list[str]:
+    """The paragraphs of a plain text, which blank lines separate."""
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", note) if part.strip()]

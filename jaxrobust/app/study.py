@@ -1,0 +1,236 @@
+"""A study's folder in memory."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxrobust.app import published
+from jaxrobust.app.config import InputError, RunConfig, read_config
+from jaxrobust.app.runs import command_line, commit, read_json, read_lines, result_path
+from jaxrobust.data import FOLDER_PREFIX
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is there of one training; None or empty where it is not (yet)."""
+
+    folder: pathlib.Path
+    seed: int
+    config: RunConfig | None
+    provenance: dict
+    epochs: tuple[dict, ...]
+    evaluation: dict | None
+    diverged: int | None = None  # epoch in which the loss was no longer finite
+    name: str | None = None  # of the measurements, beside the evaluation, that are read
+
+    @functools.cached_property
+    def curvature(self) -> dict | None:
+        """What the command ``curvature`` measured, image by image."""
+        return self.result("curvature")
+
+    @property
+    def medians(self) -> dict | None:
+        """By measure of curvature, the median over the images."""
+        facts = self.facts("curvature")
+        return facts["median"] if facts else None
+
+    @functools.cached_property
+    def features(self) -> dict | None:
+        """Penultimate features of the first test images."""
+        return _read_arrays(self.folder / "features.npz") if self.evaluation else None
+
+    def facts(self, kind: str) -> dict | None:
+        """The JSON file of a kind of measurement, if it is there."""
+        return _read_json(result_path(self.folder, kind, self.name))
+
+    def result(self, kind: str) -> dict | None:
+        """The facts and the arrays of a kind of measurement together, if they are there."""
+        # Arrays are whole only once the JSON file beside them is there: it is written after them.
+        facts = self.facts(kind)
+        path = result_path(self.folder, kind, self.name).with_suffix(".npz")
+        arrays = _read_arrays(path) if facts else None
+        return facts | arrays if arrays else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study folder in memory."""
+
+    name: str
+    title: str
+    note: str
+    command: str
+    commit: str
+    labels: dict[str, str]  # by row, in the order of the table
+    methods: dict[str, str]  # by row
+    seeds: tuple[int, ...]
+    paper: published.AccuracyTable | None
+    paper_rows: dict[str, str]  # by row, the key in the paper's table
+    paper_perturbed: published.PerturbationTable | None
+    paper_perturbations: dict[str, str]  # by perturbation, the row of that table
+    class_names: dict[int, str]
+    runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
+
+    def finished(self, row: str) -> list[Run]:
+        """The evaluated runs of a row."""
+        return [run for run in self.runs[row] if run.evaluation]
+
+    def all_finished(self) -> list[Run]:
+        """The evaluated runs of all rows."""
+        return [run for row in self.labels for run in self.finished(row)]
+
+
+def load_study(folder: pathlib.Path) -> Study:
+    """Reads a study folder, whatever of its runs is there.
+
+    Raises:
+      InputError: (a ValueError) if the folder holds no study, or no finished run, or the study is
+        compared with published numbers that are not known here.
+    """
+    if not (folder / "study.json").is_file():
+        raise InputError(f"Expected a study in {folder}, found no study.json there.")
+    values = read_json(folder / "study.json")
+    names, key = values.get("class_names") or [], values["paper_table"]
+    if key is not None and key not in published.TABLES:
+        raise InputError(f"{folder} is compared with the paper's {key}: `python -m experiments "
+                         "report` shows both.")
+    study = Study(
+        name=values["name"], title=values["title"], note=values["note"],
+        command=values["command"], commit=values["commit"], labels=values["rows"],
+        methods=values["methods"], seeds=tuple(values["seeds"]),
+        paper=published.TABLES.get(key), paper_rows=values["paper_rows"],
+        paper_perturbed=published.PERTURBATIONS.get(key),
+        paper_perturbations=values.get("paper_perturbations", {}),
+        class_names=class_labels(names),
+        runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
+              for row in values["rows"]})
+    if not study.all_finished():
+        raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
+    return study
+
+
+def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
+    """The study with some of its rows alone, or with all.
+
+    Raises:
+      InputError: (a ValueError) if none of their runs is finished.
+    """
+    if rows is None:
+        return study
+    part = dataclasses.replace(
+        study, labels={row: study.labels[row] for row in rows},
+        methods={row: study.methods[row] for row in rows},
+        runs={row: study.runs[row] for row in rows})
+    if not part.all_finished():
+        raise InputError(f"Expected a finished run of {study.name} in {', '.join(rows)}, found "
+                         "none.")
+    return part
+
+
+def study_of_runs(
+    folders: Sequence[pathlib.Path], *, together: bool = False, name: str | None = None
+) -> Study:
+    """Runs that belong to no study, each a row of its own with its folder's name.
+
+    Where two have the same name, that of the folder above is before it. With ``together`` runs
+    that differ in nothing but the seed are one row, with the name of the first but for its seed.
+    With a ``name``, measurements beside the evaluation are those under that name.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds no run, or two are of different data sets; or,
+        with ``together``, two hold the same.
+    """
+    check_same_data(folders)
+    rows: dict[str | RunConfig, list[Run]] = {}
+    for folder in folders:
+        run = _load_run(folder, read_config(folder).seed, name)
+        row = dataclasses.replace(run.config, seed=0) if together else str(folder)
+        for other in rows.get(row, ()):
+            if other.seed == run.seed:
+                raise InputError(f"Expected different runs, got {other.folder} and {folder}, which "
+                                 "are the same.")
+        rows.setdefault(row, []).append(run)
+    runs = {str(of_row[0].folder): tuple(sorted(of_row, key=lambda run: run.seed))
+            for of_row in rows.values()}
+    names = {row: re.sub(r"-seed\d+$", "", pathlib.Path(row).name) if together else
+             pathlib.Path(row).name for row in runs}
+    labels = {row: name if list(names.values()).count(name) == 1 else
+              f"{pathlib.Path(row).parent.name}/{name}" for row, name in names.items()}
+    return Study(
+        name="runs", title="Runs", note="", command=command_line(), commit=commit(), labels=labels,
+        methods={row: of_row[0].config.method for row, of_row in runs.items()},
+        seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
+        paper=None, paper_rows={}, paper_perturbed=None, paper_perturbations={},
+        class_names=class_labels(_class_names(run for of_row in runs.values() for run in of_row)),
+        runs=runs)
+
+
+def check_same_data(folders: Sequence[pathlib.Path]) -> None:
+    """Checks that runs were tested on images of one test set: side by side, numbers of different
+    ones would look as if they could be compared.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds no run, or two are of different data sets or of
+        different splits of one.
+    """
+    first: tuple[str, int] | None = None
+    for folder in folders:
+        config = read_config(folder)
+        # Data sets of their own splits know no seed.
+        seed = config.split_seed if config.dataset.startswith(FOLDER_PREFIX) else 0
+        first = first or (config.dataset, seed)
+        if (config.dataset, seed) != first:
+            what = "dataset" if config.dataset != first[0] else "split_seed"
+            values = (first[0], config.dataset) if what == "dataset" else (first[1], seed)
+            raise InputError(f"Expected runs with one test set, got {folders[0]} with "
+                             f"{what}={values[0]} and {folder} with {what}={values[1]}. Ask for "
+                             "each apart.")
+
+
+def _class_names(runs: Iterable[Run]) -> Sequence[str]:
+    """As the first of the runs, or the study that it is in, says; none if none does."""
+    for run in runs:
+        study = _read_json(run.folder.parent / "study.json") or {}
+        evaluation = run.evaluation or {}
+        names = evaluation.get("classes", {}).get("names") or study.get("class_names")
+        if names:
+            return names
+    return ()
+
+
+def class_labels(names: Sequence[str]) -> dict[int, str]:
+    """Number and name of each class; the number alone where it is the name."""
+    return {index: name if name == str(index) else f"{index} {name}"
+            for index, name in enumerate(names)}
+
+
+def _load_run(folder: pathlib.Path, seed: int, name: str | None = None) -> Run:
+    return Run(
+        folder=folder,
+        seed=seed,
+        name=name,
+        config=read_config(folder) if (folder / "config.json").is_file() else None,
+        provenance=_read_json(folder / "provenance.json") or {},
+        epochs=_read_epochs(folder / "metrics.jsonl"),
+        evaluation=_read_json(folder / "evaluation.json"),
+        diverged=(_read_json(folder / "diverged.json") or {}).get("epoch"))
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    return read_json(path) if path.is_file() else None
+
+
+def _read_arrays(path: pathlib.Path) -> dict | None:
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
+    by_epoch = {line["epoch"]: line for line in read_lines(path)}
+    return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))

@@ -1,0 +1,579 @@
+"""Trains runs, from their configurations to their best checkpoints."""
+
+import contextlib
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrobust import _validate, checkpoints, data, evaluation, parallel
+from jaxrobust.app import runs
+from jaxrobust.app.config import InputError, RunConfig
+from jaxrobust.app.datasets import check_files, save_files
+from jaxrobust.app.execution import Feed
+from jaxrobust.app.network import (
+    Network,
+    check_network,
+    network_of,
+    read_network,
+    save_network,
+)
+from jaxrobust.app.program import (
+    Program,
+    initial_state,
+    model_of,
+    program_of,
+    recompute_statistics,
+    rows_of,
+    stack_runs,
+    start_from,
+    swept_settings,
+    unstack_runs,
+)
+from jaxrobust.app.progress import compiling, progress
+from jaxrobust.data import Dataset, Split
+from jaxrobust.parallel import Layout, make_layout
+from jaxrobust.training import TrainState
+
+
+class Diverged(InputError):
+    """A training whose loss is no longer finite."""
+
+
+class Splits(NamedTuple):
+    """The images a run is trained on, and those that choose its epoch (None: the last)."""
+
+    train: Split
+    selection: Split | None
+
+
+def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
+    """Divides the training split as the configuration says.
+
+    Where the data set has images for validation of its own, none are held out for that.
+
+    Raises:
+      InputError: (a ValueError) if there are fewer images than it asks for.
+    """
+    rows, held_out = rows_of(config, dataset)
+    train = dataset.train
+    if len(rows) < len(train.labels):
+        train = data.take_rows(train, rows)
+    if config.batch_size > len(rows):
+        raise InputError(f"Expected batch_size={config.batch_size} <= {len(rows)}, "
+                         "the number of training images.")
+    validation = dataset.validation
+    if held_out is not None:
+        validation = data.take_rows(dataset.train, held_out)
+    selection = {"validation": validation, "test": dataset.test, "last": None}[config.select]
+    return Splits(train, selection)
+
+
+def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: Any) -> None:
+    """Trains a run in its folder, to the end; arguments are those of :func:`train_together`.
+
+    Raises:
+      InputError: (a ValueError) as :func:`train_together` does.
+      Diverged: (an InputError) if the loss is no longer finite. The checkpoints stay.
+    """
+    failures = train_together([config], dataset, [folder], **options)
+    if failures:
+        raise Diverged(failures[0])
+
+
+def train_together(
+    configs: Sequence[RunConfig], dataset: Dataset, folders: Sequence[pathlib.Path], *,
+    resume: bool = False, tensorboard: bool = True, label: str = "train",
+    layout: Layout | None = None, feed: Feed = Feed(),
+) -> list[str]:
+    """Trains runs to the end, each in its folder, several of them as one vmapped program.
+
+    Each has the result, up to rounding, that it has alone, and the same files:
+    ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
+    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints`` (the latest
+    two) and, last, ``done.json``, or ``diverged.json`` if the loss was no longer finite. A run that
+    is done or has diverged, which it would do again, is left as it is; one that is not goes on from
+    its latest checkpoint, to the same result as if it had never stopped.
+
+    A checkpoint has the number of updates done for its step and holds all that a run goes on from:
+    the state after them, the state of the best epoch so far, the log of the epochs done, and the
+    metrics of the updates done of the next one. ``metrics.jsonl`` follows from it.
+
+    Args:
+      configs: of the runs; several may differ in nothing but the seed and :data:`config.SWEPT`.
+      dataset: named by the configurations.
+      folders: of the runs.
+      resume: whether runs begun before may go on.
+      tensorboard: whether to write event files for TensorBoard too.
+      label: of the progress bar.
+      layout: the devices; one if none is given.
+      feed: how the images reach them.
+
+    Returns:
+      A line for each run whose loss is no longer finite. Its checkpoints stay.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds another run, a begun one without ``resume``, or
+        one with checkpoints of an earlier version, which cannot go on; or if the runs cannot be
+        trained together, or not on these devices.
+    """
+    layout = make_layout("jit") if layout is None else layout
+    for folder in folders:
+        if (folder / "metrics.jsonl").is_file() and not resume:
+            raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
+        if (folder / "checkpoints" / "latest").is_dir() and not is_trained(folder):
+            raise InputError(f"{folder} was begun by an earlier version, from whose checkpoints "
+                             "this one cannot go on. Train it anew in another folder.")
+    splits = make_splits(dataset, configs[0])
+    program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
+    feed = feed.resolve(layout, splits.train, len(configs))
+    left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
+            if not is_trained(folder)]
+    with compiling(f"the initial state of {configs[0].model}"):
+        first = [_first_state(config, folder, dataset, layout) for config, folder in left]
+    for config, folder in zip(configs, folders, strict=True):
+        check_files(dataset, folder)
+        check_network(dataset, folder)
+        runs.claim_run(folder, config)
+        save_network(dataset, folder)  # First: a split.csv without it is that of an older run.
+        save_files(dataset, folder)
+    failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
+                if (folder / "diverged.json").is_file()]
+    with contextlib.ExitStack() as stack:
+        begun: dict[int, list[_Running]] = {}
+        steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
+        if left:
+            _say_if_one_is_left_out(len(splits.train.labels), configs[0].batch_size)
+            _warn_of_lag(configs[0], model_of(configs[0], dataset), steps * configs[0].epochs)
+        for (config, folder), (state, facts) in zip(left, first, strict=True):
+            running = stack.enter_context(contextlib.closing(_Running(
+                config, folder, state, facts, steps, tensorboard)))
+            begun.setdefault(int(running.state.step), []).append(running)
+        # Those that a kill left apart cannot be one program.
+        for group in begun.values():
+            failures += _train_group(group, dataset, splits, layout, feed, label)
+    return failures
+
+
+def _say_if_one_is_left_out(num_train: int, batch_size: int) -> None:
+    if sum(data.batch_sizes(num_train, batch_size)) < num_train and runs.is_writer():
+        print(f"Note: each epoch leaves out one of the {num_train} training images, another each "
+              f"time: it would be the last batch of {batch_size} by itself.", flush=True)
+
+
+LAG = 0.01
+"""Share of batch norm's initial statistics in the running ones from which a run is warned."""
+
+
+def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
+    """Says if running statistics will not have come near the network's before training ends."""
+    left = model.batch_norm_momentum**updates
+    if config.batch_norm_statistics == "running" and left > LAG and runs.is_writer():
+        print(f"Note: after {updates} updates batch norm's running statistics still hold "
+              f"{left:.0%} of what they began with, and tests may be far worse than training. "
+              "--batch-norm-statistics recomputed avoids that.", flush=True)
+
+
+def is_trained(folder: pathlib.Path) -> bool:
+    """Whether nothing is left to train of the run in a folder: it is done, or has diverged."""
+    return any((folder / name).is_file() for name in ("done.json", "diverged.json"))
+
+
+def _first_state(config, folder, dataset, layout):
+    """The state before the first update, and what its provenance is to say of it."""
+    state = initial_state(config, dataset, layout)
+    # A run with a checkpoint no longer needs the file that it began with.
+    begun = any((folder / "checkpoints").glob("[0-9]*"))
+    if config.init_from is None or begun:
+        return state, {}
+    state, facts = start_from(config.init_from, state, config, dataset, layout)
+    layers = ", ".join(facts["init_from"]["initialised_anew"])
+    if layers and runs.is_writer():
+        print(f"{config.init_from} has no weights that fit: {layers}. These start anew.",
+              flush=True)
+    return state, facts
+
+
+class _Running:
+    """A run in training: its files, from its first update or its latest checkpoint on."""
+
+    def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
+        self.config, self.folder = config, folder
+        self._checkpoints = checkpoints.open_checkpoints(folder / "checkpoints", keep=2)
+        # Until an epoch is the best, the state before the first stands for it.
+        self.state, self._best = state, checkpoints.to_host(state)
+        self._history, self.before = [], {}
+        self._restore()
+        self.done = len(self._history)
+        if int(self.state.step) != self.done * steps_per_epoch + _updates_in(self.before):
+            raise InputError(
+                f"Expected {self.done} epochs of {steps_per_epoch} updates, and "
+                f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
+                "all: it was trained on other images, or by another version.")
+        # What was logged after the checkpoint is trained again.
+        runs.barrier("history")
+        runs.write_text(folder / "metrics.jsonl",
+                        "".join(json.dumps(row) + "\n" for row in self._history))
+        if int(self.state.step) == 0:
+            runs.write_json(folder / "provenance.json", runs.provenance() | facts)
+        self._events = None
+        if tensorboard and runs.is_writer():
+            self._events = _event_writer(folder, purge_step=self.done + 1)
+
+    def _restore(self):
+        """Takes all that the run goes on from from its newest checkpoint that can be read."""
+        skipped: list[str] = []
+        found = checkpoints.restore_checkpoint(
+            self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
+            need_facts=True)
+        if runs.is_writer():
+            for line in skipped:
+                print(f"{self.folder}: {line}", flush=True)
+        if found is not None:
+            self.state, self._best = found.state["state"], found.state["best"]
+            self._history = found.facts["epochs"]
+            self.before = {name: np.array(values)
+                           for name, values in found.facts["updates"].items()}
+
+    def save(self, state, values):
+        """Saves a state, with the metrics of the updates done of the epoch that is under way."""
+        with runs.writing(self.folder / "checkpoints"):
+            checkpoints.save_checkpoint(
+                self._checkpoints, int(state.step), {"state": state, "best": self._best},
+                {"epochs": self._history,
+                 "updates": {name: value.tolist() for name, value in values.items()}})
+
+    def record(self, row, state, ready, selection_accuracy):
+        """Logs an epoch and, if it is time for it, saves the state.
+
+        ``ready(state)`` is the state as it is evaluated, ``selection_accuracy(ready state)`` what
+        the epoch is chosen by, if there is such a choice; both are called only where needed.
+        """
+        epoch = row["epoch"]
+        checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
+        evaluated = ready(state) if checkpoint else None
+        if checkpoint and selection_accuracy is not None:
+            row["selection_accuracy"] = selection_accuracy(evaluated)
+        runs.append_line(self.folder / "metrics.jsonl", row)
+        if self._events is not None:
+            for name, value in row.items():
+                self._events.add_scalar(name, value, epoch)
+        self._history.append(row)
+        if checkpoint:
+            if is_best(self._history):
+                self._best = checkpoints.to_host(evaluated)
+            self.save(state, {})
+
+    def finish(self, how):
+        """Says how the run was trained, and that it is done."""
+        runs.write_json(self.folder / "provenance.json", {
+            **runs.read_json(self.folder / "provenance.json"), **how,
+            "seconds": sum(row["seconds"] for row in self._history)})
+        runs.write_json(self.folder / "done.json", {
+            "epochs": self.config.epochs, "best_epoch": best_epoch(self._history)})
+
+    def close(self):
+        """Closes the files."""
+        self._checkpoints.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _updates_in(metrics) -> int:
+    """The number of updates that metrics [T] are of; 0 if there are none."""
+    return len(next(iter(metrics.values()), ()))
+
+
+def _train_group(group, dataset, splits, layout, feed, label):
+    """Trains runs that stand at the same epoch; a line for each that diverged."""
+    configs = [running.config for running in group]
+    program = program_of(configs, dataset, layout)
+    swept = parallel.replicate(layout, swept_settings(configs))
+    state = stack_runs([running.state for running in group])
+    failures: dict[int, str] = {}
+    select = None if splits.selection is None else functools.partial(
+        accuracy, program.model, split=splits.selection, layout=layout)
+    first, before = group[0].done, [running.before for running in group]
+    begun = int(group[0].state.step)
+
+    def save_within(state, values):
+        for index, (running, own) in enumerate(
+                zip(group, unstack_runs(state, len(group)), strict=True)):
+            if index not in failures:
+                running.save(own, values[index])
+
+    with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, swept)) as epochs, \
+            progress(label, configs[0].epochs * epochs.steps, done=begun) as shown:
+        for epoch in range(first + 1, configs[0].epochs + 1):
+            state, rows = epochs.train(state, epoch, before, save_within, shown)
+            before = [{} for _ in group]
+            states = unstack_runs(state, len(group))
+            for index, (running, row, own) in enumerate(zip(group, rows, states, strict=True)):
+                if index in failures:
+                    continue
+                ready = functools.partial(
+                    _as_evaluated, program, running.config, split=splits.train)
+                wrong = _record(running, row, own, ready, select)
+                if wrong is not None:
+                    failures[index] = (f"{wrong}: the run has diverged. Lower the learning rate or "
+                                       "set a clip norm.")
+                    runs.write_json(running.folder / "diverged.json",
+                                    {"epoch": epoch, "message": failures[index]})
+            if len(failures) == len(group):
+                break
+            shown.show(**_shown(rows[0]))
+    how = {"parallel": layout.form, "devices": layout.num_devices,
+           "processes": jax.process_count(), "runs_together": len(group),
+           "input": feed.input, "steps_per_call": feed.steps_per_call}
+    for index, running in enumerate(group):
+        if index not in failures:
+            running.finish(how)
+    return list(failures.values())
+
+
+def _record(running, row, state, ready, selection_accuracy) -> str | None:
+    """Logs an epoch unless something in it is not finite, and then says what."""
+    if not np.isfinite(row["loss"]):
+        return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
+    try:
+        running.record(row, state, ready, selection_accuracy)
+    except _validate.NotFiniteError as error:  # Of a state that the last update spoilt.
+        reason = str(error).removesuffix(".")
+        return f"The validation of {running.folder} ends in epoch {row['epoch']}: {reason}"
+    return None
+
+
+def _as_evaluated(
+    program: Program, config: RunConfig, state: TrainState, split: Split
+) -> TrainState:
+    """The state that validation, and later all other commands, see of one in training."""
+    if config.batch_norm_statistics == "running":
+        return state
+    return recompute_statistics(program, config, state, split)
+
+
+class _Epochs:
+    """Passes over the training images."""
+
+    def __init__(self, program, config, split, feed, swept):
+        self._program, self._config, self._split, self._feed = program, config, split, feed
+        self._swept, self._stream = swept, None
+        self._compiled = set()
+        self._batches = data.batch_sizes(len(split.labels), config.batch_size)
+        self.steps = len(self._batches)
+        if feed.input == "resident":
+            self._images, self._labels = parallel.replicate(
+                program.layout, (split.images[:], split.labels))
+            self._positions = {
+                size: self._place(self._positions_of(size), size) for size in set(self._batches)}
+
+    def _positions_of(self, size):
+        """Of this process's rows, in a batch of so many."""
+        return np.arange(size, dtype=np.int32)[self._program.layout.rows_of(size)]
+
+    def _place(self, rows, size):
+        return parallel.place_batch(self._program.layout, rows, size)
+
+    def train(self, state, epoch, before, save, shown):
+        """One epoch, or what is left of it: the new state, and for each run its mean metrics.
+
+        ``before`` has, for each run, the metrics [T] of the first T updates if they are done
+        already. ``save(state, metrics so far)`` is called within the epoch when it is time.
+        """
+        start = time.monotonic()
+        first = _updates_in(before[0])
+        calls = self._resident if self._feed.input == "resident" else self._streamed
+        every = self._feed.checkpoint_steps or self.steps
+        collected, last, done = [], {}, first
+        for after, metrics, num_steps in calls(state, epoch, first):
+            state, done = after, done + num_steps
+            collected.append(metrics)
+            # The call before the last: to wait for it leaves the devices one to work on.
+            if len(collected) > 1:
+                jax.block_until_ready(collected[-2])
+            if len(collected) % 20 == 1 and len(collected) > 1:
+                latest, *_ = _by_run(collected[-2:-1], [{} for _ in before])
+                last = _shown(_means(latest))
+            if done < self.steps and done // every > (done - num_steps) // every:
+                save(state, _by_run(collected, before))
+            shown.advance(num_steps, **last)
+        step, seconds = epoch * self.steps, time.monotonic() - start
+        return state, [
+            {"epoch": epoch, "step": step,
+             "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
+             **_means(values), "seconds": seconds}
+            for values in _by_run(collected, before)]
+
+    def _call(self, num_steps, size, step, *arguments):
+        """Some updates with batches of a size; their first call compiles them."""
+        if (num_steps, size) in self._compiled:
+            return step(*arguments)
+        self._compiled.add((num_steps, size))
+        with compiling(f"the training step of {self._config.model} for batches of {size}"):
+            return step(*arguments)
+
+    def _resident(self, state, epoch, first):
+        """The calls of an epoch from update ``first`` on, with the images on the devices."""
+        order = self._program.order(state.key, epoch)
+        shared = (self._images, self._labels, order, self._swept)
+        for num_steps, size in data.group_batches(
+                self._batches[first:], self._feed.steps_per_call):
+            state, metrics = self._call(
+                num_steps, size, self._program.resident(num_steps), state, shared,
+                self._positions[size])
+            yield state, metrics, num_steps
+
+    def _streamed(self, state, epoch, first):
+        """The calls of an epoch with images that are read meanwhile, ahead into the next one."""
+        if self._stream is None:
+            self._stream = data.stream_batches(
+                self._split, state.key, batch_size=self._config.batch_size,
+                start=(epoch - 1) * self.steps + first, stop=self._config.epochs * self.steps,
+                rows_of=self._program.layout.rows_of)
+        for size in self._batches[first:]:
+            images, labels = next(self._stream)
+            rows = (images, labels, self._positions_of(size))
+            state, metrics = self._call(
+                1, size, self._program.streamed, state, self._swept, self._place(rows, size))
+            yield state, metrics, 1
+
+    def close(self):
+        """Ends the reading."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
+    """For each run, its metrics [T] over all updates of some calls, after those of ``before``."""
+    fetched = jax.device_get(collected)
+    values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
+              .reshape(len(before), -1) for name in fetched[0]}
+    return [{name: np.concatenate([old.get(name, ()), value[run]])
+             for name, value in values.items()} for run, old in enumerate(before)]
+
+
+def _means(metrics) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def _shown(metrics) -> dict[str, float]:
+    """What the progress bar shows of a step's or an epoch's metrics."""
+    names = {"loss": "loss", "accuracy_clean": "accuracy", "accuracy_noisy": "noisy accuracy",
+             "selection_accuracy": "held-out accuracy"}
+    return {shown: float(metrics[name]) for name, shown in names.items() if name in metrics}
+
+
+def _event_writer(folder: pathlib.Path, *, purge_step: int):
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise InputError(
+            f"TensorBoard event files need tensorboardX ({error}). Install it with: "
+            "pip install 'jaxrobust[app]', or add --no-tensorboard.") from error
+    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """A state's parameters and batch statistics, as Flax takes them."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def accuracy(model: nn.Module, state: TrainState, split: Split, layout: Layout) -> float:
+    """The share of a split's images, as they are, that are classified correctly."""
+    correct, = evaluation.evaluate(
+        model, variables_of(state), split.images, split.labels, key=state.key, layout=layout)
+    return float(correct.mean())
+
+
+def best_epoch(history: list[dict]) -> int:
+    """The epoch with the best selection accuracy, the later of equals; else the last."""
+    validated = [row for row in history if "selection_accuracy" in row]
+    if not validated:
+        return history[-1]["epoch"]
+    return max(validated, key=lambda row: (row["selection_accuracy"], row["epoch"]))["epoch"]
+
+
+def is_best(history: list[dict]) -> bool:
+    """Whether the last epoch so far is the one to keep."""
+    return best_epoch(history) == history[-1]["epoch"]
+
+
+class TrainedRun(NamedTuple):
+    """A finished run, as the other commands need it."""
+
+    config: RunConfig
+    network: Network
+    dataset: Dataset | None  # None where only the network is used
+    model: nn.Module
+    state: TrainState
+    epoch: int
+    layout: Layout
+
+
+def load_run(
+    folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
+) -> TrainedRun:
+    """The best state of a finished run, on the devices of a layout; on one if none is given.
+
+    Args:
+      folder: of the run.
+      config: of the run.
+      dataset: that it was trained with, to test it; None to use its network alone, which then
+        need not be there any more.
+      layout: the devices.
+
+    Raises:
+      InputError: (a ValueError) if the run is not finished, the images of its data set are no
+        longer those it was trained with, its weights are not finite, or no data set is given
+        though the run is from before ``network.json``.
+    """
+    if not (folder / "done.json").is_file():
+        raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
+    if dataset is not None:
+        check_files(dataset, folder)
+        check_network(dataset, folder)
+    network = read_network(folder) if dataset is None else network_of(dataset)
+    if network is None:
+        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
+    layout = make_layout("jit") if layout is None else layout
+    epoch = runs.read_json(folder / "done.json")["best_epoch"]
+    state = _best_state(folder, epoch, initial_state(config, network, layout))
+    _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
+    return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
+
+
+def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:
+    """The state of a finished run's best epoch.
+
+    Raises:
+      InputError: (a ValueError) if no checkpoint of it can be read.
+    """
+    place = folder / "checkpoints"
+    # Earlier versions kept the best one by itself, and its epoch was its step.
+    by_itself = (place / "best").is_dir()
+    place = place / "best" if by_itself else place
+    if not place.is_dir():
+        raise InputError(f"Expected checkpoints in {place}, found no such folder.")
+    skipped: list[str] = []
+    with contextlib.closing(checkpoints.open_checkpoints(place, keep=2)) as manager:
+        found = checkpoints.restore_checkpoint(
+            manager, like if by_itself else {"state": like, "best": like}, skipped=skipped,
+            need_facts=not by_itself)
+    if found is None:
+        raise InputError(f"Expected a checkpoint in {place}, found none.")
+    there = found.step if by_itself else best_epoch(found.facts["epochs"])
+    if there != epoch:
+        reasons = "".join(f" {line}." for line in skipped)
+        raise InputError(f"Expected a checkpoint of epoch {epoch}, the best one, in {place}, found "
+                         f"one of epoch {there}.{reasons}")
+    if runs.is_writer():
+        for line in skipped:
+            print(f"{folder}: {line}", flush=True)
+    return found.state if by_itself else found.state["best"]
