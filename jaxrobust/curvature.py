@@ -25,63 +25,15 @@ call is a part of the caller's program.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from matfree import decomp, stochtrace
 
-from jaxrobust import _validate
+from jaxrobust import _validate, probes
 from jaxrobust._eager import as_one_program
-
-Loss = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> [B]``, row i depending on image i alone."""
-
-LogitsFn = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> logits [B, C]``, row i depending on image i alone."""
-
-
-class Estimate(NamedTuple):
-    """A mean over random probes, for each image."""
-
-    value: jax.Array  # shape=[B]
-    standard_error: jax.Array  # shape=[B]; of the mean; NaN for a single probe
-
-
-def mean_estimate(samples: jax.Array) -> Estimate:
-    """The mean of independent samples [K, B] over K, with its standard error."""
-    num_samples = samples.shape[0]
-    # The square of a small curvature, and the sum of large ones, are beyond the range of float32.
-    unit = _unit(jnp.max(jnp.abs(samples), axis=0))
-    samples = samples / unit[None]
-    mean = unit * jnp.mean(samples, axis=0)
-    if num_samples == 1:
-        return Estimate(mean, jnp.full_like(mean, jnp.nan))
-    return Estimate(mean, unit * (jnp.std(samples, axis=0, ddof=1) / num_samples**0.5))
-
-
-def mean_over_pairs(pairs: jax.Array) -> Estimate:
-    r"""The mean of h(i, j) over all pairs of different draws: a U-statistic.
-
-    Args:
-      pairs: [B, K, K], h(i, j) for K >= 3 independent draws, symmetric; the diagonal does not
-        count.
-
-    Returns:
-      The mean, unbiased for E h(i, j), and its standard error by the jackknife, each [B].
-
-    Source: Hoeffding (1948); Arvesen (1969).
-    """
-    k = pairs.shape[1]
-    unit = _unit(jnp.max(jnp.abs(pairs), axis=(1, 2)))
-    pairs = pairs / unit[:, None, None]
-    rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, pairs), axis=2)  # [B, K]
-    total = jnp.sum(rows, axis=1)
-    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
-    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
-        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
-    return Estimate(unit * (total / (k * (k - 1))), unit * jackknife)
+from jaxrobust.probes import Estimate, LogitsFn, Loss
 
 
 def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence[float],
@@ -151,10 +103,10 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     Source: Section 6.1; Pearlmutter (1994).
     """
-    check_images(x, loss=loss)
+    probes.check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
-    return jax.jvp(_gradient(loss), (x,), (v,))[1]
+    return jax.jvp(probes.gradient_of(loss), (x,), (v,))[1]
 
 
 @as_one_program
@@ -206,17 +158,17 @@ def squared_frobenius(
     Source: Section 7.1, without its finite differences. For a ReLU network this is the
     curvature of the softmax alone at that point; kinks have no share in it.
     """
-    check_images(x, indices, loss=loss)
-    _validate.one_of("distribution", distribution, _PROBES)
-    key = salted(key, "squared_frobenius")
-    _, product = jax.linearize(_gradient(loss), x)
+    probes.check_images(x, indices, loss=loss)
+    key = probes.salted(key, "squared_frobenius")
+    _, product = jax.linearize(probes.gradient_of(loss), x)
 
     def probe(index):
-        return squared_norm(product(_draw(key, index, x, indices, distribution)))
+        return probes.squared_norm(product(probes.draw(key, index, x, indices, distribution)))
 
     if rtol is None:
-        return mean_estimate(_stacked(probe, num_probes, chunk_size))
-    return _until(probe, rtol, num_probes, chunk_size, x)
+        return probes.mean_estimate(probes.map_in_chunks(probe, num_probes, chunk_size))
+    return probes.mean_until(
+        probe, x, rtol=rtol, num_probes=num_probes, chunk_size=chunk_size)
 
 
 @as_one_program
@@ -262,17 +214,17 @@ def finite_difference_curvature(
 
     Source: Eq. 21.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     _validate.in_range("step", step, 0, open_low=True)
-    key = salted(key, "finite_difference_curvature")
-    gradient = _gradient(loss)
+    key = probes.salted(key, "finite_difference_curvature")
+    gradient = probes.gradient_of(loss)
     at_x = gradient(x)
 
     def probe(index):
-        v = _draw(key, index, x, indices, "normal")
-        return squared_norm((gradient(x + step * v) - at_x) / step)
+        v = probes.draw(key, index, x, indices)
+        return probes.squared_norm((gradient(x + step * v) - at_x) / step)
 
-    return mean_estimate(_stacked(probe, num_probes, chunk_size))
+    return probes.mean_estimate(probes.map_in_chunks(probe, num_probes, chunk_size))
 
 
 class SmoothedCurvature(NamedTuple):
@@ -331,24 +283,24 @@ def smoothed_curvature(
 
     Source: Stein (1981); Eq. 14 at the scale of the noise.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
-    key = salted(key, "smoothed_curvature")
-    gradient = _gradient(loss)
+    key = probes.salted(key, "smoothed_curvature")
+    gradient = probes.gradient_of(loss)
 
     def draw(index):
-        e = _draw(key, index, x, indices, "normal")
+        e = probes.draw(key, index, x, indices)
         slope = (gradient(x + sigma * e) - gradient(x - sigma * e)) / (2 * sigma)
         return e.reshape(len(x), -1), slope.reshape(len(x), -1)
 
-    e, slopes = _stacked(draw, num_draws, chunk_size)  # each [K, B, n]
+    e, slopes = probes.map_in_chunks(draw, num_draws, chunk_size)  # each [K, B, n]
     products = jnp.einsum("ibn,jbn->bij", slopes, e, precision=jax.lax.Precision.HIGHEST)
-    trace = mean_estimate(jnp.diagonal(products, axis1=1, axis2=2).T)
+    trace = probes.mean_estimate(jnp.diagonal(products, axis1=1, axis2=2).T)
     # In units of the largest: the fourth power of a small curvature is beyond float32.
-    unit = _unit(jnp.max(jnp.abs(products), axis=(1, 2)))
+    unit = probes.unit_of(products, axis=(1, 2))
     products = products / unit[:, None, None]
-    squares = mean_over_pairs(products * products.swapaxes(1, 2))
+    squares = probes.mean_over_pairs(products * products.swapaxes(1, 2))
     return SmoothedCurvature(Estimate(*(unit * (unit * part) for part in squares)), trace)
 
 
@@ -387,7 +339,7 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
 
     Source: Section 6.1; the Gauss-Newton decomposition (Schraudolph, 2002).
     """
-    check_images(x, logits_fn=logits_fn)
+    probes.check_images(x, logits_fn=logits_fn)
     logits, pullback = jax.vjp(logits_fn, x)
     batch, num_classes = logits.shape
     if num_classes == 1:
@@ -401,10 +353,11 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
 
     # No more side by side than it takes for the loop to be written out on CPUs; in any order, which
     # is faster, as long as the memory of a few is at stake.
-    jacobian = _stacked(row, num_classes - 1, math.ceil((num_classes - 1) / _UNROLLED),
-                        in_order=num_classes > 16)
+    jacobian = probes.map_in_chunks(
+        row, num_classes - 1, math.ceil((num_classes - 1) / probes.LONGEST_WRITTEN_OUT),
+        in_order=num_classes > 16)
     # J, and A below, in units of their largest: their squares may be beyond float32.
-    unit = _unit(jnp.max(jnp.abs(jacobian), axis=(0, 2)))
+    unit = probes.unit_of(jacobian, axis=(0, 2))
     jacobian = jacobian / unit[None, :, None]
     gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
     gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
@@ -418,7 +371,7 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     projector = jnp.where(jnp.eye(num_classes, dtype=bool)[None], others[:, :, None],
                           -u[:, :, None] * u[:, None, :])
     a = u[:, :, None] * projector
-    unit_of_a = _unit(jnp.max(jnp.abs(a), axis=(1, 2)))
+    unit_of_a = probes.unit_of(a, axis=(1, 2))
     a = a / unit_of_a[:, None, None]
     unit = (unit * unit_of_a)[:, None]
     return unit * (unit * jnp.linalg.eigvalsh(jnp.einsum(
@@ -455,8 +408,8 @@ def gauss_newton_gap(
 
     Source: the Gauss-Newton decomposition (Schraudolph, 2002).
     """
-    check_images(x, indices, loss=loss, logits_fn=logits_fn)
-    v = _draw(salted(key, "gauss_newton_gap"), 0, x, indices, "normal")
+    probes.check_images(x, indices, loss=loss, logits_fn=logits_fn)
+    v = probes.draw(probes.salted(key, "gauss_newton_gap"), 0, x, indices)
     exact = hvp(loss, x, v)
     logits, along = jax.jvp(logits_fn, (x,), (v,))
     # S u = p (u - p.u), u less its mean under p. With the u of the likeliest class as 0 no digits
@@ -467,7 +420,7 @@ def gauss_newton_gap(
     p = jax.nn.softmax(logits)
     turned = p * (along - jnp.sum(p * along, axis=1, keepdims=True))
     gauss_newton, = jax.vjp(logits_fn, x)[1](turned)
-    size, gap = _norm(exact), _norm(exact - gauss_newton)
+    size, gap = probes.norm(exact), probes.norm(exact - gauss_newton)
     return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.where(gap > 0, jnp.inf, 0))
 
 
@@ -518,9 +471,9 @@ def ritz_values(
 
     Source: Lanczos (1950), as in ``matfree.decomp.tridiag_sym``; Saad (2011), Section 3.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     _validate.in_range("num_products", num_products, 1, math.prod(x.shape[1:]), open_high=False)
-    key = salted(key, "ritz_values")
+    key = probes.salted(key, "ritz_values")
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
 
     def one(product, start):
@@ -534,7 +487,7 @@ def ritz_values(
         weight = jnp.square(vectors.T @ (basis.T @ start)) / (start @ start)
         return values, weight, jnp.linalg.norm(residual, axis=0)
 
-    vectors = _draw(key, 0, x, indices, "normal").reshape(len(x), -1)
+    vectors = probes.draw(key, 0, x, indices).reshape(len(x), -1)
     (values, weights, residuals), scale = _image_by_image(one, loss, x, vectors)
     return RitzValues(values * scale[:, None], weights, residuals * scale[:, None])
 
@@ -569,7 +522,7 @@ def top_eigenvalues(
     Source: :func:`ritz_values`. For a network of affine pieces
     :func:`piecewise_linear_spectrum` gives all of them, at less cost.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     num_products = min(2 * k + 20, size) if num_products is None else num_products
     _validate.in_range("k", k, 1, num_products, open_high=False)
@@ -625,10 +578,10 @@ def spectral_density(
 
     Source: Lin, Saad, Yang (2016); Ghorbani et al. (2019).
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     if num_products is None:
         num_products = min(30, math.prod(x.shape[1:]))
-    key = salted(key, "spectral_density")
+    key = probes.salted(key, "spectral_density")
     _validate.in_range("num_probes", num_probes, 2)
     _validate.in_range("relative_width", relative_width, 0, open_low=True)
     _validate.in_range("num_points", num_points, 2)
@@ -647,7 +600,7 @@ def spectral_density(
     kernel = jax.scipy.stats.norm.pdf(
         (grid[None, :, :, None] - values[:, :, None, :]) / width[None, :, None, None])
     density = jnp.sum(kernel * weights[:, :, None, :], axis=3) / width[None, :, None]
-    return SpectralDensity(grid, *mean_estimate(density))
+    return SpectralDensity(grid, *probes.mean_estimate(density))
 
 
 @as_one_program
@@ -686,8 +639,8 @@ def hessian_trace(
     Source: Epperly, Tropp, Webber (2024), as in ``matfree.stochtrace.leave_one_out_xtrace``.
     """
     return _leave_one_out(
-        stochtrace.leave_one_out_xtrace(), loss, x, salted(key, "hessian_trace"), num_probes,
-        indices, power=1)
+        stochtrace.leave_one_out_xtrace(), loss, x, probes.salted(key, "hessian_trace"),
+        num_probes, indices, power=1)
 
 
 @as_one_program
@@ -726,7 +679,7 @@ def leave_one_out_squared_frobenius(
     """
     return _leave_one_out(
         stochtrace.leave_one_out_xsymrownorms_squared(), loss, x,
-        salted(key, "leave_one_out_squared_frobenius"), num_probes, indices, power=2)
+        probes.salted(key, "leave_one_out_squared_frobenius"), num_probes, indices, power=2)
 
 
 class Surface(NamedTuple):
@@ -772,214 +725,33 @@ def loss_surface(
 
     Source: Fig. 11, which shows its negative.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     _validate.in_range("extent", extent, 0, open_low=True)
     _validate.in_range("resolution", resolution, 2)
     if math.prod(x.shape[1:]) == 1:
         raise _validate.InputError(
             f"Expected x with two numbers or more in each image, got {x.shape}.")
-    key = salted(key, "loss_surface")
-    shape = (len(x), *[1] * (x.ndim - 1))
+    key = probes.salted(key, "loss_surface")
+    axes, shape = tuple(range(1, x.ndim)), (len(x), *[1] * (x.ndim - 1))
 
     def unit(vectors):
-        vectors = vectors / _unit(_largest(vectors)).reshape(shape)
-        return vectors / _unit(jnp.sqrt(jnp.sum(
-            jnp.square(vectors), axis=tuple(range(1, x.ndim))))).reshape(shape)
+        vectors = vectors / probes.unit_of(vectors, axes).reshape(shape)
+        return vectors / probes.unit_of(
+            jnp.sqrt(jnp.sum(jnp.square(vectors), axis=axes))).reshape(shape)
 
-    u = unit(_gradient(loss)(x))
-    w = _draw(key, 0, x, indices, "normal")
+    u = unit(probes.gradient_of(loss)(x))
+    w = probes.draw(key, 0, x, indices)
     # Twice: once leaves a part along u of the size of the rounding of w.
     for _ in range(2):
-        along = jnp.sum(w * u, axis=tuple(range(1, x.ndim))).reshape(shape)
+        along = jnp.sum(w * u, axis=axes).reshape(shape)
         w = unit(w - along * u)
     offsets = jnp.linspace(-extent, extent, resolution, dtype=x.dtype)
 
     def row(i):
         return jax.vmap(lambda a: loss(x + offsets[i] * u + a * w))(offsets)
 
-    values = _stacked(row, resolution, 1)  # [R, R, B]
+    values = probes.map_in_chunks(row, resolution, 1)  # [R, R, B]
     return Surface(offsets, jnp.moveaxis(values, -1, 0), u, w)
-
-
-_PROBES = {"normal": jax.random.normal, "rademacher": jax.random.rademacher}
-
-
-def _draw(key, index, x, indices, distribution):
-    """Probe number ``index`` for each image, from a key of the image's own."""
-    indices = jnp.arange(len(x)) if indices is None else indices
-    key = jax.random.fold_in(key, index)
-    return jax.vmap(lambda i: _PROBES[distribution](
-        jax.random.fold_in(key, i), x.shape[1:], x.dtype))(indices)
-
-
-_SALTS = {name: number for number, name in enumerate((
-    "squared_frobenius", "finite_difference_curvature", "smoothed_curvature", "gauss_newton_gap",
-    "ritz_values", "spectral_density", "hessian_trace", "leave_one_out_squared_frobenius",
-    "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared"))}
-"""Folded into the key of each function that draws, so that no two of them draw the same numbers
-from one key. A new one goes to the end: the numbers are part of what a seed means."""
-
-
-def salted(key: jax.Array, function: str) -> jax.Array:
-    """The key from which the named function draws."""
-    return jax.random.fold_in(key, _SALTS[function])
-
-
-_OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
-
-
-def check_images(x: jax.Array, indices: jax.Array | None = None,
-                 **functions: Callable[[jax.Array], jax.Array]) -> None:
-    """Checks images, the numbers that name them, and what functions of the images return.
-
-    Args:
-      x: [B, ...], floats, B >= 1.
-      indices: [B] integers, or None.
-      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
-        traced, not run.
-
-    Raises:
-      InputError: (a ValueError) if one does not fit.
-    """
-    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
-        what = getattr(x, "dtype", type(x).__name__)
-        raise _validate.InputError(f"Expected x to be an array of floats, got {what}.")
-    if x.ndim == 0 or x.size == 0:
-        raise _validate.InputError(
-            f"Expected x of shape [B, ...] with at least one image and pixel, got {x.shape}.")
-    batch = len(x)
-    if indices is not None and not (
-            isinstance(indices, (jax.Array, np.ndarray)) and indices.shape == (batch,)
-            and jnp.issubdtype(indices.dtype, jnp.integer)):
-        got = (f"{indices.dtype}{list(indices.shape)}" if hasattr(indices, "dtype")
-               else type(indices).__name__)
-        raise _validate.InputError(
-            f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
-    for name, function in functions.items():
-        spec = _OUTPUTS[name]
-        output = jax.eval_shape(function, x)
-        shape = getattr(output, "shape", type(output).__name__)
-        if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:
-            raise _validate.InputError(
-                f"Expected {name} to return [{', '.join(spec)}] with B={batch}, a row for each "
-                f"image, got {shape}.")
-
-
-def _gradient(loss: Loss) -> Callable[[jax.Array], jax.Array]:
-    return jax.grad(lambda x: jnp.sum(loss(x)))
-
-
-def _largest(vectors: jax.Array) -> jax.Array:
-    """The largest entry [B], by magnitude, of vectors [B, ...]."""
-    return jnp.max(jnp.abs(vectors), axis=tuple(range(1, vectors.ndim)))
-
-
-def _unit(largest: jax.Array) -> jax.Array:
-    """What to divide by so that squares and sums are in range: about the largest, or 1 for 0.
-
-    At most so large that its inverse, with which compilers multiply, is in the range too.
-    """
-    tiny = float(jnp.finfo(largest.dtype).tiny)
-    return jnp.where(largest >= tiny, jnp.minimum(largest, 0.25 / tiny), 1)
-
-
-def squared_norm(vectors: jax.Array) -> jax.Array:
-    """Of vectors [B, ...], each [B]; right wherever it is in the range of the dtype."""
-    unit = _unit(_largest(vectors))
-    scaled = vectors / unit.reshape(-1, *[1] * (vectors.ndim - 1))
-    return unit * (unit * jnp.sum(jnp.square(scaled), axis=tuple(range(1, vectors.ndim))))
-
-
-def _norm(vectors: jax.Array) -> jax.Array:
-    """As :func:`squared_norm`, its root."""
-    unit = _unit(_largest(vectors))
-    scaled = vectors / unit.reshape(-1, *[1] * (vectors.ndim - 1))
-    return unit * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=tuple(range(1, vectors.ndim))))
-
-
-_UNROLLED = 64
-"""The longest loop that is written out on CPUs."""
-
-
-def _stacked(function: Callable[[jax.Array], Any], length: int, chunk_size: int, *,
-             in_order: bool = True) -> Any:
-    """``function(0)`` to ``function(length - 1)``, stacked; ``chunk_size`` of them at once.
-
-    XLA runs convolutions in loops an order of magnitude slower than outside on CPUs
-    (jax-ml/jax#12868), so there a loop that is not too long is written out; unless ``in_order``,
-    XLA may then run its iterations side by side: faster by a tenth, but memory grows with them.
-    """
-    _validate.in_range("num_probes", length, 1)
-    _validate.in_range("chunk_size", chunk_size, 1)
-    chunk_size = min(chunk_size, length)
-    iterations = length // chunk_size
-    written_out = jax.default_backend() == "cpu" and iterations <= _UNROLLED
-
-    def step(zero, chunk):
-        values = jax.vmap(function)(chunk + zero)
-        if not in_order:
-            return zero, values
-        first = jax.tree.leaves(values)[0].ravel()[0]
-        # Always 0, which XLA cannot know: it keeps iterations that are written out one after the
-        # other, and memory that of one. It would ignore an optimization barrier on CPUs.
-        return (first < -jnp.inf).astype(chunk.dtype), values
-
-    numbers = jnp.arange(length)
-    whole = iterations * chunk_size
-    zero = jnp.zeros((), numbers.dtype)
-    if iterations == 1:
-        # A loop of one iteration is not written out, and as slow as any.
-        zero, stacked = step(zero, numbers[:whole])
-    else:
-        zero, parts = jax.lax.scan(step, zero, numbers[:whole].reshape(-1, chunk_size),
-                                   unroll=written_out)
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), parts)
-    if whole == length:
-        return stacked
-    rest = jax.vmap(function)(numbers[whole:] + zero)
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stacked, rest)
-
-
-_LEAST_PROBES = 8
-"""Before a standard error is trusted."""
-
-
-def _until(probe, rtol: float, most: int, chunk_size: int, x: jax.Array) -> Estimate:
-    """The running mean of ``probe(0)``, ``probe(1)``, ..., stopped for each image by itself."""
-    _validate.in_range("rtol", rtol, 0, open_low=True)
-    _validate.in_range("num_probes", most, _LEAST_PROBES)
-    _validate.in_range("chunk_size", chunk_size, 1)
-
-    def error(count, squares):
-        # Of the sums at which it would stop, those with too small a spread are too many.
-        widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
-        return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
-
-    def is_open(count, mean, squares):
-        return (count < _LEAST_PROBES) | (
-            (count < most) & (error(count, squares) > rtol * mean))
-
-    def add(state, sample):
-        count, mean, squares = state
-        counted = jnp.where(is_open(*state), 1, 0).astype(count.dtype)
-        moved = counted * (sample - mean)
-        new_mean = mean + moved / jnp.maximum(count + counted, 1)
-        return (count + counted, new_mean, squares + moved * (sample - new_mean)), None
-
-    def step(state):
-        number, unit, sums = state
-        samples = jax.vmap(probe)(number * chunk_size + jnp.arange(chunk_size))
-        # In units of the first: the square of a small curvature is beyond float32.
-        unit = jnp.where(number == 0, _unit(samples[0]), unit)
-        return number + 1, unit, jax.lax.scan(
-            add, sums, (samples / unit[None]).astype(sums[0].dtype))[0]
-
-    # Half precision counts to 256 or 2,048 only.
-    zeros = jnp.zeros(len(x), x.dtype if x.dtype.itemsize >= 4 else jnp.float32)
-    ones = jnp.ones(len(x), x.dtype)
-    _, unit, (count, mean, squares) = jax.lax.while_loop(
-        lambda state: jnp.any(is_open(*state[2])), step, (0, ones, (zeros, zeros, zeros)))
-    return Estimate(*(unit * part.astype(unit.dtype) for part in (mean, error(count, squares))))
 
 
 _IMAGES = "images"
@@ -1004,7 +776,7 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
       array's rows; 0 where H is. Thresholds inside the algorithms are absolute, and so is the range
       of a dtype; this makes both relative.
     """
-    _, linear = jax.linearize(_gradient(loss), x)
+    _, linear = jax.linearize(probes.gradient_of(loss), x)
 
     def one(*own):
         def product(v):
@@ -1012,8 +784,8 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
             return linear(vectors).reshape(len(x), -1)[jax.lax.axis_index(_IMAGES)]
 
         start = own[0].reshape(-1, own[0].shape[-1])[0]
-        scale = _norm(product(start)[None])[0] / jnp.linalg.norm(start) * start.size**0.5
-        unit = _unit(scale)
+        scale = probes.norm(product(start)[None])[0] / jnp.linalg.norm(start) * start.size**0.5
+        unit = probes.unit_of(scale)
         return algorithm(lambda v: product(v) / unit, *own), scale
 
     # matfree mixes integers and floats freely.
@@ -1024,7 +796,7 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
 
 def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> Estimate:
     """The estimate for H of a leave-one-out estimator that is homogeneous of degree ``power``."""
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     rounding = 16 * jnp.finfo(x.dtype).eps
     if size == 1 and num_probes is None:
@@ -1036,11 +808,11 @@ def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> 
     if jax.default_backend() == "cpu":
         _validate.in_range("number of images", len(x), 1, _MOST_IMAGES, open_high=False)
     indices = jnp.arange(len(x)) if indices is None else indices
-    probes = jax.vmap(lambda i: jax.random.normal(
+    vectors = jax.vmap(lambda i: jax.random.normal(
         jax.random.fold_in(key, i), (num_probes, size), x.dtype))(indices)
-    samples, scale = _image_by_image(integrand, loss, x, probes)
+    samples, scale = _image_by_image(integrand, loss, x, vectors)
     samples = jnp.where(scale[:, None] == 0, 0, jnp.sum(samples.reshape(*samples.shape[:2], -1), 2))
-    mean, error = mean_estimate(samples.T)
+    mean, error = probes.mean_estimate(samples.T)
     # Each leave-one-out sample shares all probes but one with the others: their spread is 0.7 to
     # 1.0 times the error of their mean, by the spectrum. With the root of 2 it is never too small.
     # Where the samples agree, what is left is the rounding of sums of the size of H.

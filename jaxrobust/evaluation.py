@@ -16,12 +16,12 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import counted
-from jaxrobust.curvature import LogitsFn
 from jaxrobust.data.augment import to_float
 from jaxrobust.data.sources import StoredImages
 from jaxrobust.models.common import Outputs
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
+from jaxrobust.probes import LogitsFn
 
 
 class _Ranked(NamedTuple):

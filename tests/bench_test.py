@@ -13,7 +13,7 @@ from experiments import bench
 from experiments.bench import curvature as curvature_bench
 from experiments.bench import folder as folder_bench
 from experiments.bench import timing
-from jaxrobust import curvature, data
+from jaxrobust import curvature, data, probes
 from jaxrobust.app import runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -51,13 +51,13 @@ def test_pytorch_computes_the_same_logits_and_eq_21():
         lambda x: softmax_cross_entropy_with_integer_labels(logits(x), labels), images, key,
         step=STEP, num_probes=num_probes).value)(images)
     # The probes as the documentation of `finite_difference_curvature` says they are drawn.
-    own = curvature.salted(key, "finite_difference_curvature")
-    probes = [jnp.stack([jax.random.normal(
+    own = probes.salted(key, "finite_difference_curvature")
+    vectors = [jnp.stack([jax.random.normal(
         jax.random.fold_in(jax.random.fold_in(own, k), i), images.shape[1:], images.dtype)
         for i in range(len(images))]) for k in range(num_probes)]
     theirs = torch_peer.finite_difference_curvature(
         module, converted, torch.tensor(np.asarray(labels)),
-        lambda k: torch_peer.to_torch(np.asarray(probes[k])), step=STEP, num_probes=num_probes)
+        lambda k: torch_peer.to_torch(np.asarray(vectors[k])), step=STEP, num_probes=num_probes)
     assert np.all(ours > 1e-6)
     np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-8)
 

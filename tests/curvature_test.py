@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from jaxrobust import curvature, losses, models, theory
+from jaxrobust import curvature, losses, models, probes, theory
 from jaxrobust._validate import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,7 +54,7 @@ def dense_hessians(loss, images):
 
 def probe(function, key, number, images):
     """Probe number ``number`` of the images, as the docstrings say that it is drawn."""
-    key = jax.random.fold_in(curvature.salted(key, function), number)
+    key = jax.random.fold_in(probes.salted(key, function), number)
     return jax.vmap(lambda i: jax.random.normal(
         jax.random.fold_in(key, i), images.shape[1:], images.dtype))(jnp.arange(len(images)))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxrobust import curvature, geometry, losses, theory
+from jaxrobust import curvature, geometry, losses, probes, theory
 from jaxrobust._validate import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -71,7 +71,7 @@ def test_feature_stability_is_that_of_a_loop_over_the_draws(enable_x64):
 
     @jax.jit
     def normal(k, i):
-        own = curvature.salted(key, "gaussian_noise")
+        own = probes.salted(key, "gaussian_noise")
         return jax.random.normal(
             jax.random.fold_in(jax.random.fold_in(own, k), i), (3,), jnp.float64)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust import _validate, curvature, evaluation, losses, parallel
+from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
 from jaxrobust.app import runs
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.doubt import outputs_of
@@ -214,7 +214,7 @@ def _columns(model, settings, variables, rows):
         chunk_size=PROBES_AT_ONCE, **shared)
     return {
         "loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == rows[1],
-        "gradient_squared": curvature.squared_norm(gradient),
+        "gradient_squared": probes.squared_norm(gradient),
         **_with_errors({
             "finite_difference": curvature.finite_difference_curvature(
                 loss, images, step=settings.step, num_probes=settings.num_probes,

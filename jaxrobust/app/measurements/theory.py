@@ -22,6 +22,7 @@ from jaxrobust import (
     evaluation,
     geometry,
     losses,
+    probes,
     theory,
 )
 from jaxrobust.app import runs
@@ -382,7 +383,7 @@ def _pointwise(model, variables, images, labels):
     spectrum = curvature.piecewise_linear_spectrum(logits_fn, images)
     return {
         "loss": loss(images), "correct": jnp.argmax(logits, axis=1) == labels,
-        "gradient_norm_squared": curvature.squared_norm(gradient),
+        "gradient_norm_squared": probes.squared_norm(gradient),
         "hessian": jnp.sum(jnp.square(spectrum), axis=1),
         "hessian_trace": jnp.sum(spectrum, axis=1),
         "largest_logit": jnp.max(jnp.abs(logits), axis=1)}
@@ -400,7 +401,7 @@ def _smoothed(model, variables, images, labels, key, indices, *, sigma):
             "smoothed_gradient_norm_squared": gradient}
 
 
-def _mean_of_groups(groups: Sequence[dict[str, curvature.Estimate]]) -> dict[str, np.ndarray]:
+def _mean_of_groups(groups: Sequence[dict[str, probes.Estimate]]) -> dict[str, np.ndarray]:
     """The mean of independent estimates, with its standard error."""
     mean = {name: np.mean([group[name].value for group in groups], axis=0) for name in groups[0]}
     errors = {f"{name}_standard_error": np.sqrt(np.sum(

@@ -1,9 +1,4 @@
-"""What Theorems 6.1 to 6.3 bound, and their bounds.
-
-A ``loss`` is a function ``images [B, ...] -> [B]`` and a ``features_fn`` one to ``[B, d]``, row i
-depending on image i alone, as in :mod:`jaxrobust.curvature`, which also says what becomes of an
-eager call. Losses and divergences are in nats,
-sigma in the units of the images, delta and radii in those of the features.
+"""Feature stability (Definition 6.1) and the bounds on the curvature (Theorem 6.1).
 
 The paper proves its bounds on the curvature for the pointwise Hessian H under the assumption that
 the loss is quadratic at the scale of the noise (Eq. 14). For the Hessian :math:`H_\\sigma` of the
@@ -17,33 +12,15 @@ in which every term is a square. The lower one (Eq. 16) keeps its assumption: it
 terms to vanish. ``docs/theory.md`` has the proofs.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrobust import _validate
+from jaxrobust import _validate, probes
 from jaxrobust._eager import as_one_program, python_scalars
-from jaxrobust.curvature import (
-    Estimate,
-    Loss,
-    _draw,
-    _gradient,
-    _stacked,
-    _unit,
-    check_images,
-    mean_estimate,
-    mean_over_pairs,
-    salted,
-)
 from jaxrobust.geometry import safe_norm
-
-FeaturesFn = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
-
-
-# --- Section 6.1: stability and curvature ------------------------------------------------------
+from jaxrobust.probes import Estimate, FeaturesFn, Loss
 
 
 @python_scalars
@@ -67,9 +44,9 @@ def gaussian_noise(
     Raises:
       InputError: (a ValueError) if sigma <= 0 or the indices are not [B].
     """
-    check_images(x, indices)
+    probes.check_images(x, indices)
     _validate.in_range("sigma", sigma, 0, open_low=True)
-    return sigma * _draw(salted(key, "gaussian_noise"), draw, x, indices, "normal")
+    return sigma * probes.draw(probes.salted(key, "gaussian_noise"), draw, x, indices)
 
 
 class NoiseDraws(NamedTuple):
@@ -116,7 +93,7 @@ def noise_draws(
 
     Source: Definition 6.1.
     """
-    check_images(x, indices, features_fn=features_fn, loss=loss)
+    probes.check_images(x, indices, features_fn=features_fn, loss=loss)
     _validate.in_range("num_draws", num_draws, 1)
     clean = features_fn(x)
 
@@ -127,7 +104,7 @@ def noise_draws(
         values = safe_norm(features_fn(noisy) - clean), loss(noisy)
         return values if model is None else (*values, model)
 
-    values = _stacked(draw, num_draws, chunk_size)
+    values = probes.map_in_chunks(draw, num_draws, chunk_size)
     return NoiseDraws(*values) if with_quadratic else NoiseDraws(*values, None)
 
 
@@ -156,7 +133,7 @@ def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     Source: Eq. 14.
     """
-    check_images(x, loss=loss)
+    probes.check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
 
@@ -214,8 +191,8 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
 
 def _mean_square(values: jax.Array) -> Estimate:
     """Of independent values [K, B]; right wherever the squares are in the range of the dtype."""
-    unit = _unit(jnp.max(jnp.abs(values), axis=0))
-    return Estimate(*(unit * (unit * part) for part in mean_estimate(
+    unit = probes.unit_of(values, axis=0)
+    return Estimate(*(unit * (unit * part) for part in probes.mean_estimate(
         jnp.square(values / unit[None]))))
 
 
@@ -382,7 +359,7 @@ def quadratic_residual(draws: NoiseDraws, clean_loss: jax.Array) -> jax.Array:
                      clean_loss=(clean_loss, "B"))
     change, missed = draws.loss - clean_loss[None], draws.loss - draws.quadratic
     # The losses of confident images have squares beyond the range of float32.
-    unit = _unit(jnp.max(jnp.abs(change), axis=0))
+    unit = probes.unit_of(change, axis=0)
     change, missed = (jnp.mean(jnp.square(part / unit[None]), axis=0) for part in (change, missed))
     return jnp.where(change > 0, missed / jnp.where(change > 0, change, 1), jnp.nan)
 
@@ -426,21 +403,21 @@ def smoothed_gradient_norm_squared(
 
     Source: the first order of the Hermite expansion.
     """
-    check_images(x, indices, loss=loss)
+    probes.check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
-    key = salted(key, "smoothed_gradient_norm_squared")
-    gradient = _gradient(loss)
+    key = probes.salted(key, "smoothed_gradient_norm_squared")
+    gradient = probes.gradient_of(loss)
 
     def draw(index):
-        noise = sigma * _draw(key, index, x, indices, "normal")
+        noise = sigma * probes.draw(key, index, x, indices)
         return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
 
-    slopes = _stacked(draw, num_draws, chunk_size)  # [K, B, n]
+    slopes = probes.map_in_chunks(draw, num_draws, chunk_size)  # [K, B, n]
     # In units of the largest: squares of small ones are beyond the range of float32.
-    unit = _unit(jnp.max(jnp.abs(slopes), axis=(0, 2)))
+    unit = probes.unit_of(slopes, axis=(0, 2))
     slopes = slopes / unit[None, :, None]
-    found = mean_over_pairs(jnp.einsum(
+    found = probes.mean_over_pairs(jnp.einsum(
         "ibn,jbn->bij", slopes, slopes, precision=jax.lax.Precision.HIGHEST))
     return Estimate(*(unit * (unit * part) for part in found))
 
@@ -475,318 +452,3 @@ def smoothed_curvature_bound(
     """
     _validate.in_range("sigma", sigma, 0, open_low=True)
     return 2 / sigma**4 * (variance - sigma**2 * gradient_norm_squared)
-
-
-# --- Section 6.2: generalisation of compactness ------------------------------------------------
-
-
-@python_scalars
-def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
-    r"""The rho-margin loss.
-
-    .. math:: \Phi_\rho(\tau) = \min(1, \max(0, 1 - \tau / \rho))
-
-    Args:
-      margin: tau, of any shape.
-      rho: > 0, in the units of the margin.
-
-    Returns:
-      Like margin, in [0, 1].
-
-    Raises:
-      InputError: (a ValueError) if rho <= 0.
-
-    >>> ramp_loss(jnp.array([-1.0, 0.0, 1.0, 2.0, 3.0]), rho=2.0).tolist()
-    [1.0, 1.0, 0.5, 0.0, 0.0]
-
-    Source: Definition 6.2, Eq. 17.
-    """
-    _validate.in_range("rho", rho, 0, open_low=True)
-    return jnp.clip(1 - margin / rho, 0, 1)
-
-
-@python_scalars
-def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Array:
-    r"""How far inside a ball each point is, :math:`h(x) = r^2 - \|f(x) - m\|^2`.
-
-    Args:
-      features: [N, d].
-      centre: [d], m.
-      radius: r >= 0.
-
-    Returns:
-      [N], in the units of the features squared; negative outside the ball.
-
-    Raises:
-      InputError: (a ValueError) if radius < 0 or the shapes do not match.
-
-    Source: Section 6.2, above Eq. 18.
-    """
-    _validate.in_range("radius", radius, 0)
-    _validate.shapes(features=(features, "N d"), centre=(centre, "d"))
-    return radius**2 - jnp.sum(jnp.square(features - centre[None]), axis=1)
-
-
-@python_scalars
-def generalization_bound(
-    empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
-    num_samples: int, failure_probability: float,
-) -> jax.Array:
-    r"""Theorem 6.2's bound on the share of inputs that are mapped outside the ball.
-
-    .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho} (\Lambda^2 + 2 R \Lambda
-      + \frac{R^2}{\sqrt N}) + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
-
-    It is never informative: it is below 1 only for :math:`\rho > 2 \Lambda^2 + 4 R \Lambda`,
-    hence, with :math:`\rho < r^2` and :math:`R \le \Lambda`, only for :math:`r > \Lambda + R`,
-    where the ball holds every possible feature. :func:`held_out_bound` is its repair.
-
-    Args:
-      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
-      rho: > 0, of the ramp loss; below the radius squared.
-      feature_bound: Lambda >= 0, the largest norm of any input's features.
-      centre_bound: R >= 0, the largest norm of a centre.
-      num_samples: N >= 1.
-      failure_probability: delta, in (0, 1).
-
-    Returns:
-      Like empirical_error.
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range.
-
-    Source: Theorem 6.2, Eq. 19.
-    """
-    _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
-    complexity = (feature_bound**2 + 2 * centre_bound * feature_bound
-                  + centre_bound**2 / num_samples**0.5)
-    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
-
-
-@python_scalars
-def held_out_bound(
-    empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
-    num_samples: int, failure_probability: float,
-) -> jax.Array:
-    r"""The bound of :func:`generalization_bound` for a network that the sample did not train.
-
-    .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho}
-      \frac{2 R \Lambda + R^2 / 2}{\sqrt N} + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
-
-    With f fixed only the centre m is free, :math:`\|m\| \le R`, and the complexity of the class
-    goes to 0 with N. It holds for all those centres at once, those chosen on the sample
-    included. Distances do not depend on the origin: norms may be taken from any point that
-    does not depend on the sample, such as the centroid of the training images.
-
-    Args:
-      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
-      rho: > 0, of the ramp loss; below the radius squared, and fixed before the sample.
-      feature_bound: Lambda >= 0; the root mean square norm of the sample's features is enough.
-      centre_bound: R >= 0, the largest norm of a centre.
-      num_samples: N >= 1.
-      failure_probability: delta, in (0, 1).
-
-    Returns:
-      Like empirical_error.
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range.
-
-    Source: the proof of Theorem 6.2 with f fixed; ``docs/theory.md``.
-    """
-    _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
-    complexity = held_out_complexity(
-        feature_bound=feature_bound, centre_bound=centre_bound, num_samples=num_samples)
-    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
-
-
-@python_scalars
-def held_out_complexity(
-    *, feature_bound: float, centre_bound: float, num_samples: int
-) -> float:
-    r"""Bound on the empirical Rademacher complexity of the balls around fixed features.
-
-    .. math:: \hat R_S(\{r^2 - \|f(\cdot) - m\|^2 : \|m\| \le R\})
-      \le \frac{2 R \Lambda + R^2 / 2}{\sqrt N}
-
-    Args:
-      feature_bound: Lambda >= 0, at least the root mean square norm of the features.
-      centre_bound: R >= 0.
-      num_samples: N >= 1.
-
-    Returns:
-      The bound, in the units of the features squared.
-
-    Source: ``docs/theory.md``.
-    """
-    return (2 * centre_bound * feature_bound + centre_bound**2 / 2) / num_samples**0.5
-
-
-def _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability):
-    _validate.in_range("rho", rho, 0, open_low=True)
-    _validate.in_range("feature_bound", feature_bound, 0)
-    _validate.in_range("centre_bound", centre_bound, 0)
-    _validate.in_range("num_samples", num_samples, 1)
-    _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
-
-
-def _deviation(num_samples, failure_probability):
-    """The last term of Theorem F.1."""
-    return 3 * (jnp.log(2 / failure_probability) / (2 * num_samples)) ** 0.5
-
-
-# --- Section 6.3: separation in the layers before ------------------------------------------------
-
-
-def jensen_shannon_bound(tau: jax.Array) -> jax.Array:
-    r"""Theorem 6.3's lower bound on the Jensen-Shannon divergence of two classes' features.
-
-    .. math:: D_{JS} \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
-
-    Needs, beside hypothesis (H), that the two balls are disjoint: centroids more than twice
-    the radius apart. The theorem uses this in its proof and does not state it.
-
-    Args:
-      tau: the share of each class's features within the ball around its centroid, in [0, 1].
-
-    Returns:
-      Like tau, in nats, at most 1/2; 0 for tau < 1/2.
-
-    >>> jensen_shannon_bound(jnp.array([0.25, 0.75, 1.0])).tolist()
-    [0.0, 0.125, 0.5]
-
-    Source: Theorem 6.3, Eq. 20.
-    """
-    return jnp.square(jnp.maximum(2 * tau - 1, 0)) / 2
-
-
-def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
-    r"""The sharpest bound under the hypotheses of Theorem 6.3.
-
-    .. math:: D_{JS} \ge \log 2 + \tau \log \tau + (1 - \tau) \log(1 - \tau)
-      \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
-
-    The proof of the theorem with the data processing inequality, applied to whether a feature
-    is in the first ball, in the place of Pinsker's.
-
-    Args:
-      tau: as for :func:`jensen_shannon_bound`.
-
-    Returns:
-      Like tau, in nats, at most log 2, the largest value of the divergence; 0 for tau < 1/2.
-
-    Source: ``docs/theory.md``.
-    """
-    tau = jnp.maximum(tau, 0.5)
-    return jensen_shannon_decision_bound(tau, 1 - tau)
-
-
-def jensen_shannon_decision_bound(first: jax.Array, second: jax.Array) -> jax.Array:
-    r"""A lower bound on two classes' Jensen-Shannon divergence, from any decision between them.
-
-    .. math:: D_{JS} \ge h\big(\tfrac{p + q}{2}\big) - \tfrac{1}{2} (h(p) + h(q)), \qquad
-      h(t) = -t \log t - (1 - t) \log(1 - t)
-
-    p and q are the shares of the first and of the second class on one side of the decision. By the
-    data processing inequality; with equality where nothing but the side tells the classes apart.
-    It holds for the features decided on and, if these are a function of an earlier layer's, for
-    that layer. No balls, and no hypothesis: those of Theorem 6.3 say p >= tau and q <= 1 - tau
-    of the decision "in the first ball", which gives :func:`jensen_shannon_sharp_bound`.
-
-    Args:
-      first: p, in [0, 1]; any shape.
-      second: q, in [0, 1]; a shape that goes with it.
-
-    Returns:
-      In nats, from 0 (p = q) to log 2 (p = 1, q = 0).
-
-    >>> [round(float(jensen_shannon_decision_bound(p, 0.0)), 3) for p in (0.0, 0.5, 1.0)]
-    [0.0, 0.216, 0.693]
-
-    Source: ``docs/theory.md``.
-    """
-    def entropy(share):
-        return -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(
-            1 - share, 1 - share)
-
-    # Rounding alone makes it negative.
-    return jnp.maximum(
-        entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2, 0)
-
-
-def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimate:
-    r"""A lower bound on a Jensen-Shannon divergence, from a discriminator on held-out examples.
-
-    .. math:: D_{JS} = \log 2 - \inf_D CE(D) \ge \log 2 - CE(D), \qquad
-      CE(D) = -\frac{1}{2} (E_1[\log D] + E_2[\log (1 - D)])
-
-    For any D that does not depend on these examples, the value's expectation is at most the
-    divergence. It can be negative, for a poor D; as the divergence is not, 0 may then be put
-    in its place.
-
-    Args:
-      log_odds: [N], :math:`\log D / (1 - D)`, D the discriminator's probability of the first.
-      is_first: [N] bool, whether the example is of the first distribution; some of each.
-
-    Returns:
-      Value and standard error, each [], in nats; the two distributions weigh the same whatever
-      their numbers. The standard error is NaN with a single example of either, and both are NaN
-      if ``is_first`` is traced and there is none of either.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, ``is_first`` is not bool, or there is
-        no example of one of the two.
-
-    >>> estimate = jensen_shannon_estimate(jnp.zeros(4), jnp.array([True, False, True, False]))
-    >>> estimate.value.item()  # a discriminator that does not know anything
-    0.0
-
-    Source: Lemma G.2; the variational form of Goodfellow et al. (2014).
-    """
-    count = _validate.shapes(log_odds=(log_odds, "N"), is_first=(is_first, "N"))["N"]
-    if is_first.dtype != bool:
-        raise _validate.InputError(f"Expected is_first of dtype bool, got {is_first.dtype}.")
-    if not isinstance(is_first, jax.core.Tracer):
-        _validate.in_range("number of examples of the first distribution",
-                           int(is_first.sum()), 1, count)
-    cross_entropy = jax.nn.softplus(jnp.where(is_first, -log_odds, log_odds))
-    halves = []
-    for members in (is_first, ~is_first):
-        weights = members.astype(cross_entropy.dtype)
-        count = jnp.sum(weights)
-        mean = jnp.sum(weights * cross_entropy) / count
-        squares = jnp.sum(weights * jnp.square(cross_entropy - mean))
-        halves.append((mean, squares / jnp.where(count > 1, count - 1, jnp.nan) / count))
-    (mean_1, error_1), (mean_2, error_2) = halves
-    return Estimate(jnp.log(2.0) - (mean_1 + mean_2) / 2, jnp.sqrt(error_1 + error_2) / 2)
-
-
-def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""The smallest distance between two examples of different classes.
-
-    .. math:: \min_{y_1 \ne y_2} \|q(x_1) - q(x_2)\|
-
-    Proposition 5.2.2 compares it with the largest dispersion
-    (:func:`~jaxrobust.geometry.class_dispersion`).
-
-    Args:
-      features: [N, d].
-      labels: [N] integers.
-
-    Returns:
-      [], in the units of the features; +inf with fewer than two classes. Memory is O(N d).
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match or the labels are not integers.
-
-    Source: Proposition 5.2.
-    """
-    labels = _validate.class_numbers("labels", labels)
-    _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
-
-    def nearest(example):
-        feature, label = example
-        return jnp.min(jnp.where(
-            labels == label, jnp.inf, safe_norm(features - feature[None])))
-
-    return jnp.min(jax.lax.map(nearest, (features, labels)))

@@ -1,0 +1,298 @@
+"""Random probes of images, loops over them in bounded memory, and means with their errors.
+
+What the estimators of :mod:`jaxrobust.curvature` and :mod:`jaxrobust.theory` are built on, and
+others can be: :func:`draw` makes a probe, :func:`map_in_chunks` evaluates a number of them,
+:func:`mean_until` as many as an error needs, and the result is an :class:`Estimate`.
+
+>>> def expected_square(x, key, num_probes):  # of the projection on a random vector
+...     def probe(index):
+...         return jnp.square(jnp.sum(draw(key, index, x) * x, axis=1))
+...     return mean_estimate(map_in_chunks(probe, num_probes, chunk_size=num_probes))
+>>> estimate = expected_square(jnp.array([[3.0, 4.0]]), jax.random.key(0), num_probes=10_000)
+>>> bool(abs(estimate.value[0] - 25) < 3 * estimate.standard_error[0])
+True
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrobust import _validate
+
+Loss = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> [B]``, row i depending on image i alone."""
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> logits [B, C]``, row i depending on image i alone."""
+
+FeaturesFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
+
+_OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
+
+
+def check_images(x: jax.Array, indices: jax.Array | None = None,
+                 **functions: Callable[[jax.Array], jax.Array]) -> None:
+    """Checks images, the numbers that name them, and what functions of the images return.
+
+    Args:
+      x: [B, ...], floats, B >= 1.
+      indices: [B] integers, or None.
+      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
+        traced, not run.
+
+    Raises:
+      InputError: (a ValueError) if one does not fit.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = getattr(x, "dtype", type(x).__name__)
+        raise _validate.InputError(f"Expected x to be an array of floats, got {what}.")
+    if x.ndim == 0 or x.size == 0:
+        raise _validate.InputError(
+            f"Expected x of shape [B, ...] with at least one image and pixel, got {x.shape}.")
+    batch = len(x)
+    if indices is not None and not (
+            isinstance(indices, (jax.Array, np.ndarray)) and indices.shape == (batch,)
+            and jnp.issubdtype(indices.dtype, jnp.integer)):
+        got = (f"{indices.dtype}{list(indices.shape)}" if hasattr(indices, "dtype")
+               else type(indices).__name__)
+        raise _validate.InputError(
+            f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
+    for name, function in functions.items():
+        spec = _OUTPUTS[name]
+        output = jax.eval_shape(function, x)
+        shape = getattr(output, "shape", type(output).__name__)
+        if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:
+            raise _validate.InputError(
+                f"Expected {name} to return [{', '.join(spec)}] with B={batch}, a row for each "
+                f"image, got {shape}.")
+
+
+def gradient_of(loss: Loss) -> Callable[[jax.Array], jax.Array]:
+    """The function ``images [B, ...] -> like images`` of each image's own gradient."""
+    return jax.grad(lambda x: jnp.sum(loss(x)))
+
+
+_DISTRIBUTIONS = {"normal": jax.random.normal, "rademacher": jax.random.rademacher}
+
+
+def draw(key: jax.Array, index: int | jax.Array, x: jax.Array, indices: jax.Array | None = None,
+         distribution: str = "normal") -> jax.Array:
+    r"""Probe number ``index`` of each image, :math:`E[\varepsilon \varepsilon^T] = I`.
+
+    Args:
+      key: a PRNG key; image i's is ``fold_in(fold_in(key, index), indices[i])``.
+      index: the probe's number.
+      x: [B, ...]; its shape and dtype count.
+      indices: [B] integers that name the images; their positions in x if none are given. With
+        them an image's probes are the same in whatever batch it comes.
+      distribution: "normal" or "rademacher" (random signs).
+
+    Returns:
+      Like x.
+
+    Raises:
+      InputError: (a ValueError) if the distribution is unknown.
+    """
+    _validate.one_of("distribution", distribution, _DISTRIBUTIONS)
+    indices = jnp.arange(len(x)) if indices is None else indices
+    key = jax.random.fold_in(key, index)
+    return jax.vmap(lambda i: _DISTRIBUTIONS[distribution](
+        jax.random.fold_in(key, i), x.shape[1:], x.dtype))(indices)
+
+
+_SALTS = {name: number for number, name in enumerate((
+    "squared_frobenius", "finite_difference_curvature", "smoothed_curvature", "gauss_newton_gap",
+    "ritz_values", "spectral_density", "hessian_trace", "leave_one_out_squared_frobenius",
+    "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared"))}
+"""Folded into the key of each function that draws, so that no two of them draw the same numbers
+from one key. A new one goes to the end: the numbers are part of what a seed means."""
+
+
+def salted(key: jax.Array, function: str) -> jax.Array:
+    """The key from which the named estimator of this library draws, given ``key``."""
+    _validate.one_of("function", function, _SALTS)
+    return jax.random.fold_in(key, _SALTS[function])
+
+
+LONGEST_WRITTEN_OUT = 64
+"""Iterations of a loop that is written out on CPUs."""
+
+
+def map_in_chunks(function: Callable[[jax.Array], Any], num_probes: int, chunk_size: int, *,
+                  in_order: bool = True) -> Any:
+    """``function(0)`` to ``function(num_probes - 1)``, stacked; ``chunk_size`` of them at once.
+
+    The first of what the function returns are floats. Memory grows with ``chunk_size``, not with
+    ``num_probes``, but for what is returned.
+
+    XLA runs convolutions in loops an order of magnitude slower than outside on CPUs
+    (jax-ml/jax#12868), so there a loop that is not too long is written out; unless ``in_order``,
+    XLA may then run its iterations side by side: faster by a tenth, but memory grows with them.
+
+    Raises:
+      InputError: (a ValueError) if num_probes < 1 or chunk_size < 1.
+    """
+    _validate.in_range("num_probes", num_probes, 1)
+    _validate.in_range("chunk_size", chunk_size, 1)
+    chunk_size = min(chunk_size, num_probes)
+    iterations = num_probes // chunk_size
+    written_out = jax.default_backend() == "cpu" and iterations <= LONGEST_WRITTEN_OUT
+
+    def step(zero, chunk):
+        values = jax.vmap(function)(chunk + zero)
+        if not in_order:
+            return zero, values
+        first = jax.tree.leaves(values)[0].ravel()[0]
+        # Always 0, which XLA cannot know: it keeps iterations that are written out one after the
+        # other, and memory that of one. It would ignore an optimization barrier on CPUs.
+        return (first < -jnp.inf).astype(chunk.dtype), values
+
+    numbers = jnp.arange(num_probes)
+    whole = iterations * chunk_size
+    zero = jnp.zeros((), numbers.dtype)
+    if iterations == 1:
+        # A loop of one iteration is not written out, and as slow as any.
+        zero, stacked = step(zero, numbers[:whole])
+    else:
+        zero, parts = jax.lax.scan(step, zero, numbers[:whole].reshape(-1, chunk_size),
+                                   unroll=written_out)
+        stacked = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), parts)
+    if whole == num_probes:
+        return stacked
+    rest = jax.vmap(function)(numbers[whole:] + zero)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stacked, rest)
+
+
+class Estimate(NamedTuple):
+    """A mean over random probes, for each image."""
+
+    value: jax.Array  # shape=[B]
+    standard_error: jax.Array  # shape=[B]; of the mean; NaN for a single probe
+
+
+def mean_estimate(samples: jax.Array) -> Estimate:
+    """The mean of independent samples [K, B] over K, with its standard error."""
+    num_samples = samples.shape[0]
+    # The square of a small curvature, and the sum of large ones, are beyond the range of float32.
+    unit = unit_of(samples, axis=0)
+    samples = samples / unit[None]
+    mean = unit * jnp.mean(samples, axis=0)
+    if num_samples == 1:
+        return Estimate(mean, jnp.full_like(mean, jnp.nan))
+    return Estimate(mean, unit * (jnp.std(samples, axis=0, ddof=1) / num_samples**0.5))
+
+
+def mean_over_pairs(pairs: jax.Array) -> Estimate:
+    r"""The mean of h(i, j) over all pairs of different draws: a U-statistic.
+
+    Args:
+      pairs: [B, K, K], h(i, j) for K >= 3 independent draws, symmetric; the diagonal does not
+        count.
+
+    Returns:
+      The mean, unbiased for E h(i, j), and its standard error by the jackknife, each [B].
+
+    Source: Hoeffding (1948); Arvesen (1969).
+    """
+    k = pairs.shape[1]
+    unit = unit_of(pairs, axis=(1, 2))
+    pairs = pairs / unit[:, None, None]
+    rows = jnp.sum(jnp.where(jnp.eye(k, dtype=bool)[None], 0, pairs), axis=2)  # [B, K]
+    total = jnp.sum(rows, axis=1)
+    without = (total[:, None] - 2 * rows) / ((k - 1) * (k - 2))
+    jackknife = jnp.sqrt((k - 1) / k * jnp.sum(
+        jnp.square(without - jnp.mean(without, axis=1, keepdims=True)), axis=1))
+    return Estimate(unit * (total / (k * (k - 1))), unit * jackknife)
+
+
+_LEAST_PROBES = 8
+"""Before a standard error is trusted."""
+
+
+def mean_until(
+    probe: Callable[[jax.Array], jax.Array], x: jax.Array, *, rtol: float, num_probes: int,
+    chunk_size: int = 1,
+) -> Estimate:
+    """The mean of ``probe(0)``, ``probe(1)``, ..., stopped for each image by itself.
+
+    Args:
+      probe: number -> [B], >= 0.
+      x: [B, ...], the images; their number and dtype count.
+      rtol: > 0; an image's mean is complete when its standard error is at most ``rtol`` times it,
+        but not before 8 probes. The choice of when to stop looks at the values, which favours
+        those whose error is taken for too small: the standard error is therefore widened by
+        1 + 8 / probes.
+      num_probes: the most, >= 8.
+      chunk_size: probes at once, >= 1.
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range.
+    """
+    _validate.in_range("rtol", rtol, 0, open_low=True)
+    _validate.in_range("num_probes", num_probes, _LEAST_PROBES)
+    _validate.in_range("chunk_size", chunk_size, 1)
+
+    def error(count, squares):
+        # Of the sums at which it would stop, those with too small a spread are too many.
+        widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
+        return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
+
+    def is_open(count, mean, squares):
+        return (count < _LEAST_PROBES) | (
+            (count < num_probes) & (error(count, squares) > rtol * mean))
+
+    def add(state, sample):
+        count, mean, squares = state
+        counted = jnp.where(is_open(*state), 1, 0).astype(count.dtype)
+        moved = counted * (sample - mean)
+        new_mean = mean + moved / jnp.maximum(count + counted, 1)
+        return (count + counted, new_mean, squares + moved * (sample - new_mean)), None
+
+    def step(state):
+        number, unit, sums = state
+        samples = jax.vmap(probe)(number * chunk_size + jnp.arange(chunk_size))
+        # In units of the first: the square of a small curvature is beyond float32.
+        unit = jnp.where(number == 0, unit_of(samples[0]), unit)
+        return number + 1, unit, jax.lax.scan(
+            add, sums, (samples / unit[None]).astype(sums[0].dtype))[0]
+
+    # Half precision counts to 256 or 2,048 only.
+    zeros = jnp.zeros(len(x), x.dtype if x.dtype.itemsize >= 4 else jnp.float32)
+    ones = jnp.ones(len(x), x.dtype)
+    _, unit, (count, mean, squares) = jax.lax.while_loop(
+        lambda state: jnp.any(is_open(*state[2])), step, (0, ones, (zeros, zeros, zeros)))
+    return Estimate(*(unit * part.astype(unit.dtype) for part in (mean, error(count, squares))))
+
+
+def unit_of(values: jax.Array, axis: int | tuple[int, ...] = ()) -> jax.Array:
+    """What to divide by so that squares and sums over ``axis`` are in the range of the dtype.
+
+    It is about the largest magnitude along ``axis``, which is dropped, or 1 for 0; at most so large
+    that its inverse, with which compilers multiply, is in the range too.
+    """
+    largest = jnp.max(jnp.abs(values), axis=axis)
+    tiny = float(jnp.finfo(largest.dtype).tiny)
+    return jnp.where(largest >= tiny, jnp.minimum(largest, 0.25 / tiny), 1)
+
+
+def squared_norm(vectors: jax.Array) -> jax.Array:
+    """Squared norms [B] of vectors [B, ...]; right wherever they are in the range of the dtype."""
+    unit, squares = _sum_of_squares(vectors)
+    return unit * (unit * squares)
+
+
+def norm(vectors: jax.Array) -> jax.Array:
+    """Norms [B] of vectors [B, ...]; right wherever they are in the range of the dtype."""
+    unit, squares = _sum_of_squares(vectors)
+    return unit * jnp.sqrt(squares)
+
+
+def _sum_of_squares(vectors):
+    """``(unit [B], sum of squares [B])`` of the vectors in this unit."""
+    axes = tuple(range(1, vectors.ndim))
+    unit = unit_of(vectors, axes)
+    return unit, jnp.sum(jnp.square(vectors / jnp.expand_dims(unit, axes)), axis=axes)
