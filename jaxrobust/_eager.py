@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 
 def python_scalars(function: Callable) -> Callable:
@@ -65,7 +64,7 @@ def _python_scalar(value: Any) -> Any:
 class _Program:
     """A jaxpr without its constants, equal to all that do the same."""
 
-    def __init__(self, jaxpr: core.Jaxpr):
+    def __init__(self, jaxpr):
         self.jaxpr = jaxpr
         # Of functions that are compiled themselves, which keep theirs.
         self._inner = tuple(_inner_constants(jaxpr))
@@ -78,7 +77,9 @@ class _Program:
         return hash(self._key)
 
 
-def _inner_constants(jaxpr: core.Jaxpr) -> Iterator[Any]:
+def _inner_constants(jaxpr) -> Iterator[Any]:
+    from jax.extend import core  # Takes a tenth of a second, of which a mere import has no need.
+
     for equation in jaxpr.eqns:
         for part in jax.tree.leaves(list(equation.params.values()),
                                     is_leaf=lambda part: isinstance(part, core.ClosedJaxpr)):
@@ -91,4 +92,6 @@ def _inner_constants(jaxpr: core.Jaxpr) -> Iterator[Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(program: _Program, constants: list, leaves: list) -> list:
+    from jax.extend import core
+
     return core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, constants))(*leaves)

@@ -210,7 +210,7 @@ def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):
     np.testing.assert_array_equal(curve.steps, settings.steps)
     assert curve.exact == np.median(table["exact"][table["bits"] == 64])
     study = Study("s", "s", "", "", "", {"normal": "Normal"}, {"normal": "normal"}, (0,), None, {},
-                  {}, {}, {"normal": (Run(folder, 0, None, {}, (), None),)})
+                  None, {}, {}, {"normal": (Run(folder, 0, None, {}, (), None),)})
     section = steps.section(study)
     assert len(section.tables[0].rows) == 1 and section.pictures[0].name == "steps"
     assert steps.section(dataclasses.replace(study, runs={"normal": ()})) is None

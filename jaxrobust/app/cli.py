@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxrobust import InputError, __version__, _validate
+from jaxrobust import InputError, __version__, _errors
 
 
 class Command(NamedTuple):
@@ -50,7 +50,7 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
     try:
         if not words:
             raise InputError(f"Expected a command, got none. See {program} --help.")
-        _validate.one_of("command", words[0], commands)
+        _errors.one_of("command", words[0], commands)
         # Imports JAX and all that computes.
         from jaxrobust.app import arguments, execution
 
