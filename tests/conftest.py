@@ -1,5 +1,6 @@
 """Strict settings for every test: eight CPU devices, no silent promotion of rank or dtype."""
 
+import gc
 import os
 
 # Before JAX is imported: it reads them at its start.
@@ -24,6 +25,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.filter_too_much,
                            hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_of_other_modules():
+    """Drops compiled programs after each module: those of all together need more memory mappings
+    than the kernel grants a process, and XLA then dies."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
