@@ -9,7 +9,7 @@ import tyro
 
 from experiments import bench, targets
 from jaxrobust import InputError, _validate
-from jaxrobust.app import runs
+from jaxrobust.app import files, run_folder
 from jaxrobust.app.commands import Compare, OnRuns, Positional, run_plans
 from jaxrobust.app.config import distinct
 from jaxrobust.app.datasets import open_dataset
@@ -58,12 +58,12 @@ class Reproduce(Compare):
         if self.dry_run:
             print(plan.text())
             return
-        runs.require_writable(plan.out)
+        files.require_writable(plan.out)
         failures = run_plans(list(plan.studies.values()), self, plan.text())
-        if self.report and runs.is_writer():
+        if self.report and files.is_writer():
             for path in targets.write_targets(plan):
                 print(f"Written: {path}")
-        runs.barrier("targets")
+        files.barrier("targets")
         if failures:
             raise InputError("; ".join(failures))
 
@@ -77,7 +77,7 @@ class Steps(OnRuns):
     def __call__(self) -> None:
         for folder, run in self.load():
             steps.study_steps(run, self.settings, folder, folder.name, self.name)
-            path = runs.result_path(folder, "steps", self.name)
+            path = run_folder.result_path(folder, "steps", self.name)
             print(f"The study is in {path.with_suffix('.npz')}")
 
 
@@ -108,7 +108,7 @@ class Theory(OnRuns):
         for folder, run in self.load():
             claims = theory.measure_theory(run, self.settings, folder, folder.name, self.name)
             print(theory.table_text(claims))
-            print(f"This and more is in {runs.result_path(folder, 'theory', self.name)}")
+            print(f"This and more is in {run_folder.result_path(folder, 'theory', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,6 @@ class Bench:
         jax.config.update("jax_enable_compilation_cache", False)  # Compiling is measured too.
         bench.check(self.benchmark, self.only)
         folder = self.out or pathlib.Path("runs") / f"bench-{self.benchmark}"
-        runs.require_writable(folder)
+        files.require_writable(folder)
         print(bench.run(self.benchmark, folder, quick=self.quick, only=self.only))
         print(f"The results are in {folder}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from jaxrobust import _validate
-from jaxrobust.app import comparing, runs
+from jaxrobust.app import comparing, files
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import networks_report, robustness_report, sharpness
 from jaxrobust.app.report import figures, report
@@ -240,7 +240,7 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
     studies = [with_rows(load_study(plan.studies[key].folder), target.rows)
                for key in target.studies]
     sections = [target.build(study) for study in studies]
-    runs.make_folder(folder)
+    files.make_folder(folder)
     parts = [f"# {target.title}", f"Scale: {plan.scale}. {_made_by(name, plan)}"]
     tables = []
     for study, section in zip(studies, sections, strict=True):
@@ -252,10 +252,10 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
         parts += report.section_markdown(section, "")
         parts += [] if not study.note else [report.paragraph_markdown(study.note)]
         tables += [(study.name, table) for table in section.tables]
-    runs.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
+    files.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
     if tables:
-        runs.write_text(folder / f"{name}.csv", _csv(tables))
-    runs.write_json(folder / f"{name}.json", {
+        files.write_text(folder / f"{name}.csv", _csv(tables))
+    files.write_json(folder / f"{name}.json", {
         "target": name, "title": target.title, "scale": plan.scale,
         "studies": [_facts(study) for study in studies],
         "tables": [{"study": study, "caption": table.caption, "columns": table.columns,

@@ -12,7 +12,7 @@ import pytest
 from command_line import metrics_of
 
 from jaxrobust import checkpoints, data
-from jaxrobust.app import config, program, runs, trainer
+from jaxrobust.app import config, program, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
@@ -166,10 +166,10 @@ def test_a_run_from_before_the_choice_has_running_ones_and_is_the_same_run(tmp_p
     del written["batch_norm_statistics"]
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert config.read_config(tmp_path) == running
-    runs.claim_run(tmp_path, running)
+    run_folder.claim_run(tmp_path, running)
     assert json.loads((tmp_path / "config.json").read_text()) == written
     with pytest.raises(InputError, match="holds another configuration"):
-        runs.claim_run(tmp_path, SHORT)
+        run_folder.claim_run(tmp_path, SHORT)
 
 
 def test_the_papers_recipes_keep_running_statistics():

@@ -14,7 +14,7 @@ from experiments.bench import curvature as curvature_bench
 from experiments.bench import folder as folder_bench
 from experiments.bench import timing
 from jaxrobust import curvature, data, probes
-from jaxrobust.app import runs
+from jaxrobust.app import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -71,7 +71,7 @@ def _measured(request, tmp_path_factory):
         if request.param == "without PyTorch":
             patch.setattr(curvature_bench.importlib.util, "find_spec", lambda name: None)
         assert call("bench", "curvature", "--quick", "--out", folder) == 0
-    return folder, runs.read_json(folder / "bench.json")
+    return folder, files.read_json(folder / "bench.json")
 
 
 def test_ratios_are_the_quotients_of_the_times(measured):
@@ -147,7 +147,7 @@ def test_an_unknown_benchmark_is_one_line_and_status_2(tmp_path, monkeypatch, ca
 def test_photographs_are_timed_on_their_way_to_the_network(tmp_path):
     folder = tmp_path / "bench"
     assert call("bench", "folder", "--quick", "--out", folder) == 0
-    result = runs.read_json(folder / "folder.json")
+    result = files.read_json(folder / "folder.json")
     costs = result["ms_per_image"]
     assert all(0 < row["lower_quartile"] <= row["median"] for row in costs.values())
     assert {len(row["rounds"]) for row in costs.values()} == {folder_bench.QUICK.rounds}

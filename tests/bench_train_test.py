@@ -13,7 +13,7 @@ from command_line import call, one_line
 
 from experiments.bench import profile as profile_bench
 from experiments.bench import programs, timing, train
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.parallel import make_layout
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +27,7 @@ def _measured(tmp_path_factory):
         # PyTorch's threads wait for each other by spinning, for seconds where cores are shared.
         patch.setattr(timing, "cores", lambda: 1)
         assert call("bench", "--quick", "--out", folder) == 0
-    return folder, runs.read_json(folder / "bench.json")
+    return folder, files.read_json(folder / "bench.json")
 
 
 def test_every_section_is_measured_and_on_the_page(measured):
@@ -106,16 +106,16 @@ def test_what_is_there_is_kept_and_what_is_named_is_measured_anew(measured, monk
     monkeypatch.setattr(train, "SECTIONS", sections)
     assert call("bench", "train", "--quick", "--out", folder) == 0
     assert measured_now == []
-    assert runs.read_json(folder / "bench.json") == before
+    assert files.read_json(folder / "bench.json") == before
     assert call("bench", "--quick", "--only", "d", "b", "--out", folder) == 0
     assert measured_now == ["d", "b"]
-    after = runs.read_json(folder / "bench.json")
+    after = files.read_json(folder / "bench.json")
     assert list(after["sections"]) == list("abcdefghi")
     assert {letter for letter in sections if after["sections"][letter] != (
         before["sections"][letter])} == {"b", "d"}
     # With other settings it is measured anew.
     after["sections"]["e"]["settings"]["programs"]["seeds"] = 77
-    runs.write_json(folder / "bench.json", after)
+    files.write_json(folder / "bench.json", after)
     assert call("bench", "--quick", "--out", folder) == 0
     assert measured_now == ["d", "b", "e"]
 
@@ -128,7 +128,7 @@ def test_a_kill_leaves_the_sections_that_were_done(tmp_path, monkeypatch):
         "i": train.SECTIONS["i"], "h": train.SECTIONS["h"]._replace(measure=killed)})
     folder = tmp_path / "train"
     assert call("bench", "--quick", "--only", "i", "h", "--out", folder) == 130
-    assert list(runs.read_json(folder / "bench.json")["sections"]) == ["i"]
+    assert list(files.read_json(folder / "bench.json")["sections"]) == ["i"]
     assert "Not measured: an epoch of ResNet18" in (folder / "bench.md").read_text()
 
 
@@ -138,7 +138,7 @@ def test_rows_of_pytorch_say_why_they_are_missing(tmp_path, monkeypatch):
         None if name == "torch" else find_spec(name, *rest)))
     folder = tmp_path / "train"
     assert call("bench", "--quick", "--only", "a", "c", "--out", folder) == 0
-    result = runs.read_json(folder / "bench.json")
+    result = files.read_json(folder / "bench.json")
     reasons = [row["not_measured"] for row in result["ratios"]]
     # Two forms of the loss, three of the step at each of two batch sizes: every ratio here.
     assert len(reasons) == 8
@@ -228,7 +228,7 @@ def test_the_innermost_operation_has_the_time():
 def _profiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "profile"
     assert call("bench", "profile", "--quick", "--out", folder) == 0
-    return folder, runs.read_json(folder / "profile.json")
+    return folder, files.read_json(folder / "profile.json")
 
 
 def test_a_profile_divides_a_step_by_kind(profiled):

@@ -3,7 +3,7 @@
 import sys
 
 from experiments import __main__ as experiments
-from jaxrobust.app import arguments, cli, runs
+from jaxrobust.app import arguments, cli, files
 
 
 def call(*arguments):
@@ -33,5 +33,5 @@ def one_line(capsys):
 
 def metrics_of(folder):
     """What a run logged of each epoch, but for the time."""
-    rows = runs.read_lines(folder / "metrics.jsonl")
+    rows = files.read_lines(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]

@@ -11,7 +11,7 @@ from command_line import call, one_line
 
 from jaxrobust import curvature as measures
 from jaxrobust import data
-from jaxrobust.app import config, runs, trainer
+from jaxrobust.app import config, files, trainer
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
 from jaxrobust.app.recipe import RECIPES
@@ -94,7 +94,7 @@ def test_pandas_opens_the_table(run, tmp_path):
     measured(run, tmp_path)
     frame = pandas.DataFrame(dict(np.load(tmp_path / "curvature.npz")))
     assert len(frame) == 10 and list(frame["index"]) == list(range(10))
-    facts = runs.read_json(tmp_path / "curvature.json")
+    facts = files.read_json(tmp_path / "curvature.json")
     assert facts["piecewise_linear"] is True and facts["gauss_newton_gap"] < 1e-3
     assert facts["settings"]["smoothing"] == TINY.noise_std
     assert facts["with_respect_to"] == "pixels in [0, 1]"
@@ -144,13 +144,13 @@ def test_normalised_inputs_scale_the_curvature_and_the_step(run, table, tmp_path
     for name, power in (("frobenius_squared", 4), ("trace", 2), ("finite_difference", 4),
                         ("smoothed_trace", 2), ("gradient_squared", 2)):
         np.testing.assert_allclose(other[name], std**power * table[name], rtol=1e-3)
-    assert runs.read_json(tmp_path / "curvature.json")["with_respect_to"] == "normalised images"
+    assert files.read_json(tmp_path / "curvature.json")["with_respect_to"] == "normalised images"
 
 
 def test_a_smooth_network_is_told_apart_and_measured_by_products(run, tmp_path):
     smooth = run._replace(model=run.model.clone(activation=jax.nn.gelu))
     table = measured(smooth, tmp_path, dataclasses.replace(SETTINGS, num_probes=16, num_images=4))
-    facts = runs.read_json(tmp_path / "curvature.json")
+    facts = files.read_json(tmp_path / "curvature.json")
     assert facts["piecewise_linear"] is False and facts["gauss_newton_gap"] > 0.01
     images, loss, _ = images_and_functions(smooth, 4)
     for b in range(4):

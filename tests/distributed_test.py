@@ -15,7 +15,7 @@ from command_line import call, metrics_of, one_line
 from processes import KILLED
 
 from jaxrobust import data
-from jaxrobust.app import config, runs, trainer
+from jaxrobust.app import config, files, trainer
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
               pytest.mark.usefixtures("quick_compilation")]
@@ -95,9 +95,9 @@ def test_a_job_of_two_killed_and_resumed_by_four_gives_the_result_of_one(alone, 
     assert_all_end(job(4, 1, (*TRAIN, "--out", folder, "--input", "resident"),
                        (*EVALUATE, folder), (*CURVATURE, folder)), 0)
     assert_the_same_run(folder, alone)
-    provenance = runs.read_json(folder / "provenance.json")
+    provenance = files.read_json(folder / "provenance.json")
     assert (provenance["processes"], provenance["devices"]) == (4, 4)
-    levels = [runs.read_json(place / "evaluation.json")["levels"] for place in (folder, alone)]
+    levels = [files.read_json(place / "evaluation.json")["levels"] for place in (folder, alone)]
     assert levels[0] == levels[1]
     ours, theirs = (np.load(place / "curvature.npz") for place in (folder, alone))
     # The last eigenvalue is 0 but for rounding, which is that of the largest.
@@ -157,6 +157,6 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
 def test_all_seeds_of_a_command_are_one_program_with_the_result_of_each_alone(tmp_path, alone):
     assert call(*TRAIN, "--seeds", "0,1", "--out", tmp_path) == 0
     assert_the_same_run(tmp_path / "digits-seed0", alone)
-    assert runs.read_json(tmp_path / "digits-seed1" / "provenance.json")["runs_together"] == 2
+    assert files.read_json(tmp_path / "digits-seed1" / "provenance.json")["runs_together"] == 2
     rows = json.loads((tmp_path / "digits-seed1" / "config.json").read_text())
     assert rows["seed"] == 1

@@ -10,7 +10,7 @@ from command_line import call
 
 from jaxrobust import data, metrics
 from jaxrobust._validate import InputError
-from jaxrobust.app import doubt, predict, runs, trainer
+from jaxrobust.app import doubt, files, predict, trainer
 from jaxrobust.app.recipe import RECIPES
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -77,7 +77,7 @@ def test_a_run_is_measured_at_first_use_on_the_images_that_chose_its_epoch(
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     trained, score = predict.load_classifier(folder, tmp_path)
-    facts = runs.read_json(folder / "doubt.json")
+    facts = files.read_json(folder / "doubt.json")
     validation = trainer.make_splits(digits, TINY).selection
     logits, features = doubt.outputs_of(trained, validation.images)
     correct = logits.argmax(axis=1) == validation.labels
@@ -128,7 +128,7 @@ def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_pat
     config = dataclasses.replace(TINY, select="last", validation_size=0, epochs=1)
     trainer.train(config, digits, tmp_path / "run", tensorboard=False)
     assert call("evaluate", tmp_path / "run", "--noise-levels", "0", "--test-size", "50") == 0
-    facts = runs.read_json(tmp_path / "run" / "doubt.json")
+    facts = files.read_json(tmp_path / "run" / "doubt.json")
     assert doubt.doubt_text(doubt.load_doubt(tmp_path / "run")) in capsys.readouterr().out
     assert (facts["held_out"], facts["num_images"]) == ("test", 360)
 

@@ -12,7 +12,7 @@ import pytest
 from command_line import call, metrics_of, one_line
 
 from experiments import paper
-from jaxrobust.app import comparing, config, prepare, runs, trainer
+from jaxrobust.app import comparing, config, files, prepare, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import robustness, sharpness, steps, theory
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
@@ -46,8 +46,8 @@ def _finished(tmp_path_factory, digits):
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    assert runs.read_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
-    assert runs.read_lines(tmp_path / "nothing.jsonl") == []
+    assert files.read_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
+    assert files.read_lines(tmp_path / "nothing.jsonl") == []
 
 
 def test_the_same_run_twice_gives_the_same_bits(finished, digits, tmp_path):
@@ -66,7 +66,7 @@ def test_the_best_epoch_is_kept_the_later_of_equals():
 
 
 def test_a_run_records_where_it_came_from(finished):
-    provenance = runs.read_json(finished / "provenance.json")
+    provenance = files.read_json(finished / "provenance.json")
     assert provenance["versions"]["jax"] == jax.__version__
     assert provenance["seconds"] > 0 and provenance["commit"] and provenance["hardware"]
     assert list((finished / "tensorboard").glob("events.*"))
@@ -92,7 +92,7 @@ def _study(tmp_path_factory, digits):
 def test_every_method_is_trained_tested_and_measured(study):
     for row in METHOD_LABELS:
         folder = comparing.run_folder(study, row, 0)
-        evaluation = runs.read_json(folder / "evaluation.json")
+        evaluation = files.read_json(folder / "evaluation.json")
         assert evaluation["num_images"] == 50
         assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
         curvature = np.load(folder / "curvature.npz")
@@ -120,7 +120,7 @@ def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path):
     for seeds, command in (([0], "a"), ([2, 0], "b")):
         description = comparing.describe_study(RECIPE, seeds, [])
         comparing.claim_study(tmp_path, {**description, "command": command})
-    there = runs.read_json(tmp_path / "study.json")
+    there = files.read_json(tmp_path / "study.json")
     assert (there["seeds"], there["command"]) == ([0, 2], "a")
     with pytest.raises(InputError, match="holds another study"):
         comparing.claim_study(tmp_path, comparing.describe_study(get_recipe("digits"), [0], []))
@@ -147,7 +147,7 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
     assert "Expected finite logits, got NaN or infinite ones for" in message
     assert "the run has diverged" in message
     folder = tmp_path / "robust-seed0"
-    assert runs.read_json(folder / "diverged.json") == {"epoch": 1, "message": message}
+    assert files.read_json(folder / "diverged.json") == {"epoch": 1, "message": message}
     assert not (folder / "evaluation.json").exists() and not (folder / "done.json").exists()
 
 
@@ -158,7 +158,7 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
     folders = [comparing.run_folder(tmp_path, "normal", seed) for seed in (0, 1)]
     assert metrics_of(folders[0]) != metrics_of(folders[1])
     for folder in folders:
-        assert runs.read_json(folder / "provenance.json")["runs_together"] == 2
+        assert files.read_json(folder / "provenance.json")["runs_together"] == 2
         assert (folder / "evaluation.json").is_file() and (folder / "curvature.npz").is_file()
 
 
@@ -222,7 +222,7 @@ def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(stu
     assert call(*other) == 2
     assert "Keep both with `evaluate --name NAME`" in one_line(capsys)
     assert call(*other, "--name", "8") == 0
-    levels = runs.read_json(folder / "evaluation-8.json")["levels"]
+    levels = files.read_json(folder / "evaluation-8.json")["levels"]
     assert [level["std_255"] for level in levels] == [0, 8]
     assert np.load(folder / "features-8.npz")["clean"].shape == (9, 4)
     assert call(*other, "--name", "8") == 0  # As any other: there already.
@@ -253,7 +253,7 @@ def test_every_kind_of_measurement_takes_a_name(measure, settings, kind, study, 
     path = tmp_path / f"{kind}-big.json"
     path.write_text('{"settings": {"num_images": -1}}')
     given = (run.config, digits) if kind == "sharpness" else (run,)
-    command = runs.MEASUREMENTS[kind]
+    command = run_folder.MEASUREMENTS[kind]
     with pytest.raises(InputError, match=f"{kind}-big.json was made .* `{command} --name NAME`"):
         measure(*given, settings, tmp_path, "", "big")
 

@@ -10,7 +10,7 @@ import pytest
 from command_line import call, one_line
 
 from jaxrobust import data
-from jaxrobust.app import comparing, config, runs, trainer
+from jaxrobust.app import comparing, config, files, trainer
 from jaxrobust.app.measurements import accuracy, curvature, robustness
 from jaxrobust.app.recipe import RECIPES
 
@@ -68,7 +68,7 @@ def test_results_are_of_the_images_whose_curvature_is_there(study):
         for name in ("index", "label"):
             np.testing.assert_array_equal(curvature[name], counts[name])
         assert counts["gaussian"].shape == counts["uniform"].shape == (3, 20)
-        facts = runs.read_json(folder / "noise_counts.json")
+        facts = files.read_json(folder / "noise_counts.json")
         # Of the evaluation, where the command line does not say.
         assert facts["test_size"] == 50 and facts["noise_std"] == TINY.noise_std
         assert facts["provenance"]["commit"]
@@ -111,7 +111,7 @@ def test_a_surface_has_the_loss_of_the_image_at_its_centre(study):
 
 
 def test_every_block_is_embedded(study):
-    facts, arrays = (runs.read_json(study / "robust-seed0" / "blocks.json"),
+    facts, arrays = (files.read_json(study / "robust-seed0" / "blocks.json"),
                      np.load(study / "robust-seed0" / "blocks.npz"))
     assert arrays["clean"].shape == arrays["noisy"].shape == (len(facts["blocks"]), 30, 2)
     assert np.isfinite(arrays["clean"]).all() and len(facts["channels"]) == len(facts["blocks"])
@@ -177,7 +177,7 @@ def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_pat
     for path, change in ((tmp_path / "study" / "study.json", {"seeds": [0, 1]}),
                          (tmp_path / "study" / "normal-seed0" / "curvature.json",
                           {"settings": {"num_images": 10, "test_size": 50}})):
-        path.write_text(json.dumps(runs.read_json(path) | change))
+        path.write_text(json.dumps(files.read_json(path) | change))
     assert call("report", tmp_path / "study") == 0
     page = (tmp_path / "study" / "report.md").read_text()
     assert "measured with other images or draws: Normal training, seed 0" in page

@@ -16,7 +16,7 @@ def main(devices: str, last_epoch: str, *words: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # After JAX's settings, which it reads when it is imported.
     from experiments import __main__ as cli
-    from jaxrobust.app import runs, trainer
+    from jaxrobust.app import files, trainer
 
     record = trainer._Running.record
 
@@ -24,7 +24,7 @@ def main(devices: str, last_epoch: str, *words: str) -> None:
         record(self, row, *rest)
         if row["epoch"] == int(last_epoch):
             # All have come here: none is left waiting for another that is gone.
-            runs.barrier("kill")
+            files.barrier("kill")
             time.sleep(1)
             os._exit(KILLED)
 

@@ -9,7 +9,7 @@ import pytest
 from command_line import metrics_of
 
 from jaxrobust import checkpoints
-from jaxrobust.app import config, program, runs, trainer
+from jaxrobust.app import config, files, program, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
@@ -87,7 +87,7 @@ def final(folder, digits):
     rows = [{name: value for name, value in row.items() if name != "seconds"}
             for row in found.facts["epochs"]]
     assert rows == metrics_of(folder) and found.facts["updates"] == {}
-    return found.step, found.state, rows, runs.read_json(folder / "done.json")
+    return found.step, found.state, rows, files.read_json(folder / "done.json")
 
 
 @pytest.fixture(name="whole", scope="module")

@@ -19,7 +19,7 @@ from command_line import call, one_line
 
 from experiments.paper import TABLE4, TABLES
 from jaxrobust import checkpoints, data, models, perturbations
-from jaxrobust.app import comparing, datasets, doubt, network, predict, runs, trainer
+from jaxrobust.app import comparing, datasets, doubt, files, network, predict, trainer
 from jaxrobust.app.config import InputError, read_config
 from jaxrobust.app.measurements import accuracy
 from jaxrobust.app.recipe import RECIPES
@@ -91,9 +91,9 @@ def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_di
 
 
 def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run, data_dir):
-    facts = runs.read_json(run / "provenance.json")["init_from"]
+    facts = files.read_json(run / "provenance.json")["init_from"]
     assert facts["initialised_anew"] == ["head"] and len(facts["sha256"]) == 64
-    rows = runs.read_lines(run / "metrics.jsonl")
+    rows = files.read_lines(run / "metrics.jsonl")
     assert len(rows) == 2 and all(np.isfinite(row["align"]) for row in rows)
     # All layers are trained, and some steps later are still near to where they started.
     given = pytorch.read_state_dict(read_config(run).init_from)
@@ -117,7 +117,7 @@ def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir,
 
 
 def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
-    found = runs.read_json(run / "accuracy.json")
+    found = files.read_json(run / "accuracy.json")
     assert [(one["perturb"], len(one["accuracies"])) for one in found["perturbations"]] == [
         (PERTURB[0], 2), (PERTURB[1], 1), (PERTURB[2], 2)]
     # Image by image, with the image's own key: what the table says can be had without the command.
@@ -188,7 +188,7 @@ def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tm
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["class_names"] == ["dry", "snow", "wet"]
-    assert facts["doubt"]["threshold"] == runs.read_json(run / "doubt.json")["threshold"]
+    assert facts["doubt"]["threshold"] == files.read_json(run / "doubt.json")["threshold"]
     assert facts["input"]["shape"] == ["b", 16, 20, 3]
 
 
@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path
     with contextlib.closing(
             checkpoints.open_checkpoints(broken / "checkpoints", keep=1)) as manager:
         checkpoints.save_checkpoint(manager, 99, {"state": state, "best": state}, {
-            "epochs": runs.read_lines(run / "metrics.jsonl"), "updates": {}})
+            "epochs": files.read_lines(run / "metrics.jsonl"), "updates": {}})
     for command in (("predict", broken, folder / "dry" / "0.jpg"), ("export", broken)):
         capsys.readouterr()
         assert call(*command) == 2

@@ -13,7 +13,7 @@ from command_line import call, one_line
 from jax.flatten_util import ravel_pytree
 
 from jaxrobust import data, training
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.app.config import OptimizerConfig, RunConfig, to_json, training_perturbation
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.measurements import sharpness
@@ -106,7 +106,7 @@ def test_each_term_has_the_eigenvalue_of_its_whole_hessian(tmp_path):
 
 
 def test_a_finished_run_is_measured_before_and_after(run, capsys):
-    result = runs.read_json(run / "sharpness.json")
+    result = files.read_json(run / "sharpness.json")
     assert set(result["eigenvalues"]) == {"initial", "best"}
     assert all(set(values) == TERMS for values in result["eigenvalues"].values())
     assert result["eigenvalues"]["initial"] != result["eigenvalues"]["best"]
@@ -124,7 +124,7 @@ def test_the_report_shows_what_was_measured(run, tmp_path):
     assert call("evaluate", run, "--noise-levels", 0, 16) == 0
     page = report.write_report_of_runs([run], tmp_path / "report").read_text()
     assert "Largest eigenvalue of the Hessian in the parameters." in page
-    found = runs.read_json(run / "sharpness.json")["eigenvalues"]["best"]["loss"]
+    found = files.read_json(run / "sharpness.json")["eigenvalues"]["best"]["loss"]
     limit = sharpness.stable_rate(found, 0.9)
     assert f"<td>{sharpness.significant(limit)}</td>" in page.replace(' class="number"', "")
 
@@ -136,7 +136,7 @@ def test_a_run_that_diverged_is_measured_before_training(tmp_path, capsys):
     (folder / "diverged.json").write_text(json.dumps({"epoch": 1}))
     assert call("sharpness", folder) == 0
     assert "trained" not in capsys.readouterr().out
-    assert set(runs.read_json(folder / "sharpness.json")["eigenvalues"]) == {"initial"}
+    assert set(files.read_json(folder / "sharpness.json")["eigenvalues"]) == {"initial"}
 
 
 @pytest.mark.parametrize("change, expected", [

@@ -13,7 +13,7 @@ from command_line import call, metrics_of, one_line
 from matplotlib.patches import Rectangle
 
 from jaxrobust import data
-from jaxrobust.app import config, runs, sweep, trainer
+from jaxrobust.app import config, files, sweep, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES, get_recipe
@@ -71,7 +71,7 @@ def test_the_values_reach_the_runs(swept):
         run = config.read_config(swept / name)
         assert (run.robust.lam, run.noise_std, run.seed) == (lam, std, seed)
         assert (run.width, run.epochs, run.robust.beta) == (2, 2, 0.05)
-        assert runs.read_json(swept / name / "provenance.json")["runs_together"] == 8
+        assert files.read_json(swept / name / "provenance.json")["runs_together"] == 8
 
 
 def test_a_run_has_the_result_that_it_has_alone(swept, tmp_path):
@@ -92,8 +92,8 @@ def recomputed(folder, lam, std):
     selection, tests = [], []
     for seed in SEEDS:
         place = folder / f"lam={lam:g},noise_std={std:g}-seed{seed}"
-        tested = runs.read_json(place / "evaluation.json")
-        chosen = {row["epoch"]: row for row in runs.read_lines(place / "metrics.jsonl")}
+        tested = files.read_json(place / "evaluation.json")
+        chosen = {row["epoch"]: row for row in files.read_lines(place / "metrics.jsonl")}
         selection.append(chosen[tested["epoch"]]["selection_accuracy"])
         tests.append([np.mean(level["accuracies"]) for level in tested["levels"]])
     samples = [selection, *zip(*tests, strict=True)]
@@ -103,7 +103,7 @@ def recomputed(folder, lam, std):
 def test_the_tables_hold_the_numbers_of_the_runs(swept):
     lines = list(csv.reader((swept / "sweep.csv").read_text().splitlines()))
     written = (swept / "sweep.md").read_text()
-    results = runs.read_json(swept / "sweep.json")["results"]
+    results = files.read_json(swept / "sweep.json")["results"]
     settings = list(itertools.product(LAMS, STDS))
     best = max(recomputed(swept, *setting)[0][0] for setting in settings)
     assert lines[0][:5] == ["robust.lam", "noise_std", "num_finished", "num_diverged", "best"]
@@ -126,7 +126,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(swept):
 
 
 def test_a_sweep_says_what_it_is(swept):
-    there = runs.read_json(swept / "sweep.json")
+    there = files.read_json(swept / "sweep.json")
     assert there["recipe"] == "digits/robust" and there["seeds"] == list(SEEDS)
     assert there["over"] == {"robust.lam": list(LAMS), "noise_std": list(STDS)}
     assert there["run"]["width"] == 2 and "noise_std" not in there["run"]
@@ -167,7 +167,7 @@ def test_what_is_done_is_not_done_again_and_another_sweep_is_refused(swept, caps
     # Fewer values are part of it, and do not make it smaller.
     assert sweep_digits(swept, "--over", "noise_std=0.2", "--over", "robust.lam=1") == 0
     assert contents(swept, RUNS) == before
-    assert len(runs.read_json(swept / "sweep.json")["results"]) == 4
+    assert len(files.read_json(swept / "sweep.json")["results"]) == 4
     capsys.readouterr()
     for changes in (("--over", "robust.lam=1"), (*ASKED, "--num-features", "5")):
         assert sweep_digits(swept, *changes) == 2
@@ -180,10 +180,10 @@ def test_a_sweep_from_before_a_choice_is_the_same_sweep(tmp_path):
     run = recipe.run("robust", 0)
     plan = sweep.make_plan(recipe, "robust", run, ("noise_std=0.1,0.2",), None)
     sweep.claim_sweep(tmp_path, plan)
-    written = runs.read_json(tmp_path / "sweep.json")
+    written = files.read_json(tmp_path / "sweep.json")
     for name in config.BEFORE_CHOICES:
         del written["run"][name]
-    runs.write_json(tmp_path / "sweep.json", written)
+    files.write_json(tmp_path / "sweep.json", written)
     other = dataclasses.replace(run, batch_norm_statistics="recomputed")
     with pytest.raises(InputError, match="holds another sweep"):
         sweep.claim_sweep(tmp_path, sweep.make_plan(
@@ -221,9 +221,9 @@ def test_a_broken_off_sweep_goes_on_to_the_same_results(swept, extended):
 
 def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
     gone = [f"lam=1e+38,noise_std={std:g}-seed{seed}" for std in STDS for seed in SEEDS]
-    message = runs.read_json(extended / gone[0] / "diverged.json")["message"]
+    message = files.read_json(extended / gone[0] / "diverged.json")["message"]
     assert "has diverged" in message and gone[0] in message
-    there = runs.read_json(extended / "sweep.json")
+    there = files.read_json(extended / "sweep.json")
     assert there["over"] == {"robust.lam": [*LAMS, 1e38], "noise_std": list(STDS)}
     assert [(run["status"], run["folder"]) for result in there["results"][4:]
             for run in result["runs"]] == [("diverged", name) for name in gone]

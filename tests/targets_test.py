@@ -17,7 +17,7 @@ from experiments import paper, targets
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from jaxrobust import data
-from jaxrobust.app import comparing, runs
+from jaxrobust.app import comparing, files
 from jaxrobust.app.config import InputError, get_setting
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report.page import duration
@@ -49,7 +49,7 @@ def words(place):
 def made(place, name):
     """A target's folder, and its content for machines."""
     folder = place / "runs" / "tiny" / name
-    return folder, runs.read_json(folder / f"{name}.json")
+    return folder, files.read_json(folder / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
@@ -106,7 +106,7 @@ def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, p
     recipe = STUDIES[targets.TARGETS[name].studies[0]]["tiny"]
     for index, method in enumerate(recipe.rows):
         ours, theirs, difference = (row[1:-1] for row in table["rows"][3 * index : 3 * index + 3])
-        evaluation = runs.read_json(
+        evaluation = files.read_json(
             place / "runs" / recipe.name / f"{method}-seed0" / "evaluation.json")
         for column, (mean, _) in enumerate(paper.TABLES[key].rows[method]):
             accuracy = 100 * statistics.fmean(evaluation["levels"][column]["accuracies"])
@@ -132,7 +132,7 @@ def test_table_5_is_of_clean_images_alone(place):
         assert table["columns"] == ["Method", "Clean", "Training time"]
         theirs = [float(row[1]) for row in table["rows"] if row[0].startswith("paper: ")]
         assert theirs == [row[0][0] for row in paper.TABLES[key].rows.values()]
-    metrics = runs.read_lines(
+    metrics = files.read_lines(
         place / "runs" / "table5_cifar10_tiny" / "alpha_beta-seed0" / "metrics.jsonl")
     assert "accuracy_noisy" not in metrics[0] and metrics[0]["margin"] > 0
 
@@ -163,8 +163,8 @@ def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monk
                            for study in (place / "runs" / "cifar10_tiny", tmp_path / "study"))
         assert (together / "curvature.npz").is_file()
         for name in ("levels", "perturbations"):
-            assert (runs.read_json(together / "evaluation.json")[name]
-                    == runs.read_json(alone / "evaluation.json")[name])
+            assert (files.read_json(together / "evaluation.json")[name]
+                    == files.read_json(alone / "evaluation.json")[name])
 
 
 def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
@@ -267,7 +267,7 @@ def test_all_of_a_recipe_runs_on_a_few_photographs(tmp_path, capsys):
     assert "batch_size is" in said and "The report is in" in said
     run = tmp_path / "study" / "normal-seed0"
     # A command without such a flag does not advise it.
-    written = runs.read_json(run / "config.json")
+    written = files.read_json(run / "config.json")
     (run / "config.json").write_text(json.dumps(written | {"skip_bad": False}))
     assert call("evaluate", run, "--name", "again", "--data-dir", tmp_path / "data") == 2
     said = capsys.readouterr().err

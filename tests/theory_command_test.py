@@ -11,7 +11,7 @@ import pytest
 from command_line import call
 
 from jaxrobust import data, models
-from jaxrobust.app import comparing, config, runs, trainer
+from jaxrobust.app import comparing, config, files, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy, theory
 from jaxrobust.app.recipe import RECIPES
@@ -54,7 +54,7 @@ def _checked(study):
 
 
 def test_the_command_writes_columns_and_facts_and_prints_the_table(checked, capsys):
-    facts = runs.read_json(checked / "robust-seed0" / "theory.json")
+    facts = files.read_json(checked / "robust-seed0" / "theory.json")
     assert facts["settings"]["num_images"] == 10 and facts["provenance"]["commit"]
     assert facts["num_test_images"] == 100 and facts["num_train_images"] == 100
     with np.load(checked / "robust-seed0" / "theory.npz") as columns:
@@ -75,7 +75,7 @@ def test_the_command_writes_columns_and_facts_and_prints_the_table(checked, caps
 
 
 def test_facts_that_hold_on_any_network(checked):
-    facts = runs.read_json(checked / "robust-seed0" / "theory.json")
+    facts = files.read_json(checked / "robust-seed0" / "theory.json")
     claims = {line["key"]: line for line in facts["claims"]}
     for key in ("prop53", "cor51", "thm61_upper_pointwise_run"):
         assert claims[key]["holds"] == 1, key
@@ -101,7 +101,7 @@ def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(c
     kernel, bias = (np.asarray(part) for part in models.head_parameters(run.state.params))
     test = theory._layers_of(
         run, accuracy.make_test_split(run.dataset, SETTINGS.test_size))
-    facts = runs.read_json(folder / "theory.json")["separation"]
+    facts = files.read_json(folder / "theory.json")["separation"]
     for (a, b), sides, bound in zip(
             facts["pairs"], facts["pair_sides"], facts["pair_decision_bound"], strict=True):
         plane, offset = kernel[:, a] - kernel[:, b], bias[a] - bias[b]
@@ -129,7 +129,7 @@ def test_geometry_is_that_of_all_pairs_of_training_images(checked):
             within[i] = max(within[i], distance)
         else:
             between = min(between, distance)
-    facts = runs.read_json(folder / "theory.json")["geometry"]
+    facts = files.read_json(folder / "theory.json")["geometry"]
     np.testing.assert_allclose(facts["train_dispersion"], within, rtol=1e-4)
     np.testing.assert_allclose(facts["train_smallest_distance_between_classes"], between, rtol=1e-3)
 

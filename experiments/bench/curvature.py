@@ -29,7 +29,7 @@ from experiments.bench.curvature_page import (
     ratio_table,
 )
 from jaxrobust import curvature, losses
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 from jaxrobust.models import create_model
@@ -109,15 +109,15 @@ def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
     """
     settings = QUICK if quick else Settings()
     result = {"benchmark": "curvature", "settings": dataclasses.asdict(settings)}
-    runs.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
-    provenance = runs.provenance()
+    files.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
+    made = provenance.describe()
     torch_missing = why_no_torch()
     if torch_missing is None:
-        provenance["versions"]["torch"] = _torch().__version__
+        made["versions"]["torch"] = _torch().__version__
     load = [timing.load_average()]
     cases = _measure_all(settings, torch_missing is None)
     result |= {
-        "provenance": provenance | {
+        "provenance": made | {
             "cores": timing.cores(), "load_average": [*load, timing.load_average()]},
         "torch": torch_missing or "measured",
         "cases": cases,
@@ -125,12 +125,12 @@ def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
         "memory": _measure_memory(settings),
         "crossover": _crossovers(settings, cases),
     }
-    runs.write_json(folder / "bench.json", result)
+    files.write_json(folder / "bench.json", result)
     swept = {name: [_find(cases, case) for case in sweep]
              for name, sweep in _sweeps(settings).items()}
     figures.save(cost_figure(swept), folder / "cost")
     figures.save(memory_figure(result["memory"]), folder / "memory")
-    runs.write_text(folder / "bench.md", page_text(result, swept))
+    files.write_text(folder / "bench.md", page_text(result, swept))
     return ratio_table(result)
 
 

@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from experiments.bench import markdown, programs, timing
 from jaxrobust import data, perturbations
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.config import RunConfig
 from jaxrobust.app.recipe import get_recipe
 from jaxrobust.app.report.page import significant
@@ -61,18 +61,18 @@ def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
     """
     settings = QUICK if quick else Settings()
     result = {"benchmark": "folder", "settings": dataclasses.asdict(settings)}
-    runs.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
+    files.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
     load = [timing.load_average()]
     milliseconds, kilobytes = _of_files(settings)
     milliseconds |= _of_batches(settings)
     result |= {
-        "provenance": runs.provenance() | {
+        "provenance": provenance.describe() | {
             "cores": timing.cores(), "load_average": [*load, timing.load_average()]},
         "file_kilobytes": kilobytes,
         "ms_per_image": {name: programs.summary(values) for name, values in milliseconds.items()},
     }
-    runs.write_json(folder / "folder.json", result)
-    runs.write_text(folder / "folder.md", page_text(result))
+    files.write_json(folder / "folder.json", result)
+    files.write_text(folder / "folder.md", page_text(result))
     return table(result)
 
 

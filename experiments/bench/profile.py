@@ -23,7 +23,7 @@ import numpy as np
 from jax.profiler import ProfileData
 
 from experiments.bench import markdown, programs, timing
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.report.page import significant
 from jaxrobust.parallel import make_layout
 
@@ -78,7 +78,7 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
     """
     settings = QUICK if quick else Settings()
     result = {"benchmark": "profile", "settings": dataclasses.asdict(settings)}
-    runs.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
+    files.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
     config = programs.run_config("resnet18", programs.Settings(
         width=settings.width, batch_size=settings.batch_size))
     runner = programs.Runner(
@@ -92,7 +92,7 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
     nanoseconds = by_kind(lines, op_kinds(compiled.as_text()))
     total = sum(nanoseconds.values())
     result |= {
-        "provenance": runs.provenance() | {
+        "provenance": provenance.describe() | {
             "cores": timing.cores(), "load_average": [*load, timing.load_average()]},
         "case": programs.case_name(config),
         "step_ms": programs.summary([1e3 * value for value in untraced]),
@@ -104,10 +104,10 @@ def profile_step(folder: pathlib.Path, *, quick: bool = False) -> str:
         "largest": _largest(lines, compiled.as_text()),
         "trace_events": [len(trace), len(kept)],
     }
-    with runs.replacing(folder / "trace.json.gz") as partial:
+    with files.replacing(folder / "trace.json.gz") as partial:
         partial.write_bytes(_packed(kept))
-    runs.write_json(folder / "profile.json", result)
-    runs.write_text(folder / "profile.md", page_text(result))
+    files.write_json(folder / "profile.json", result)
+    files.write_text(folder / "profile.md", page_text(result))
     return kind_table(result)
 
 

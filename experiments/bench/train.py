@@ -30,7 +30,7 @@ import jax
 
 from experiments.bench import losses, programs, timing, train_page, train_step
 from jaxrobust import _validate
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 
@@ -96,9 +96,9 @@ def measure(folder: pathlib.Path, *, quick: bool = False, only: Sequence[str] | 
         _validate.one_of("section", letter, SECTIONS)
     settings = settings_for(jax.default_backend(), quick=quick)
     described = {"benchmark": "train", "quick": quick}
-    runs.claim(folder, "settings.json", json.dumps(described, indent=2) + "\n")
+    files.claim(folder, "settings.json", json.dumps(described, indent=2) + "\n")
     path = folder / "bench.json"
-    done = runs.read_json(path)["sections"] if path.is_file() else {}
+    done = files.read_json(path)["sections"] if path.is_file() else {}
     wanted = {letter: _plain(settings, section) for letter, section in SECTIONS.items()}
     missing = [letter for letter in only or SECTIONS
                if only or done.get(letter, {}).get("settings") != wanted[letter]]
@@ -125,11 +125,11 @@ def _plain(settings: Settings, section: Section) -> Any:
 def _measure_section(section: Section, settings: Settings, described: Any,
                      done: programs.Done) -> dict:
     jax.clear_caches()  # What is compiled here does not depend on the sections before.
-    provenance, load, start = runs.provenance(), timing.load_average(), time.perf_counter()
+    made, load, start = provenance.describe(), timing.load_average(), time.perf_counter()
     measured = section.measure(settings, done)
     if importlib.util.find_spec("torch") is not None:
-        provenance["versions"]["torch"] = metadata.version("torch")
-    return {"settings": described, "result": measured, "provenance": provenance | {
+        made["versions"]["torch"] = metadata.version("torch")
+    return {"settings": described, "result": measured, "provenance": made | {
         "cores": timing.cores(), "load_average": [load, timing.load_average()],
         "seconds": time.perf_counter() - start}}
 
@@ -146,5 +146,5 @@ def _write(folder: pathlib.Path, result: Mapping) -> None:
         measured = result["sections"]["g"]["result"]
         figures.save(train_page.scaling_figure(measured["scaling"]), folder / "scaling")
         figures.save(train_page.devices_figure(measured["cases"]), folder / "devices")
-    runs.write_text(folder / "bench.md", train_page.page_text(result))
-    runs.write_json(folder / "bench.json", result)  # Last: what it holds is not measured again.
+    files.write_text(folder / "bench.md", train_page.page_text(result))
+    files.write_json(folder / "bench.json", result)  # Last: what it holds is not measured again.

@@ -12,10 +12,11 @@ from jaxrobust.app import (
     arguments,
     comparing,
     doubt,
+    files,
     perturb_figure,
     predict,
     prepare,
-    runs,
+    run_folder,
     sweep,
     trainer,
 )
@@ -51,7 +52,7 @@ Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
 
 def say(text: str) -> None:
     """Prints a line, once for all processes of a job."""
-    if runs.is_writer():
+    if files.is_writer():
         print(text, flush=True)
 
 
@@ -108,9 +109,9 @@ class Compare:
             print(plan.text())
             return
         failures = run_plans([plan], self, plan.text())
-        if self.report and runs.is_writer():
+        if self.report and files.is_writer():
             print(f"The report is in {report.write_report(plan.folder)}")
-        runs.barrier("report")
+        files.barrier("report")
         if failures:
             raise InputError("; ".join(failures))
 
@@ -133,7 +134,7 @@ def run_plans(plans: Sequence[StudyPlan], options: Compare, text: str) -> list[s
         raise InputError(
             f"Expected jobs=1 with several devices or processes, got {options.jobs}.")
     for plan in plans:
-        runs.require_writable(plan.folder)
+        files.require_writable(plan.folder)
     layout = options.execution.start()
     say(text)
     for plan in plans:
@@ -246,7 +247,7 @@ class Train(OfRecipe):
         if self.seeds is None and self.out is not None:
             folders = [self.out]
         for folder in folders:
-            runs.require_writable(folder)
+            files.require_writable(folder)
         check_perturbations(self.run, ())
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
@@ -304,7 +305,7 @@ class Sweep(OfRecipe):
         plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
         layout = self.execution.start()
         folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
-        runs.require_writable(folder)
+        files.require_writable(folder)
         check_perturbations(self.run, plan.evaluation.perturb)
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         plan = dataclasses.replace(
@@ -316,7 +317,7 @@ class Sweep(OfRecipe):
         diverged = sweep.run_sweep(
             plan, dataset, folder, at_once=at_once, tensorboard=self.tensorboard, layout=layout,
             feed=self.feed)
-        if runs.is_writer():
+        if files.is_writer():
             print(f"The table is in {sweep_report.write_sweep(folder, plan)}")
         if diverged:
             raise InputError(f"{len(diverged)} of {len(plan.configs())} runs in {folder} diverged: "
@@ -341,8 +342,9 @@ class OnRuns:
             raise InputError("Expected at least one folder of a run, got none.")
         configs = [(folder, read_config(folder)) for folder in self.runs]
         for folder, _ in configs:
-            runs.require_writable(folder)
-            runs.result_path(folder, "evaluation", self.name)  # Says what is wrong with the name.
+            files.require_writable(folder)
+            # Says what is wrong with the name.
+            run_folder.result_path(folder, "evaluation", self.name)
         return configs
 
     def load(self, layout=None):
@@ -365,9 +367,9 @@ class Evaluate(OnRuns):
             check_perturbations(config, self.settings.perturb)
         for folder, run in self.load(layout):
             accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
-            path = runs.result_path(folder, "evaluation", self.name)
-            runs.barrier("evaluated")
-            found = runs.read_json(path)
+            path = run_folder.result_path(folder, "evaluation", self.name)
+            files.barrier("evaluated")
+            found = files.read_json(path)
             if "classes" in found:  # Older ones have none.
                 say(comparison.evaluation_text(found))
             say(doubt.doubt_text(doubt.load_doubt(folder)))
@@ -395,7 +397,7 @@ class Curvature(OnRuns):
         for folder, run in self.load(self.execution.start()):
             curvature.measure_curvature(
                 run, self.settings, folder, folder.name, test_size=self.test_size, name=self.name)
-            path = runs.result_path(folder, "curvature", self.name)
+            path = run_folder.result_path(folder, "curvature", self.name)
             say(f"The curvatures are in {path.with_suffix('.npz')}")
 
 
@@ -415,7 +417,7 @@ class Figures(OnRuns):
     def __call__(self) -> None:
         # Says what is wrong before hours of work.
         if self.out is not None:
-            runs.require_writable(self.out)
+            files.require_writable(self.out)
         report.group_by_study(self.runs)
         for folder, run in self.load():
             robustness.measure_robustness(run, self.settings, folder, folder.name, self.name)
@@ -438,7 +440,7 @@ class Report:
             raise InputError("Expected a folder of a study, or folders of runs, got none.")
         first = self.folders[0]
         if self.out is not None:
-            runs.require_writable(self.out)
+            files.require_writable(self.out)
         if len(self.folders) == 1 and not (first / "config.json").is_file():
             if self.out is not None:
                 raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
@@ -523,5 +525,5 @@ class Prepare:
     """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
-        runs.require_writable(self.data_dir.expanduser())
+        files.require_writable(self.data_dir.expanduser())
         print(prepare.prepare(self.dataset, self.data_dir.expanduser()))

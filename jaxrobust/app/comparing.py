@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxrobust import _validate
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.config import Evaluation, InputError, RunConfig, read_config
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
@@ -149,7 +149,7 @@ def describe_study(recipe: Recipe, seeds: list[int], class_names: list[str]) -> 
         "methods": {row: config.method for row, config in recipe.rows.items()},
         "paper_rows": dict(recipe.paper_rows),
         "paper_perturbations": dict(recipe.paper_perturbations),
-        "command": runs.command_line(), "commit": runs.commit(),
+        "command": provenance.command_line(), "commit": provenance.commit(),
     }
 
 
@@ -161,9 +161,9 @@ def claim_study(folder: pathlib.Path, description: dict) -> None:
     """
     path = folder / "study.json"
     if not path.is_file():
-        runs.claim(folder, "study.json", json.dumps(description, indent=2) + "\n")
+        files.claim(folder, "study.json", json.dumps(description, indent=2) + "\n")
         return
-    there = runs.read_json(path)
+    there = files.read_json(path)
     # Words may be bettered; the command and commit stay those that began the study.
     signed = ("command", "commit")
     same = all(there[name] == description[name]
@@ -173,7 +173,7 @@ def claim_study(folder: pathlib.Path, description: dict) -> None:
     if not (same and kept):
         raise InputError(f"{folder} holds another study (see study.json there). "
                          "Choose another folder with --out, or remove that one.")
-    runs.write_json(path, {**description, **{name: there[name] for name in signed},
+    files.write_json(path, {**description, **{name: there[name] for name in signed},
                            "seeds": sorted({*there["seeds"], *description["seeds"]})})
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import data
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.progress import Progress, progress
 from jaxrobust.data import Dataset
@@ -70,7 +70,7 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
         dataset = data.load_dataset(
             name, data_dir, in_memory=False, image_size=image_size, split_seed=split_seed,
             skip_bad=skip_bad, progress=decoded)
-    if runs.is_writer():
+    if files.is_writer():
         for line in dataset.skipped:
             print(f"Skipped: {line}", flush=True)
         if dataset.skipped:
@@ -95,4 +95,4 @@ def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
 def save_files(dataset: Dataset, folder: pathlib.Path) -> None:
     """Writes ``split.csv``, with path, class and side of every image, beside a run."""
     if dataset.files is not None:
-        runs.write_text(folder / "split.csv", data.files_to_csv(dataset.files))
+        files.write_text(folder / "split.csv", data.files_to_csv(dataset.files))

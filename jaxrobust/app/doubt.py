@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxrobust import _validate, evaluation, metrics
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split, StoredImages
@@ -86,7 +86,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     path = folder / "doubt.json"
     if path.is_file():
         return
-    runs.barrier("doubt")  # All have looked before one writes.
+    files.barrier("doubt")  # All have looked before one writes.
     splits = make_splits(run.dataset, run.config)
     num_classes = len(run.dataset.class_names)
     train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)
@@ -109,8 +109,8 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
         if facts["auroc"] is not None:
             break
     if facts["score"] in _OF_FEATURES:
-        runs.write_arrays(folder / "doubt.npz", statistics._asdict())
-    runs.write_json(path, {**facts, "epoch": run.epoch, "provenance": runs.provenance()})
+        files.write_arrays(folder / "doubt.npz", statistics._asdict())
+    files.write_json(path, {**facts, "epoch": run.epoch, "provenance": provenance.describe()})
 
 
 def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
@@ -149,7 +149,7 @@ def load_doubt(folder: pathlib.Path) -> Doubt:
     """The score of the run in a folder; :data:`UNMEASURED` if it has no ``doubt.json``."""
     if not (folder / "doubt.json").is_file():
         return UNMEASURED
-    facts = runs.read_json(folder / "doubt.json")
+    facts = files.read_json(folder / "doubt.json")
     if facts["score"] not in _OF_FEATURES:
         return Doubt(facts["score"], None, facts)
     with np.load(folder / "doubt.npz") as arrays:

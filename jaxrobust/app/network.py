@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.app.config import InputError
 from jaxrobust.data import Dataset
 
@@ -36,7 +36,7 @@ def read_network(folder: pathlib.Path) -> Network | None:
     """That of the run in a folder; None of a run from before it was written."""
     if not (folder / FILE).is_file():
         return None
-    values = runs.read_json(folder / FILE)
+    values = files.read_json(folder / FILE)
     return Network(*(tuple(values[name]) for name in Network._fields))
 
 
@@ -62,5 +62,5 @@ def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
 def save_network(dataset: Dataset, folder: pathlib.Path) -> None:
     """Writes ``network.json`` into the folder of a run on this data set, if it is not there."""
     if not (folder / FILE).is_file():
-        runs.write_json(folder / FILE, {
+        files.write_json(folder / FILE, {
             **network_of(dataset)._asdict(), "preprocessing": PREPROCESSING})

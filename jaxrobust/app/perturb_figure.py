@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate, data, perturbations
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.app.report import figures
 from jaxrobust.data.augment import to_float
 
@@ -32,7 +32,7 @@ def show_perturbations(
         suffix is none of :data:`SUFFIXES`, or the picture cannot be written.
     """
     _validate.one_of("suffix of the picture", out.suffix, SUFFIXES)
-    runs.require_writable_file(out)
+    files.require_writable_file(out)
     image = to_float(jnp.asarray(data.read_image(path, image_size)))[None]
     views = [perturbations.parse_perturbation(text)(jax.random.key(0), image)[0] for text in texts]
     columns = math.ceil(math.sqrt(len(texts)))
@@ -45,6 +45,6 @@ def show_perturbations(
     for ax, text, view in zip(axes, texts, views, strict=False):
         ax.imshow(view, interpolation="nearest")
         ax.set_title(text, fontsize=7)
-    runs.make_folder(out.parent)
-    with runs.writing(out):
+    files.make_folder(out.parent)
+    with files.writing(out):
         figure.savefig(out, dpi=figures.DPI)

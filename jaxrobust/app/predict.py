@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, data
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.config import InputError, read_config
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.doubt import (
@@ -134,7 +134,7 @@ def table_text(predictions: Sequence[Prediction], doubt: Doubt) -> str:
 def require_exportable(path: pathlib.Path) -> None:
     """Raises InputError unless a network can be written to this path."""
     _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES))
-    runs.require_writable_file(path)
+    files.require_writable_file(path)
 
 
 def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
@@ -153,8 +153,8 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     if path.suffix in pytorch.SUFFIXES:
         state_dict = pytorch.to_torch_state_dict(
             run.model, jax.device_get(variables_of(run.state)))
-        runs.make_folder(path.parent)
-        with runs.writing(path):
+        files.make_folder(path.parent)
+        with files.writing(path):
             pytorch.write_state_dict(path, state_dict)
         return
     shape = run.network.image_shape
@@ -162,14 +162,14 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     exported = jax.export.export(
         jax.jit(lambda images: classify(run, doubt, images)), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct((batch, *shape), jnp.uint8))
-    runs.make_folder(path.parent)
-    with runs.replacing(path) as partial:
+    files.make_folder(path.parent)
+    with files.replacing(path) as partial:
         partial.write_bytes(exported.serialize())
-    runs.write_text(path.with_suffix(".json"), json.dumps({
+    files.write_text(path.with_suffix(".json"), json.dumps({
         "input": {"shape": ["b", *shape], "dtype": "uint8", "values": "RGB or grey, 0 to 255"},
         "output": {"probabilities": ["b", len(run.network.class_names)], "doubt": ["b"],
                    "distances": ["b", len(run.network.class_names)]},
         "doubt": {"what": doubt_text(doubt), **(doubt.facts or {})},
         "class_names": list(run.network.class_names),
         "use": "jax.export.deserialize(open(path, 'rb').read()).call(images)",
-        "epoch": run.epoch, "provenance": runs.provenance()}, indent=2) + "\n")
+        "epoch": run.epoch, "provenance": provenance.describe()}, indent=2) + "\n")

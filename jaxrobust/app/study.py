@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxrobust.app import published
+from jaxrobust.app import provenance, published
 from jaxrobust.app.config import InputError, RunConfig, read_config
-from jaxrobust.app.runs import command_line, commit, read_json, read_lines, result_path
+from jaxrobust.app.files import read_json, read_lines
+from jaxrobust.app.run_folder import result_path
 from jaxrobust.data import FOLDER_PREFIX
 
 
@@ -161,7 +162,8 @@ def study_of_runs(
     labels = {row: name if list(names.values()).count(name) == 1 else
               f"{pathlib.Path(row).parent.name}/{name}" for row, name in names.items()}
     return Study(
-        name="runs", title="Runs", note="", command=command_line(), commit=commit(), labels=labels,
+        name="runs", title="Runs", note="", command=provenance.command_line(),
+        commit=provenance.commit(), labels=labels,
         methods={row: of_row[0].config.method for row, of_row in runs.items()},
         seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
         paper=None, paper_rows={}, paper_perturbed=None, paper_perturbations={},

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxrobust import _validate
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance
 from jaxrobust.app.config import (
     BEFORE_CHOICES,
     SWEPT,
@@ -153,7 +153,7 @@ def _describe(plan: Plan) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "run": shared,
         "evaluation": settings_asked(plan.evaluation),
-        "provenance": runs.provenance(),
+        "provenance": provenance.describe(),
         "results": [],
     }
 
@@ -171,9 +171,9 @@ def claim_sweep(folder: pathlib.Path, plan: Plan) -> Plan:
     path = folder / "sweep.json"
     asked = _describe(plan)
     if not path.is_file():
-        runs.claim(folder, "sweep.json", json.dumps(asked, indent=2) + "\n")
+        files.claim(folder, "sweep.json", json.dumps(asked, indent=2) + "\n")
         return plan
-    there = runs.read_json(path)
+    there = files.read_json(path)
     there["run"] = BEFORE_CHOICES | there["run"]
     if (there["over"].keys() != plan.over.keys()
             or any(there[name] != asked[name] for name in ("recipe", "run", "evaluation"))):
@@ -184,7 +184,7 @@ def claim_sweep(folder: pathlib.Path, plan: Plan) -> Plan:
         plan, seeds=tuple(sorted({*there["seeds"], *plan.seeds})),
         over={name: tuple(sorted({*values, *plan.over[name]}))
               for name, values in there["over"].items()})
-    runs.write_json(path, {**there, "over": _describe(plan)["over"], "seeds": list(plan.seeds)})
+    files.write_json(path, {**there, "over": _describe(plan)["over"], "seeds": list(plan.seeds)})
     return plan
 
 
@@ -247,13 +247,13 @@ def run_sweep(
             [configs[name] for name in group], dataset, [places[name] for name in group],
             resume=True, tensorboard=tensorboard, label=label, layout=layout, feed=feed):
             print(message, flush=True)
-        runs.barrier("trained")
+        files.barrier("trained")
         for name in group:
             place = places[name]
             if (place / "done.json").is_file():
                 evaluate_run(load_run(place, configs[name], dataset, layout), plan.evaluation,
                              place, name)
-    runs.barrier("tested")
+    files.barrier("tested")
     return [name for name, place in places.items() if (place / "diverged.json").is_file()]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, checkpoints, data, evaluation, parallel
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import check_files, save_files
 from jaxrobust.app.execution import Feed
@@ -141,10 +141,10 @@ def train_together(
     for config, folder in zip(configs, folders, strict=True):
         check_files(dataset, folder)
         check_network(dataset, folder)
-        runs.claim_run(folder, config)
+        run_folder.claim_run(folder, config)
         save_network(dataset, folder)  # First: a split.csv without it is that of an older run.
         save_files(dataset, folder)
-    failures = [runs.read_json(folder / "diverged.json")["message"] for folder in folders
+    failures = [files.read_json(folder / "diverged.json")["message"] for folder in folders
                 if (folder / "diverged.json").is_file()]
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
@@ -163,7 +163,7 @@ def train_together(
 
 
 def _say_if_one_is_left_out(num_train: int, batch_size: int) -> None:
-    if sum(data.batch_sizes(num_train, batch_size)) < num_train and runs.is_writer():
+    if sum(data.batch_sizes(num_train, batch_size)) < num_train and files.is_writer():
         print(f"Note: each epoch leaves out one of the {num_train} training images, another each "
               f"time: it would be the last batch of {batch_size} by itself.", flush=True)
 
@@ -175,7 +175,7 @@ LAG = 0.01
 def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
     """Says if running statistics will not have come near the network's before training ends."""
     left = model.batch_norm_momentum**updates
-    if config.batch_norm_statistics == "running" and left > LAG and runs.is_writer():
+    if config.batch_norm_statistics == "running" and left > LAG and files.is_writer():
         print(f"Note: after {updates} updates batch norm's running statistics still hold "
               f"{left:.0%} of what they began with, and tests may be far worse than training. "
               "--batch-norm-statistics recomputed avoids that.", flush=True)
@@ -195,7 +195,7 @@ def _first_state(config, folder, dataset, layout):
         return state, {}
     state, facts = start_from(config.init_from, state, config, dataset, layout)
     layers = ", ".join(facts["init_from"]["initialised_anew"])
-    if layers and runs.is_writer():
+    if layers and files.is_writer():
         print(f"{config.init_from} has no weights that fit: {layers}. These start anew.",
               flush=True)
     return state, facts
@@ -218,13 +218,13 @@ class _Running:
                 f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
                 "all: it was trained on other images, or by another version.")
         # What was logged after the checkpoint is trained again.
-        runs.barrier("history")
-        runs.write_text(folder / "metrics.jsonl",
+        files.barrier("history")
+        files.write_text(folder / "metrics.jsonl",
                         "".join(json.dumps(row) + "\n" for row in self._history))
         if int(self.state.step) == 0:
-            runs.write_json(folder / "provenance.json", runs.provenance() | facts)
+            files.write_json(folder / "provenance.json", provenance.describe() | facts)
         self._events = None
-        if tensorboard and runs.is_writer():
+        if tensorboard and files.is_writer():
             self._events = _event_writer(folder, purge_step=self.done + 1)
 
     def _restore(self):
@@ -233,7 +233,7 @@ class _Running:
         found = checkpoints.restore_checkpoint(
             self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
             need_facts=True)
-        if runs.is_writer():
+        if files.is_writer():
             for line in skipped:
                 print(f"{self.folder}: {line}", flush=True)
         if found is not None:
@@ -244,7 +244,7 @@ class _Running:
 
     def save(self, state, values):
         """Saves a state, with the metrics of the updates done of the epoch that is under way."""
-        with runs.writing(self.folder / "checkpoints"):
+        with files.writing(self.folder / "checkpoints"):
             checkpoints.save_checkpoint(
                 self._checkpoints, int(state.step), {"state": state, "best": self._best},
                 {"epochs": self._history,
@@ -261,7 +261,7 @@ class _Running:
         evaluated = ready(state) if checkpoint else None
         if checkpoint and selection_accuracy is not None:
             row["selection_accuracy"] = selection_accuracy(evaluated)
-        runs.append_line(self.folder / "metrics.jsonl", row)
+        files.append_line(self.folder / "metrics.jsonl", row)
         if self._events is not None:
             for name, value in row.items():
                 self._events.add_scalar(name, value, epoch)
@@ -273,10 +273,10 @@ class _Running:
 
     def finish(self, how):
         """Says how the run was trained, and that it is done."""
-        runs.write_json(self.folder / "provenance.json", {
-            **runs.read_json(self.folder / "provenance.json"), **how,
+        files.write_json(self.folder / "provenance.json", {
+            **files.read_json(self.folder / "provenance.json"), **how,
             "seconds": sum(row["seconds"] for row in self._history)})
-        runs.write_json(self.folder / "done.json", {
+        files.write_json(self.folder / "done.json", {
             "epochs": self.config.epochs, "best_epoch": best_epoch(self._history)})
 
     def close(self):
@@ -324,7 +324,7 @@ def _train_group(group, dataset, splits, layout, feed, label):
                 if wrong is not None:
                     failures[index] = (f"{wrong}: the run has diverged. Lower the learning rate or "
                                        "set a clip norm.")
-                    runs.write_json(running.folder / "diverged.json",
+                    files.write_json(running.folder / "diverged.json",
                                     {"epoch": epoch, "message": failures[index]})
             if len(failures) == len(group):
                 break
@@ -543,7 +543,7 @@ def load_run(
     if network is None:
         raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
     layout = make_layout("jit") if layout is None else layout
-    epoch = runs.read_json(folder / "done.json")["best_epoch"]
+    epoch = files.read_json(folder / "done.json")["best_epoch"]
     state = _best_state(folder, epoch, initial_state(config, network, layout))
     _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
     return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
@@ -573,7 +573,7 @@ def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainStat
         reasons = "".join(f" {line}." for line in skipped)
         raise InputError(f"Expected a checkpoint of epoch {epoch}, the best one, in {place}, found "
                          f"one of epoch {there}.{reasons}")
-    if runs.is_writer():
+    if files.is_writer():
         for line in skipped:
             print(f"{folder}: {line}", flush=True)
     return found.state if by_itself else found.state["best"]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, data, evaluation, perturbations
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import Evaluation, InputError, training_perturbation
 from jaxrobust.app.doubt import measure_doubt
 from jaxrobust.app.execution import batch_size_of
@@ -47,11 +47,11 @@ def keep_result(path: pathlib.Path, settings: dict) -> bool:
     if not path.is_file():
         return False
     differing = {name: (there, settings.get(name))
-                 for name, there in runs.read_json(path).get("settings", {}).items()
+                 for name, there in files.read_json(path).get("settings", {}).items()
                  if there != settings.get(name)}
     if differing:
         name, (there, asked) = next(iter(differing.items()))
-        command = runs.MEASUREMENTS[path.stem.partition("-")[0]]
+        command = run_folder.MEASUREMENTS[path.stem.partition("-")[0]]
         raise InputError(f"{path} was made with {name}={there}, not {asked}. Keep both with "
                          f"`{command} --name NAME`, or remove that file to measure anew.")
     return True
@@ -73,7 +73,8 @@ def evaluate_run(
         too small for a perturbation.
     """
     asked = settings_asked(settings)
-    path, features = (runs.result_path(folder, kind, name) for kind in ("evaluation", "features"))
+    path, features = (
+        run_folder.result_path(folder, kind, name) for kind in ("evaluation", "features"))
     done = keep_result(path, asked)
     measure_doubt(run, folder)
     if done:
@@ -102,13 +103,13 @@ def evaluate_run(
             results.append({**what, "accuracies": accuracies, "by_class": mean_by_class(by_class)})
     _write_features(run, split, settings.tsne_images, features.with_suffix(".npz"))
     num_levels = len(settings.noise_levels)
-    runs.write_json(path, {
+    files.write_json(path, {
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
         "num_images": len(split.labels), "num_draws": settings.num_draws,
         "classes": {"names": list(names),
                     "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
-        "settings": asked, "provenance": runs.provenance()})
+        "settings": asked, "provenance": provenance.describe()})
 
 
 def class_accuracies(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -140,7 +141,7 @@ def _write_features(run: TrainedRun, split: Split, count: int, path: pathlib.Pat
         lambda *rows: _features(run.model, variables, perturb, *rows),
         images, np.arange(len(images)), batch_size=batch_size_of(images))
     noise = run.config.perturb or f"std {run.config.noise_std * 255:g}/255"
-    runs.write_arrays(path, {
+    files.write_arrays(path, {
         **views, "labels": split.labels[:count], "noise": np.asarray(noise)})
 
 

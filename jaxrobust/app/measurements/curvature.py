@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.doubt import outputs_of
 from jaxrobust.app.measurements.accuracy import keep_result, make_test_split
@@ -55,7 +55,7 @@ def measure_curvature(
         settings = dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
     asked = {name: value for name, value in dataclasses.asdict(settings).items()
              if name != "batch_size"} | {"test_size": test_size}
-    path = runs.result_path(folder, "curvature", name)
+    path = run_folder.result_path(folder, "curvature", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, test_size)
@@ -86,14 +86,14 @@ def measure_curvature(
             shown.advance(kept, **{"squared Frobenius norm": float(
                 np.median(table["frobenius_squared"]))})
     table = partial.table
-    runs.write_arrays(path.with_suffix(".npz"), table)
-    runs.write_json(path, {
+    files.write_arrays(path.with_suffix(".npz"), table)
+    files.write_json(path, {
         **asked, **partial.facts, "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
         "median": {name: float(np.median(table[name])) for name in (
             "frobenius_squared", "finite_difference", "smoothed_frobenius_squared")},
-        "settings": asked, "provenance": runs.provenance()})
-    if runs.is_writer():
+        "settings": asked, "provenance": provenance.describe()})
+    if files.is_writer():
         partial.path.unlink()
 
 
@@ -123,7 +123,7 @@ class _Partial:
         """Adds rows, and writes the file."""
         self.table = {name: np.concatenate([self.table[name], values]) if self.table else values
                       for name, values in table.items()}
-        runs.write_arrays(self.path, {
+        files.write_arrays(self.path, {
             **self.table, "settings": self._settings, "facts": json.dumps(self.facts)})
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import sklearn.neighbors
 
 from jaxrobust import _validate, curvature, evaluation, perturbations
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import CurvatureConfig, InputError, distinct
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.accuracy import (
@@ -109,7 +109,7 @@ def measure_robustness(
     test_size = facts["settings"]["test_size"]
     split = make_test_split(run.dataset, test_size)
     shared = {"test_size": test_size, "noise_std": run.config.noise_std}
-    counts, surfaces, blocks = (runs.result_path(folder, kind, name) for kind in (
+    counts, surfaces, blocks = (run_folder.result_path(folder, kind, name) for kind in (
         "noise_counts", "surfaces", "blocks"))
     _count_correct(run, split, {"num_draws": settings.num_draws,
                                 "num_images": facts["num_images"], **shared}, counts, label)
@@ -146,12 +146,12 @@ def _measure_curvature(run, settings, folder, label, name) -> dict:
     asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
              "test_size": settings.test_size}
     asked = {setting: value for setting, value in asked.items() if value is not None}
-    path = runs.result_path(folder, "curvature", name)
+    path = run_folder.result_path(folder, "curvature", name)
     if path.is_file():
-        keep_result(path, runs.read_json(path)["settings"] | asked)
+        keep_result(path, files.read_json(path)["settings"] | asked)
     else:
         if (folder / "evaluation.json").is_file():
-            there = runs.read_json(folder / "evaluation.json")["settings"]
+            there = files.read_json(folder / "evaluation.json")["settings"]
             asked = {"test_size": there["test_size"]} | asked
         test_size = asked.pop("test_size", None)
         num_test = len(make_test_split(run.dataset, test_size).labels)
@@ -160,7 +160,7 @@ def _measure_curvature(run, settings, folder, label, name) -> dict:
         _validate.in_range("curvature_images", asked["num_images"], 1, num_test, open_high=False)
         measure_curvature(
             run, CurvatureConfig(**asked), folder, label, test_size=test_size, name=name)
-    return runs.read_json(path)
+    return files.read_json(path)
 
 
 def _count_correct(run, split: Split, asked: dict, path, label) -> None:
@@ -182,7 +182,7 @@ def _count_correct(run, split: Split, asked: dict, path, label) -> None:
                 correct.append(draw)
                 shown.advance(**{f"accuracy, {name}": float(draw.mean())})
             draws[name] = np.stack(correct)  # [draws, images]
-    runs.write_arrays(path.with_suffix(".npz"),
+    files.write_arrays(path.with_suffix(".npz"),
                       {"index": np.arange(len(labels)), "label": labels, **draws})
     _write_facts(path, asked)
 
@@ -203,7 +203,7 @@ def _measure_surfaces(run, split: Split, asked: dict, path, label) -> None:
             jnp.asarray(labels), jnp.asarray(chosen), extent, asked["resolution"])
         values = np.asarray(surface.values)
         shown.advance(len(chosen), **{"largest loss": float(values.max())})
-    runs.write_arrays(path.with_suffix(".npz"), {
+    files.write_arrays(path.with_suffix(".npz"), {
         "index": chosen, "image": images, "label": labels,
         "offsets": np.asarray(surface.offsets), "values": values})
     _write_facts(path, asked, extent=extent, class_names=list(run.dataset.class_names))
@@ -237,7 +237,7 @@ def _embed_blocks(run, split: Split, asked: dict, path, label) -> None:
                     np.full((len(labels), 2), np.nan) if joint is None else joint[number])
                 accuracies[view].append(neighbour_accuracy(features[name], labels))
             shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
-    runs.write_arrays(path.with_suffix(".npz"), {
+    files.write_arrays(path.with_suffix(".npz"), {
         "label": labels, **{view: np.stack(values) for view, values in planes.items()},
         **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()}})
     _write_facts(path, asked, blocks=names, class_names=list(run.dataset.class_names),
@@ -255,5 +255,5 @@ def _pooled_blocks(model, variables, noise, images, indices):
 
 
 def _write_facts(path: pathlib.Path, asked: dict, **facts) -> None:
-    runs.write_json(path, {**asked, **facts, "settings": asked,
-                           "provenance": runs.provenance()})
+    files.write_json(path, {**asked, **facts, "settings": asked,
+                           "provenance": provenance.describe()})

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from jaxrobust import _validate, data, training
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig, training_perturbation
 from jaxrobust.app.measurements.accuracy import keep_result, settings_asked
 from jaxrobust.app.program import (
@@ -113,9 +113,9 @@ def measure_sharpness(
     count = config.batch_size if settings.num_images is None else settings.num_images
     finished = (folder / "done.json").is_file()
     asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
-    path = runs.result_path(folder, "sharpness", name)
+    path = run_folder.result_path(folder, "sharpness", name)
     if keep_result(path, asked):
-        return runs.read_json(path)["eigenvalues"]
+        return files.read_json(path)["eigenvalues"]
     train = make_splits(dataset, config).train
     _validate.in_range("num_images", count, 2, len(train.labels), open_high=False)
     batch = jax.jit(functools.partial(
@@ -147,10 +147,10 @@ def measure_sharpness(
                 value = largest_eigenvalue(product, size)
                 eigenvalues.setdefault(name, {})[term] = value
                 shown.advance(**{term: value})
-    runs.write_json(path, {
+    files.write_json(path, {
         "eigenvalues": eigenvalues, "learning_rate": config.optimizer.learning_rate,
         "momentum": config.optimizer.momentum, "settings": asked,
-        "provenance": runs.provenance()})
+        "provenance": provenance.describe()})
     return eigenvalues
 
 

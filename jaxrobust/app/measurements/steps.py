@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from jaxrobust import _validate, curvature
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import check_length, distinct
 from jaxrobust.app.measurements.accuracy import keep_result, make_test_split, settings_asked
 from jaxrobust.app.measurements.curvature import (
@@ -73,7 +73,7 @@ def study_steps(
         made of affine pieces.
     """
     asked = settings_asked(settings)
-    path = runs.result_path(folder, "steps", name)
+    path = run_folder.result_path(folder, "steps", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, settings.test_size)
@@ -105,9 +105,9 @@ def study_steps(
                             "step": np.full(len(rows), step), "index": rows, "exact": exact,
                             **{name: np.asarray(value) for name, value in measured.items()}})
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    runs.write_arrays(path.with_suffix(".npz"), table)
-    runs.write_json(path, {"with_respect_to": "pixels in [0, 1]", "settings": asked,
-                           "provenance": runs.provenance()})
+    files.write_arrays(path.with_suffix(".npz"), table)
+    files.write_json(path, {"with_respect_to": "pixels in [0, 1]", "settings": asked,
+                           "provenance": provenance.describe()})
 
 
 @functools.partial(jax.jit, static_argnames="model")

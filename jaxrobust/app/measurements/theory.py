@@ -25,7 +25,7 @@ from jaxrobust import (
     probes,
     theory,
 )
-from jaxrobust.app import runs
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, distinct
 from jaxrobust.app.measurements.accuracy import (
     keep_result,
@@ -133,9 +133,9 @@ def measure_theory(
         trained without noise, the network is not made of affine pieces, or logits are not finite.
     """
     asked = settings_asked(settings)
-    path = runs.result_path(folder, "theory", name)
+    path = run_folder.result_path(folder, "theory", name)
     if keep_result(path, asked):
-        return [Claim(**line) for line in runs.read_json(path)["claims"]]
+        return [Claim(**line) for line in files.read_json(path)["claims"]]
     sigma = run.config.noise_std
     _validate.in_range("noise_std of the run", sigma, 0, open_low=True)
     test_split = make_test_split(run.dataset, settings.test_size)
@@ -173,12 +173,12 @@ def measure_theory(
         columns, draws = _curvature_columns(run, test_split, settings, shown)
     columns, facts["curvature"], lines = _check_curvature(run, columns, draws)
     claims = _in_the_papers_order([*claims, *lines])
-    runs.write_arrays(path.with_suffix(".npz"), {
+    files.write_arrays(path.with_suffix(".npz"), {
         "index": np.arange(settings.num_images),
         "label": test_split.labels[: settings.num_images], **columns})
-    runs.write_json(path, _without_nan({
+    files.write_json(path, _without_nan({
         **facts, "claims": [line._asdict() for line in claims],
-        "settings": asked, "provenance": runs.provenance()}))
+        "settings": asked, "provenance": provenance.describe()}))
     return claims
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
-from jaxrobust.app.runs import writing
+from jaxrobust.app.files import writing
 
 DPI = 150
 """Of the PNG files, and of the points that an SVG file holds as an image."""

@@ -22,6 +22,7 @@ import jinja2
 import numpy as np
 
 from jaxrobust.app.config import InputError
+from jaxrobust.app.files import make_folder, write_text
 from jaxrobust.app.measurements import (
     networks_report,
     robustness_report,
@@ -57,7 +58,7 @@ from jaxrobust.app.report.page import (
     significant,
     with_spread,
 )
-from jaxrobust.app.runs import make_folder, named_results, write_text
+from jaxrobust.app.run_folder import named_results
 from jaxrobust.app.study import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")

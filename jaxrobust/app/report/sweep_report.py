@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from jaxrobust.app import runs
+from jaxrobust.app import files
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.comparison import accuracies, classes_of
 from jaxrobust.app.report.figures import add_legend, new_figure, row_style
@@ -78,16 +78,16 @@ def write_sweep(folder: pathlib.Path, plan: Plan) -> pathlib.Path:
       plan: of the sweep.
     """
     outcomes = load_outcomes(folder, plan)
-    there = runs.read_json(folder / "sweep.json")
-    runs.write_json(folder / "sweep.json", {**there, "results": results_json(plan, outcomes)})
-    runs.write_text(folder / "sweep.csv", results_csv(plan, outcomes))
+    there = files.read_json(folder / "sweep.json")
+    files.write_json(folder / "sweep.json", {**there, "results": results_json(plan, outcomes)})
+    files.write_text(folder / "sweep.csv", results_csv(plan, outcomes))
     section = _section(plan, outcomes)
-    runs.make_folder(folder / "figures")
+    files.make_folder(folder / "figures")
     for picture in section.pictures:
         figures.save(picture.figure, folder / "figures" / picture.name)
     provenance = there["provenance"]
     trained = [run.provenance for outcome in outcomes for run in outcome.finished]
-    runs.write_text(folder / "sweep.md", "\n\n".join([
+    files.write_text(folder / "sweep.md", "\n\n".join([
         f"# Sweep of {plan.recipe} over {', '.join(plan.over)}",
         *section_markdown(section, "figures/"),
         *([_time_sentence(trained)] if trained else []),
@@ -113,7 +113,7 @@ def load_outcomes(folder: pathlib.Path, plan: Plan) -> list[Outcome]:
     outcomes = []
     for values in plan.settings():
         places = {seed: folder / run_name(values, seed) for seed in plan.seeds}
-        diverged = tuple((seed, runs.read_json(place / "diverged.json")["message"])
+        diverged = tuple((seed, files.read_json(place / "diverged.json")["message"])
                          for seed, place in places.items() if (place / "diverged.json").is_file())
         finished = tuple(run for place in places.values() for run in study.finished(str(place)))
         outcomes.append(Outcome(values, finished, diverged, _measures(plan, finished)))

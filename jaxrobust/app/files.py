@@ -1,31 +1,21 @@
-"""Folders of results: who may write where, what is in them, and where it came from.
+"""Files of results: who may write them, and replacing them as a whole.
 
 In a job of several processes the first one writes; all must see the same folders.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import pathlib
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import jaxrobust
-from jaxrobust.app.config import InputError, RunConfig, read_config, to_json
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "scikit-learn")
-"""Whose versions are recorded with every result."""
+from jaxrobust.app.config import InputError
 
 
 def require_writable(folder: pathlib.Path) -> None:
@@ -89,7 +79,7 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
     path = folder / name
     if path.is_file():
         if path.read_text() != content:
-            raise _holds_another(folder, name)
+            raise holds_another(folder, name)
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no {name}. Choose another --out.")
@@ -99,15 +89,8 @@ def claim(folder: pathlib.Path, name: str, content: str) -> None:
     barrier("claimed")
 
 
-def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
-    """As :func:`claim`, for a run; one from before a setting was there is the same run."""
-    if not (folder / "config.json").is_file():
-        claim(folder, "config.json", to_json(config))
-    elif read_config(folder) != config:
-        raise _holds_another(folder, "config.json")
-
-
-def _holds_another(folder: pathlib.Path, name: str) -> InputError:
+def holds_another(folder: pathlib.Path, name: str) -> InputError:
+    """What is raised for a folder whose file ``name`` describes something else."""
     return InputError(f"{folder} holds another configuration (see {name} there). "
                       "Choose another folder with --out, or remove that one.")
 
@@ -121,31 +104,6 @@ def barrier(name: str) -> None:
     """Waits until all processes of a job have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-MEASUREMENTS = {
-    "evaluation": "evaluate", "curvature": "curvature", "steps": "steps", "noise_counts": "figures",
-    "surfaces": "figures", "blocks": "figures", "theory": "theory", "sharpness": "sharpness"}
-"""What is measured of a run, and by which command: KIND.json, most with KIND.npz, in its folder."""
-
-
-def result_path(folder: pathlib.Path, kind: str, name: str | None) -> pathlib.Path:
-    """The JSON file of a measurement of a run: ``KIND.json``, or ``KIND-NAME.json`` of one with a
-    name, so that several of a kind, with other settings each, lie side by side.
-
-    Raises:
-      InputError: (a ValueError) for a name that is not fit for a file.
-    """
-    if name is None:
-        return folder / f"{kind}.json"
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise InputError(f"Expected name={name!r} of letters, digits and _.+- alone.")
-    return folder / f"{kind}-{name}.json"
-
-
-def named_results(folder: pathlib.Path) -> list[str]:
-    """The measurements of a run that have a name, as their files are called without the suffix."""
-    return sorted(path.stem for kind in MEASUREMENTS for path in folder.glob(f"{kind}-*.json"))
 
 
 def append_line(path: pathlib.Path, row: dict) -> None:
@@ -206,64 +164,3 @@ def read_lines(path: pathlib.Path) -> list[dict]:
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
             if line.endswith("\n")]
-
-
-def provenance() -> dict:
-    """Command, commit, time, hardware and versions, as recorded with every result."""
-    return {
-        "command": command_line(),
-        "commit": commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "platform": jax.default_backend(),
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version(),
-                     **{package: metadata.version(package) for package in PACKAGES}},
-    }
-
-
-def command_line() -> str:
-    """This process's command as one would type it."""
-    program = pathlib.Path(sys.argv[0])
-    module = ["python", "-m", program.parent.name]
-    called = module if program.name == "__main__.py" else [program.name]
-    return shlex.join([*called, *sys.argv[1:]])
-
-
-def commit(package: pathlib.Path = pathlib.Path(jaxrobust.__file__).parent) -> str:
-    """The commit of the code, marked if the working tree differs from it.
-
-    It is that of the repository that the package itself is developed in: one that tracks it, at
-    its top. Elsewhere, as in an installation or in a copy within another project's repository,
-    whose commit says nothing of this code, it is the version, such as "jaxrobust 0.1.0".
-    """
-    def git(*arguments):
-        # Variables such as GIT_DIR, which a hook of another repository sets, would name that one.
-        return subprocess.run(
-            ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
-        ).stdout.strip()
-
-    version = f"jaxrobust {jaxrobust.__version__}"
-    try:
-        top = pathlib.Path(git("rev-parse", "--show-toplevel"))
-        if not top.samefile(package.parent) or not git("ls-files", "--", "__init__.py"):
-            return version
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (" (with changes)" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return version
-
-
-def hardware() -> str:
-    """The devices that compute, and the processor behind them."""
-    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-    return f"{len(jax.devices())} x {devices}; {_processor()}, {os.cpu_count()} cores"
-
-
-def _processor() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,78 @@
+"""Where a result comes from: the command, the commit, the hardware and the versions."""
+
+import datetime
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+
+import jax
+
+import jaxrobust
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "scikit-learn")
+"""Whose versions are recorded with every result."""
+
+
+def describe() -> dict:
+    """Command, commit, time, hardware and versions, as recorded with every result."""
+    return {
+        "command": command_line(),
+        "commit": commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": jax.default_backend(),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(),
+                     **{package: metadata.version(package) for package in PACKAGES}},
+    }
+
+
+def command_line() -> str:
+    """This process's command as one would type it."""
+    program = pathlib.Path(sys.argv[0])
+    module = ["python", "-m", program.parent.name]
+    called = module if program.name == "__main__.py" else [program.name]
+    return shlex.join([*called, *sys.argv[1:]])
+
+
+def commit(package: pathlib.Path = pathlib.Path(jaxrobust.__file__).parent) -> str:
+    """The commit of the code, marked if the working tree differs from it.
+
+    It is that of the repository that the package itself is developed in: one that tracks it, at
+    its top. Elsewhere, as in an installation or in a copy within another project's repository,
+    whose commit says nothing of this code, it is the version, such as "jaxrobust 0.1.0".
+    """
+    def git(*arguments):
+        # Variables such as GIT_DIR, which a hook of another repository sets, would name that one.
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
+        ).stdout.strip()
+
+    version = f"jaxrobust {jaxrobust.__version__}"
+    try:
+        top = pathlib.Path(git("rev-parse", "--show-toplevel"))
+        if not top.samefile(package.parent) or not git("ls-files", "--", "__init__.py"):
+            return version
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" (with changes)" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version
+
+
+def hardware() -> str:
+    """The devices that compute, and the processor behind them."""
+    devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"{len(jax.devices())} x {devices}; {_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
