@@ -116,8 +116,8 @@ class Bench:
     """Measure the library's speed and memory as ratios, all in one run on this machine."""
 
     benchmark: Positional[str] = "train"
-    """"train": the losses, a training step and the programs of runs; "curvature"; "profile": where
-    the time of a step goes; "folder": decoding and augmenting photographs."""
+    """"train": the losses, a training step and the programs of runs; "curvature";
+    "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
     """Sections of "train", a to i, to be measured anew; if not given, those that are not there
     yet."""

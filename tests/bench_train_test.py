@@ -1,7 +1,6 @@
-"""`bench train` and `bench profile`: what they write is what they measured, and from what."""
+"""`bench train`: what it writes is what it measured, and from what."""
 
 import dataclasses
-import gzip
 import importlib.util
 import json
 import os
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from command_line import call, one_line
 
-from experiments.bench import profile as profile_bench
 from experiments.bench import programs, timing, train
 from jaxrobust.app import files
 from jaxrobust.parallel import make_layout
@@ -196,104 +194,6 @@ def test_random_weights_are_of_the_size_that_keeps_a_network_going():
 def test_a_failed_process_says_why():
     with pytest.raises(RuntimeError, match="KeyError: 'case'"):
         programs._in_process("start", {}, {})
-
-
-def _span(name, start, end):
-    return profile_bench.Span(name, start, end)
-
-
-def test_time_is_shared_out_to_the_last_nanosecond():
-    lines = [
-        # A loop of 10 ns with two operations in it, and a gap of 5 ns.
-        [_span("loop", 0, 10), _span("conv", 1, 4), _span("sum", 4, 9), _span("conv", 15, 20)],
-        # Another thread: half of each of two times.
-        [_span("sum", 2, 6)],
-    ]
-    kinds = {"loop": "other", "conv": "convolution, forward", "sum": "reduction"}
-    nanoseconds = profile_bench.by_kind(lines, kinds)
-    assert {kind: value for kind, value in nanoseconds.items() if value} == {
-        "other": 2, "convolution, forward": 1 + 2 / 2 + 5, "reduction": 2 / 2 + 2 + 3,
-        profile_bench.IDLE: 5}
-    assert sum(nanoseconds.values()) == 20
-
-
-def test_the_innermost_operation_has_the_time():
-    cut = profile_bench.innermost([_span("a", 0, 10), _span("b", 2, 5), _span("c", 3, 4),
-                                   _span("d", 12, 13)])
-    assert [tuple(span) for span in cut] == [
-        ("a", 0, 2), ("b", 2, 3), ("c", 3, 4), ("b", 4, 5), ("a", 5, 10), ("d", 12, 13)]
-
-
-@pytest.fixture(name="profiled", scope="module")
-def _profiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "profile"
-    assert call("bench", "profile", "--quick", "--out", folder) == 0
-    return folder, files.read_json(folder / "profile.json")
-
-
-def test_a_profile_divides_a_step_by_kind(profiled):
-    folder, result = profiled
-    kinds = result["kinds"]
-    assert list(kinds) == list(profile_bench.KINDS)
-    np.testing.assert_allclose(sum(row["share"] for row in kinds.values()), 1)
-    np.testing.assert_allclose(sum(row["ms"] for row in kinds.values()), result["recorded_ms"])
-    assert result["recorded_ms"] <= 1.05 * result["traced_ms"]
-    for direction in ("forward", "input gradient", "kernel gradient"):
-        assert kinds[f"convolution, {direction}"]["share"] > 0
-    page = (folder / "profile.md").read_text()
-    assert all(f"| {kind} |" in page for kind in profile_bench.KINDS)
-    assert result["provenance"]["commit"] in page
-
-
-def test_the_trace_is_small_and_opens(profiled):
-    folder, result = profiled
-    packed = (folder / "trace.json.gz").read_bytes()
-    events = json.loads(gzip.decompress(packed))["traceEvents"]
-    assert len(packed) <= profile_bench.LARGEST_TRACE
-    assert len(events) == result["trace_events"][1] > 100
-
-
-def test_a_trace_that_is_too_large_keeps_its_longest_events(monkeypatch):
-    monkeypatch.setattr(profile_bench, "LARGEST_TRACE", 2000)
-    draw = np.random.default_rng(0)
-    events = [{"ph": "M", "name": "thread_name"}] + [
-        {"ph": "X", "name": str(draw.random()), "dur": float(value)}
-        for value in draw.permutation(1000)]
-    kept = profile_bench._trimmed(events)
-    assert len(profile_bench._packed(kept)) <= 2000
-    assert kept[0]["ph"] == "M" and len(kept) > 10
-    dropped = {event["dur"] for event in events[1:]} - {event["dur"] for event in kept[1:]}
-    assert max(dropped) < min(event["dur"] for event in kept[1:])
-
-
-def test_the_convolutions_of_a_step_are_told_apart():
-    """ResNet18 has 20, and no image needs a gradient."""
-    config = programs.run_config("resnet18", programs.QUICK)
-    runner = programs.Runner([config], programs.noise_images(8), make_layout("jit"), 1)
-    text = runner.step.lower(runner.state, runner.shared, runner.positions).compile(
-        {"xla_backend_optimization_level": 0}).as_text()
-    kinds = profile_bench.op_kinds(text)
-    found = [kinds[match[1]] for match in map(profile_bench._INSTRUCTION.match, text.splitlines())
-             if match and match[3] == "convolution"]
-    assert {kind: found.count(kind) for kind in set(found)} == {
-        "convolution, forward": 20, "convolution, input gradient": 19,
-        "convolution, kernel gradient": 20}
-
-
-@pytest.mark.parametrize("name, kind", [
-    ("__cudnn$convForward", "convolution, forward"),
-    ("__cudnn$convBackwardInput", "convolution, input gradient"),
-    ("__cudnn$convBackwardFilter", "convolution, kernel gradient"),
-    ("sm90_xmma_wgrad_implicit_gemm_indexed_tf32f32", "convolution, kernel gradient"),
-    ("sm90_xmma_dgrad_implicit_gemm_indexed_tf32f32", "convolution, input gradient"),
-    ("sm90_xmma_fprop_implicit_gemm_indexed_tf32f32", "convolution, forward"),
-    ("__cublas$lt$matmul", "matrix product"),
-    ("MemcpyD2D", "copy or transpose, with what is fused into it"),
-    ("loop_add_fusion_3", "elementwise"),
-    ("who_knows", "other"),
-], ids=str)
-def test_kernels_are_told_by_their_names(name, kind):
-    assert profile_bench.kernel_kind(name) == kind
 
 
 def test_settings_survive_the_way_to_another_process():

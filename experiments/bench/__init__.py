@@ -3,12 +3,11 @@
 import pathlib
 from collections.abc import Callable, Sequence
 
-from experiments.bench import curvature, folder, profile, train
+from experiments.bench import curvature, folder, train
 from jaxrobust import InputError, _validate
 
 BENCHMARKS: dict[str, Callable[..., str]] = {
-    "train": train.measure, "curvature": curvature.measure, "profile": profile.profile_step,
-    "folder": folder.measure}
+    "train": train.measure, "curvature": curvature.measure, "folder": folder.measure}
 """Each of ``(folder, *, quick)``: writes its results there and returns a table of them."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {"train": tuple(train.SECTIONS)}
