@@ -33,7 +33,8 @@ from matfree import decomp, stochtrace
 
 from jaxrobust import _validate, probes
 from jaxrobust._eager import as_one_program
-from jaxrobust.probes import Estimate, LogitsFn, Loss
+from jaxrobust.images import LogitsFn, Loss, check_images
+from jaxrobust.probes import Estimate
 
 
 def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence[float],
@@ -103,7 +104,7 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     Source: Section 6.1; Pearlmutter (1994).
     """
-    probes.check_images(x, loss=loss)
+    check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
     return jax.jvp(probes.gradient_of(loss), (x,), (v,))[1]
@@ -158,7 +159,7 @@ def squared_frobenius(
     Source: Section 7.1, without its finite differences. For a ReLU network this is the
     curvature of the softmax alone at that point; kinks have no share in it.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     key = probes.salted(key, "squared_frobenius")
     _, product = jax.linearize(probes.gradient_of(loss), x)
 
@@ -214,7 +215,7 @@ def finite_difference_curvature(
 
     Source: Eq. 21.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     _validate.in_range("step", step, 0, open_low=True)
     key = probes.salted(key, "finite_difference_curvature")
     gradient = probes.gradient_of(loss)
@@ -283,7 +284,7 @@ def smoothed_curvature(
 
     Source: Stein (1981); Eq. 14 at the scale of the noise.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
     key = probes.salted(key, "smoothed_curvature")
@@ -339,7 +340,7 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
 
     Source: Section 6.1; the Gauss-Newton decomposition (Schraudolph, 2002).
     """
-    probes.check_images(x, logits_fn=logits_fn)
+    check_images(x, logits_fn=logits_fn)
     logits, pullback = jax.vjp(logits_fn, x)
     batch, num_classes = logits.shape
     if num_classes == 1:
@@ -408,7 +409,7 @@ def gauss_newton_gap(
 
     Source: the Gauss-Newton decomposition (Schraudolph, 2002).
     """
-    probes.check_images(x, indices, loss=loss, logits_fn=logits_fn)
+    check_images(x, indices, loss=loss, logits_fn=logits_fn)
     v = probes.draw(probes.salted(key, "gauss_newton_gap"), 0, x, indices)
     exact = hvp(loss, x, v)
     logits, along = jax.jvp(logits_fn, (x,), (v,))
@@ -471,7 +472,7 @@ def ritz_values(
 
     Source: Lanczos (1950), as in ``matfree.decomp.tridiag_sym``; Saad (2011), Section 3.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     _validate.in_range("num_products", num_products, 1, math.prod(x.shape[1:]), open_high=False)
     key = probes.salted(key, "ritz_values")
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
@@ -522,7 +523,7 @@ def top_eigenvalues(
     Source: :func:`ritz_values`. For a network of affine pieces
     :func:`piecewise_linear_spectrum` gives all of them, at less cost.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     num_products = min(2 * k + 20, size) if num_products is None else num_products
     _validate.in_range("k", k, 1, num_products, open_high=False)
@@ -578,7 +579,7 @@ def spectral_density(
 
     Source: Lin, Saad, Yang (2016); Ghorbani et al. (2019).
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     if num_products is None:
         num_products = min(30, math.prod(x.shape[1:]))
     key = probes.salted(key, "spectral_density")
@@ -725,7 +726,7 @@ def loss_surface(
 
     Source: Fig. 11, which shows its negative.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     _validate.in_range("extent", extent, 0, open_low=True)
     _validate.in_range("resolution", resolution, 2)
     if math.prod(x.shape[1:]) == 1:
@@ -796,7 +797,7 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
 
 def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> Estimate:
     """The estimate for H of a leave-one-out estimator that is homogeneous of degree ``power``."""
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     rounding = 16 * jnp.finfo(x.dtype).eps
     if size == 1 and num_probes is None:

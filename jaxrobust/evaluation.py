@@ -16,12 +16,10 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import counted
-from jaxrobust.data.augment import to_float
-from jaxrobust.data.sources import StoredImages
-from jaxrobust.models.common import Outputs
+from jaxrobust.data.types import StoredImages
+from jaxrobust.images import LogitsFn, Outputs, to_float
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
-from jaxrobust.probes import LogitsFn
 
 
 class _Ranked(NamedTuple):

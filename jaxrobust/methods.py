@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, update_centroids
+from jaxrobust.images import Batch, Outputs
 from jaxrobust.losses import (
     RobustLossConfig,
     counted,
@@ -31,19 +32,10 @@ from jaxrobust.losses import (
     softmax_loss,
     stability_loss,
 )
-from jaxrobust.models.common import Outputs
 
 BatchStats = Any
 Forward = Callable[[BatchStats, jax.Array], tuple[Outputs, BatchStats]]
 """``(batch_stats, images) -> (outputs, new batch_stats)``, in training mode."""
-
-
-class Batch(NamedTuple):
-    """Both views of a batch of images, and their labels."""
-
-    clean: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
-    noisy: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
-    labels: jax.Array  # shape=[B], dtype=int32; outside [0, C) for what does not count
 
 
 class Evaluated(NamedTuple):

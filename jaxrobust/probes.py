@@ -18,57 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrobust import _validate
-
-Loss = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> [B]``, row i depending on image i alone."""
-
-LogitsFn = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> logits [B, C]``, row i depending on image i alone."""
-
-FeaturesFn = Callable[[jax.Array], jax.Array]
-"""``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
-
-_OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
-
-
-def check_images(x: jax.Array, indices: jax.Array | None = None,
-                 **functions: Callable[[jax.Array], jax.Array]) -> None:
-    """Checks images, the numbers that name them, and what functions of the images return.
-
-    Args:
-      x: [B, ...], floats, B >= 1.
-      indices: [B] integers, or None.
-      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
-        traced, not run.
-
-    Raises:
-      InputError: (a ValueError) if one does not fit.
-    """
-    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
-        what = getattr(x, "dtype", type(x).__name__)
-        raise _validate.InputError(f"Expected x to be an array of floats, got {what}.")
-    if x.ndim == 0 or x.size == 0:
-        raise _validate.InputError(
-            f"Expected x of shape [B, ...] with at least one image and pixel, got {x.shape}.")
-    batch = len(x)
-    if indices is not None and not (
-            isinstance(indices, (jax.Array, np.ndarray)) and indices.shape == (batch,)
-            and jnp.issubdtype(indices.dtype, jnp.integer)):
-        got = (f"{indices.dtype}{list(indices.shape)}" if hasattr(indices, "dtype")
-               else type(indices).__name__)
-        raise _validate.InputError(
-            f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
-    for name, function in functions.items():
-        spec = _OUTPUTS[name]
-        output = jax.eval_shape(function, x)
-        shape = getattr(output, "shape", type(output).__name__)
-        if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:
-            raise _validate.InputError(
-                f"Expected {name} to return [{', '.join(spec)}] with B={batch}, a row for each "
-                f"image, got {shape}.")
+from jaxrobust.images import Loss
 
 
 def gradient_of(loss: Loss) -> Callable[[jax.Array], jax.Array]:

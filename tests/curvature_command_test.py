@@ -16,7 +16,7 @@ from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.study import Run, Study
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 
 pytestmark = [pytest.mark.filterwarnings("default"),
               pytest.mark.usefixtures("quick_compilation")]

@@ -88,12 +88,12 @@ def test_what_tfds_prepared_is_read_back_to_the_bit(name, write, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_data_set_that_is_not_prepared_names_folder_and_command(tmp_path):
+def test_a_data_set_that_is_not_prepared_names_the_folder_and_what_prepares_it(tmp_path):
     with pytest.raises(InputError) as error:
         data.load_dataset("cifar10", tmp_path)
     assert str(error.value) == (
         f"The data set cifar10 is not prepared in {tmp_path}. Prepare it with: "
-        f"python -m experiments prepare cifar10 --data-dir {tmp_path}")
+        f"jaxrobust.data.tfds_builder('cifar10', {str(tmp_path)!r}).download_and_prepare()")
 
 
 @pytest.mark.filterwarnings("default")
@@ -110,7 +110,9 @@ def test_the_folder_is_that_of_tfds_own_variable_for_the_library_and_every_comma
     with pytest.raises(InputError, match=f"is not prepared in {tmp_path}/mine"):
         data.load_dataset("cifar10")
     assert call("train", "cifar10/normal", "--out", tmp_path / "run") == 2
-    assert f"is not prepared in {tmp_path}/mine" in one_line(capsys)
+    assert one_line(capsys) == (
+        f"error: The data set cifar10 is not prepared in {tmp_path}/mine. Prepare it with: "
+        f"jaxrobust prepare cifar10 --data-dir {tmp_path}/mine")
     with pytest.raises(InputError, match=f"is not prepared in {tmp_path}/other"):
         data.load_dataset("cifar10", tmp_path / "other")
 

@@ -25,7 +25,8 @@ from PIL import Image, ImageFile
 
 from jaxrobust import data
 from jaxrobust._validate import InputError
-from jaxrobust.data import folders, sources
+from jaxrobust.data import decoded as decoding
+from jaxrobust.data import folders
 
 RNG = np.random.default_rng(0)
 SIZE = (6, 8)  # Height and width.
@@ -68,13 +69,13 @@ def load(tmp_path):
 @pytest.fixture
 def decoded():
     """The names of the files that are decoded, in any order."""
-    names, decode = [], folders._decode
+    names, decode = [], decoding._decode
 
     def count(path, *arguments):
         names.append(path.name)
         return decode(path, *arguments)
 
-    with mock.patch.object(folders, "_decode", count):
+    with mock.patch.object(decoding, "_decode", count):
         yield names
 
 
@@ -730,7 +731,7 @@ def test_a_folder_is_a_data_set_by_name(folder, tmp_path):
 ])
 def test_names_that_are_no_folder_are_one_line(name, options, expected):
     with pytest.raises(InputError, match=re.escape(expected) + "$"):
-        sources.load_dataset(name, **options)
+        data.load_dataset(name, **options)
 
 
 # --- the cache --------------------------------------------------------------------------------
@@ -827,24 +828,25 @@ def test_another_pillow_decodes_again(what, folder, load, decoded):
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(folder, load):
-    decode = folders._decode
+    decode = decoding._decode
 
     def denied(path, *arguments):
         if path.name == "03.png":
             raise PermissionError(13, "Permission denied", str(path))
         return decode(path, *arguments)
 
-    with mock.patch.object(folders, "_decode", denied), pytest.raises(data.BadFiles) as error:
+    with mock.patch.object(decoding, "_decode", denied), pytest.raises(data.BadFiles) as error:
         load(folder)
     assert error.value.lines == ("Rain/03.png: Permission denied",
                                  "Shine/03.png: Permission denied")
-    with mock.patch.object(folders, "_decode", wraps=decode) as count:
+    with mock.patch.object(decoding, "_decode", wraps=decode) as count:
         assert len(load(folder).files) == 15
     assert count.call_count == 2
 
 
 def test_running_out_of_memory_is_no_bad_file(folder, load):
-    with mock.patch.object(folders, "_decode", side_effect=MemoryError), pytest.raises(MemoryError):
+    with mock.patch.object(decoding, "_decode", side_effect=MemoryError), pytest.raises(
+            MemoryError):
         load(folder, skip_bad=True)
 
 
@@ -860,13 +862,13 @@ def test_what_is_interrupted_leaves_nothing_and_stops_soon(folder, load, decoded
     def interrupt(done, total):
         raise KeyboardInterrupt
 
-    enough, decode = threading.Event(), folders._decode
+    enough, decode = threading.Event(), decoding._decode
 
     def slow(*arguments):
         enough.wait(0.05)
         return decode(*arguments)
 
-    with mock.patch.object(folders, "_decode", slow), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(decoding, "_decode", slow), pytest.raises(KeyboardInterrupt):
         load(folder, progress=interrupt, num_threads=1)
     assert cache_files(tmp_path) == [] and len(decoded) < 15
     assert len(load(folder).files) == 15
@@ -920,7 +922,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(folder, load, tmp_pat
     def small_disk(path, mode):
         return FullDisk(path, mode) if mode == "wb" else open(path, mode)
 
-    with mock.patch.object(folders, "open", small_disk, create=True), pytest.raises(
+    with mock.patch.object(decoding, "open", small_disk, create=True), pytest.raises(
             InputError) as error:
         load(folder)
     assert str(error.value) == (

@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import PIL.Image
 
-from jaxrobust.data import sources
+from jaxrobust import data
 
 
 def _images(random, labels, size=(32, 32)):
@@ -58,7 +58,7 @@ def prepare(name, raw, data_dir):
             return {key: str(raw / url.rsplit("/", 1)[-1]) for key, url in urls.items()}
         return raw
 
-    builder = sources.tfds_builder(name, data_dir)
+    builder = data.tfds_builder(name, data_dir)
     manager = tfds.download.DownloadManager
     with mock.patch.object(manager, "download_and_extract", paths), mock.patch.object(
             manager, "download", paths):

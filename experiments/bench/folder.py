@@ -25,7 +25,7 @@ from jaxrobust.app.config import RunConfig
 from jaxrobust.app.recipe import get_recipe
 from jaxrobust.app.report.page import significant
 from jaxrobust.data import Dataset, Split
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.parallel import make_layout
 
 CLASSES = ("china", "flower")

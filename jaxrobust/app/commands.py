@@ -38,7 +38,7 @@ from jaxrobust.app.measurements import accuracy, curvature, robustness
 from jaxrobust.app.measurements.robustness import FigureSettings
 from jaxrobust.app.recipe import RECIPES, get_recipe
 from jaxrobust.app.report import comparison, report, sweep_report
-from jaxrobust.data.sources import default_data_dir
+from jaxrobust.data import default_data_dir
 
 Positional = tyro.conf.Positional
 Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(

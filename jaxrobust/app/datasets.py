@@ -54,7 +54,12 @@ def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool =
 
 @functools.cache
 def _load(name, data_dir, in_memory):
-    return data.load_dataset(name, data_dir, in_memory=in_memory)
+    try:
+        return data.load_dataset(name, data_dir, in_memory=in_memory)
+    except data.NotPrepared as error:
+        folder = pathlib.Path(data_dir).expanduser()
+        raise InputError(f"The data set {name} is not prepared in {folder}. Prepare it with: "
+                         f"jaxrobust prepare {name} --data-dir {folder}") from error
 
 
 @functools.cache

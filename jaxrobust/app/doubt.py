@@ -13,7 +13,7 @@ from jaxrobust.app import files, provenance
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split, StoredImages
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.metrics import ClassStatistics
 
 SCORES = {

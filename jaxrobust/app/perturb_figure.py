@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxrobust import _validate, data, perturbations
 from jaxrobust.app import files
 from jaxrobust.app.report import figures
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 
 EVERY = (
     "identity", "gaussian(40/255)", "uniform(60/255)", "laplace(40/255)", "speckle(0.3)",

@@ -25,7 +25,7 @@ from jaxrobust.app.doubt import (
 )
 from jaxrobust.app.network import read_network
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.models import pytorch
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

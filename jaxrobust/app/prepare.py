@@ -5,7 +5,7 @@ import socket
 import urllib.parse
 
 from jaxrobust import _validate
-from jaxrobust.data.sources import DATASETS, tfds_builder
+from jaxrobust.data import DATASETS, tfds_builder
 
 SOURCES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",

@@ -7,32 +7,32 @@ from jaxrobust.data.augment import (
     standard_augmentation,
 )
 from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
-from jaxrobust.data.folders import (
-    BadFiles,
-    check_same_files,
-    files_from_csv,
-    files_to_csv,
-    load_folder,
-    read_image,
-)
+from jaxrobust.data.decoded import read_image
+from jaxrobust.data.folders import FOLDER_PREFIX, BadFiles, load_folder
 from jaxrobust.data.sources import (
     DATASETS,
-    FOLDER_PREFIX,
+    NotPrepared,
+    default_data_dir,
+    load_dataset,
+    tfds_builder,
+)
+from jaxrobust.data.splitting import split_off, split_rows, take_rows
+from jaxrobust.data.stream import host_epoch_order, stream_batches
+from jaxrobust.data.types import (
     Dataset,
     File,
     Split,
     StoredImages,
-    load_dataset,
-    split_off,
-    split_rows,
-    take_rows,
+    check_same_files,
+    files_from_csv,
+    files_to_csv,
 )
-from jaxrobust.data.stream import host_epoch_order, stream_batches
 
 __all__ = [
-    "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Dataset", "File", "Split",
-    "StoredImages", "batch_sizes", "check_same_files", "epoch_order", "files_from_csv",
-    "files_to_csv", "group_batches", "host_epoch_order", "load_dataset", "load_folder",
-    "make_batch", "photo_augmentation", "read_image", "split_off", "split_rows",
-    "standard_augmentation", "stream_batches", "take_rows",
+    "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Dataset", "File", "NotPrepared",
+    "Split", "StoredImages", "batch_sizes", "check_same_files", "default_data_dir",
+    "epoch_order", "files_from_csv", "files_to_csv", "group_batches", "host_epoch_order",
+    "load_dataset", "load_folder", "make_batch", "photo_augmentation", "read_image",
+    "split_off", "split_rows", "standard_augmentation", "stream_batches", "take_rows",
+    "tfds_builder",
 ]

@@ -8,16 +8,11 @@ import jax.numpy as jnp
 from jaxrobust import _validate
 from jaxrobust.data.geometric import random_perspective, random_rotation
 from jaxrobust.data.photometric import color_jitter
-from jaxrobust.methods import Batch
+from jaxrobust.images import Batch, to_float
 from jaxrobust.perturbations import Perturbation
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 """``(key, image [H, W, channels]) -> image``, pixels in [0, 1]."""
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """Images as floats in [0, 1]: uint8 ones divided by 255, others as they are."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def random_crop(key: jax.Array, image: jax.Array, *, padding: int) -> jax.Array:

@@ -1,38 +1,29 @@
 """Folders of images as data sets, decoded once into a memory map on disk."""
 
 import base64
-import concurrent.futures
-import contextlib
-import csv
-import hashlib
-import io
 import itertools
-import json
 import math
 import os
 import pathlib
-import shutil
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.data import copies
-from jaxrobust.data.formats import open_image
-from jaxrobust.data.listing import Entry, class_order, list_images, reason_of, shown
-from jaxrobust.data.sources import FOLDER_PREFIX, Dataset, File, Split, StoredImages, split_rows
+from jaxrobust.data.decoded import check_size, decode_all, require_pillow
+from jaxrobust.data.listing import class_order, list_images, shown
+from jaxrobust.data.splitting import split_rows
+from jaxrobust.data.types import Dataset, File, Split, StoredImages
+
+FOLDER_PREFIX = "folder:"
+"""What a name starts with that :func:`load_dataset` takes for a folder of images."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per channel, of pixels in [0, 1]: what models with ImageNet weights were trained with."""
 
-_CACHE_FORMAT = 2  # To be raised when what is kept, or the pixels of the same file, would change.
 _UNEQUAL = 3  # Times that the largest class has the images of the smallest.
-_SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file being written is never this long without a write.
 
 
 class BadFiles(_validate.InputError):
@@ -44,22 +35,6 @@ class BadFiles(_validate.InputError):
     def __init__(self, source: pathlib.Path, lines: Sequence[str]):
         super().__init__(f"Bad files in {source}: {len(lines)}, the first {lines[0]}.")
         self.lines = tuple(lines)
-
-
-class _Facts(NamedTuple):
-    """What is known of a file: why it is bad, or what its image is compared by."""
-
-    reason: str | None
-    digest: str = ""
-    thumbnail: str = ""  # In base 64.
-
-
-class _Cached(NamedTuple):
-    """Images that were decoded before, with what is known of their files."""
-
-    images: np.ndarray  # shape=[N, H, W, 3], dtype=uint8; 0 in the row of a bad file.
-    rows: dict[tuple[str, int, int | None], int]  # By path, size and mtime_ns, in their order.
-    facts: list[_Facts]
 
 
 def load_folder(
@@ -128,9 +103,9 @@ def load_folder(
         or too few images of one for both sides of the split, or the decoded images cannot be
         written.
     """
-    _require_pillow("Loading a folder of images")
+    require_pillow("Loading a folder of images")
     path, cache_dir = pathlib.Path(path).expanduser(), pathlib.Path(cache_dir).expanduser()
-    _check_size(image_size)
+    check_size(image_size)
     _validate.in_range("test_share", test_share, 0, 1, open_low=True)
     _validate.in_range("split_seed", split_seed, 0, 2**32)
     num_threads = os.cpu_count() or 1 if num_threads is None else num_threads
@@ -140,7 +115,7 @@ def load_folder(
         raise _validate.InputError(f"Expected cache_dir={cache_dir} outside of {path}.")
     if skip_bad or not listing.bad:  # Before the work of decoding.
         _check_classes(path, {entry.label for entry in listing.entries}, len(listing.bad))
-    images, facts = _decoded(
+    images, facts = decode_all(
         path, listing.root, listing.entries, image_size, cache_dir, num_threads, progress)
 
     good, class_names, bad = _sort_out(listing, facts)
@@ -171,92 +146,6 @@ def load_folder(
                *_notes_on_copies([entry.path for entry in entries], groups,
                                  [facts[row].thumbnail for row in good], sides),
                *_notes_on_classes(labels[sides["train"]], class_names)))
-
-
-def read_image(
-    path: str | pathlib.Path, image_size: tuple[int, int], channels: int = 3
-) -> np.ndarray:
-    """Decodes one JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000 image.
-
-    The format is told by the content, not by the file's name; AVIF and JPEG 2000 take a Pillow
-    that was built with them, as those of PyPI are. Of an animation or several pages it is the
-    first. It is rotated as its EXIF orientation says, its transparency is dropped, and 16-bit grey
-    is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept. Pixels of 32
-    bits, of which no range is known, are refused, and so are raw files of cameras, whose first page
-    is a thumbnail. Colours are converted by Pillow, without colour profiles. Then it is resized,
-    not cropped, by Pillow's bilinear filter, whose support grows with the reduction, so that it
-    does not alias. Damage that the decoders do not notice, as within a JPEG's pixels, goes
-    unnoticed here too.
-
-    Args:
-      path: of the file.
-      image_size: (H, W) in pixels.
-      channels: 3 for RGB; 1 for grey, by the luma of ITU-R 601-2.
-
-    Returns:
-      [H, W, channels] uint8.
-
-    Raises:
-      InputError: (a ValueError) if an argument is out of range, or the file cannot be read or is
-        no such image, or one that has more pixels than Pillow's ``MAX_IMAGE_PIXELS``.
-    """
-    _require_pillow("Reading an image")
-    _check_size(image_size)
-    if channels not in (1, 3):
-        raise _validate.InputError(f"Expected channels={channels} to be 1 or 3.")
-    try:
-        return _decode(pathlib.Path(path).expanduser(), image_size, channels)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _validate.InputError(f"Cannot read the image {path}: {reason_of(error)}.") from error
-
-
-def files_to_csv(files: Iterable[File]) -> str:
-    """The files of a data set as CSV text with the columns ``path,label,split``.
-
-    >>> files_to_csv([File("cats/1.png", "cats", "train")])
-    'path,label,split\\ncats/1.png,cats,train\\n'
-    """
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([File._fields, *files])
-    return text.getvalue()
-
-
-def files_from_csv(text: str) -> tuple[File, ...]:
-    """The files that :func:`files_to_csv` wrote.
-
-    Raises:
-      InputError: (a ValueError) if the text has other columns, or a row is incomplete.
-    """
-    header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    if tuple(header) != File._fields:
-        raise _validate.InputError(
-            f"Expected the columns {','.join(File._fields)}, got {','.join(header)}.")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(File._fields):
-            raise _validate.InputError(
-                f"Expected {len(File._fields)} columns in row {number}, got {len(row)}.")
-    return tuple(File(*row) for row in rows)
-
-
-def check_same_files(saved: Iterable[File], current: Iterable[File], name: str) -> None:
-    """Raises InputError unless both are the same files with the same classes and split.
-
-    Args:
-      saved: the files that a model was trained and tested on.
-      current: the files now.
-      name: of the data set, for the message, which counts the files that are new, that are gone,
-        and that have another class or another side of the split.
-    """
-    saved, current = ({file.path: file for file in files} for files in (saved, current))
-    new, gone = current.keys() - saved.keys(), saved.keys() - current.keys()
-    moved = {path for path in current.keys() & saved.keys() if current[path] != saved[path]}
-    if new or gone or moved:
-        raise _validate.InputError(
-            f"Expected the images of {name} as they were, got {len(new)} new, {len(gone)} gone "
-            f"and {len(moved)} moved to another class or side of the split, the first "
-            f"{shown(min(new | gone | moved))}.")
 
 
 # --- classes and split ------------------------------------------------------------------------
@@ -403,184 +292,3 @@ def _notes_on_classes(labels, class_names):
                f"{class_names[most]!r}, {counts[least]} of {class_names[least]!r}. Calling every "
                f"image {class_names[most]!r} is right for {share:.1%} of them: look at the "
                "accuracy class by class, and at class weights.")
-
-
-# --- decoding ---------------------------------------------------------------------------------
-
-def _require_pillow(what: str) -> None:
-    _validate.installed("PIL.Image", "Pillow", what, "pip install pillow")
-
-
-def _check_size(image_size: tuple[int, int]) -> None:
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise _validate.InputError(
-            f"Expected image_size={image_size} to be (height, width) in pixels, each >= 1.")
-
-
-def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> np.ndarray:
-    """What :func:`read_image` returns, with errors of any kind for a file that is bad."""
-    from PIL import Image, ImageOps
-
-    with open(path, "rb") as file:
-        image = open_image(file, Image.MAX_IMAGE_PIXELS)
-        ImageOps.exif_transpose(image, in_place=True)
-    image.info.pop("transparency", None)  # A palette's, which would only be warned of.
-    if image.mode.startswith("I;16"):  # Pillow would cut off at 255.
-        scaled = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 / 255, rounded.
-        image = Image.fromarray(scaled.astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, of which the range is not known")
-    image = image.convert("L" if channels == 1 else "RGB")
-    height, width = image_size
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.array(image).reshape(height, width, channels)
-
-
-# --- decoded images on disk -------------------------------------------------------------------
-
-def _decoded(path, root, entries, image_size, cache_dir, num_threads, progress):
-    """``(images [N, H, W, 3], facts of each)`` of the files, in their order."""
-    if not entries:
-        return np.empty((0, *image_size, 3), np.uint8), []
-    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    index = cache_dir / "{}-{}x{}.json".format(key, *image_size)
-    cached = _open_cache(index, image_size)
-    if cached is None or list(cached.rows) != [_key(entry) for entry in entries]:
-        cached = _build_cache(
-            path, root, entries, image_size, index, cached, num_threads, progress)
-    return cached.images, cached.facts
-
-
-def _key(entry: Entry) -> tuple[str, int, int]:
-    return entry.path, entry.size, entry.mtime_ns
-
-
-def _decoder() -> dict[str, Any]:
-    """What the pixels of a file depend on, beside the file, and whether it is bad."""
-    import PIL.Image
-
-    return {"format": _CACHE_FORMAT, "pillow": PIL.__version__,
-            "max_pixels": PIL.Image.MAX_IMAGE_PIXELS}
-
-
-def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | None:
-    """What is there of an earlier call; None if nothing is that can be used as a whole."""
-    try:
-        record = json.loads(index.read_text())
-        rows = {(path, size, mtime_ns): row
-                for row, (path, size, mtime_ns, *_) in enumerate(record["files"])}
-        facts = [_Facts(*file[3:]) for file in record["files"]]
-        images = np.load(index.parent / record["images"], mmap_mode="r")
-        usable = (record["decoder"] == _decoder() and images.dtype == np.uint8
-                  and images.shape == (len(rows), *image_size, 3))
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return None  # There is none, or it is damaged: to be built again.
-    return _Cached(np.asarray(images), rows, facts) if usable else None
-
-
-def _build_cache(path, root, entries, image_size, index, old, num_threads, progress) -> _Cached:
-    """Decodes what is not in ``old``, writes everything, and opens it.
-
-    The index names the file of the images, and is replaced last: what it names is complete.
-    """
-    folder, shape = index.parent, (len(entries), *image_size, 3)
-    images_path, index_path = (folder / f"{index.stem}-{uuid.uuid4().hex}.tmp" for _ in range(2))
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(index)
-        free, needed = shutil.disk_usage(folder).free, int(np.prod(shape))
-    if free < needed:
-        raise _validate.InputError(
-            f"Expected {needed / 1e9:.3f} GB of free space in {folder} for the decoded images of "
-            f"{path}, got {free / 1e9:.3f} GB.")
-    try:
-        outcomes = _write_images(images_path, root, entries, shape, old, num_threads, progress)
-        files = [(entry.path, entry.size, entry.mtime_ns if lasting else None, *facts)
-                 for entry, (facts, lasting) in zip(entries, outcomes, strict=True)]
-        digest = hashlib.sha256(json.dumps([_decoder(), files]).encode()).hexdigest()[:16]
-        record = {"source": str(path), "images": f"{index.stem}-{digest}.npy",
-                  "decoder": _decoder(), "files": files}
-        with _writing(folder):
-            index_path.write_text(json.dumps(record))
-            # Opened first: another process may put its own in the place of this one.
-            images = np.asarray(np.load(images_path, mmap_mode="r"))
-            replaced = _images_of(index)
-            os.replace(images_path, folder / record["images"])
-            os.replace(index_path, index)
-            if replaced not in (None, record["images"]):
-                (folder / replaced).unlink(missing_ok=True)
-    finally:
-        images_path.unlink(missing_ok=True)
-        index_path.unlink(missing_ok=True)
-    return _Cached(images, {}, [facts for facts, _ in outcomes])
-
-
-def _write_images(target, root, entries, shape, old, num_threads, progress):
-    """Writes a NumPy file; for each file ``(its facts, whether they will last)``."""
-    lock = threading.Lock()
-    row_bytes = int(np.prod(shape[1:]))
-
-    def work(row):
-        entry = entries[row]
-        known = None if old is None else old.rows.get(_key(entry))
-        facts = None if known is None else old.facts[known]
-        if facts is not None and facts.reason is not None:
-            return facts, True
-        try:
-            image = old.images[known] if known is not None else _decode(
-                root / entry.path, shape[1:3], shape[3])
-        except MemoryError:
-            raise
-        except Exception as error:  # A damaged file can make the decoders raise anything.
-            # Whether it can be read at all may change without the file's own time of change.
-            return _Facts(reason_of(error)), not (isinstance(error, OSError) and error.errno)
-        if facts is None:
-            facts = _Facts(None, copies.digest_of(image),
-                           base64.b64encode(copies.thumbnail_of(image)).decode())
-        with lock, _writing(target.parent):
-            file.seek(start + row * row_bytes)
-            file.write(image)
-        return facts, True
-
-    outcomes = []
-    pool = concurrent.futures.ThreadPoolExecutor(num_threads)  # Pillow lets go of the GIL.
-    with _writing(target.parent), open(target, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start = file.tell()
-        file.truncate(start + shape[0] * row_bytes)  # Rows of bad files are never written.
-        try:
-            for outcome in pool.map(work, range(len(entries))):
-                outcomes.append(outcome)
-                if progress is not None:
-                    progress(len(outcomes), len(entries))
-        finally:
-            pool.shutdown(cancel_futures=True)
-        file.flush()
-        os.fsync(file.fileno())  # Before the index says that it is complete.
-    return outcomes
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _validate.InputError(
-            f"Cannot write the decoded images to {folder}: {reason_of(error)}.") from error
-
-
-def _images_of(index: pathlib.Path) -> str | None:
-    """The name of the file that an index names, if there is one that can be read."""
-    try:
-        return str(json.loads(index.read_text())["images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _remove_abandoned(index: pathlib.Path) -> None:
-    """Removes what processes that were killed left half written."""
-    for file in index.parent.glob(f"{index.stem}-*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # Its process has just put it in place.
-            if time.time() - file.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
-                file.unlink()

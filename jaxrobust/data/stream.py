@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.data.batching import batch_sizes, epoch_order
-from jaxrobust.data.sources import Split
+from jaxrobust.data.types import Split
 
 
 def stream_batches(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.models.common import Outputs, head_parameters
+from jaxrobust.images import Outputs
+from jaxrobust.models.common import head_parameters
 from jaxrobust.models.mobilenet import MobileNetV3
 from jaxrobust.models.resnet import FEATURE_LAYERS, ResNet18
 from jaxrobust.models.small_cnn import SmallCNN

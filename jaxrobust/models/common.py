@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,14 +12,6 @@ import numpy as np
 from flax import traverse_util
 
 from jaxrobust import _validate
-
-
-class Outputs(NamedTuple):
-    """What a model returns for a batch of images."""
-
-    logits: jax.Array  # shape=[B, C], dtype=float32 or wider; z of Eq. 1
-    features: jax.Array  # shape=[B, d]; q, the input of the softmax layer
-    blocks: dict[str, jax.Array]  # each [B, H, W, channels]; outputs of the named blocks
 
 
 def over_axis(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust.images import Outputs
 from jaxrobust.models import common
-from jaxrobust.models.common import Outputs, normalise
+from jaxrobust.models.common import normalise
 
 
 class Bottleneck(NamedTuple):

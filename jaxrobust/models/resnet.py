@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.models.common import BATCH_NORM_MOMENTUM, Outputs, batch_norm, conv, dense, normalise
+from jaxrobust.images import Outputs
+from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense, normalise
 
 FEATURE_LAYERS = ("dense", "dense_relu", "pooled")
 """Of a ResNet18."""

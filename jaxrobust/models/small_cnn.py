@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust.models.common import BATCH_NORM_MOMENTUM, Outputs, batch_norm, conv, dense, normalise
+from jaxrobust.images import Outputs
+from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense, normalise
 
 
 class SmallCNN(nn.Module):

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxrobust import _validate, probes
 from jaxrobust._eager import as_one_program, python_scalars
 from jaxrobust.geometry import safe_norm
-from jaxrobust.probes import Estimate, FeaturesFn, Loss
+from jaxrobust.images import FeaturesFn, Loss, check_images
+from jaxrobust.probes import Estimate
 
 
 @python_scalars
@@ -44,7 +45,7 @@ def gaussian_noise(
     Raises:
       InputError: (a ValueError) if sigma <= 0 or the indices are not [B].
     """
-    probes.check_images(x, indices)
+    check_images(x, indices)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     return sigma * probes.draw(probes.salted(key, "gaussian_noise"), draw, x, indices)
 
@@ -93,7 +94,7 @@ def noise_draws(
 
     Source: Definition 6.1.
     """
-    probes.check_images(x, indices, features_fn=features_fn, loss=loss)
+    check_images(x, indices, features_fn=features_fn, loss=loss)
     _validate.in_range("num_draws", num_draws, 1)
     clean = features_fn(x)
 
@@ -133,7 +134,7 @@ def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     Source: Eq. 14.
     """
-    probes.check_images(x, loss=loss)
+    check_images(x, loss=loss)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
 
@@ -403,7 +404,7 @@ def smoothed_gradient_norm_squared(
 
     Source: the first order of the Hermite expansion.
     """
-    probes.check_images(x, indices, loss=loss)
+    check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     _validate.in_range("num_draws", num_draws, 3)
     key = probes.salted(key, "smoothed_gradient_norm_squared")

@@ -17,7 +17,7 @@ from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.progress import progress
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Dataset, Split
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.models import Outputs
 
 NOISE_SEED = 0

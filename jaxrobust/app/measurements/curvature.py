@@ -16,7 +16,7 @@ from jaxrobust.app.doubt import outputs_of
 from jaxrobust.app.measurements.accuracy import keep_result, make_test_split
 from jaxrobust.app.progress import progress
 from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.models.common import normalise
 from jaxrobust.parallel import make_layout
 

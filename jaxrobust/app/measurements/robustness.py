@@ -32,7 +32,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Split
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 
 NOISES = {"gaussian": perturbations.gaussian, "uniform": perturbations.uniform}
 """By name; each with the run's training noise as its standard deviation or amplitude."""

@@ -26,7 +26,7 @@ from jaxrobust.app.report import figures
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, listed, significant
 from jaxrobust.app.study import Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 
 PRECISIONS = ("float32", "float64")
 BATCH_SIZE = 32

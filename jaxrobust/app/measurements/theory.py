@@ -38,7 +38,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import significant
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.models import head_parameters
 
 SEED = 0

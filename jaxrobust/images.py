@@ -1,0 +1,83 @@
+"""What images, batches of them, functions of them and outputs of networks are.
+
+An image is [H, W, channels]: uint8 as stored, floats in [0, 1] as networks take it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrobust import _validate
+
+Loss = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> [B]``, row i depending on image i alone."""
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> logits [B, C]``, row i depending on image i alone."""
+
+FeaturesFn = Callable[[jax.Array], jax.Array]
+"""``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
+
+
+class Batch(NamedTuple):
+    """Both views of a batch of images, and their labels."""
+
+    clean: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
+    noisy: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
+    labels: jax.Array  # shape=[B], dtype=int32; outside [0, C) for what does not count
+
+
+class Outputs(NamedTuple):
+    """What a model returns for a batch of images."""
+
+    logits: jax.Array  # shape=[B, C], dtype=float32 or wider; z of Eq. 1
+    features: jax.Array  # shape=[B, d]; q, the input of the softmax layer
+    blocks: dict[str, jax.Array]  # each [B, H, W, channels]; outputs of the named blocks
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Images as floats in [0, 1]: uint8 ones divided by 255, others as they are."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+_OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
+
+
+def check_images(x: jax.Array, indices: jax.Array | None = None,
+                 **functions: Callable[[jax.Array], jax.Array]) -> None:
+    """Checks images, the numbers that name them, and what functions of the images return.
+
+    Args:
+      x: [B, ...], floats, B >= 1.
+      indices: [B] integers, or None.
+      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
+        traced, not run.
+
+    Raises:
+      InputError: (a ValueError) if one does not fit.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = getattr(x, "dtype", type(x).__name__)
+        raise _validate.InputError(f"Expected x to be an array of floats, got {what}.")
+    if x.ndim == 0 or x.size == 0:
+        raise _validate.InputError(
+            f"Expected x of shape [B, ...] with at least one image and pixel, got {x.shape}.")
+    batch = len(x)
+    if indices is not None and not (
+            isinstance(indices, (jax.Array, np.ndarray)) and indices.shape == (batch,)
+            and jnp.issubdtype(indices.dtype, jnp.integer)):
+        got = (f"{indices.dtype}{list(indices.shape)}" if hasattr(indices, "dtype")
+               else type(indices).__name__)
+        raise _validate.InputError(
+            f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
+    for name, function in functions.items():
+        spec = _OUTPUTS[name]
+        output = jax.eval_shape(function, x)
+        shape = getattr(output, "shape", type(output).__name__)
+        if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:
+            raise _validate.InputError(
+                f"Expected {name} to return [{', '.join(spec)}] with B={batch}, a row for each "
+                f"image, got {shape}.")
