@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import pathlib
 import sys
 from unittest import mock
@@ -13,9 +12,10 @@ import pytest
 import real_formats
 from command_line import call, one_line
 
-from experiments import __main__ as commands
+from experiments.__main__ import COMMANDS
 from jaxrobust import data, perturbations
 from jaxrobust._validate import InputError
+from jaxrobust.app import cli
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -99,9 +99,8 @@ def test_a_data_set_that_is_not_prepared_names_the_folder_and_what_prepares_it(t
 @pytest.mark.filterwarnings("default")
 def test_the_folder_is_that_of_tfds_own_variable_for_the_library_and_every_command(
         tmp_path, monkeypatch, capsys):
-    found = [field.default_factory for _, command in inspect.getmembers(commands, inspect.isclass)
-             if dataclasses.is_dataclass(command) for field in dataclasses.fields(command)
-             if field.name == "data_dir"]
+    found = [field.default_factory for command in COMMANDS.values()
+             for field in dataclasses.fields(cli.find(command)) if field.name == "data_dir"]
     assert len(found) >= 8
     for value, folder in ((str(tmp_path), str(tmp_path)), ("", "~/tensorflow_datasets")):
         monkeypatch.setenv("TFDS_DATA_DIR", value)

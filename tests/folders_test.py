@@ -426,7 +426,7 @@ def test_without_pillow_the_extra_to_install_is_named(folder, load):
     with mock.patch.dict(sys.modules, {"PIL": None, "PIL.Image": None}):
         for call in (lambda: load(folder), lambda: data.read_image(folder / "x.png", SIZE)):
             with pytest.raises(
-                    InputError, match=r"^[^\n]* needs Pillow .*pip install 'jaxrobust\[data\]'$"):
+                    InputError, match=r"^[^\n]* needs Pillow .*pip install pillow$"):
                 call()
 
 
