@@ -77,7 +77,7 @@ class Steps(OnRuns):
     def __call__(self) -> None:
         for folder, run in self.load():
             steps.study_steps(run, self.settings, folder, folder.name, self.name)
-            path = run_folder.result_path(folder, "steps", self.name)
+            path = run_folder.facts_path(folder, "steps", self.name)
             print(f"The study is in {path.with_suffix('.npz')}")
 
 
@@ -108,7 +108,7 @@ class Theory(OnRuns):
         for folder, run in self.load():
             claims = theory.measure_theory(run, self.settings, folder, folder.name, self.name)
             print(theory.table_text(claims))
-            print(f"This and more is in {run_folder.result_path(folder, 'theory', self.name)}")
+            print(f"This and more is in {run_folder.facts_path(folder, 'theory', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -344,7 +344,7 @@ class OnRuns:
         for folder, _ in configs:
             files.require_writable(folder)
             # Says what is wrong with the name.
-            run_folder.result_path(folder, "evaluation", self.name)
+            run_folder.facts_path(folder, "evaluation", self.name)
         return configs
 
     def load(self, layout=None):
@@ -367,7 +367,7 @@ class Evaluate(OnRuns):
             check_perturbations(config, self.settings.perturb)
         for folder, run in self.load(layout):
             accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
-            path = run_folder.result_path(folder, "evaluation", self.name)
+            path = run_folder.facts_path(folder, "evaluation", self.name)
             files.barrier("evaluated")
             found = files.read_json(path)
             if "classes" in found:  # Older ones have none.
@@ -397,7 +397,7 @@ class Curvature(OnRuns):
         for folder, run in self.load(self.execution.start()):
             curvature.measure_curvature(
                 run, self.settings, folder, folder.name, test_size=self.test_size, name=self.name)
-            path = run_folder.result_path(folder, "curvature", self.name)
+            path = run_folder.facts_path(folder, "curvature", self.name)
             say(f"The curvatures are in {path.with_suffix('.npz')}")
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import data
-from jaxrobust.app import files
+from jaxrobust.app import files, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.progress import Progress, progress
 from jaxrobust.data import Dataset
@@ -91,13 +91,13 @@ def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
     Raises:
       InputError: (a ValueError) if images have come, gone or moved since.
     """
-    path = folder / "split.csv"
-    if dataset.files is not None and path.is_file():
-        data.check_same_files(data.files_from_csv(path.read_text()), dataset.files,
+    there = run_folder.read_split(folder)
+    if dataset.files is not None and there is not None:
+        data.check_same_files(data.files_from_csv(there), dataset.files,
                               f"{dataset.name}, with which {folder} was trained,")
 
 
 def save_files(dataset: Dataset, folder: pathlib.Path) -> None:
     """Writes ``split.csv``, with path, class and side of every image, beside a run."""
     if dataset.files is not None:
-        files.write_text(folder / "split.csv", data.files_to_csv(dataset.files))
+        run_folder.write_split(folder, data.files_to_csv(dataset.files))

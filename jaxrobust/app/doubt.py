@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxrobust import _validate, evaluation, metrics
-from jaxrobust.app import files, provenance
+from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split, StoredImages
@@ -83,8 +83,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     Raises:
       InputError: (a ValueError) if logits or features are not finite.
     """
-    path = folder / "doubt.json"
-    if path.is_file():
+    if run_folder.read_facts(folder, "doubt") is not None:
         return
     files.barrier("doubt")  # All have looked before one writes.
     splits = make_splits(run.dataset, run.config)
@@ -109,8 +108,9 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
         if facts["auroc"] is not None:
             break
     if facts["score"] in _OF_FEATURES:
-        files.write_arrays(folder / "doubt.npz", statistics._asdict())
-    files.write_json(path, {**facts, "epoch": run.epoch, "provenance": provenance.describe()})
+        run_folder.write_arrays(folder, "doubt", statistics._asdict())
+    run_folder.write_facts(folder, "doubt", {
+        **facts, "epoch": run.epoch, "provenance": provenance.describe()})
 
 
 def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
@@ -147,13 +147,13 @@ def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
 
 def load_doubt(folder: pathlib.Path) -> Doubt:
     """The score of the run in a folder; :data:`UNMEASURED` if it has no ``doubt.json``."""
-    if not (folder / "doubt.json").is_file():
+    facts = run_folder.read_facts(folder, "doubt")
+    if facts is None:
         return UNMEASURED
-    facts = files.read_json(folder / "doubt.json")
-    if facts["score"] not in _OF_FEATURES:
-        return Doubt(facts["score"], None, facts)
-    with np.load(folder / "doubt.npz") as arrays:
-        return Doubt(facts["score"], ClassStatistics(**arrays), facts)
+    statistics = None
+    if facts["score"] in _OF_FEATURES:
+        statistics = ClassStatistics(**run_folder.read_arrays(folder, "doubt"))
+    return Doubt(facts["score"], statistics, facts)
 
 
 def doubt_text(doubt: Doubt) -> str:

@@ -4,12 +4,9 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from jaxrobust.app import files
+from jaxrobust.app import run_folder
 from jaxrobust.app.config import InputError
 from jaxrobust.data import Dataset
-
-FILE = "network.json"
-"""Beside a run's ``config.json``, from when its training begins."""
 
 PREPROCESSING = (
     "Image files: turned as their EXIF tag says; RGB, or grey for one channel; resized, not "
@@ -34,10 +31,8 @@ def network_of(dataset: Dataset) -> Network:
 
 def read_network(folder: pathlib.Path) -> Network | None:
     """That of the run in a folder; None of a run from before it was written."""
-    if not (folder / FILE).is_file():
-        return None
-    values = files.read_json(folder / FILE)
-    return Network(*(tuple(values[name]) for name in Network._fields))
+    values = run_folder.read_facts(folder, "network")
+    return values and Network(*(tuple(values[name]) for name in Network._fields))
 
 
 def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
@@ -50,7 +45,7 @@ def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
       InputError: (a ValueError) if its images, classes, their order or normalisation are others.
     """
     there, given = read_network(folder), network_of(dataset)
-    if there is None and (folder / "split.csv").is_file():
+    if there is None and run_folder.read_split(folder) is not None:
         there = given._replace(class_names=tuple(sorted(given.class_names)))
     for name in Network._fields if there is not None else ():
         if getattr(there, name) != getattr(given, name):
@@ -61,6 +56,6 @@ def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
 
 def save_network(dataset: Dataset, folder: pathlib.Path) -> None:
     """Writes ``network.json`` into the folder of a run on this data set, if it is not there."""
-    if not (folder / FILE).is_file():
-        files.write_json(folder / FILE, {
+    if read_network(folder) is None:
+        run_folder.write_facts(folder, "network", {
             **network_of(dataset)._asdict(), "preprocessing": PREPROCESSING})

@@ -54,7 +54,7 @@ def load_classifier(
             raise InputError(f"{folder} is from before network.json was written, and needs its "
                              f"data set: {error}") from error
         run = load_run(folder, config, dataset)
-    if not (folder / "doubt.json").is_file():
+    if load_doubt(folder).facts is None:
         try:
             measure_doubt(_with_dataset(run, folder, data_dir), folder)
         except InputError as error:

@@ -6,12 +6,9 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from jaxrobust.app import provenance, published
+from jaxrobust.app import provenance, published, run_folder
 from jaxrobust.app.config import InputError, RunConfig, read_config
-from jaxrobust.app.files import read_json, read_lines
-from jaxrobust.app.run_folder import result_path
+from jaxrobust.app.files import read_json
 from jaxrobust.data import FOLDER_PREFIX
 
 
@@ -42,18 +39,16 @@ class Run:
     @functools.cached_property
     def features(self) -> dict | None:
         """Penultimate features of the first test images."""
-        return _read_arrays(self.folder / "features.npz") if self.evaluation else None
+        return run_folder.read_arrays(self.folder, "features") if self.evaluation else None
 
     def facts(self, kind: str) -> dict | None:
         """The JSON file of a kind of measurement, if it is there."""
-        return _read_json(result_path(self.folder, kind, self.name))
+        return run_folder.read_facts(self.folder, kind, self.name)
 
     def result(self, kind: str) -> dict | None:
         """The facts and the arrays of a kind of measurement together, if they are there."""
-        # Arrays are whole only once the JSON file beside them is there: it is written after them.
         facts = self.facts(kind)
-        path = result_path(self.folder, kind, self.name).with_suffix(".npz")
-        arrays = _read_arrays(path) if facts else None
+        arrays = run_folder.read_arrays(self.folder, kind, self.name) if facts else None
         return facts | arrays if arrays else None
 
 
@@ -196,7 +191,8 @@ def check_same_data(folders: Sequence[pathlib.Path]) -> None:
 def _class_names(runs: Iterable[Run]) -> Sequence[str]:
     """As the first of the runs, or the study that it is in, says; none if none does."""
     for run in runs:
-        study = _read_json(run.folder.parent / "study.json") or {}
+        path = run.folder.parent / "study.json"
+        study = read_json(path) if path.is_file() else {}
         evaluation = run.evaluation or {}
         names = evaluation.get("classes", {}).get("names") or study.get("class_names")
         if names:
@@ -215,24 +211,8 @@ def _load_run(folder: pathlib.Path, seed: int, name: str | None = None) -> Run:
         folder=folder,
         seed=seed,
         name=name,
-        config=read_config(folder) if (folder / "config.json").is_file() else None,
-        provenance=_read_json(folder / "provenance.json") or {},
-        epochs=_read_epochs(folder / "metrics.jsonl"),
-        evaluation=_read_json(folder / "evaluation.json"),
-        diverged=(_read_json(folder / "diverged.json") or {}).get("epoch"))
-
-
-def _read_json(path: pathlib.Path) -> dict | None:
-    return read_json(path) if path.is_file() else None
-
-
-def _read_arrays(path: pathlib.Path) -> dict | None:
-    if not path.is_file():
-        return None
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def _read_epochs(path: pathlib.Path) -> tuple[dict, ...]:
-    by_epoch = {line["epoch"]: line for line in read_lines(path)}
-    return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
+        config=read_config(folder) if run_folder.is_run(folder) else None,
+        provenance=run_folder.read_facts(folder, "provenance") or {},
+        epochs=run_folder.read_epochs(folder),
+        evaluation=run_folder.read_facts(folder, "evaluation"),
+        diverged=(run_folder.read_facts(folder, "diverged") or {}).get("epoch"))

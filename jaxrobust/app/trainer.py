@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -126,16 +125,16 @@ def train_together(
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
-        if (folder / "metrics.jsonl").is_file() and not resume:
+        if run_folder.is_begun(folder) and not resume:
             raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
-        if (folder / "checkpoints" / "latest").is_dir() and not is_trained(folder):
+        if run_folder.is_of_earlier_version(folder) and not run_folder.is_trained(folder):
             raise InputError(f"{folder} was begun by an earlier version, from whose checkpoints "
                              "this one cannot go on. Train it anew in another folder.")
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
     left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
-            if not is_trained(folder)]
+            if not run_folder.is_trained(folder)]
     with compiling(f"the initial state of {configs[0].model}"):
         first = [_first_state(config, folder, dataset, layout) for config, folder in left]
     for config, folder in zip(configs, folders, strict=True):
@@ -144,8 +143,8 @@ def train_together(
         run_folder.claim_run(folder, config)
         save_network(dataset, folder)  # First: a split.csv without it is that of an older run.
         save_files(dataset, folder)
-    failures = [files.read_json(folder / "diverged.json")["message"] for folder in folders
-                if (folder / "diverged.json").is_file()]
+    failures = [facts["message"] for folder in folders
+                if (facts := run_folder.read_facts(folder, "diverged"))]
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
         steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
@@ -181,17 +180,11 @@ def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
               "--batch-norm-statistics recomputed avoids that.", flush=True)
 
 
-def is_trained(folder: pathlib.Path) -> bool:
-    """Whether nothing is left to train of the run in a folder: it is done, or has diverged."""
-    return any((folder / name).is_file() for name in ("done.json", "diverged.json"))
-
-
 def _first_state(config, folder, dataset, layout):
     """The state before the first update, and what its provenance is to say of it."""
     state = initial_state(config, dataset, layout)
     # A run with a checkpoint no longer needs the file that it began with.
-    begun = any((folder / "checkpoints").glob("[0-9]*"))
-    if config.init_from is None or begun:
+    if config.init_from is None or run_folder.has_checkpoint(folder):
         return state, {}
     state, facts = start_from(config.init_from, state, config, dataset, layout)
     layers = ", ".join(facts["init_from"]["initialised_anew"])
@@ -206,7 +199,8 @@ class _Running:
 
     def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
         self.config, self.folder = config, folder
-        self._checkpoints = checkpoints.open_checkpoints(folder / "checkpoints", keep=2)
+        self._checkpoints = checkpoints.open_checkpoints(
+            run_folder.checkpoints_path(folder), keep=2)
         # Until an epoch is the best, the state before the first stands for it.
         self.state, self._best = state, checkpoints.to_host(state)
         self._history, self.before = [], {}
@@ -219,10 +213,9 @@ class _Running:
                 "all: it was trained on other images, or by another version.")
         # What was logged after the checkpoint is trained again.
         files.barrier("history")
-        files.write_text(folder / "metrics.jsonl",
-                        "".join(json.dumps(row) + "\n" for row in self._history))
+        run_folder.write_epochs(folder, self._history)
         if int(self.state.step) == 0:
-            files.write_json(folder / "provenance.json", provenance.describe() | facts)
+            run_folder.write_facts(folder, "provenance", provenance.describe() | facts)
         self._events = None
         if tensorboard and files.is_writer():
             self._events = _event_writer(folder, purge_step=self.done + 1)
@@ -244,7 +237,7 @@ class _Running:
 
     def save(self, state, values):
         """Saves a state, with the metrics of the updates done of the epoch that is under way."""
-        with files.writing(self.folder / "checkpoints"):
+        with files.writing(run_folder.checkpoints_path(self.folder)):
             checkpoints.save_checkpoint(
                 self._checkpoints, int(state.step), {"state": state, "best": self._best},
                 {"epochs": self._history,
@@ -261,7 +254,7 @@ class _Running:
         evaluated = ready(state) if checkpoint else None
         if checkpoint and selection_accuracy is not None:
             row["selection_accuracy"] = selection_accuracy(evaluated)
-        files.append_line(self.folder / "metrics.jsonl", row)
+        run_folder.append_epoch(self.folder, row)
         if self._events is not None:
             for name, value in row.items():
                 self._events.add_scalar(name, value, epoch)
@@ -273,10 +266,10 @@ class _Running:
 
     def finish(self, how):
         """Says how the run was trained, and that it is done."""
-        files.write_json(self.folder / "provenance.json", {
-            **files.read_json(self.folder / "provenance.json"), **how,
+        run_folder.write_facts(self.folder, "provenance", {
+            **run_folder.read_facts(self.folder, "provenance"), **how,
             "seconds": sum(row["seconds"] for row in self._history)})
-        files.write_json(self.folder / "done.json", {
+        run_folder.write_facts(self.folder, "done", {
             "epochs": self.config.epochs, "best_epoch": best_epoch(self._history)})
 
     def close(self):
@@ -324,8 +317,8 @@ def _train_group(group, dataset, splits, layout, feed, label):
                 if wrong is not None:
                     failures[index] = (f"{wrong}: the run has diverged. Lower the learning rate or "
                                        "set a clip norm.")
-                    files.write_json(running.folder / "diverged.json",
-                                    {"epoch": epoch, "message": failures[index]})
+                    run_folder.write_facts(running.folder, "diverged", {
+                        "epoch": epoch, "message": failures[index]})
             if len(failures) == len(group):
                 break
             shown.show(**_shown(rows[0]))
@@ -477,7 +470,7 @@ def _event_writer(folder: pathlib.Path, *, purge_step: int):
         raise InputError(
             f"TensorBoard event files need tensorboardX ({error}). Install it with: "
             "pip install 'jaxrobust[app]', or add --no-tensorboard.") from error
-    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+    return tensorboardX.SummaryWriter(str(run_folder.events_path(folder)), purge_step=purge_step)
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
@@ -534,7 +527,7 @@ def load_run(
         longer those it was trained with, its weights are not finite, or no data set is given
         though the run is from before ``network.json``.
     """
-    if not (folder / "done.json").is_file():
+    if not run_folder.is_done(folder):
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
     if dataset is not None:
         check_files(dataset, folder)
@@ -543,7 +536,7 @@ def load_run(
     if network is None:
         raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
     layout = make_layout("jit") if layout is None else layout
-    epoch = files.read_json(folder / "done.json")["best_epoch"]
+    epoch = run_folder.read_facts(folder, "done")["best_epoch"]
     state = _best_state(folder, epoch, initial_state(config, network, layout))
     _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
     return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
@@ -555,10 +548,8 @@ def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainStat
     Raises:
       InputError: (a ValueError) if no checkpoint of it can be read.
     """
-    place = folder / "checkpoints"
-    # Earlier versions kept the best one by itself, and its epoch was its step.
-    by_itself = (place / "best").is_dir()
-    place = place / "best" if by_itself else place
+    by_itself = run_folder.best_by_itself(folder)
+    place = by_itself or run_folder.checkpoints_path(folder)
     if not place.is_dir():
         raise InputError(f"Expected checkpoints in {place}, found no such folder.")
     skipped: list[str] = []

@@ -74,7 +74,7 @@ def evaluate_run(
     """
     asked = settings_asked(settings)
     path, features = (
-        run_folder.result_path(folder, kind, name) for kind in ("evaluation", "features"))
+        run_folder.facts_path(folder, kind, name) for kind in ("evaluation", "features"))
     done = keep_result(path, asked)
     measure_doubt(run, folder)
     if done:

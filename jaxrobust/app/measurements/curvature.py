@@ -55,7 +55,7 @@ def measure_curvature(
         settings = dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
     asked = {name: value for name, value in dataclasses.asdict(settings).items()
              if name != "batch_size"} | {"test_size": test_size}
-    path = run_folder.result_path(folder, "curvature", name)
+    path = run_folder.facts_path(folder, "curvature", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, test_size)

@@ -109,7 +109,7 @@ def measure_robustness(
     test_size = facts["settings"]["test_size"]
     split = make_test_split(run.dataset, test_size)
     shared = {"test_size": test_size, "noise_std": run.config.noise_std}
-    counts, surfaces, blocks = (run_folder.result_path(folder, kind, name) for kind in (
+    counts, surfaces, blocks = (run_folder.facts_path(folder, kind, name) for kind in (
         "noise_counts", "surfaces", "blocks"))
     _count_correct(run, split, {"num_draws": settings.num_draws,
                                 "num_images": facts["num_images"], **shared}, counts, label)
@@ -146,7 +146,7 @@ def _measure_curvature(run, settings, folder, label, name) -> dict:
     asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
              "test_size": settings.test_size}
     asked = {setting: value for setting, value in asked.items() if value is not None}
-    path = run_folder.result_path(folder, "curvature", name)
+    path = run_folder.facts_path(folder, "curvature", name)
     if path.is_file():
         keep_result(path, files.read_json(path)["settings"] | asked)
     else:

@@ -113,7 +113,7 @@ def measure_sharpness(
     count = config.batch_size if settings.num_images is None else settings.num_images
     finished = (folder / "done.json").is_file()
     asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
-    path = run_folder.result_path(folder, "sharpness", name)
+    path = run_folder.facts_path(folder, "sharpness", name)
     if keep_result(path, asked):
         return files.read_json(path)["eigenvalues"]
     train = make_splits(dataset, config).train

@@ -73,7 +73,7 @@ def study_steps(
         made of affine pieces.
     """
     asked = settings_asked(settings)
-    path = run_folder.result_path(folder, "steps", name)
+    path = run_folder.facts_path(folder, "steps", name)
     if keep_result(path, asked):
         return
     split = make_test_split(run.dataset, settings.test_size)

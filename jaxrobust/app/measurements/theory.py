@@ -133,7 +133,7 @@ def measure_theory(
         trained without noise, the network is not made of affine pieces, or logits are not finite.
     """
     asked = settings_asked(settings)
-    path = run_folder.result_path(folder, "theory", name)
+    path = run_folder.facts_path(folder, "theory", name)
     if keep_result(path, asked):
         return [Claim(**line) for line in files.read_json(path)["claims"]]
     sigma = run.config.noise_std
