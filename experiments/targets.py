@@ -14,7 +14,7 @@ from experiments.recipes.scales import SCALES
 from jaxrobust import _validate
 from jaxrobust.app import comparing, files
 from jaxrobust.app.config import InputError
-from jaxrobust.app.measurements import networks_report, robustness_report, sharpness
+from jaxrobust.app.measurements import networks, noise_counts, sharpness
 from jaxrobust.app.report import figures, report
 from jaxrobust.app.report.page import Section, Table
 from jaxrobust.app.study import Study, load_study, with_rows
@@ -71,10 +71,10 @@ def _perturbed(study: Study, reference: str) -> tuple[Table, ...]:
 
 
 def _networks(study: Study) -> Section:
-    section = networks_report.section(study)
+    section = networks.section(study)
     if section is None:
         raise InputError(
-            f"Expected {networks_report.FEWEST} finished networks in {study.name} with curvature, "
+            f"Expected {networks.FEWEST} finished networks in {study.name} with curvature, "
             "clean accuracy and accuracy under noise, found fewer.")
     return section._replace(heading=study.title)
 
@@ -105,7 +105,7 @@ def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
     """Of the sections on curvature and robustness, the pictures of these names with their tables.
     """
     def build(study: Study) -> Section:
-        found = [section for section in robustness_report.sections(study)
+        found = [section for section in noise_counts.sections(study)
                  if any(picture.name in names for picture in section.pictures)]
         return Section(
             "robustness", study.title, " ".join(section.lead for section in found).strip(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrobust.app.measurements import robustness, robustness_figures, robustness_report
+from jaxrobust.app.measurements import noise_counts, robustness, robustness_figures
 from jaxrobust.app.report import figures
 
 NUM_DRAWS = 10
@@ -48,7 +48,7 @@ def slow_group_mean(curvature, correct, k):
 def test_kept_accuracy_is_that_of_the_slow_loop(seed):
     curvature, correct = sample(seed)
     shares = np.arange(0.05, 1.01, 0.05).round(2)
-    found, sizes = robustness_report.kept_accuracy(curvature, correct, shares)
+    found, sizes = noise_counts.kept_accuracy(curvature, correct, shares)
     expected = [slow_kept_accuracy(curvature, correct, share) for share in shares]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert sizes[-1] == 60 and sizes[shares == 0.5] == 30
@@ -58,7 +58,7 @@ def test_kept_accuracy_is_that_of_the_slow_loop(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_group_means_are_those_of_the_slow_loop(seed):
     curvature, correct = sample(seed)
-    means, sizes = robustness_report.group_means(curvature, correct.sum(axis=0), NUM_DRAWS)
+    means, sizes = noise_counts.group_means(curvature, correct.sum(axis=0), NUM_DRAWS)
     for k in range(NUM_DRAWS + 1):
         mean, size = slow_group_mean(curvature, correct, k)
         assert sizes[k] == size
@@ -70,7 +70,7 @@ def test_correlations_are_scipys_over_groups_and_over_images():
     curvature, correct = sample()
     counts = correct.sum(axis=0)
     clean = np.arange(60) % 3 > 0
-    found = robustness_report.correlation(curvature, counts, clean, NUM_DRAWS)
+    found = noise_counts.correlation(curvature, counts, clean, NUM_DRAWS)
     groups = [(k, slow_group_mean(curvature, correct, k)[0]) for k in range(NUM_DRAWS + 1)]
     groups = np.array([pair for pair in groups if not math.isnan(pair[1])])
     assert found.pearson == pytest.approx(np.corrcoef(groups.T)[0, 1])
@@ -83,26 +83,26 @@ def test_correlations_are_scipys_over_groups_and_over_images():
 
 def test_empty_groups_are_nan_and_have_no_part_in_the_coefficient():
     curvature, counts = np.array([8.0, 4.0, 2.0, 1.0]), np.array([0, 0, 5, 10])
-    means, sizes = robustness_report.group_means(curvature, counts, NUM_DRAWS)
+    means, sizes = noise_counts.group_means(curvature, counts, NUM_DRAWS)
     np.testing.assert_array_equal(means[[0, 1, 5, 10]], [6, np.nan, 2, 1])
     assert sizes.tolist() == [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    found = robustness_report.correlation(curvature, counts, np.ones(4, bool), NUM_DRAWS)
+    found = noise_counts.correlation(curvature, counts, np.ones(4, bool), NUM_DRAWS)
     assert found.pearson == pytest.approx(np.corrcoef([0, 5, 10], [6, 2, 1])[0, 1])
 
 
 def test_constant_curvature_has_no_coefficient_and_no_lowest_share():
     correct = sample()[1]
     flat = np.full(60, 3.0, np.float32)
-    found = robustness_report.correlation(flat, correct.sum(axis=0), np.ones(60, bool), NUM_DRAWS)
+    found = noise_counts.correlation(flat, correct.sum(axis=0), np.ones(60, bool), NUM_DRAWS)
     assert all(math.isnan(value) for value in found[:3])
-    accuracy, sizes = robustness_report.kept_accuracy(flat, correct, (0.5, 1))
+    accuracy, sizes = noise_counts.kept_accuracy(flat, correct, (0.5, 1))
     assert math.isnan(accuracy[0]) and accuracy[1] == correct.mean()
     assert sizes.tolist() == [0, 60]
 
 
 @pytest.mark.parametrize("counts", [np.full(60, 10), np.repeat([0, 10], 30)])
 def test_fewer_than_three_groups_have_no_pearson_coefficient(counts):
-    found = robustness_report.correlation(
+    found = noise_counts.correlation(
         sample()[0], counts, np.ones(60, bool), NUM_DRAWS)
     assert math.isnan(found.pearson)
 
@@ -112,13 +112,13 @@ def test_curvatures_that_are_not_finite_do_not_count():
     counts, clean = correct.sum(axis=0), np.ones(60, bool)
     wild = np.concatenate([curvature, [np.nan, np.inf, -np.inf]]).astype(np.float32)
     more = np.concatenate([correct, np.ones((NUM_DRAWS, 3), bool)], axis=1)
-    for pair in zip(robustness_report.kept_accuracy(wild, more, (0.3, 1)),
-                    robustness_report.kept_accuracy(curvature, correct, (0.3, 1)), strict=True):
+    for pair in zip(noise_counts.kept_accuracy(wild, more, (0.3, 1)),
+                    noise_counts.kept_accuracy(curvature, correct, (0.3, 1)), strict=True):
         np.testing.assert_array_equal(*pair)
-    assert robustness_report.correlation(
+    assert noise_counts.correlation(
         wild, more.sum(axis=0), np.ones(63, bool), NUM_DRAWS
-    ) == robustness_report.correlation(curvature, counts, clean, NUM_DRAWS)
-    accuracy, sizes = robustness_report.kept_accuracy(wild[60:], more[:, 60:], (0.5, 1))
+    ) == noise_counts.correlation(curvature, counts, clean, NUM_DRAWS)
+    accuracy, sizes = noise_counts.kept_accuracy(wild[60:], more[:, 60:], (0.5, 1))
     assert np.isnan(accuracy).all() and sizes.tolist() == [0, 0]
 
 
@@ -135,7 +135,7 @@ def test_curvatures_that_are_not_finite_do_not_count():
     ([("a", math.nan, 101)], "no method has a coefficient"),
 ])
 def test_the_relation_in_words(coefficients, words):
-    assert robustness_report.relation(coefficients) == words
+    assert noise_counts.relation(coefficients) == words
 
 
 def test_the_first_images_of_different_classes():

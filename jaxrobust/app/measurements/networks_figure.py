@@ -1,4 +1,4 @@
-"""The figure of :mod:`.networks_report`: pure, from numbers to a ``Figure``."""
+"""The figure of :mod:`.networks`: pure, from numbers to a ``Figure``."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -24,13 +24,13 @@ import numpy as np
 from jaxrobust.app.config import InputError
 from jaxrobust.app.files import make_folder, write_text
 from jaxrobust.app.measurements import (
-    networks_report,
-    robustness_report,
+    networks,
+    noise_counts,
     sharpness,
     steps,
-    theory_report,
 )
-from jaxrobust.app.measurements.networks_report import CURVATURES
+from jaxrobust.app.measurements.networks import CURVATURES
+from jaxrobust.app.measurements.theory import section as theory_section
 from jaxrobust.app.recipe import METHOD_LABELS
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.comparison import (
@@ -131,7 +131,7 @@ def write_figures(
     written = [write_report(folder) for folder in studies]
     if alone:
         out = out or alone[0].parent / ("figures" if name is None else f"figures-{name}")
-        sections = robustness_report.sections(study_of_runs(alone, name=name))
+        sections = noise_counts.sections(study_of_runs(alone, name=name))
         make_folder(out)
         for section in sections:
             for picture in section.pictures:
@@ -841,12 +841,12 @@ def _sections(study: Study) -> list[Section]:
             "How fast the gradient of the loss turns when the image changes a little. The paper "
             "argues that robustness to noise and low curvature go together.",
             (curvature_table(study),), (curvature_picture(study),)))
-    sections += filter(None, [networks_report.section(study), steps.section(study)])
-    sections += robustness_report.sections(study)
+    sections += filter(None, [networks.section(study), steps.section(study)])
+    sections += noise_counts.sections(study)
     tsne = tsne_picture(study)
     if tsne:
         sections.append(Section("features", "Features", "", (), (tsne,)))
-    sections += filter(None, [theory_report.section(study), sharpness.section(study)])
+    sections += filter(None, [theory_section.section(study), sharpness.section(study)])
     tables = (common_provenance_table(study), run_table(study), other_measurements_table(study),
               *configuration_tables(study))
     sections.append(Section(

@@ -1,6 +1,6 @@
 """The report's section on curvature across networks: is the flatter network the more robust one?
 
-One point for each run, where :mod:`.robustness_report` has one for each image.
+One point for each run, where :mod:`.noise_counts` has one for each image.
 """
 
 from collections.abc import Hashable

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxrobust.app.measurements import theory_figures
+from jaxrobust.app.measurements.theory import figures
 from jaxrobust.app.report.figures import row_style
 from jaxrobust.app.report.page import (
     Cell,
@@ -171,12 +171,12 @@ def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
         change = CURVATURES["squared_change"]
         values[change] = np.concatenate(
             [2 / result["sigma"] ** 4 * result["squared_change"] for result in results])
-        samples.append(theory_figures.BoundSample(study.labels[row], values))
+        samples.append(figures.BoundSample(study.labels[row], values))
     hidden = sum(int((~(values > 0)).sum()) for sample in samples
                  for values in sample.values.values())
     total = sum(values.size for sample in samples for values in sample.values.values())
     return Picture(
-        "theory_curvature", theory_figures.bounds_figure(samples),
+        "theory_curvature", figures.bounds_figure(samples),
         "Theorem 6.1: the curvature at test images, and what bounds it.",
         f"Box plots on a logarithmic axis, {len(CURVATURES)} boxes for each of {len(samples)} "
         "methods: two curvatures and two bounds on them.",
@@ -194,12 +194,12 @@ def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
     for row, results in found.items():
         values = {label: np.mean([np.mean(result["mapping"][key], axis=0) for result in results],
                                  axis=0) for key, label in MAPPING.items()}
-        curves.append(theory_figures.MappingCurves(
+        curves.append(figures.MappingCurves(
             study.labels[row], np.array(results[0]["mapping"]["radii_over_median_distance"]),
             values))
     settings = next(iter(found.values()))[0]["settings"]
     return Picture(
-        "theory_mapping", theory_figures.mapping_figure(curves),
+        "theory_mapping", figures.mapping_figure(curves),
         "Theorem 6.2: the share of test images outside a ball around their class’s centroid.",
         f"Line charts against the radius, one for each of {len(curves)} methods: the measured "
         "share, and four bounds on it.",
@@ -220,14 +220,14 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
                     for name in layers]
         bounds = {label: np.concatenate([part[key] for part in parts])
                   for key, label in SEPARATION.items()}
-        lines.append(theory_figures.SeparationLine(
+        lines.append(figures.SeparationLine(
             study.labels[row], row_style(list(study.labels).index(row)), layers,
             np.array([values.min() for values in by_layer]),
             np.array([np.median(values) for values in by_layer]),
             {label: (float(values.min()), float(np.median(values)))
              for label, values in bounds.items()}))
     return Picture(
-        "theory_separation", theory_figures.separation_figure(lines),
+        "theory_separation", figures.separation_figure(lines),
         "Theorem 6.3: how far apart two classes are in each layer, and what the theorem promises.",
         f"Two line charts of the Jensen-Shannon divergence against the layer, a line for each of "
         f"{len(lines)} methods, and the theorem’s bounds beside them.",

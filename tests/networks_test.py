@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrobust.app.measurements import networks_report
-from jaxrobust.app.measurements.networks_report import RankCorrelations
+from jaxrobust.app.measurements import networks
+from jaxrobust.app.measurements.networks import RankCorrelations
 from jaxrobust.app.report import figures
 from jaxrobust.app.study import Run, Study
 
@@ -112,7 +112,7 @@ def test_a_constant_has_no_coefficient():
 
 
 def test_the_section_holds_every_level_and_measure(study):
-    section = networks_report.section(study)
+    section = networks.section(study)
     table, = section.tables
     assert table.columns == ("Outcome", "Exact Hessian", "Finite differences")
     heads = [row.head for row in table.rows]
@@ -127,7 +127,7 @@ def test_the_section_holds_every_level_and_measure(study):
 
 
 def test_the_figure_has_a_point_for_each_network(study, tmp_path):
-    picture, = networks_report.section(study).pictures
+    picture, = networks.section(study).pictures
     axes = picture.figure.axes
     assert len(axes) == 4
     for ax in axes:
@@ -143,11 +143,11 @@ def test_the_figure_has_a_point_for_each_network(study, tmp_path):
 def test_few_networks_or_no_noise_give_no_section(study, tmp_path):
     runs = dict(study.runs)
     few = study_of({row: runs[row] for row in list(runs)[:3]})
-    assert networks_report.section(few) is None
+    assert networks.section(few) is None
     for of_row in runs.values():
         for run in of_row:
             run.evaluation["levels"] = run.evaluation["levels"][:1]
-    assert networks_report.section(study) is None
+    assert networks.section(study) is None
 
 
 def test_networks_without_finite_curvature_are_left_out(study, tmp_path):
@@ -156,11 +156,11 @@ def test_networks_without_finite_curvature_are_left_out(study, tmp_path):
     broken = tuple(network(folder, "broken", seed, medians, 90.0, 10.0) for seed, medians in
                    enumerate((None, {"frobenius_squared": float("nan"),
                                      "finite_difference": 1.0})))
-    section = networks_report.section(study_of({**study.runs, "broken": broken}))
-    assert section.tables == networks_report.section(study).tables
+    section = networks.section(study_of({**study.runs, "broken": broken}))
+    assert section.tables == networks.section(study).tables
 
 
 def test_rows_that_came_out_the_same_are_one_network(study):
     again = {"again": study.runs["row1"]}
-    section = networks_report.section(study_of({**study.runs, **again}))
-    assert section.tables == networks_report.section(study).tables
+    section = networks.section(study_of({**study.runs, **again}))
+    assert section.tables == networks.section(study).tables
