@@ -3,19 +3,24 @@
     target ─ studies at a scale ─▶ runs ─▶ Study, the rows needed ─▶ tables and figures
 """
 
-import csv
 import dataclasses
-import io
 import pathlib
 from collections.abc import Callable, Sequence
+
+import pandas as pd
 
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from jaxrobust import _validate
 from jaxrobust.app import comparing, files
 from jaxrobust.app.config import InputError
-from jaxrobust.app.measurements import networks, noise_counts, sharpness
-from jaxrobust.app.report import figures, report
+from jaxrobust.app.measurements import (
+    curvature_report,
+    networks,
+    noise_counts,
+    sharpness,
+)
+from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Section, Table
 from jaxrobust.app.study import Study, load_study, with_rows
 
@@ -37,12 +42,12 @@ class Target:
 
 def _accuracy(study: Study) -> Section:
     return Section("accuracy", study.title, _best(study), _accuracies(study, "both"),
-                   (report.accuracy_picture(study),))
+                   (pictures.accuracy_picture(study),))
 
 
 def _clean_accuracy(study: Study) -> Section:
     return Section("accuracy", study.title, _best(study), _accuracies(study, "softmax"),
-                   (report.levels_picture(study),))
+                   (pictures.levels_picture(study),))
 
 
 def _best(study: Study) -> str:
@@ -51,13 +56,13 @@ def _best(study: Study) -> str:
 
 def _accuracies(study: Study, reference: str) -> tuple[Table, ...]:
     """The accuracies, and how they differ from those of one row."""
-    return tuple(filter(None, (report.accuracy_table(study),
-                               report.difference_table(study, reference))))
+    return tuple(filter(None, (tables.accuracy_table(study),
+                               tables.difference_table(study, reference))))
 
 
 def _perturbations(study: Study) -> Section:
-    return Section("perturbations", study.title, "", (report.perturbation_table(study),),
-                   (report.perturbation_picture(study),))
+    return Section("perturbations", study.title, "", (tables.perturbation_table(study),),
+                   (pictures.perturbation_picture(study),))
 
 
 def _transfer(study: Study) -> Section:
@@ -66,8 +71,8 @@ def _transfer(study: Study) -> Section:
 
 def _perturbed(study: Study, reference: str) -> tuple[Table, ...]:
     """The accuracies under other perturbations, and how they differ from those of one row."""
-    return tuple(filter(None, (report.perturbation_table(study),
-                               report.perturbation_difference_table(study, reference))))
+    return tuple(filter(None, (tables.perturbation_table(study),
+                               tables.perturbation_difference_table(study, reference))))
 
 
 def _networks(study: Study) -> Section:
@@ -80,12 +85,12 @@ def _networks(study: Study) -> Section:
 
 
 def _curvature(study: Study) -> Section:
-    return Section("curvature", study.title, "", (report.curvature_table(study),),
-                   (report.curvature_picture(study),))
+    return Section("curvature", study.title, "", (curvature_report.curvature_table(study),),
+                   (curvature_report.curvature_picture(study),))
 
 
 def _features(study: Study) -> Section:
-    picture = report.tsne_picture(study)
+    picture = pictures.tsne_picture(study)
     return Section("features", study.title, "", (), (picture,) if picture else ())
 
 
@@ -95,8 +100,8 @@ def _question(reference: str) -> Callable[[Study], Section]:
         sharp = sharpness.section(study)
         return Section("question", study.title, _best(study),
                        (*_accuracies(study, reference), *_perturbed(study, reference),
-                        report.curvature_table(study), *(sharp.tables if sharp else ())),
-                       (report.accuracy_picture(study), report.perturbation_picture(study)))
+                        curvature_report.curvature_table(study), *(sharp.tables if sharp else ())),
+                       (pictures.accuracy_picture(study), pictures.perturbation_picture(study)))
 
     return build
 
@@ -223,8 +228,8 @@ def make_plan(
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
-    """Writes each target's folder: ``NAME.md``, ``NAME.json``, its figures, and ``NAME.csv`` if it
-    has tables.
+    """Writes each target's folder: ``NAME.md``, its figures, and all numbers of its rows in
+    ``NAME.csv`` and, over the seeds, in ``NAME.json``.
 
     Returns:
       The Markdown files.
@@ -242,7 +247,6 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
     sections = [target.build(study) for study in studies]
     files.make_folder(folder)
     parts = [f"# {target.title}", f"Scale: {plan.scale}. {_made_by(name, plan)}"]
-    tables = []
     for study, section in zip(studies, sections, strict=True):
         # Pictures of two studies would have the same name.
         section = section._replace(pictures=tuple(
@@ -251,16 +255,12 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
             figures.save(picture.figure, folder / picture.name)
         parts += report.section_markdown(section, "")
         parts += [] if not study.note else [report.paragraph_markdown(study.note)]
-        tables += [(study.name, table) for table in section.tables]
     files.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-    if tables:
-        files.write_text(folder / f"{name}.csv", _csv(tables))
+    numbers = pd.concat(map(report.numbers_of, studies))
+    files.write_text(folder / f"{name}.csv", frame.to_csv(numbers))
     files.write_json(folder / f"{name}.json", {
         "target": name, "title": target.title, "scale": plan.scale,
-        "studies": [_facts(study) for study in studies],
-        "tables": [{"study": study, "caption": table.caption, "columns": table.columns,
-                    "rows": [[row.head, *(cell.text for cell in row.cells)] for row in table.rows]}
-                   for study, table in tables]})
+        "studies": [_facts(study) for study in studies], "numbers": frame.summary(numbers)})
     return folder / f"{name}.md"
 
 
@@ -276,6 +276,7 @@ def _facts(study: Study) -> dict:
     finished = study.all_finished()
     return {
         "name": study.name, "command": study.command, "commit": study.commit,
+        "rows": study.labels,
         "runs": {run.folder.name: {
             "commit": run.provenance.get("commit"), "seconds": run.provenance.get("seconds"),
             "seed": run.seed, "epoch": run.evaluation["epoch"]} for run in finished},
@@ -284,13 +285,3 @@ def _facts(study: Study) -> dict:
         "hardware": sorted({run.provenance["hardware"] for run in finished}),
         "versions": finished[0].provenance["versions"],
     }
-
-
-def _csv(tables: Sequence[tuple[str, Table]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for study, table in tables:
-        writer.writerow([study, table.caption])
-        writer.writerow(table.columns)
-        writer.writerows([row.head, *(cell.text for cell in row.cells)] for row in table.rows)
-    return out.getvalue()

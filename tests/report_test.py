@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import statistics
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from command_line import call, one_line
 
 from jaxrobust.app import study
 from jaxrobust.app.config import InputError, RunConfig, to_json
-from jaxrobust.app.report import comparison, figures, report
+from jaxrobust.app.report import comparison, figures, frame, page, report, tables
 
 LABELS = {"both": "Training on both", "robust": "Robust <&> |method|"}
 LEVELS = (0, 2)
@@ -142,14 +143,42 @@ def test_three_seeds_give_mean_and_spread_over_trainings(three_seeds):
     # robust, clean: 92, 94, 96; at 2/255 the means over draws 72, 74, 71 (std sqrt(7/3)).
     assert table_rows(page, LABELS["robust"])[0][1:3] == ["94.00 ± 2.00", "72.33 ± 1.53"]
     assert table_rows(page, LABELS["both"])[0][1:3] == ["90.00 ± 0.00", "73.00 ± 2.00"]
-    with (folder / "report.csv").open() as file:
-        line = next(line for line in csv.DictReader(file)
-                    if (line["source"], line["row"], line["noise_std_255"]) == ("ours", "robust",
-                                                                              "2"))
+    found, = (line for line in json.loads((folder / "report.json").read_text())["numbers"] if (
+        line["row"], line["measurement"], line["condition"]) == ("robust", "accuracy", "2/255"))
+    assert found["mean"] == pytest.approx(72 + 1 / 3) and found["unit"] == "%"
+    assert found["by_seed"] == pytest.approx([72, 74, 71])
     # stds over draws: 2 sqrt(2), sqrt(2), sqrt(2).
-    assert float(line["std_over_draws_percent"]) == pytest.approx(4 * 2**0.5 / 3, abs=1e-4)
-    assert float(line["std_over_seeds_percent"]) == pytest.approx((7 / 3) ** 0.5, abs=1e-4)
-    assert line["num_seeds"] == "3"
+    assert found["std_over_draws"] == pytest.approx(4 * 2**0.5 / 3)
+    assert found["std_over_seeds"] == pytest.approx((7 / 3) ** 0.5)
+
+
+def test_every_number_is_a_line_of_the_csv_file(three_seeds):
+    folder, _ = three_seeds
+    with (folder / "report.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["study", "row", "seed", "measurement", "condition", "draw", "value",
+                              "unit"]
+
+    def values(*key):
+        names = ("row", "seed", "measurement", "condition", "unit")
+        return [(line["draw"], float(line["value"])) for line in lines
+                if tuple(line[name] for name in names) == key]
+
+    assert values("robust", "1", "accuracy", "2/255", "%") == [("0", 73), ("1", 75)]
+    assert values("robust", "1", "accuracy", "clean", "%") == [("0", 94)]
+    assert values("robust", "", "published accuracy", "2/255", "%") == [("", 92.70)]
+    assert values("robust", "", "published standard deviation over draws", "clean", "%") == []
+    assert values("both", "2", "training time", "", "s") == [("", 65)]
+    assert values("both", "2", "epoch kept", "", "epoch") == [("", 2)]
+    assert values("both", "2", "test images", "", "images") == [("", 500)]
+    # Of 0, 1, 3, 100.
+    for measurement, value, unit in (("median curvature", 2, "1/pixel⁴"),
+                                     ("mean curvature", 26, "1/pixel⁴"),
+                                     ("curvatures of zero or less", 1, "images")):
+        assert values("both", "2", measurement, "Exact Hessian", unit) == [("", value)]
+    # What is read is what was written.
+    assert frame.to_csv(frame.read_csv(folder / "report.csv")) == (
+        folder / "report.csv").read_text()
 
 
 def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
@@ -200,22 +229,26 @@ def test_two_seeds_against_one_are_not_told_in_words(tmp_path):
         assert 3 < half < 5
 
 
-def accuracy(*means, error):
-    return comparison.Accuracy(statistics.fmean(means), means, None, None, error, None, None)
+def accuracy(*means, num_images):
+    """A line of accuracies, by hand."""
+    return types.SimpleNamespace(mean=statistics.fmean(means), by_seed=means,
+                                 num_images=num_images)
 
 
 def test_a_difference_holds_trainings_and_test_images():
-    own, peer = accuracy(90, 92, 94, error=0.3), accuracy(80, 82, 84, error=0.4)
+    own, peer = accuracy(90, 92, 94, num_images=998), accuracy(80, 82, 84, num_images=398)
     found = comparison.difference(own, peer)
-    # Student's t of 4 degrees of freedom, s = 2, and 1.96 * sqrt(0.3^2 + 0.4^2).
+    # Student's t of 4 degrees of freedom, s = 2; 919.16 of 1,000 and 327.36 of 400 images are
+    # right, with one more on either side.
     assert found.points == 10
     assert found.seeds == pytest.approx(2.776445 * 2 * (2 / 3) ** 0.5, rel=1e-6)
-    assert found.images == pytest.approx(1.959964 * 0.5, rel=1e-6)
+    errors = 0.91916 * 0.08084 / 1000 + 0.8184 * 0.1816 / 400
+    assert found.images == pytest.approx(100 * 1.959964 * errors**0.5, rel=1e-6)
     assert found.half == pytest.approx((found.seeds**2 + found.images**2) ** 0.5)
     assert found.clear and found.beyond_seeds
-    wide = comparison.difference(own, accuracy(80, 82, 84, error=10))
+    wide = comparison.difference(own, accuracy(80, 82, 84, num_images=8))
     assert not wide.clear and wide.beyond_seeds
-    two = comparison.difference(own, accuracy(80, 80, error=0.4))
+    two = comparison.difference(own, accuracy(80, 80, num_images=398))
     assert two.seeds is None and two.half == two.images and not two.clear
 
 
@@ -241,9 +274,10 @@ def test_uneven_classes_are_told_of(tmp_path):
     # Accuracies 90 and 89 when clean, 82 and 86 at 2/255.
     assert "Balanced accuracy is far below accuracy" in page
     assert f"“{LABELS['both']}” (75.00 % against 90.00 %)" in html.unescape(page)
-    with (tmp_path / "study" / "report.csv").open() as file:
-        assert {line["balanced_percent"] for line in csv.DictReader(file)
-                if line["source"] == "ours"} == {"75.0000"}
+    found = frame.read_csv(tmp_path / "study" / "report.csv").set_index("measurement")
+    assert set(found.loc["balanced accuracy"].value) == {75}
+    assert set(found.loc["accuracy on dog"].value) == {50}
+    assert "accuracy on emu" not in found.index
 
 
 def test_an_evaluation_in_a_line():
@@ -334,13 +368,16 @@ def test_any_runs_make_a_report_in_which_seeds_are_together(tmp_path, capsys):
     assert call("report", *folders) == 0
     out = tmp_path / "study" / "report"
     assert f"The report is in {out / 'report.html'}" in capsys.readouterr().out
-    rows = json.loads((out / "report.json").read_text())["rows"]
+    content = json.loads((out / "report.json").read_text())
+    rows = content["rows"]
     assert [(row["label"], row["seeds"]) for row in rows] == [
         ("robust", [0, 1, 2]), ("both", [0, 1, 2])]
     means = [statistics.fmean(draws[1]) for (row, _), draws in THREE_SEEDS.items()
              if row == "robust"]
-    assert rows[0]["accuracy"][1]["mean"] == pytest.approx(100 * statistics.fmean(means))
-    assert rows[0]["accuracy"][1]["std_over_seeds"] == pytest.approx(100 * statistics.stdev(means))
+    found, = (line for line in content["numbers"] if line["row"] == rows[0]["row"]
+              and (line["measurement"], line["condition"]) == ("accuracy", "2/255"))
+    assert found["mean"] == pytest.approx(100 * statistics.fmean(means))
+    assert found["std_over_seeds"] == pytest.approx(100 * statistics.stdev(means))
     assert call("report", *folders[:2], "--out", tmp_path / "some") == 0
     assert len(json.loads((tmp_path / "some" / "report.json").read_text())["rows"]) == 1
 
@@ -361,7 +398,7 @@ def test_a_report_of_what_are_no_runs_or_the_same_is_one_line(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:Precision loss")  # SciPy, of three equal numbers.
 def test_differences_have_the_interval_of_the_t_test(three_seeds):
     study = report.load_study(three_seeds[0])
-    table = report.difference_table(study, "both")
+    table = tables.difference_table(study, "both")
     row, = table.rows
     assert row.head == LABELS["robust"] and "“Training on both”" in table.caption
     for level, cell in enumerate(row.cells):
@@ -387,25 +424,25 @@ def test_differences_under_perturbations_are_computed_as_those_under_noise(tmp_p
             for level in evaluation["levels"]]
         path.write_text(json.dumps(evaluation))
     study = report.load_study(folder)
-    table = report.perturbation_difference_table(study, "both")
+    table = tables.perturbation_difference_table(study, "both")
     assert table.columns == ("Perturbation", LABELS["robust"])
     assert [row.head for row in table.rows] == [f"at {level}" for level in LEVELS]
-    row, = report.difference_table(study, "both").rows
+    row, = tables.difference_table(study, "both").rows
     assert [cell for line in table.rows for cell in line.cells] == list(row.cells)
 
 
 def test_differences_under_perturbations_need_the_reference_to_be_tested(three_seeds):
     study = report.load_study(three_seeds[0])
-    assert report.perturbation_difference_table(study, "both") is None
+    assert tables.perturbation_difference_table(study, "both") is None
 
 
 def test_differences_of_single_trainings_have_no_interval(one_seed, tmp_path):
-    table = report.difference_table(report.load_study(one_seed[0]), "robust")
+    table = tables.difference_table(report.load_study(one_seed[0]), "robust")
     assert [cell.text for cell in table.rows[0].cells] == ["+1.00", "−4.00"]
     assert "the spread over trainings is unknown" in table.note
     folder = tmp_path / "study"
     write_study(folder, {("both", 0): ONE_SEED["both", 0]}, seeds=[0])
-    assert report.difference_table(report.load_study(folder), "robust") is None
+    assert tables.difference_table(report.load_study(folder), "robust") is None
 
 
 def test_rows_are_told_apart_by_more_than_their_colour():
@@ -509,7 +546,7 @@ def test_curvature_with_zeros_counts_what_the_axis_cannot_show(one_seed):
     [(0.0, "0"), (2333.4, "2333"), (12.34, "12.3"), (0.012344, "0.0123"), (1.234e-5, "1.23e-05"),
      (float("nan"), "–")])
 def test_significant_keeps_three_digits(value, text):
-    assert report.significant(value) == text
+    assert page.significant(value) == text
 
 
 def test_curvature_figure_bears_zeros_alone_and_values_that_are_not_finite(tmp_path):

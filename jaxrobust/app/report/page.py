@@ -84,7 +84,8 @@ def significant(value: float) -> str:
 
 def with_spread(mean: float, std: float | None) -> str:
     """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    unknown = std is None or math.isnan(std)
+    return f"{mean:.2f}" if unknown else f"{mean:.2f} ± {std:.2f}"
 
 
 def listed(values: Iterable) -> str:

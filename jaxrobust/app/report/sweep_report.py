@@ -21,8 +21,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from jaxrobust.app import files
 from jaxrobust.app.report import figures
-from jaxrobust.app.report.comparison import accuracies, classes_of
+from jaxrobust.app.report.comparison import classes_of
 from jaxrobust.app.report.figures import add_legend, new_figure, row_style
+from jaxrobust.app.report.frame import accuracies_of, accuracy_numbers, table
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -124,8 +125,15 @@ def _measures(plan: Plan, finished: Sequence[Run]) -> dict[str, Spread]:
     measures = {}
     if finished and plan.run.select == "validation":
         measures[SELECTION] = _spread([selection_accuracy(run) for run in finished])
-    return measures | {level_name(level): _spread(accuracy.seed_means)
+    return measures | {level_name(level): _spread(accuracy.by_seed)
                        for level, accuracy in accuracies(finished).items()}
+
+
+def accuracies(finished: Sequence[Run]) -> dict:
+    """By noise level, over the runs of one setting."""
+    found = accuracies_of(table(("", "", run.seed, *number) for run in finished
+                                for number in accuracy_numbers(run)), [""])[""]
+    return {one.level: one for one in found.values() if not math.isnan(one.level)}
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -184,7 +192,8 @@ def _run_json(plan: Plan, run: Run) -> dict:
         **{name: run.provenance[name] for name in ("seconds", "runs_together")},
         "selection_percent": selection_accuracy(run) if chosen else None,
         "accuracy": [{"noise_std_255": level, "mean_percent": accuracy.mean,
-                      "std_over_draws_percent": accuracy.std_over_draws}
+                      "std_over_draws_percent": None if math.isnan(accuracy.std_over_draws)
+                      else accuracy.std_over_draws}
                      for level, accuracy in accuracies([run]).items()]}
 
 

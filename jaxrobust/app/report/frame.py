@@ -1,0 +1,172 @@
+"""Every number of a study in one tidy table, from which tables, figures, CSV and JSON are made.
+
+    Run ─ a measurement's numbers ─▶ Number ─ frame ─▶ a line a number ─ over_seeds ─▶ a line a row
+
+A table has the columns of :data:`COLUMNS`. Accuracies are per cent.
+"""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from jaxrobust.app.report.page import level_name
+from jaxrobust.app.study import Run, Study
+
+COLUMNS = {"study": "str", "row": "str", "seed": "Int64", "measurement": "str",
+           "condition": "str", "draw": "Int64", "value": "float64", "unit": "str"}
+"""Of the table, and their types. ``row`` is the key of a row, ``seed`` the training's and ``draw``
+counts the draws of the noise; both are empty for a number of several together."""
+
+DIGITS = 10
+"""Significant ones of a number in a CSV file."""
+
+PUBLISHED = "published accuracy"
+PUBLISHED_STD = "published standard deviation over draws"
+
+
+class Number(NamedTuple):
+    """One number of one run."""
+
+    measurement: str
+    condition: str  # under which it was measured, such as "8/255" or "exact Hessian"
+    value: float
+    unit: str  # "" of a number without one
+    draw: int | None = None
+
+
+def frame(study: Study, *kinds: Callable[[Run], Iterable[Number]]) -> pd.DataFrame:
+    """The numbers of these kinds of all runs, in the order of the rows and their seeds."""
+    return table((study.name, row, run.seed, *number) for row, runs in study.runs.items()
+                 for run in runs for kind in kinds for number in kind(run))
+
+
+def table(lines: Iterable[tuple]) -> pd.DataFrame:
+    """From lines of study, row, seed, and the fields of :class:`Number`."""
+    columns = ["study", "row", "seed", *Number._fields]
+    return pd.DataFrame(lines, columns=columns).astype(COLUMNS)[list(COLUMNS)]
+
+
+def training_numbers(run: Run) -> Iterator[Number]:
+    """How long a training took and what came of it."""
+    if run.evaluation:
+        yield Number("epoch kept", "", run.evaluation["epoch"], "epoch")
+        if "seconds" in run.provenance:  # A run that is not done has none.
+            yield Number("training time", "", run.provenance["seconds"], "s")
+    if run.diverged:
+        yield Number("diverged in", "", run.diverged, "epoch")
+
+
+def accuracy_numbers(run: Run) -> Iterator[Number]:
+    """Accuracy by test and draw; the mean over the classes, and each, where they are known."""
+    evaluation = run.evaluation
+    if not evaluation:
+        return
+    yield Number("test images", "", evaluation["num_images"], "images")
+    names = evaluation.get("classes", {}).get("names", ())
+    for name, size in zip(names, evaluation["classes"]["counts"] if names else (), strict=True):
+        yield Number("test images", name, size, "images")
+    for condition, test in tests(evaluation):
+        for draw, share in enumerate(test["accuracies"]):
+            yield Number("accuracy", condition, 100 * share, "%", draw)
+        if names:  # Older evaluations have none.
+            yield Number("balanced accuracy", condition, balanced(test), "%")
+            for name, share in zip(names, test["by_class"], strict=True):
+                if share is not None:
+                    yield Number(f"accuracy on {name}", condition, 100 * share, "%")
+
+
+def tests(evaluation: dict) -> list[tuple[str, dict]]:
+    """The tests of an evaluation, each with its condition in the table."""
+    return [*((level_name(test["std_255"]).lower(), test) for test in evaluation["levels"]),
+            # Older evaluations have noise levels alone.
+            *((test["perturb"], test) for test in evaluation.get("perturbations", ()))]
+
+
+def balanced(test: dict) -> float:
+    """Per cent; the mean of the accuracies on the images of each class that has any."""
+    return 100 * statistics.fmean(share for share in test["by_class"] if share is not None)
+
+
+def published_accuracies(study: Study) -> list[tuple[str, str, tuple[float, float | None]]]:
+    """(row, condition, (mean, std)) in per cent, the paper's, of the rows that it has too."""
+    if study.paper is None:
+        return []
+    return [(row, level_name(level).lower(), number) for row in study.labels
+            if row in study.paper_rows for level, number in zip(
+                study.paper.levels, study.paper.rows[study.paper_rows[row]], strict=True)]
+
+
+def published_numbers(study: Study) -> pd.DataFrame:
+    """:func:`published_accuracies` as a table."""
+    return table((study.name, row, None, measurement, condition, value, "%", None)
+                  for row, condition, number in published_accuracies(study)
+                  for measurement, value in zip((PUBLISHED, PUBLISHED_STD), number, strict=True)
+                  if value is not None)
+
+
+def noise_level(condition: str) -> float | None:
+    """The noise level in units of 1/255; None of another perturbation."""
+    number, is_level, rest = condition.partition("/255")
+    return 0.0 if condition == "clean" else float(number) if is_level and not rest else None
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """A line for each row, measurement and condition, in the order of the first of each.
+
+    Returns:
+      Beside these and ``study`` and ``unit``: ``mean`` over the seeds of the mean over the draws,
+      ``by_seed`` with the latter, ``std_over_seeds`` and ``std_over_draws`` (ddof=1; NaN of one,
+      the second averaged over the seeds).
+    """
+    keys = ["study", "row", "measurement", "condition", "unit"]
+    by_seed = table.groupby([*keys, "seed"], sort=False, dropna=False).value.agg(["mean", "std"])
+    groups = by_seed.reset_index().groupby(keys, sort=False)
+    return groups.agg(
+        mean=("mean", "mean"), by_seed=("mean", tuple), std_over_seeds=("mean", "std"),
+        std_over_draws=("std", "mean")).reset_index()
+
+
+Accuracies = dict[str, dict[str, Any]]
+"""By row and condition, noise levels first and increasing: a line of :func:`over_seeds` as a named
+tuple, with ``num_images`` and ``balanced`` (NaN where it is not known)."""
+
+
+def accuracies(study: Study) -> Accuracies:
+    """Those of a study's finished runs; of every row, in their order."""
+    return accuracies_of(frame(study, accuracy_numbers), study.labels)
+
+
+def accuracies_of(table: pd.DataFrame, rows: Iterable[str]) -> Accuracies:
+    """Those in a table of numbers."""
+    found = over_seeds(table)
+    others = found.set_index(["measurement", "row", "condition"])["mean"]
+    lines = found[found.measurement == "accuracy"]
+    lines = lines.assign(
+        num_images=[others["test images", row, ""] for row in lines.row],
+        balanced=[others.get(("balanced accuracy", one.row, one.condition), math.nan)
+                  for one in lines.itertuples()],
+        level=lines.condition.map(noise_level).astype("float64"))
+    lines = lines.sort_values("level", kind="stable", na_position="last")
+    return {row: {one.condition: one for one in lines[lines.row == row].itertuples(index=False)}
+            for row in rows}
+
+
+def summary(table: pd.DataFrame) -> list[dict]:
+    """:func:`over_seeds` for a JSON file, what is not known left out."""
+    return [{name: value for name, value in line.items() if value == value}
+            for line in over_seeds(table).drop(columns="study").to_dict("records")]
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """The content of a CSV file."""
+    return table.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
+
+
+def read_csv(path: pathlib.Path) -> pd.DataFrame:
+    """The table in a file that :func:`to_csv` made."""
+    return pd.read_csv(path, dtype=COLUMNS, keep_default_na=False,
+                       na_values={"seed": [""], "draw": [""], "value": ["nan"]})
