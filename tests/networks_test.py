@@ -38,7 +38,8 @@ def network(folder, row, seed, medians, clean, noisy):
 def study_of(runs):
     return Study(name="toy", title="Toy", note="", command="", commit="",
                  labels={row: row for row in runs}, methods={row: row for row in runs}, seeds=(),
-                 paper=None, paper_rows={}, paper_perturbations={}, class_names={}, runs=runs)
+                 paper=None, paper_rows={}, paper_perturbed=None, paper_perturbations={},
+                 class_names={}, runs=runs)
 
 
 @pytest.fixture(name="study")

@@ -1,12 +1,12 @@
 """`reproduce` of tables, figures and questions: everything at the tiny scale, from nothing."""
 
-import csv
 import dataclasses
 import json
 import math
 import pathlib
 import statistics
 
+import markdown
 import numpy as np
 import PIL.Image
 import pytest
@@ -20,6 +20,7 @@ from jaxrobust import data
 from jaxrobust.app import comparing, files
 from jaxrobust.app.config import InputError, get_setting
 from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.report import frame
 from jaxrobust.app.report.page import duration
 from jaxrobust.app.study import load_study, with_rows
 
@@ -47,14 +48,20 @@ def words(place):
 
 
 def made(place, name):
-    """A target's folder, and its content for machines."""
+    """A target's folder, its content for machines, and the tables of its page."""
     folder = place / "runs" / "tiny" / name
-    return folder, files.read_json(folder / f"{name}.json")
+    return (folder, files.read_json(folder / f"{name}.json"),
+            markdown.tables((folder / f"{name}.md").read_text()))
+
+
+def bare(cells):
+    """Without what marks the best and the paper's."""
+    return [cell.strip("*") for cell in cells]
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_every_target_is_made_with_its_tables_and_figures(name, place):
-    folder, content = made(place, name)
+    folder, content, tables = made(place, name)
     target, page = targets.TARGETS[name], (folder / f"{name}.md").read_text()
     assert page.startswith(f"# {target.title}\n")
     assert [study["name"] for study in content["studies"]] == [
@@ -66,30 +73,32 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
     for picture in pictures:
         with PIL.Image.open(folder / picture) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    assert len(content["tables"]) + len(pictures) >= len(target.studies)
+    assert len(tables) + len(pictures) >= len(target.studies)
     expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1)}.get(
         name.rstrip("0123456789"), (4, 2))
-    assert len(content["tables"]) >= expected[0] and len(pictures) >= expected[1]
+    assert len(tables) >= expected[0] and len(pictures) >= expected[1]
     for study in content["studies"]:
         assert study["commit"] and study["hardware"] and study["versions"]["jax"]
         assert all(run["seconds"] > 0 for run in study["runs"].values())
-    assert (folder / f"{name}.csv").is_file() == bool(content["tables"])
-    for table in content["tables"]:
-        lines = list(csv.reader((folder / f"{name}.csv").read_text().splitlines()))
-        assert [*table["columns"]] in lines and all(row in lines for row in table["rows"])
+    # Numbers of its rows, and of none else, as the table has them.
+    numbers = frame.read_csv(folder / f"{name}.csv")
+    for study in content["studies"]:
+        rows = set(target.rows or study["rows"])
+        assert set(numbers.row[numbers.study == study["name"]]) == rows == set(study["rows"])
+    assert [line for line in content["numbers"] if line["measurement"] == "accuracy"]
+    assert all(isinstance(line["mean"], float) for line in content["numbers"] if "mean" in line)
 
 
 def test_the_rows_of_a_question_are_compared_with_one_of_them(place):
-    _, content = made(place, "alignment")
-    accuracy, difference = content["tables"][:2]
-    *rows, commonest = accuracy["rows"]
+    _, _, (accuracy, difference, *_) = made(place, "alignment")
+    _, *rows, commonest = map(bare, accuracy[1])
     assert commonest[0].startswith("always “")
     by_label = {row[0]: row[1:-1] for row in rows}
     reference = STUDIES["ablations"]["tiny"].labels["robust"]
-    assert f"“{reference}”" in difference["caption"]
+    assert f"“{reference}”" in difference[0]
     peer = by_label.pop(reference)
-    assert len(by_label) == 3 and [row[0] for row in difference["rows"]] == list(by_label)
-    for label, *cells in difference["rows"]:
+    assert len(by_label) == 3 and [row[0] for row in difference[1][1:]] == list(by_label)
+    for label, *cells in difference[1][1:]:
         for cell, own, other in zip(cells, by_label[label], peer, strict=True):
             expected = float(own.split()[0]) - float(other.split()[0])
             assert float(cell.replace("−", "-")) == pytest.approx(expected, abs=0.011)
@@ -98,14 +107,14 @@ def test_the_rows_of_a_question_are_compared_with_one_of_them(place):
 @pytest.mark.parametrize("name, key", [("table1", "table1"), ("table2", "table2"),
                                        ("table3", "table3")])
 def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, place):
-    _, content = made(place, name)
-    table, difference = content["tables"]
-    assert "less that of “Training on both clean and noisy images”" in difference["caption"]
-    *heads, commonest = (row[0] for row in table["rows"])
+    _, _, ((_, (_, *rows)), (caption, _)) = made(place, name)
+    assert "less that of “Training on both clean and noisy images”" in caption
+    rows = list(map(bare, rows))
+    *heads, commonest = (row[0] for row in rows)
     assert len(heads) == 15 and commonest.startswith("always “")
     recipe = STUDIES[targets.TARGETS[name].studies[0]]["tiny"]
     for index, method in enumerate(recipe.rows):
-        ours, theirs, difference = (row[1:-1] for row in table["rows"][3 * index : 3 * index + 3])
+        ours, theirs, difference = (bare(row[1:-1]) for row in rows[3 * index : 3 * index + 3])
         evaluation = files.read_json(
             place / "runs" / recipe.name / f"{method}-seed0" / "evaluation.json")
         for column, (mean, _) in enumerate(paper.TABLES[key].rows[method]):
@@ -117,9 +126,8 @@ def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, p
 
 
 def test_table_4_has_every_perturbation_of_the_paper(place):
-    _, content = made(place, "table4")
-    table, = content["tables"]
-    *heads, commonest = (row[0] for row in table["rows"])
+    _, _, ((_, (_, *rows)),) = made(place, "table4")
+    *heads, commonest = (bare(row)[0] for row in rows)
     assert commonest.startswith("always “")
     assert [head.removeprefix("paper: ") for head in heads[1::3]] == list(paper.TABLE4.rows)
     assert all(head.startswith("paper: ") for head in heads[1::3])
@@ -127,10 +135,11 @@ def test_table_4_has_every_perturbation_of_the_paper(place):
 
 
 def test_table_5_is_of_clean_images_alone(place):
-    _, content = made(place, "table5")
-    for table, key in zip(content["tables"][::2], ("table5_cifar10", "table5_svhn"), strict=True):
-        assert table["columns"] == ["Method", "Clean", "Training time"]
-        theirs = [float(row[1]) for row in table["rows"] if row[0].startswith("paper: ")]
+    _, _, tables = made(place, "table5")
+    for (_, (head, *rows)), key in zip(
+            tables[::2], ("table5_cifar10", "table5_svhn"), strict=True):
+        assert head == ["Method", "Clean", "Training time"]
+        theirs = [float(row[1]) for row in rows if row[0].startswith("*paper: ")]
         assert theirs == [row[0][0] for row in paper.TABLES[key].rows.values()]
     metrics = files.read_lines(
         place / "runs" / "table5_cifar10_tiny" / "alpha_beta-seed0" / "metrics.jsonl")
