@@ -10,7 +10,7 @@ import tyro
 from experiments import bench, targets
 from jaxrobust import InputError, _validate
 from jaxrobust.app import files, run_folder
-from jaxrobust.app.commands import Compare, OnRuns, Positional, run_plans
+from jaxrobust.app.commands import Compare, OnRuns, Positional
 from jaxrobust.app.config import distinct
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.measurements import sharpness, steps, theory
@@ -59,7 +59,7 @@ class Reproduce(Compare):
             print(plan.text())
             return
         files.require_writable(plan.out)
-        failures = run_plans(list(plan.studies.values()), self, plan.text())
+        failures = self.run_plans(list(plan.studies.values()), plan.text())
         if self.report and files.is_writer():
             for path in targets.write_targets(plan):
                 print(f"Written: {path}")

@@ -12,7 +12,7 @@ import pandas as pd
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from jaxrobust import _validate
-from jaxrobust.app import comparing, files
+from jaxrobust.app import files
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import (
     curvature_report,
@@ -22,7 +22,8 @@ from jaxrobust.app.measurements import (
 )
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Section, Table
-from jaxrobust.app.study import Study, load_study, with_rows
+from jaxrobust.app.study.plan import StudyPlan, folder_of, require_data, with_sources
+from jaxrobust.app.study.read import Study, load_study, with_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Plan:
 
     targets: dict[str, Target]
     scale: str
-    studies: dict[str, comparing.StudyPlan]  # by key of STUDIES
+    studies: dict[str, StudyPlan]  # by key of STUDIES
     out: pathlib.Path
 
     def text(self) -> str:
@@ -208,18 +209,18 @@ def make_plan(
             study for study in target.studies if study in only))
             for one, target in chosen.items()}
         chosen = {one: target for one, target in chosen.items() if target.studies}
-    studies: dict[str, comparing.StudyPlan] = {}
+    studies: dict[str, StudyPlan] = {}
     for target in chosen.values():
         for study in target.studies:
             recipe = STUDIES[study][scale]
-            if comparing.folder_of(recipe) is not None:
-                recipe = comparing.with_sources(recipe, data, init_from, skip_bad)
-                comparing.require_data(recipe, name)
+            if folder_of(recipe) is not None:
+                recipe = with_sources(recipe, data, init_from, skip_bad)
+                require_data(recipe, name)
             rows = target.rows or tuple(recipe.rows)
             known = studies.get(study)
             needed = {*rows, *(known.rows if known else ())}
             measured = {*(rows if target.measured else ()), *(known.measured if known else ())}
-            studies[study] = comparing.StudyPlan(
+            studies[study] = StudyPlan(
                 recipe, root / recipe.name,
                 tuple(row for row in recipe.rows if row in needed),
                 tuple(seeds or recipe.seeds),

@@ -15,7 +15,7 @@ from jaxrobust.app import config, files, trainer
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
 from jaxrobust.app.recipe import RECIPES
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 from jaxrobust.images import to_float
 
 pytestmark = [pytest.mark.filterwarnings("default"),

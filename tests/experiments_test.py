@@ -12,10 +12,12 @@ import pytest
 from command_line import call, metrics_of, one_line
 
 from experiments import paper
-from jaxrobust.app import comparing, config, files, prepare, run_folder, trainer
+from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import robustness, sharpness, steps, theory
-from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
+from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe, method_rows
+from jaxrobust.app.study.plan import claim_study, place_of, plan_study
+from jaxrobust.app.study.run import run_study
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -26,7 +28,7 @@ TINY = dataclasses.replace(
     num_features=4, batch_norm_statistics="recomputed", optimizer=config.OptimizerConfig(
         learning_rate=0.02, schedule="cosine", clip_norm=1.0))
 RECIPE = dataclasses.replace(
-    RECIPES["digits"], name="tiny", rows=config.method_rows(TINY), seeds=(0,),
+    RECIPES["digits"], name="tiny", rows=method_rows(TINY), seeds=(0,),
     evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
                                  tsne_images=40),
     curvature=config.CurvatureConfig(num_images=10, num_probes=2, smoothing_draws=3))
@@ -81,17 +83,14 @@ def test_configurations_survive_json():
 @pytest.fixture(name="study", scope="module")
 def _study(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("study")
-    comparing.claim_study(
-        folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
-    failures = comparing.run_study(
-        RECIPE, digits, folder, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
+    failures = run_study(plan_study(RECIPE, folder), digits, tensorboard=False)
     assert failures == []
     return folder
 
 
 def test_every_method_is_trained_tested_and_measured(study):
     for row in METHOD_LABELS:
-        folder = comparing.run_folder(study, row, 0)
+        folder = place_of(study, row, 0)
         evaluation = files.read_json(folder / "evaluation.json")
         assert evaluation["num_images"] == 50
         assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
@@ -111,27 +110,26 @@ def test_the_report_is_written(study):
 def test_what_is_done_is_not_done_again(study, digits):
     paths = sorted(path for path in study.rglob("*") if path.is_file())
     before = [path.stat().st_mtime_ns for path in paths]
-    comparing.run_study(
-        RECIPE, digits, study, rows=list(RECIPE.rows), seeds=[0], tensorboard=False)
+    run_study(plan_study(RECIPE, study), digits, tensorboard=False)
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 
-def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path):
+def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path, monkeypatch):
     for seeds, command in (([0], "a"), ([2, 0], "b")):
-        description = comparing.describe_study(RECIPE, seeds, [])
-        comparing.claim_study(tmp_path, {**description, "command": command})
+        monkeypatch.setattr(provenance, "command_line", lambda command=command: command)
+        claim_study(plan_study(RECIPE, tmp_path, seeds=seeds), ())
     there = files.read_json(tmp_path / "study.json")
     assert (there["seeds"], there["command"]) == ([0, 2], "a")
     with pytest.raises(InputError, match="holds another study"):
-        comparing.claim_study(tmp_path, comparing.describe_study(get_recipe("digits"), [0], []))
+        claim_study(plan_study(get_recipe("digits"), tmp_path), ())
 
 
 def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(
         learning_rate=1e8, schedule="cosine"))
-    recipe = dataclasses.replace(RECIPE, rows={"wild": wild, "robust": TINY})
-    failures = comparing.run_study(
-        recipe, digits, tmp_path, rows=["wild", "robust"], seeds=[0], tensorboard=False)
+    recipe = dataclasses.replace(RECIPE, rows={"wild": wild, "robust": TINY},
+                                 labels={"wild": "Wild", "robust": "Robust"})
+    failures = run_study(plan_study(recipe, tmp_path), digits, tensorboard=False)
     assert len(failures) == 1 and "has diverged" in failures[0]
     assert (tmp_path / "robust-seed0" / "evaluation.json").is_file()
 
@@ -142,8 +140,7 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
     monkeypatch.setattr(trainer, "_as_evaluated", lambda *arguments, **options: jax.tree.map(
         lambda leaf: leaf + np.inf if leaf.dtype == np.float32 else leaf,
         as_it_is(*arguments, **options)))
-    message, = comparing.run_study(
-        RECIPE, digits, tmp_path, rows=["robust"], seeds=[0], tensorboard=False)
+    message, = run_study(plan_study(RECIPE, tmp_path, ["robust"]), digits, tensorboard=False)
     assert "Expected finite logits, got NaN or infinite ones for" in message
     assert "the run has diverged" in message
     folder = tmp_path / "robust-seed0"
@@ -152,10 +149,9 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
 
 
 def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
-    assert comparing.run_study(
-        RECIPE, digits, tmp_path, rows=["normal"], seeds=[0, 1], tensorboard=False,
-        together=True) == []
-    folders = [comparing.run_folder(tmp_path, "normal", seed) for seed in (0, 1)]
+    assert run_study(plan_study(RECIPE, tmp_path, ["normal"], [0, 1]), digits, tensorboard=False,
+                     at_once=2) == []
+    folders = [place_of(tmp_path, "normal", seed) for seed in (0, 1)]
     assert metrics_of(folders[0]) != metrics_of(folders[1])
     for folder in folders:
         assert files.read_json(folder / "provenance.json")["runs_together"] == 2
@@ -211,7 +207,7 @@ def test_results_with_other_settings_are_not_overwritten(study, digits):
     other = dataclasses.replace(
         RECIPE, evaluation=dataclasses.replace(RECIPE.evaluation, num_draws=4))
     with pytest.raises(InputError, match="was made with num_draws=3, not 4"):
-        comparing.run_study(other, digits, study, rows=["both"], seeds=[0], tensorboard=False)
+        run_study(plan_study(other, study, ["both"]), digits, tensorboard=False)
 
 
 def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(study, digits, capsys):

@@ -10,9 +10,11 @@ import pytest
 from command_line import call, one_line
 
 from jaxrobust import data
-from jaxrobust.app import comparing, config, files, trainer
+from jaxrobust.app import config, files, trainer
 from jaxrobust.app.measurements import accuracy, curvature, robustness
 from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.study.plan import plan_study
+from jaxrobust.app.study.run import run_study
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -39,10 +41,7 @@ def _study(tmp_path_factory):
     """A study of two rows; the curvature of one is measured already."""
     folder = tmp_path_factory.mktemp("study")
     digits = data.load_dataset("digits")
-    comparing.claim_study(
-        folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
-    assert comparing.run_study(
-        RECIPE, digits, folder, rows=list(RECIPE.rows), seeds=[0], tensorboard=False) == []
+    assert run_study(plan_study(RECIPE, folder, seeds=[0]), digits, tensorboard=False) == []
     for name in ("curvature.json", "curvature.npz"):
         (folder / "robust-seed0" / name).unlink()
     assert call("figures", *folder.glob("*-seed0"), *SMALL, "--curvature-images", "20",

@@ -12,7 +12,7 @@ from scipy import stats
 from jaxrobust.app.measurements import networks
 from jaxrobust.app.measurements.networks import RankCorrelations
 from jaxrobust.app.report import figures
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 SAMPLES = st.integers(0, 2**16).map(np.random.default_rng)
 

@@ -19,11 +19,12 @@ from command_line import call, one_line
 
 from experiments.paper import TABLE4, TABLES
 from jaxrobust import checkpoints, data, models, perturbations
-from jaxrobust.app import comparing, datasets, doubt, files, network, predict, trainer
+from jaxrobust.app import datasets, doubt, files, network, predict, trainer
 from jaxrobust.app.config import InputError, read_config
 from jaxrobust.app.measurements import accuracy
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import report
+from jaxrobust.app.study.plan import place_of
 from jaxrobust.models import pytorch
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -305,7 +306,7 @@ def test_the_recipe_is_reproduced_on_a_folder_with_both_tables(
     study = tmp_path / "study"
     assert call("reproduce", "road_small", "--data", f"folder:{folder}", "--data-dir", data_dir,
                 "--no-tensorboard", "--out", study) == 0
-    assert comparing.run_folder(study, "robust", 0).joinpath("split.csv").is_file()
+    assert place_of(study, "robust", 0).joinpath("split.csv").is_file()
     page = (study / "report.md").read_text()
     for title in (TABLES["table3"].title, TABLE4.title, *TABLE4.rows):
         assert report._md(title) in page

@@ -17,12 +17,14 @@ from experiments import paper, targets
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from jaxrobust import data
-from jaxrobust.app import comparing, files
+from jaxrobust.app import files
 from jaxrobust.app.config import InputError, get_setting
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import frame
 from jaxrobust.app.report.page import duration
-from jaxrobust.app.study import load_study, with_rows
+from jaxrobust.app.study import run
+from jaxrobust.app.study.plan import fit_recipe, place_of
+from jaxrobust.app.study.read import load_study, with_rows
 
 # TensorBoard's writer, Orbax and TFDS warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("default"),
@@ -162,13 +164,13 @@ def test_what_is_done_is_not_done_again(place, capsys):
 def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monkeypatch):
     # The processes find the package where this one did.
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
-    monkeypatch.setattr(comparing.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(comparing.os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(run.os, "sched_setaffinity", lambda *_: None, raising=False)
     assert call("reproduce", "cifar10_tiny", "--rows", "normal", "noisy", "--jobs", "2",
                 "--data-dir", place / "data", "--no-report", "--no-tensorboard",
                 "--out", tmp_path / "study") == 0
     for row in ("normal", "noisy"):
-        alone, together = (comparing.run_folder(study, row, 0)
+        alone, together = (place_of(study, row, 0)
                            for study in (place / "runs" / "cifar10_tiny", tmp_path / "study"))
         assert (together / "curvature.npz").is_file()
         for name in ("levels", "perturbations"):
@@ -240,9 +242,9 @@ def dataset_of(per_class, num_test):
 def test_a_recipe_is_fitted_to_a_small_data_set():
     recipe = STUDIES["road"]["small"]
     large = dataset_of([200] * 4, 200)
-    assert comparing.fit_recipe(recipe, large) == (recipe, [])
+    assert fit_recipe(recipe, large) == (recipe, [])
     # An eighth of 24 images is 3, too few for one of each of four classes.
-    fitted, lines = comparing.fit_recipe(recipe, dataset_of([6] * 4, 8))
+    fitted, lines = fit_recipe(recipe, dataset_of([6] * 4, 8))
     for row, config in fitted.rows.items():
         assert (config.validation_size, config.batch_size) == (4, 20)
         assert config == dataclasses.replace(
@@ -253,12 +255,12 @@ def test_a_recipe_is_fitted_to_a_small_data_set():
             "validation_size is 4 instead of 0.125", "batch_size is 20 instead of 32",
             "num_images is 8 instead of 64")]
     # Numbers that are for a larger set: 40 for validation, 80 to train on, 60 for the tests.
-    fitted, _ = comparing.fit_recipe(STUDIES["road"]["tiny"], dataset_of([20, 30], 12))
+    fitted, _ = fit_recipe(STUDIES["road"]["tiny"], dataset_of([20, 30], 12))
     run = next(iter(fitted.rows.values()))
     assert (run.validation_size, run.train_size, run.batch_size) == (10, None, 40)
     assert fitted.evaluation.test_size is None and fitted.curvature.num_images == 12
     with pytest.raises(InputError, match="Expected more images in few: of 5 training images"):
-        comparing.fit_recipe(recipe, dataset_of([4, 1], 4))
+        fit_recipe(recipe, dataset_of([4, 1], 4))
 
 
 def test_all_of_a_recipe_runs_on_a_few_photographs(tmp_path, capsys):

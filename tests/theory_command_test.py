@@ -11,11 +11,12 @@ import pytest
 from command_line import call
 
 from jaxrobust import data, models
-from jaxrobust.app import comparing, config, files, trainer
+from jaxrobust.app import config, files, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy, theory
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import report
+from jaxrobust.app.study.plan import claim_study, place_of, plan_study
 from jaxrobust.theory import jensen_shannon_sharp_bound
 
 # TensorBoard's writer and Orbax warn about themselves.
@@ -38,11 +39,11 @@ WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--t
 def _study(tmp_path_factory):
     digits = data.load_dataset("digits")
     folder = tmp_path_factory.mktemp("study")
-    comparing.claim_study(folder, comparing.describe_study(RECIPE, [0], list(digits.class_names)))
-    run_folder = comparing.run_folder(folder, "robust", 0)
-    trainer.train(TINY, digits, run_folder, tensorboard=False)
-    run = trainer.load_run(run_folder, TINY, digits)
-    accuracy.evaluate_run(run, RECIPE.evaluation, run_folder, "tiny")
+    claim_study(plan_study(RECIPE, folder, seeds=[0]), digits.class_names)
+    place = place_of(folder, "robust", 0)
+    trainer.train(TINY, digits, place, tensorboard=False)
+    run = trainer.load_run(place, TINY, digits)
+    accuracy.evaluate_run(run, RECIPE.evaluation, place, "tiny")
     return folder
 
 

@@ -5,22 +5,20 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
+import jax
 import tyro
 
 from jaxrobust import _validate
 from jaxrobust.app import (
     arguments,
-    comparing,
     doubt,
     files,
     perturb_figure,
     predict,
     prepare,
     run_folder,
-    sweep,
     trainer,
 )
-from jaxrobust.app.comparing import StudyPlan
 from jaxrobust.app.config import (
     CurvatureConfig,
     Evaluation,
@@ -37,7 +35,10 @@ from jaxrobust.app.execution import Execution, Feed
 from jaxrobust.app.measurements import accuracy, curvature, robustness
 from jaxrobust.app.measurements.robustness import FigureSettings
 from jaxrobust.app.recipe import RECIPES, get_recipe
-from jaxrobust.app.report import comparison, report, sweep_report
+from jaxrobust.app.report import comparison, report
+from jaxrobust.app.study import sweep
+from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sources
+from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
 from jaxrobust.data import default_data_dir
 
 Positional = tyro.conf.Positional
@@ -56,8 +57,105 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnStudies:
+    """What the commands that train and compare several runs have in common."""
+
+    dry_run: bool = False
+    """Only say what would be done, and what it takes."""
+    out: pathlib.Path | None = None
+    """Folder of the results, under runs/ if none is given."""
+    seeds: Seeds | None = None
+    """Training seeds; the recipe's if none is given."""
+    jobs: int = 1
+    """Runs at a time, each a process on its share of the CPU cores."""
+    at_once: int | None = None
+    """The most runs trained as one vmapped program, of those that differ in the seed and in swept
+    settings alone; if not given, all on accelerators, where the memory may ask for fewer, and 1 on
+    CPUs, where that is faster but for runs of seconds, which are then compiled once."""
+    report: bool = True
+    """Whether to write the report at the end."""
+    tensorboard: bool = True
+    """Whether to write event files for TensorBoard."""
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        for name in ("jobs", "at_once"):
+            if getattr(self, name) is not None:
+                _validate.in_range(name, getattr(self, name), 1)
+        if self.jobs > 1 and (self.at_once or 1) > 1:
+            raise InputError(f"Expected at_once=1 with jobs={self.jobs}, got {self.at_once}.")
+        if self.jobs > 1 and self.execution != Execution():
+            raise InputError(
+                f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
+        check_seeds(self.seeds)
+
+    def run_and_report(self, plan: StudyPlan) -> None:
+        """Runs a study, and writes its report.
+
+        Raises:
+          InputError: (a ValueError) at the end, if runs failed; before, if it cannot be run.
+        """
+        if self.dry_run:
+            print(plan.text())
+            return
+        failures = self.run_plans([plan], plan.text())
+        tested = any((place / "evaluation.json").is_file() for place in plan.places())
+        if self.report and tested and files.is_writer():
+            print(f"The report is in {report.write_report(plan.folder)}")
+        files.barrier("report")
+        if failures:
+            raise InputError("; ".join(failures))
+
+    def run_plans(self, plans: Sequence[StudyPlan], text: str) -> list[str]:
+        """Runs studies, all of whose data sets are loaded before the first of them begins.
+
+        Args:
+          plans: of the studies.
+          text: what to say first.
+
+        Returns:
+          A line for each run that failed.
+
+        Raises:
+          InputError: (a ValueError) if they cannot be run.
+        """
+        for plan in plans:
+            files.require_writable(plan.folder)
+        layout = self.execution.start()
+        if any(plan.measured for plan in plans) and jax.process_count() > 1:
+            raise InputError("Expected one process to measure what figures show, got "
+                             f"{jax.process_count()}. The studies alone can be run by several.")
+        say(text)
+        for plan in plans:
+            for row in plan.rows:
+                check_perturbations(plan.recipe.rows[row], plan.recipe.evaluation.perturb)
+        datasets = [load_recipe_dataset(
+            plan.recipe, self.data_dir, in_memory=self.feed.in_memory()) for plan in plans]
+        fitted = []
+        for plan, dataset in zip(plans, datasets, strict=True):
+            recipe, changes = fit_recipe(plan.recipe, dataset)
+            fitted.append(dataclasses.replace(plan, recipe=recipe))
+            for change in changes:
+                say(change)
+        failures = []
+        for plan, dataset in zip(fitted, datasets, strict=True):
+            if self.jobs > 1:
+                failures += run_study_in_parallel(
+                    plan, dataset, jobs=self.jobs, data_dir=self.data_dir,
+                    tensorboard=self.tensorboard, feed=self.feed)
+            else:
+                failures += run_study(
+                    plan, dataset, at_once=self.at_once, tensorboard=self.tensorboard,
+                    layout=layout, feed=self.feed)
+        return failures
+
+
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Compare(OnStudies):
     """Train and test several methods: all rows of a recipe, over some seeds, with a report.
 
     Leaves finished runs as they are, and resumes interrupted ones.
@@ -65,94 +163,26 @@ class Compare:
 
     recipe: Positional[str]
     """Such as photos or digits."""
-    dry_run: bool = False
-    """Only say what would be done, and what it takes."""
-    out: pathlib.Path | None = None
-    """Folder of the results; runs/RECIPE if none is given."""
     rows: tuple[str, ...] | None = None
     """Rows of the recipe to run; all if none is given."""
-    seeds: Seeds | None = None
-    """Training seeds; the recipe's if none is given."""
-    jobs: int = 1
-    """Runs at a time, each a process on its share of the CPU cores."""
-    report: bool = True
-    """Whether to write the report at the end."""
-    tensorboard: bool = True
-    """Whether to write event files for TensorBoard."""
     data: str | None = None
     """Data set instead of the recipe's, such as folder:PATH."""
     init_from: str | None = None
     """File of PyTorch weights that all rows start from."""
     skip_bad: bool = False
     """Whether to go on without those images of a folder that cannot be used."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
-    together: bool | None = None
-    """Whether the seeds of a row are trained as one vmapped program; if not given, on
-    accelerators. On CPUs that is slower than one after the other."""
-    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __post_init__(self):
-        _validate.in_range("jobs", self.jobs, 1)
-        check_seeds(self.seeds)
+        super().__post_init__()
         if self.rows is not None:
             _validate.in_range("number of rows", len(self.rows), 1)
             distinct("row", self.rows)
 
     def __call__(self) -> None:
-        recipe = comparing.with_sources(
+        recipe = with_sources(
             get_recipe(self.recipe), self.data, self.init_from, self.skip_bad)
-        plan = comparing.plan_study(
-            recipe, self.out or pathlib.Path("runs") / recipe.name, self.rows, self.seeds)
-        if self.dry_run:
-            print(plan.text())
-            return
-        failures = run_plans([plan], self, plan.text())
-        if self.report and files.is_writer():
-            print(f"The report is in {report.write_report(plan.folder)}")
-        files.barrier("report")
-        if failures:
-            raise InputError("; ".join(failures))
-
-
-def run_plans(plans: Sequence[StudyPlan], options: Compare, text: str) -> list[str]:
-    """Runs studies, all of whose data sets are loaded before the first of them begins.
-
-    Args:
-      plans: of the studies.
-      options: how to run them.
-      text: what to say first.
-
-    Returns:
-      A line for each run that failed.
-
-    Raises:
-      InputError: (a ValueError) if they cannot be run.
-    """
-    if options.jobs > 1 and options.execution != Execution():
-        raise InputError(
-            f"Expected jobs=1 with several devices or processes, got {options.jobs}.")
-    for plan in plans:
-        files.require_writable(plan.folder)
-    layout = options.execution.start()
-    say(text)
-    for plan in plans:
-        for row in plan.rows:
-            check_perturbations(plan.recipe.rows[row], plan.recipe.evaluation.perturb)
-    datasets = [comparing.load_recipe_dataset(
-        plan.recipe, options.data_dir, in_memory=options.feed.in_memory()) for plan in plans]
-    fitted = []
-    for plan, dataset in zip(plans, datasets, strict=True):
-        recipe, changes = comparing.fit_recipe(plan.recipe, dataset)
-        fitted.append(dataclasses.replace(plan, recipe=recipe))
-        for change in changes:
-            say(change)
-    return [failure for plan, dataset in zip(fitted, datasets, strict=True)
-            for failure in comparing.run_plan(
-                plan, dataset, jobs=options.jobs, data_dir=options.data_dir,
-                tensorboard=options.tensorboard, together=options.together, layout=layout,
-                feed=options.feed)]
+        self.run_and_report(plan_study(
+            recipe, self.out or pathlib.Path("runs") / recipe.name, self.rows, self.seeds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,14 +292,12 @@ class Train(OfRecipe):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep(OfRecipe):
-    """Train and test `sweep RECIPE/ROW` with all combinations of some settings' values, and show
-    them side by side.
+class Sweep(OfRecipe, OnStudies):
+    """Compare the values of some settings of `sweep RECIPE/ROW`: train and test all combinations.
 
-    Any setting that all share can be changed as in `train`. What is done already is left as it
-    is; what was broken off goes on; values and seeds are added to a sweep of the same settings,
-    which then holds all their combinations. The best setting is that of the best validation
-    accuracy.
+    Any setting that all share can be changed as in `train`. Leaves finished runs as they are, and
+    resumes interrupted ones; values and seeds are added to a sweep over the same settings, which
+    then holds all their combinations. The best setting is that of the best validation accuracy.
     """
 
     recipe: Positional[str]
@@ -278,50 +306,13 @@ class Sweep(OfRecipe):
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; once for each setting."""
-    seeds: Seeds | None = None
-    """Training seeds of each combination, instead of --seed."""
-    at_once: int | None = None
-    """The most runs trained as one vmapped program; if not given, all on accelerators, where the
-    memory may ask for fewer, and 1 on CPUs. There an epoch of three together took 2.5 to 4 times
-    as long as one of each, but they are compiled once, not once for each setting: what is trained
-    for seconds only is done sooner together."""
-    out: pathlib.Path | None = None
-    """Folder of the results; runs/sweep-RECIPE-ROW if none is given."""
-    tensorboard: bool = True
-    """Whether to write event files for TensorBoard."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
-    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
-
-    def __post_init__(self):
-        check_seeds(self.seeds)
-        if self.at_once is not None:
-            _validate.in_range("at_once", self.at_once, 1)
 
     def __call__(self) -> None:
         name, _, row = self.recipe.partition("/")
         row = row or "robust"
-        plan = sweep.make_plan(get_recipe(name), row, self.run, self.over, self.seeds)
-        layout = self.execution.start()
-        folder = self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"
-        files.require_writable(folder)
-        check_perturbations(self.run, plan.evaluation.perturb)
-        dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
-        plan = dataclasses.replace(
-            plan, evaluation=comparing.fit_evaluation(plan.evaluation, dataset))
-        # Says what cannot be before anything is written; the plan may grow by what is there.
-        sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
-        plan = sweep.claim_sweep(folder, plan)
-        at_once = sweep.choose_at_once(self.at_once, plan, dataset, layout, self.feed)
-        diverged = sweep.run_sweep(
-            plan, dataset, folder, at_once=at_once, tensorboard=self.tensorboard, layout=layout,
-            feed=self.feed)
-        if files.is_writer():
-            print(f"The table is in {sweep_report.write_sweep(folder, plan)}")
-        if diverged:
-            raise InputError(f"{len(diverged)} of {len(plan.configs())} runs in {folder} diverged: "
-                             f"{', '.join(diverged)}.")
+        self.run_and_report(sweep.plan_sweep(
+            get_recipe(name), row, self.run, self.over, self.seeds,
+            self.out or pathlib.Path("runs") / f"sweep-{name}-{row}"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,12 +183,18 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
             f"each of {layout.num_devices} devices two images or more with "
             "batch_norm='per_device': one has no variance.")
     swept_settings(configs)  # Says in what they may not differ.
-    # One program whatever the values of what can be swept, here any that are valid for all: rows of
-    # a study that differ in these alone are compiled once.
-    nominal = dict.fromkeys(SWEPT, 0.5)
     return _program(
-        with_settings(dataclasses.replace(config, seed=0), nominal), model_of(config, dataset),
-        num_train, class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+        without_swept(config), model_of(config, dataset), num_train,
+        class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
+
+
+def without_swept(config: RunConfig) -> RunConfig:
+    """What runs have in common that can be trained together, and that one program trains.
+
+    It is a configuration whose seed and settings of :data:`jaxrobust.app.config.SWEPT` are any that
+    are valid for all.
+    """
+    return with_settings(dataclasses.replace(config, seed=0), dict.fromkeys(SWEPT, 0.5))
 
 
 def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
@@ -198,11 +204,9 @@ def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
       InputError: (a ValueError) if they differ in one that is the same for all runs that are
         trained together.
     """
-    alike = {name: get_setting(configs[0], name) for name in SWEPT}
-    for config in configs:
-        if dataclasses.replace(with_settings(config, alike), seed=configs[0].seed) != configs[0]:
-            raise InputError("Expected runs that are trained together to differ in nothing but "
-                             f"the seed, {', '.join(SWEPT)}.")
+    if len({without_swept(config) for config in configs}) > 1:
+        raise InputError("Expected runs that are trained together to differ in nothing but the "
+                         f"seed, {', '.join(SWEPT)}.")
     values = {name: np.array([get_setting(config, name) for config in configs], np.float32)
               for name in SWEPT}
     return values if len(configs) > 1 else {name: value[0] for name, value in values.items()}

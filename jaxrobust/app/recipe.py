@@ -36,7 +36,8 @@ class Recipe:
     labels: dict[str, str]
     """Of the rows, as shown."""
     evaluation: Evaluation
-    curvature: CurvatureConfig = CurvatureConfig()
+    curvature: CurvatureConfig | None = CurvatureConfig()
+    """None where it is not measured."""
     seeds: tuple[int, ...] = (0,)
     paper_table: str | None = None
     """Key of :data:`jaxrobust.app.published.TABLES`, with which the report compares."""
@@ -48,6 +49,8 @@ class Recipe:
     """What a reader of the report must know, such as what differs from the paper."""
     cost: Cost | None = None
     """Expected; none if it is not known."""
+    swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    """By setting, the values whose combinations are the rows, where these are generated so."""
     may_diverge: bool = False
     """Whether a run that diverges is a result, as in a study of learning rates, and no failure."""
 

@@ -18,7 +18,7 @@ from jaxrobust.app.report.page import (
     listed,
     significant,
 )
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 MEDIAN, MEAN, HIDDEN = "median curvature", "mean curvature", "curvatures of zero or less"
 

@@ -12,7 +12,7 @@ from scipy import stats
 from jaxrobust.app.measurements.networks_figure import Network, networks_figure
 from jaxrobust.app.report.figures import row_style
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 FEWEST = 8
 """Networks without which there is no section."""

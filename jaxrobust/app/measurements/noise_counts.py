@@ -22,7 +22,7 @@ from jaxrobust.app.report.page import (
     listed,
     signed,
 )
-from jaxrobust.app.study import Run, Study, class_labels
+from jaxrobust.app.study.read import Run, Study, class_labels
 
 SHARES = np.arange(10, 101, 5)
 """Shares of the images kept in Fig. 8, per cent."""

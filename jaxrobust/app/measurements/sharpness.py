@@ -28,7 +28,7 @@ from jaxrobust.app.program import (
 )
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import Cell, Section, Table, TableRow, listed, significant
-from jaxrobust.app.study import Study
+from jaxrobust.app.study.read import Study
 from jaxrobust.app.trainer import load_run, make_splits
 from jaxrobust.data import Dataset
 from jaxrobust.parallel import make_layout

@@ -24,7 +24,7 @@ from jaxrobust.app.measurements.curvature import (
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, listed, significant
-from jaxrobust.app.study import Study
+from jaxrobust.app.study.read import Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.images import to_float
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from jaxrobust.app.report.frame import accuracies, balanced, noise_level, tests
 from jaxrobust.app.report.page import count
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 FEWEST_SEEDS = 3
 """Trainings of each row below which no difference between rows is called clear."""

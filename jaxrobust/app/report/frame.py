@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from jaxrobust.app.report.page import level_name
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 COLUMNS = {"study": "str", "row": "str", "seed": "Int64", "measurement": "str",
            "condition": "str", "draw": "Int64", "value": "float64", "unit": "str"}

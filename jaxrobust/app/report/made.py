@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxrobust.app.report.page import Cell, Table, TableRow, duration
 from jaxrobust.app.run_folder import named_results
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 
 def run_table(study: Study) -> Table:

@@ -8,7 +8,7 @@ from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Accuracies, accuracies, noise_level, published_accuracies
 from jaxrobust.app.report.page import Picture
 from jaxrobust.app.report.tables import levels_of, perturbations_of, several_seeds
-from jaxrobust.app.study import Run, Study
+from jaxrobust.app.study.read import Run, Study
 
 
 def accuracy_picture(study: Study) -> Picture:

@@ -25,7 +25,7 @@ from jaxrobust.app.measurements import (
     steps,
 )
 from jaxrobust.app.measurements.theory import section as theory_section
-from jaxrobust.app.report import figures
+from jaxrobust.app.report import figures, sweep_section
 from jaxrobust.app.report.comparison import (
     FEWEST_SEEDS,
     Difference,
@@ -63,7 +63,7 @@ from jaxrobust.app.report.tables import (
     perturbation_table,
     several_seeds,
 )
-from jaxrobust.app.study import Run, Study, check_same_data, load_study, study_of_runs
+from jaxrobust.app.study.read import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
@@ -271,6 +271,8 @@ def _sections(study: Study) -> list[Section]:
                            perturbation_table(study), class_table(study)))
     pictures = filter(None, (accuracy_picture(study), perturbation_picture(study)))
     sections = [Section("accuracy", "Accuracy", "", tuple(tables), tuple(pictures))]
+    swept = sweep_section.section(study)
+    sections += [swept] if swept else []
     training = training_picture(study)
     if training:
         sections.append(Section("training", "Training", "", (), (training,)))

@@ -25,7 +25,7 @@ from jaxrobust.app.report.page import (
     signed,
     with_spread,
 )
-from jaxrobust.app.study import Study
+from jaxrobust.app.study.read import Study
 
 PAPER_DRAWS = 10
 """Noise draws behind a number of the paper."""

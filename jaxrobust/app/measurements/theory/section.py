@@ -17,7 +17,7 @@ from jaxrobust.app.report.page import (
     listed,
     significant,
 )
-from jaxrobust.app.study import Study
+from jaxrobust.app.study.read import Study
 
 CURVATURES = {
     "hessian": "‖H‖², pointwise, exact",

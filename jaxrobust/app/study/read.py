@@ -70,6 +70,8 @@ class Study:
     paper_perturbations: dict[str, str]  # by perturbation, the row of that table
     class_names: dict[int, str]
     runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
+    swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    """By setting, the values whose combinations are the rows, where these were generated so."""
 
     def finished(self, row: str) -> list[Run]:
         """The evaluated runs of a row."""
@@ -102,6 +104,7 @@ def load_study(folder: pathlib.Path) -> Study:
         paper_perturbed=published.PERTURBATIONS.get(key),
         paper_perturbations=values.get("paper_perturbations", {}),
         class_names=class_labels(names),
+        swept={name: tuple(swept) for name, swept in values.get("swept", {}).items()},
         runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
               for row in values["rows"]})
     if not study.all_finished():

@@ -1,0 +1,213 @@
+"""What a study is to hold: a recipe's rows and seeds, fitted to a data set, in a folder."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxrobust.app import files, provenance, run_folder
+from jaxrobust.app.config import InputError, RunConfig
+from jaxrobust.app.program import rows_of
+from jaxrobust.app.recipe import Recipe
+from jaxrobust.app.report.page import duration, listed
+from jaxrobust.data import FOLDER_PREFIX, Dataset
+from jaxrobust.data.listing import list_images
+
+
+def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
+    """Where a run of a study is."""
+    return study / f"{row}-seed{seed}"
+
+
+def folder_of(recipe: Recipe) -> str | None:
+    """The folder of images, or CSV file, of a recipe; "" if none is named, None for other data."""
+    dataset = next(iter(recipe.rows.values())).dataset
+    return dataset.removeprefix(FOLDER_PREFIX) if dataset.startswith(FOLDER_PREFIX) else None
+
+
+def require_data(recipe: Recipe, asked: str) -> None:
+    if folder_of(recipe) == "":
+        raise InputError(f"Expected data=folder:PATH, a folder of images, for {asked}: "
+                         f"{recipe.name} has no data set of its own.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyPlan:
+    """What is to be run of one study."""
+
+    recipe: Recipe
+    folder: pathlib.Path
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measured: tuple[str, ...] = ()  # rows of which ``figures`` is to measure what it shows
+
+    def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
+        """The folders of the runs, of all rows or of some."""
+        return [place_of(self.folder, row, seed)
+                for seed in self.seeds for row in (self.rows if rows is None else rows)]
+
+    def configs(self) -> dict[pathlib.Path, RunConfig]:
+        """The runs by their folders, the rows of a seed one after the other."""
+        return {place_of(self.folder, row, seed): self.recipe.run(row, seed)
+                for seed in self.seeds for row in self.rows}
+
+    def text(self) -> str:
+        """Some lines on its runs, its settings, and what it takes.
+
+        Raises:
+          InputError: (a ValueError) if it is of a folder that is not there or holds no classes.
+        """
+        places = self.places()
+        done = sum((place / "curvature.json").is_file() or (place / "diverged.json").is_file()
+                   for place in places)
+        begun = sum((place / "config.json").is_file() for place in places) - done
+        first = self.recipe.rows[self.rows[0]]
+        size = "all" if first.train_size is None else f"{first.train_size:,}"
+        folder, larger, there = folder_of(self.recipe), 1.0, ""
+        if folder is not None:
+            num_images = len(list_images(pathlib.Path(folder).expanduser()).entries)
+            if not num_images:
+                raise InputError(f"Expected images in {folder}, found none.")
+            there = f" of {num_images:,} images"
+            if self.recipe.cost is not None and self.recipe.cost.images is not None:
+                larger = num_images / self.recipe.cost.images
+        lines = [f"{self.recipe.name}: {len(places)} runs ({len(self.rows)} rows, seeds "
+                 f"{listed(self.seeds)}), {done} done, {begun} begun; in {self.folder}",
+                 f"  {first.dataset}{there}, {size} training images, {first.model} of width "
+                 f"{first.width}, {first.epochs} epochs, batches of {first.batch_size}"]
+        cost = self.recipe.cost
+        if cost is not None:
+            share = larger * (len(places) - done) / len(self.recipe.rows)
+            cpu, gpu = (duration(3600 * share * hours) for hours in (
+                cost.cpu_hours, cost.gpu_hours))
+            lines.append(f"  left, on two CPU cores with --jobs 2: {cpu}, {cost.cpu_gigabytes:g} "
+                         f"GB; on one GPU: {gpu} ({cost.basis})")
+        return "\n".join(lines)
+
+
+def plan_study(
+    recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> StudyPlan:
+    """The plan of a recipe: of all its rows and seeds, or of some.
+
+    Raises:
+      InputError: (a ValueError) for an unknown row, or a recipe of a folder without one.
+    """
+    require_data(recipe, recipe.name)
+    rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
+    for row in rows:
+        recipe.run(row, seeds[0])
+    return StudyPlan(recipe, folder, rows, seeds)
+
+
+def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
+    """Makes the folder of a plan the place of its study, or adds seeds and rows to the study there.
+
+    ``study.json`` holds all that the report needs beside the runs.
+
+    Raises:
+      InputError: (a ValueError) if the folder belongs to something else, or a run in it has another
+        configuration.
+    """
+    recipe, path = plan.recipe, plan.folder / "study.json"
+    asked = {
+        "name": recipe.name, "title": recipe.title, "note": recipe.note,
+        "paper_table": recipe.paper_table, "seeds": list(plan.seeds),
+        "class_names": list(class_names),
+        "rows": {row: recipe.labels[row] for row in recipe.rows},
+        "methods": {row: config.method for row, config in recipe.rows.items()},
+        "paper_rows": dict(recipe.paper_rows),
+        "paper_perturbations": dict(recipe.paper_perturbations),
+        **({"swept": recipe.swept} if recipe.swept else {}),
+        "command": provenance.command_line(), "commit": provenance.commit(),
+    }
+    for place, config in plan.configs().items():
+        if (place / "config.json").is_file():
+            run_folder.claim_run(place, config)
+    if not path.is_file():
+        files.claim(plan.folder, "study.json", json.dumps(asked, indent=2) + "\n")
+        return
+    there = files.read_json(path)
+    # Words may be bettered; the command and commit stay those that began the study.
+    signed = ("command", "commit")
+    same = all(there[name] == asked[name] for name in ("name", "paper_table", "class_names"))
+    kept = all(there[name].items() <= asked[name].items()
+               for name in ("rows", "methods", "paper_rows"))
+    if not (same and kept):
+        raise InputError(f"{plan.folder} holds another study (see study.json there). "
+                         "Choose another folder with --out, or remove that one.")
+    files.write_json(path, {**asked, **{name: there[name] for name in signed},
+                           "seeds": sorted({*there["seeds"], *plan.seeds})})
+
+
+def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
+                 skip_bad: bool = False) -> Recipe:
+    """A recipe on another data set, without its bad images, or from other initial weights, where
+    they are given."""
+    changes: dict[str, Any] = {
+        name: value for name, value in (("dataset", dataset), ("init_from", init_from))
+        if value is not None}
+    changes |= {"skip_bad": True} if skip_bad else {}
+    return dataclasses.replace(recipe, rows={
+        row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
+
+
+def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
+    """The recipe with what the data set is too small for made smaller, and a line for each change.
+
+    That is what is held out for validation, the training images, the batch, the test images and
+    those at which the curvature is measured.
+
+    Raises:
+      InputError: (a ValueError) if no image of each class can be held out.
+    """
+    fitted = {row: _fit_run(config, dataset) for row, config in recipe.rows.items()}
+    evaluation, num_test = recipe.evaluation, len(dataset.test.labels)
+    if evaluation.test_size is not None and evaluation.test_size >= num_test:
+        evaluation = dataclasses.replace(evaluation, test_size=None)
+    curvature = recipe.curvature and dataclasses.replace(recipe.curvature, num_images=min(
+        recipe.curvature.num_images, evaluation.test_size or num_test))
+    found = (f"{dataset.name} has {len(dataset.train.labels)} training and {num_test} test images "
+             f"of {len(dataset.class_names)} classes")
+    pairs = [*((recipe.rows[row], config) for row, config in fitted.items()),
+             (recipe.evaluation, evaluation), (recipe.curvature, curvature)]
+    lines = [f"{found}: {field.name} is {'all' if new is None else new} instead of {old}."
+             for before, after in pairs if before is not None
+             for field in dataclasses.fields(before)
+             if (old := getattr(before, field.name)) != (new := getattr(after, field.name))]
+    return (dataclasses.replace(recipe, rows=fitted, evaluation=evaluation, curvature=curvature),
+            list(dict.fromkeys(lines)))
+
+
+def _fit_run(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration of a run with what the data set is too small for made smaller."""
+    num_train, num_classes = len(dataset.train.labels), len(dataset.class_names)
+    if config.validation_size and dataset.validation is None:
+        size = config.validation_size
+        size = int(size) if size >= 1 else round(size * num_train)
+        # One that leaves less than half is for a larger set.
+        size = size if size <= num_train // 2 else num_train // 5
+        wide_enough = next((count for count in range(max(size, num_classes), num_train)
+                            if _can_hold_out(config, count, dataset)), None)
+        if wide_enough is None:
+            raise InputError(
+                f"Expected more images in {dataset.name}: of {num_train} training images of "
+                f"{num_classes} classes none of each can be held out to choose the epoch.")
+        share = config.validation_size < 1 and wide_enough == size
+        config = dataclasses.replace(
+            config, validation_size=config.validation_size if share else wide_enough)
+    left = len(rows_of(dataclasses.replace(config, train_size=None), dataset)[0])
+    if config.train_size is not None and config.train_size >= left:
+        config = dataclasses.replace(config, train_size=None)
+    return dataclasses.replace(
+        config, batch_size=min(config.batch_size, config.train_size or left))
+
+
+def _can_hold_out(config: RunConfig, count: int, dataset: Dataset) -> bool:
+    try:
+        rows_of(dataclasses.replace(config, validation_size=count, train_size=None), dataset)
+    except InputError:  # A class would be left without an image on one side.
+        return False
+    return True

@@ -1,0 +1,194 @@
+"""Trains, tests and measures the runs of a study."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxrobust import _validate
+from jaxrobust.app import files, program
+from jaxrobust.app.config import InputError, RunConfig, read_config
+from jaxrobust.app.datasets import open_dataset
+from jaxrobust.app.execution import Feed, start_process
+from jaxrobust.app.measurements import robustness
+from jaxrobust.app.measurements.accuracy import evaluate_run, make_test_split
+from jaxrobust.app.measurements.curvature import measure_curvature
+from jaxrobust.app.recipe import Recipe
+from jaxrobust.app.study.plan import StudyPlan, claim_study
+from jaxrobust.app.trainer import is_trained, load_run, make_splits, train_together
+from jaxrobust.data import Dataset
+from jaxrobust.parallel import Layout, make_layout
+
+
+def run_study(
+    plan: StudyPlan, dataset: Dataset, *, at_once: int | None = None, tensorboard: bool = True,
+    layout: Layout | None = None, feed: Feed = Feed(),
+) -> list[str]:
+    """Trains, tests and measures the runs of a plan.
+
+    Leaves finished runs as they are, and those that diverged, which would do so again; resumes
+    interrupted ones.
+
+    Args:
+      plan: of a recipe that fits the data set.
+      dataset: of the recipe.
+      at_once: the most runs trained as one vmapped program, of those that differ in nothing but the
+        seed and the settings that can be swept. None for all of them on accelerators and one on
+        CPUs, where vmapped convolutions, which are grouped ones, are slower than one run after the
+        other; and for one where images are streamed, as each run would need a stream of its own.
+      tensorboard: whether to write event files for TensorBoard too.
+      layout: the devices; one if none is given.
+      feed: how the images reach them.
+
+    Returns:
+      A line for each run that diverged, unless the recipe says that they may.
+
+    Raises:
+      InputError: (a ValueError) if the folder belongs to something else, or the runs cannot be
+        trained so.
+    """
+    layout = make_layout("jit") if layout is None else layout
+    configs = plan.configs()
+    trained = {place: config for place, config in configs.items() if is_trained(place)}
+    left = {place: config for place, config in configs.items() if place not in trained}
+    # Says what cannot be, before anything is written.
+    make_test_split(dataset, plan.recipe.evaluation.test_size)
+    for config in left.values():
+        program.program_of([config], dataset, layout)
+    at_once = _choose_at_once(at_once, list(left.values()), dataset, layout, feed)
+    claim_study(plan, dataset.class_names)
+    failures = []
+    for group in [*([trained] if trained else []), *_groups(left, at_once)]:
+        failures += _run_group(plan.recipe, dataset, group, tensorboard=tensorboard, layout=layout,
+                               feed=feed)
+    _measure(plan, dataset)
+    return [] if plan.recipe.may_diverge else failures
+
+
+def _choose_at_once(asked: int | None, configs: Sequence[RunConfig], dataset: Dataset,
+                    layout: Layout, feed: Feed) -> int:
+    if not configs:
+        return 1
+    split = make_splits(dataset, configs[0]).train
+    if asked is None:
+        streamed = feed.resolve(layout, split, 1).input == "stream"
+        return 1 if streamed or jax.default_backend() == "cpu" else len(configs)
+    feed.resolve(layout, split, min(asked, len(configs)))  # Says what cannot be.
+    return asked
+
+
+def _groups(configs: dict[pathlib.Path, RunConfig], at_once: int) -> list[
+        dict[pathlib.Path, RunConfig]]:
+    """The runs that are trained together: ``at_once`` of those that can be, in their order."""
+    alike: dict[Any, list[pathlib.Path]] = {}
+    for place, config in configs.items():
+        alike.setdefault(place if at_once == 1 else program.without_swept(config), []).append(place)
+    return [{place: configs[place] for place in places[start : start + at_once]}
+            for places in alike.values() for start in range(0, len(places), at_once)]
+
+
+def _run_group(recipe, dataset, configs, *, layout, **options):
+    """Trains runs as one program, unless they are, and tests what came of them."""
+    first, *others = (place.name for place in configs)
+    if all(map(is_trained, configs)):  # They need not be alike.
+        failures = [files.read_json(place / "diverged.json")["message"] for place in configs
+                    if (place / "diverged.json").is_file()]
+    else:
+        failures = train_together(
+            list(configs.values()), dataset, list(configs), resume=True, layout=layout,
+            label=f"{first} and {len(others)} more" if others else first, **options)
+    for failure in failures:
+        print(failure, file=sys.stderr, flush=True)
+    files.barrier("trained")
+    for place, config in configs.items():
+        if (place / "done.json").is_file():
+            run = load_run(place, config, dataset, layout)
+            evaluate_run(run, recipe.evaluation, place, place.name)
+            if recipe.curvature is not None:
+                measure_curvature(run, recipe.curvature, place, place.name,
+                                  test_size=recipe.evaluation.test_size)
+    return failures
+
+
+def _measure(plan: StudyPlan, dataset: Dataset) -> None:
+    """Measures what the figures show of the rows that the plan says so of."""
+    for place in plan.places(plan.measured):
+        if (place / "done.json").is_file():
+            robustness.measure_robustness(
+                load_run(place, read_config(place), dataset), robustness.FigureSettings(), place,
+                place.name)
+
+
+def run_study_in_parallel(
+    plan: StudyPlan, dataset: Dataset, *, jobs: int, data_dir: pathlib.Path, tensorboard: bool,
+    feed: Feed,
+) -> list[str]:
+    """As :func:`run_study`, ``jobs`` runs at a time, each a process on cores of its own.
+
+    On a CPU two processes of one core each do half as much again as one process of two. Each opens
+    the data set for itself, which it finds in ``data_dir``.
+
+    Raises:
+      InputError: (a ValueError) for more jobs than cores, or if the folder belongs to something
+        else.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        raise InputError(f"Expected jobs=1 on this system, which cannot bind a process to a core, "
+                         f"got {jobs}.")
+    cores = sorted(os.sched_getaffinity(0))
+    _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
+    claim_study(plan, dataset.class_names)
+    share = len(cores) // jobs
+    free = [set(cores[job * share : (job + 1) * share]) for job in range(jobs)]
+    context = multiprocessing.get_context("spawn")
+
+    def one(row_and_seed):
+        row, seed = row_and_seed
+        receiver, sender = context.Pipe(duplex=False)
+        part = dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=())
+        mine = free.pop()
+        try:
+            process = context.Process(
+                target=_run_alone, args=(sender, part, data_dir, tensorboard, feed))
+            process.start()
+            sender.close()
+            os.sched_setaffinity(process.pid, mine)
+            process.join()
+        finally:
+            free.append(mine)
+        # Of a process that was killed nothing comes.
+        with contextlib.suppress(EOFError):
+            return receiver.recv()
+        return [f"{row}, seed {seed}: exit status {process.exitcode}"]
+
+    tasks = [(row, seed) for seed in plan.seeds for row in plan.rows]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        failures = [failure for failures in pool.map(one, tasks) for failure in failures]
+    _measure(plan, dataset)
+    return failures
+
+
+def _run_alone(sender, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
+    """A study of one run, in a process of its own; sends a line for what went wrong."""
+    start_process()
+    try:
+        dataset = load_recipe_dataset(plan.recipe, data_dir, in_memory=feed.in_memory())
+        failures = run_study(plan, dataset, tensorboard=tensorboard, feed=feed)
+    except InputError as error:
+        failures = [f"{plan.rows[0]}, seed {plan.seeds[0]}: {error}"]
+    sender.send(failures)
+
+
+def load_recipe_dataset(
+    recipe: Recipe, data_dir: pathlib.Path, *, in_memory: bool = True
+) -> Dataset:
+    """The data set of a recipe; all its rows are of one."""
+    config, *_ = recipe.rows.values()
+    return open_dataset(config, data_dir, in_memory=in_memory)

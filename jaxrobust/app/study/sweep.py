@@ -1,0 +1,117 @@
+"""Studies whose rows are all combinations of some settings' values."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from jaxrobust import _validate
+from jaxrobust.app import files
+from jaxrobust.app.config import (
+    SWEPT,
+    InputError,
+    RunConfig,
+    distinct,
+    get_setting,
+    with_settings,
+)
+from jaxrobust.app.recipe import Recipe
+from jaxrobust.app.study.plan import StudyPlan, plan_study
+from jaxrobust.methods import METHODS
+
+USERS = {
+    "noise_std": tuple(method for method in METHODS if method not in ("normal", "robust_clean")),
+    "stability_weight": ("stability",),
+    **{name: ("robust", "robust_clean") for name in SWEPT if name.startswith("robust.")},
+    "robust.lam": ("robust",),
+}
+"""By setting that can be swept, the methods that it makes a difference to."""
+
+
+def plan_sweep(
+    recipe: Recipe, row: str, run: RunConfig, over: Sequence[str], seeds: Sequence[int] | None,
+    folder: pathlib.Path,
+) -> StudyPlan:
+    """The study whose rows are all combinations of some settings' values.
+
+    Where the folder holds a sweep over the same settings, its values and seeds are added.
+
+    Args:
+      recipe: whose evaluation the runs have.
+      row: of the recipe.
+      run: the row, with changes to what the runs share.
+      over: each ``SETTING=VALUE,VALUE,...``, the setting one of :data:`config.SWEPT`.
+      seeds: of each setting; that of ``run`` if None.
+      folder: of the study.
+
+    Raises:
+      InputError: (a ValueError) for no setting, one that is unknown or that the method ignores, a
+        value that is no number or out of range, for what is given twice, or if the folder holds
+        another sweep.
+    """
+    unchanged = recipe.run(row, seed=0)
+    if not over:
+        raise InputError("Expected at least one --over SETTING=VALUES, such as "
+                         "--over robust.lam=0.1,1, got none.")
+    values: dict[str, tuple[float, ...]] = {}
+    for text in over:
+        name, equals, numbers = text.partition("=")
+        if not equals:
+            raise InputError(f"Expected --over SETTING=VALUES, such as --over robust.lam=0.1,1, "
+                             f"got {text!r}.")
+        _validate.one_of("setting", name, SWEPT)
+        if run.method not in USERS[name]:
+            raise InputError(f"Expected a setting that the method {run.method!r} uses, got "
+                             f"{name!r}, which is of: {', '.join(USERS[name])}.")
+        if name in values:
+            raise InputError(f"Expected each setting in one --over, got {name!r} in two.")
+        if get_setting(run, name) != get_setting(unchanged, name):
+            raise InputError(f"Expected {name} in --over or by its own option, got both.")
+        values[name] = _sorted_once(name, [_number(name, n) for n in numbers.split(",")])
+    if seeds is not None and run.seed != unchanged.seed:
+        raise InputError("Expected --seeds or --seed, got both.")
+    seeds = _sorted_once("seed", [run.seed] if seeds is None else seeds)
+    if (folder / "study.json").is_file():
+        there = files.read_json(folder / "study.json")
+        if there.get("swept", {}).keys() != values.keys():
+            raise InputError(f"{folder} holds another study (see study.json there). "
+                             "Choose another folder with --out, or remove that one.")
+        # In the order of the settings there, which the folders' names have.
+        values = {name: tuple(sorted({*swept, *values[name]}))
+                  for name, swept in there["swept"].items()}
+        seeds = tuple(sorted({*there["seeds"], *seeds}))
+    rows = {setting_name(one): with_settings(run, one) for one in combinations(values)}
+    return plan_study(dataclasses.replace(
+        recipe, name=f"sweep-{recipe.name}-{row}", curvature=None, swept=values,
+        title=f"Sweep of {recipe.name}/{row} over {', '.join(values)}", note="", rows=rows,
+        labels={row: row for row in rows}, seeds=seeds, paper_table=None, paper_rows={},
+        paper_perturbations={}, cost=None), folder)
+
+
+def combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """The product of the settings' values; those of the last setting change fastest."""
+    return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"Expected {name}={text!r} to be a number.") from error
+
+
+def _sorted_once(name: str, values: Sequence) -> tuple:
+    distinct(name, values)
+    return tuple(sorted(values))
+
+
+def number_text(value: float) -> str:
+    """The shortest text of a number that gives it back, without a ``.0``."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def setting_name(values: dict[str, float]) -> str:
+    """Such as ``lam=0.5,noise_std=0.03``; the last parts of the settings' names all differ."""
+    return ",".join(f"{name.rpartition('.')[2]}={number_text(value)}"
+                    for name, value in values.items())
