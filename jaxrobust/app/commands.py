@@ -192,11 +192,13 @@ class Demo:
 
     out: pathlib.Path = pathlib.Path("runs/digits")
     """Folder of the results."""
+    seeds: Seeds | None = None
+    """Training seeds; 0, 1 and 2 if none is given."""
     jobs: int = 1
     """Runs at a time, each a process on its share of the CPU cores."""
 
     def __call__(self) -> None:
-        Compare("digits", out=self.out, jobs=self.jobs)()
+        Compare("digits", out=self.out, seeds=self.seeds, jobs=self.jobs)()
 
 
 class OfRecipe:
