@@ -138,8 +138,10 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
     if not (same and kept):
         raise InputError(f"{plan.folder} holds another study (see study.json there). "
                          "Choose another folder with --out, or remove that one.")
-    files.write_json(path, {**asked, **{name: there[name] for name in signed},
-                           "seeds": sorted({*there["seeds"], *plan.seeds})})
+    wanted = {**asked, **{name: there[name] for name in signed},
+              "seeds": sorted({*there["seeds"], *plan.seeds})}
+    if wanted != there:
+        files.write_json(path, wanted)
 
 
 def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
