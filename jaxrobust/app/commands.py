@@ -103,7 +103,7 @@ class OnStudies:
             print(plan.text())
             return
         failures = self.run_plans([plan], plan.text())
-        tested = any((place / "evaluation.json").is_file() for place in plan.places())
+        tested = any(run_folder.read_facts(place, "evaluation") for place in plan.places())
         if self.report and tested and files.is_writer():
             print(f"The report is in {report.write_report(plan.folder)}")
         files.barrier("report")

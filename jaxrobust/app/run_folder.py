@@ -51,9 +51,10 @@ def is_trained(folder: pathlib.Path) -> bool:
     return is_done(folder) or facts_path(folder, "diverged").is_file()
 
 
-def is_measured(folder: pathlib.Path) -> bool:
-    """Whether nothing is left of what a study does with a run: the curvature is last."""
-    return any(facts_path(folder, kind).is_file() for kind in ("curvature", "diverged"))
+def is_measured(folder: pathlib.Path, last: str) -> bool:
+    """Whether nothing is left of what a study does with a run, of which ``last`` is measured last.
+    """
+    return any(facts_path(folder, kind).is_file() for kind in (last, "diverged"))
 
 
 # --- Facts and arrays ------------------------------------------------------------------------

@@ -59,9 +59,9 @@ class StudyPlan:
           InputError: (a ValueError) if it is of a folder that is not there or holds no classes.
         """
         places = self.places()
-        done = sum((place / "curvature.json").is_file() or (place / "diverged.json").is_file()
-                   for place in places)
-        begun = sum((place / "config.json").is_file() for place in places) - done
+        last = "evaluation" if self.recipe.curvature is None else "curvature"
+        done = sum(run_folder.is_measured(place, last) for place in places)
+        begun = sum(map(run_folder.is_run, places)) - done
         first = self.recipe.rows[self.rows[0]]
         size = "all" if first.train_size is None else f"{first.train_size:,}"
         folder, larger, there = folder_of(self.recipe), 1.0, ""
@@ -124,7 +124,7 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
         "command": provenance.command_line(), "commit": provenance.commit(),
     }
     for place, config in plan.configs().items():
-        if (place / "config.json").is_file():
+        if run_folder.is_run(place):
             run_folder.claim_run(place, config)
     if not path.is_file():
         files.claim(plan.folder, "study.json", json.dumps(asked, indent=2) + "\n")

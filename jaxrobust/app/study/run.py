@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from jaxrobust import _validate
-from jaxrobust.app import files, program
-from jaxrobust.app.config import InputError, RunConfig, read_config
+from jaxrobust.app import files, program, run_folder
+from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
 from jaxrobust.app.measurements import robustness
@@ -22,7 +22,7 @@ from jaxrobust.app.measurements.accuracy import evaluate_run, make_test_split
 from jaxrobust.app.measurements.curvature import measure_curvature
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.study.plan import StudyPlan, claim_study
-from jaxrobust.app.trainer import is_trained, load_run, make_splits, train_together
+from jaxrobust.app.trainer import load_run, make_splits, train_together
 from jaxrobust.data import Dataset
 from jaxrobust.parallel import Layout, make_layout
 
@@ -56,7 +56,7 @@ def run_study(
     """
     layout = make_layout("jit") if layout is None else layout
     configs = plan.configs()
-    trained = {place: config for place, config in configs.items() if is_trained(place)}
+    trained = {place: config for place, config in configs.items() if run_folder.is_trained(place)}
     left = {place: config for place, config in configs.items() if place not in trained}
     # Says what cannot be, before anything is written.
     make_test_split(dataset, plan.recipe.evaluation.test_size)
@@ -97,9 +97,9 @@ def _groups(configs: dict[pathlib.Path, RunConfig], at_once: int) -> list[
 def _run_group(recipe, dataset, configs, *, layout, **options):
     """Trains runs as one program, unless they are, and tests what came of them."""
     first, *others = (place.name for place in configs)
-    if all(map(is_trained, configs)):  # They need not be alike.
-        failures = [files.read_json(place / "diverged.json")["message"] for place in configs
-                    if (place / "diverged.json").is_file()]
+    if all(map(run_folder.is_trained, configs)):  # They need not be alike.
+        failures = [facts["message"] for place in configs
+                    if (facts := run_folder.read_facts(place, "diverged")) is not None]
     else:
         failures = train_together(
             list(configs.values()), dataset, list(configs), resume=True, layout=layout,
@@ -108,7 +108,7 @@ def _run_group(recipe, dataset, configs, *, layout, **options):
         print(failure, file=sys.stderr, flush=True)
     files.barrier("trained")
     for place, config in configs.items():
-        if (place / "done.json").is_file():
+        if run_folder.is_done(place):
             run = load_run(place, config, dataset, layout)
             evaluate_run(run, recipe.evaluation, place, place.name)
             if recipe.curvature is not None:
@@ -120,10 +120,9 @@ def _run_group(recipe, dataset, configs, *, layout, **options):
 def _measure(plan: StudyPlan, dataset: Dataset) -> None:
     """Measures what the figures show of the rows that the plan says so of."""
     for place in plan.places(plan.measured):
-        if (place / "done.json").is_file():
-            robustness.measure_robustness(
-                load_run(place, read_config(place), dataset), robustness.FigureSettings(), place,
-                place.name)
+        if run_folder.is_done(place):
+            run = load_run(place, run_folder.read_config(place), dataset)
+            robustness.measure_robustness(run, robustness.FigureSettings(), place, place.name)
 
 
 def run_study_in_parallel(
