@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
+from jaxrobust._hyperparameters import hyperparameters
 from jaxrobust.centroids import (
     TABLE_SIZE,
     CentroidState,
@@ -409,9 +410,18 @@ def stability_loss(
     return mean_over_batch(safe_norm(differences), axis_name, counts=counts)
 
 
+@hyperparameters("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d", "momentum")
 @dataclasses.dataclass(frozen=True)
 class RobustLossConfig:
-    """Weights and options of :func:`robust_loss`; the defaults are the paper's."""
+    """Weights and options of :func:`robust_loss`; the defaults are the paper's.
+
+    A pytree of its first seven fields: a function that takes one under ``jax.jit`` is compiled
+    once for all their values, and ``jax.vmap`` maps over those of several.
+
+    >>> grown = jax.tree.map(lambda weight: 2 * weight, RobustLossConfig(boundaries="mean"))
+    >>> grown.delta_v, grown.boundaries
+    (1.0, 'mean')
+    """
 
     alpha: float = 1.0
     """Weight of the compactness loss (Eq. 7), >= 0."""

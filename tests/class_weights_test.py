@@ -156,6 +156,6 @@ def test_an_update_of_a_run_has_the_loss_of_its_weights():
         expected = reference.softmax_loss(logits, labels) if kind == "none" else \
             reference.weighted_softmax_loss(logits, labels, (40 / (2 * 33), 40 / (2 * 7)))
         step = program.program_of([run], dataset, layout).streamed
-        _, metrics = step(state, program.swept_settings([run]), (
+        _, metrics = step(state, program.stack_configs([run]), (
             images, labels, np.arange(40, dtype=np.int32)))
         np.testing.assert_allclose(metrics["softmax"], [expected], rtol=1e-4)

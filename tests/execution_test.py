@@ -187,7 +187,7 @@ def test_every_swept_setting_reaches_the_update(method, digits):
     built = program.program_of(configs, digits, make_layout("jit"))
     state = program.stack_runs([program.initial_state(base, digits, built.layout)] * len(configs))
     images, labels = digits.train.images[:150], digits.train.labels[:150]
-    shared = (images, labels, built.order(state.key, 1), program.swept_settings(configs))
+    shared = (images, labels, built.order(state.key, 1), program.stack_configs(configs))
     for _ in range(2):
         state, metrics = built.resident(1)(state, shared, np.arange(16, dtype=np.int32))
     losses = np.asarray(metrics["loss"])[:, 0]

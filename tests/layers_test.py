@@ -12,8 +12,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE = ("_eager", "_errors", "_validate", "centroids", "curvature", "geometry", "images", "losses",
-        "methods", "parallel", "perturbations", "probes", "theory")
+CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "centroids", "curvature", "geometry",
+        "images", "losses", "methods", "parallel", "perturbations", "probes", "theory")
 """Rooms of the library that need nothing but JAX, NumPy, chex and matfree, and each other."""
 HEAVY = ("flax", "matplotlib", "optax", "orbax", "PIL", "scipy", "sklearn", "tensorflow", "tyro")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxrobust import losses
+from jaxrobust import InputError, losses
 from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
 from jaxrobust.losses import AUTHORS_RELEASE, RobustLossConfig, robust_loss
 
@@ -743,6 +743,34 @@ def test_settings_of_numpy_change_no_dtype(number):
         chex.assert_trees_all_equal_dtypes(*results)
         chex.assert_trees_all_close(*results, rtol=1e-6)
         assert results[1][2].mean.dtype == dtype and results[1][0].dtype == np.float32
+
+
+def test_settings_are_traced_and_options_are_not():
+    problem = in_dtype(random_problem(3, [0, 2, 1, 1], 4, 3), np.float32)
+    state = CentroidState(problem.mean, problem.seen)
+    calls = []
+
+    def total(config):
+        calls.append(config)
+        return robust_loss(
+            *problem[:2], problem.labels, *problem[2:4], state, config)[0]
+
+    configs = [config_of(0.9, 0.5, 2.0), config_of(0.1, 0.2, 3.0)]
+    expected = [total(config) for config in configs]
+    compiled = jax.jit(total)
+    np.testing.assert_allclose([compiled(config) for config in configs], expected, rtol=1e-6)
+    assert len(calls) == 3
+    compiled(dataclasses.replace(configs[0], boundaries="mean"))
+    assert len(calls) == 4
+    stacked = jax.tree.map(lambda *values: jnp.array(values), *configs)
+    np.testing.assert_allclose(jax.vmap(total)(stacked), expected, rtol=1e-6)
+    # The loss is linear in its weights, each with its term for a slope.
+    gradient = jax.grad(total)(configs[0])
+    terms = robust_loss(*problem[:2], problem.labels, *problem[2:4], state, configs[0])[1]
+    np.testing.assert_allclose(
+        (gradient.alpha, gradient.beta, gradient.gamma_reg, gradient.lam), terms, rtol=1e-6)
+    with pytest.raises(InputError, match="alpha=-1"):
+        dataclasses.replace(configs[0], alpha=-1)
 
 
 def test_the_losses_are_computed_on_the_mesh_that_jax_makes_by_default():

@@ -30,8 +30,8 @@ from jaxrobust.app.program import (
     num_train_of,
     optimizer_of,
     program_of,
+    stack_configs,
     stack_runs,
-    swept_settings,
 )
 from jaxrobust.app.recipe import get_recipe
 from jaxrobust.app.trainer import make_splits
@@ -165,7 +165,7 @@ class Runner:
         self.state = stack_runs(states)
         images, labels = parallel.replicate(layout, (split.images[:], split.labels))
         self.shared = (images, labels, program.order(self.state.key, 1),
-                       parallel.replicate(layout, swept_settings(configs)))
+                       parallel.replicate(layout, stack_configs(configs)))
         self.positions = parallel.place_batch(
             layout, np.arange(config.batch_size, dtype=np.int32)[layout.rows_of(config.batch_size)],
             config.batch_size)
@@ -434,7 +434,7 @@ def _measure_start(case: str, settings: Settings) -> dict[str, float]:
     state = initial_state(config, dataset, layout)
     program = program_of([config], dataset, layout)
     shared = parallel.replicate(layout, (
-        split.images[:], split.labels, program.order(state.key, 1), swept_settings([config])))
+        split.images[:], split.labels, program.order(state.key, 1), stack_configs([config])))
     positions = mark((parallel.place_batch(
         layout, np.arange(config.batch_size, dtype=np.int32), config.batch_size), shared))[0]
     lowered = program.resident(settings.default_steps_per_call).lower(state, shared, positions)
@@ -478,8 +478,8 @@ def _epoch(config: RunConfig, settings: Settings) -> tuple[Callable[[], None], i
     dataset, layout = dataset_of(config, settings.num_images), make_layout("jit")
     program = program_of([config], dataset, layout)
     state = [parallel.replicate(layout, random_state(config, dataset))]
-    images, labels, swept = parallel.replicate(
-        layout, (dataset.train.images, dataset.train.labels, swept_settings([config])))
+    images, labels, run = parallel.replicate(
+        layout, (dataset.train.images, dataset.train.labels, stack_configs([config])))
     batches = data.batch_sizes(settings.num_images, config.batch_size)
     positions = {size: parallel.place_batch(layout, np.arange(size, dtype=np.int32), size)
                  for size in set(batches)}
@@ -489,7 +489,7 @@ def _epoch(config: RunConfig, settings: Settings) -> tuple[Callable[[], None], i
         order = program.order(state[0].key, next(epochs))
         for num_steps, size in data.group_batches(batches, settings.default_steps_per_call):
             state[0], _ = program.resident(num_steps)(
-                state[0], (images, labels, order, swept), positions[size])
+                state[0], (images, labels, order, run), positions[size])
         jax.block_until_ready(state[0])
 
     return call, len(batches)

@@ -6,7 +6,10 @@ import pathlib
 import typing
 from collections.abc import Mapping, Sequence
 
+import jax
+
 from jaxrobust import InputError, _validate
+from jaxrobust._hyperparameters import hyperparameters
 from jaxrobust.data import DATASETS, FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import METHODS
@@ -103,9 +106,13 @@ class OptimizerConfig:
                 f"Expected warmup_epochs=0 with schedule='piecewise', got {self.warmup_epochs}.")
 
 
+@hyperparameters("noise_std", "stability_weight", "robust")
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training: a data set, a model, a method, a seed. Decides the result to the bit."""
+    """One training: a data set, a model, a method, a seed. Decides the result to the bit.
+
+    A pytree of the numbers in which runs of one compiled program may differ, see :data:`SWEPT`.
+    """
 
     dataset: str = "digits"
     """"digits", "cifar10", "svhn_cropped", or "folder:PATH": a folder with a sub-folder of images
@@ -313,9 +320,8 @@ class Evaluation:
         _validate.in_range("tsne_images", self.tsne_images, 1)
 
 
-SWEPT = (
-    "noise_std", "stability_weight", "robust.alpha", "robust.beta", "robust.gamma_reg",
-    "robust.lam", "robust.delta_v", "robust.delta_d", "robust.momentum")
+SWEPT = tuple(jax.tree_util.keystr(path, simple=True, separator=".")
+              for path, _ in jax.tree_util.tree_leaves_with_path(RunConfig(select="last")))
 """Settings, beside the seed, in which runs that are trained together may differ."""
 
 

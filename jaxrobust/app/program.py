@@ -20,9 +20,7 @@ from jaxrobust.app.config import (
     InputError,
     OptimizerConfig,
     RunConfig,
-    get_setting,
     training_perturbation,
-    with_settings,
 )
 from jaxrobust.app.network import Network
 from jaxrobust.app.progress import compiling
@@ -68,8 +66,9 @@ def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedu
 class Program:
     """The compiled parts of a run, or of several that are trained together.
 
-    The state of several has a leading axis of runs, [R], in every leaf, and so have their
-    orders, metrics and swept settings; the images are shared.
+    ``run`` is their configuration, of :func:`stack_configs`. The state of several has a leading
+    axis of runs, [R], in every leaf, and so have their orders, metrics and ``run``; the images are
+    shared.
     """
 
     layout: Layout
@@ -77,14 +76,14 @@ class Program:
     learning_rate: optax.Schedule
     resident: Callable[[int], parallel.Step]
     """By the number of updates in a call: ``(state, (images [N, ...] uint8, labels [N], order
-    [N], swept), positions [B]) -> (state, metrics [T])``. The images are on the devices."""
+    [N], run), positions [B]) -> (state, metrics [T])``. The images are on the devices."""
     streamed: parallel.Step
-    """``(state, swept, (images [B, ...], labels [B], positions [B])) -> (state, metrics [1])``:
+    """``(state, run, (images [B, ...], labels [B], positions [B])) -> (state, metrics [1])``:
     one update with images that have just come."""
     order: Callable[[jax.Array, int], jax.Array]
     """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
     passes: parallel.Step
-    """``(statistics, (params, key, index, swept), (images [B, ...], labels [B], positions [B])) ->
+    """``(statistics, (params, key, index, run), (images [B, ...], labels [B], positions [B])) ->
     (statistics, ())``, of one run: adds batch number ``index`` to batch norm's statistics."""
 
 
@@ -182,34 +181,32 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
             f"Expected batch_size={config.batch_size} with {num_train} training images to give "
             f"each of {layout.num_devices} devices two images or more with "
             "batch_norm='per_device': one has no variance.")
-    swept_settings(configs)  # Says in what they may not differ.
+    stack_configs(configs)  # Says in what they may not differ.
     return _program(
         without_swept(config), model_of(config, dataset), num_train,
         class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
 def without_swept(config: RunConfig) -> RunConfig:
-    """What runs have in common that can be trained together, and that one program trains.
-
-    It is a configuration whose seed and settings of :data:`jaxrobust.app.config.SWEPT` are any that
-    are valid for all.
-    """
-    return with_settings(dataclasses.replace(config, seed=0), dict.fromkeys(SWEPT, 0.5))
+    """What runs have in common that can be trained together, and that one program trains: the
+    configuration with 0 for the seed and for its leaves."""
+    return jax.tree.map(lambda _: 0.0, dataclasses.replace(config, seed=0))
 
 
-def swept_settings(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
-    """The values of :data:`jaxrobust.app.config.SWEPT`, each [R] float32; [] of one run.
+def stack_configs(configs: Sequence[RunConfig]) -> RunConfig:
+    """The runs' configurations as one, with the seed 0.
+
+    Its leaves, which :data:`jaxrobust.app.config.SWEPT` names, are [R] float32; [] of one run.
 
     Raises:
-      InputError: (a ValueError) if they differ in one that is the same for all runs that are
-        trained together.
+      InputError: (a ValueError) if they differ in more than these and the seed.
     """
     if len({without_swept(config) for config in configs}) > 1:
         raise InputError("Expected runs that are trained together to differ in nothing but the "
                          f"seed, {', '.join(SWEPT)}.")
-    values = {name: np.array([get_setting(config, name) for config in configs], np.float32)
-              for name in SWEPT}
-    return values if len(configs) > 1 else {name: value[0] for name, value in values.items()}
+    return jax.tree.map(
+        lambda *values: np.array(values if len(values) > 1 else values[0], np.float32),
+        *(dataclasses.replace(config, seed=0) for config in configs))
 
 
 @functools.lru_cache(maxsize=8)
@@ -221,29 +218,23 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
     augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
                "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
-    def with_method(swept):
-        run = with_settings(config, {name: swept[name] for name in SWEPT})
-        return run, method_of(run, class_weights)
-
     def batch_of(run, key, step, images, labels, positions):
         return data.make_batch(
             jax.random.fold_in(key, step), images, labels, positions=positions, augment=augment,
             perturb=training_perturbation(run), independent_views=run.independent_views)
 
-    def update(axis_name, state, images, labels, positions, swept):
-        run, method = with_method(swept)
+    def update(axis_name, state, images, labels, positions, run):
         train_step = training.make_train_step(
-            model, method, optimizer, axis_name=axis_name,
+            model, method_of(run, class_weights), optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
             constraint_weight=constraint_schedule(run, steps_per_epoch))
         return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
 
     def passes(axis_name):
         def step(statistics, shared, rows):
-            params, key, index, swept = shared
-            run, method = with_method(swept)
+            params, key, index, run = shared
             add = batch_statistics.make_pass_step(
-                model, method, axis_name=axis_name,
+                model, method_of(run, class_weights), axis_name=axis_name,
                 sync_batch_norm=run.batch_norm == "synchronised")
             # Beyond the steps of any training, whose randomness is another.
             number = index + jnp.uint32(2**31)
@@ -255,12 +246,12 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
 
     def resident(num_steps, axis_name):
         def steps(state, shared, positions):
-            images, labels, order, swept = shared
+            images, labels, order, run = shared
 
             def one(state, _):
                 first = state.step % steps_per_epoch * config.batch_size
                 rows = order[first + positions]
-                return update(axis_name, state, images[rows], labels[rows], positions, swept)
+                return update(axis_name, state, images[rows], labels[rows], positions, run)
 
             if num_steps == 1:  # A loop of one iteration is as slow as any on CPUs.
                 return _with_axis(one(state, None))
@@ -271,9 +262,9 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
         return jax.vmap(steps, in_axes=(0, (None, None, 0, 0), None)) if together else steps
 
     def streamed(axis_name):
-        def step(state, swept, rows):
+        def step(state, run, rows):
             images, labels, positions = rows
-            return _with_axis(update(axis_name, state, images, labels, positions, swept))
+            return _with_axis(update(axis_name, state, images, labels, positions, run))
 
         return step
 
@@ -363,13 +354,13 @@ def recompute_statistics(
     count = -(-min(len(order), STATISTICS_IMAGES) // size)
     mine = layout.rows_of(size)
     positions = np.arange(size, dtype=np.int32)[mine]
-    swept = parallel.replicate(layout, swept_settings([config]))
+    run = parallel.replicate(layout, stack_configs([config]))
     statistics = parallel.replicate(
         layout, batch_statistics.init_pass_statistics(jax.device_get(state.batch_stats)))
     # Where the images do not fill whole batches, the first ones do so.
     for index, rows in enumerate(np.resize(order, (count, size))):
         rows = rows[mine]
-        shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), swept)
+        shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), run)
         batch = parallel.place_batch(
             layout, (split.images[rows], split.labels[rows], positions), size)
         # The first call waits for the compilation, and no call for the computation.

@@ -31,9 +31,9 @@ from jaxrobust.app.program import (
     program_of,
     recompute_statistics,
     rows_of,
+    stack_configs,
     stack_runs,
     start_from,
-    swept_settings,
     unstack_runs,
 )
 from jaxrobust.app.progress import compiling, progress
@@ -288,7 +288,7 @@ def _train_group(group, dataset, splits, layout, feed, label):
     """Trains runs that stand at the same epoch; a line for each that diverged."""
     configs = [running.config for running in group]
     program = program_of(configs, dataset, layout)
-    swept = parallel.replicate(layout, swept_settings(configs))
+    run = parallel.replicate(layout, stack_configs(configs))
     state = stack_runs([running.state for running in group])
     failures: dict[int, str] = {}
     select = None if splits.selection is None else functools.partial(
@@ -302,7 +302,7 @@ def _train_group(group, dataset, splits, layout, feed, label):
             if index not in failures:
                 running.save(own, values[index])
 
-    with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, swept)) as epochs, \
+    with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, run)) as epochs, \
             progress(label, configs[0].epochs * epochs.steps, done=begun) as shown:
         for epoch in range(first + 1, configs[0].epochs + 1):
             state, rows = epochs.train(state, epoch, before, save_within, shown)
@@ -355,9 +355,9 @@ def _as_evaluated(
 class _Epochs:
     """Passes over the training images."""
 
-    def __init__(self, program, config, split, feed, swept):
+    def __init__(self, program, config, split, feed, run):
         self._program, self._config, self._split, self._feed = program, config, split, feed
-        self._swept, self._stream = swept, None
+        self._run, self._stream = run, None
         self._compiled = set()
         self._batches = data.batch_sizes(len(split.labels), config.batch_size)
         self.steps = len(self._batches)
@@ -415,7 +415,7 @@ class _Epochs:
     def _resident(self, state, epoch, first):
         """The calls of an epoch from update ``first`` on, with the images on the devices."""
         order = self._program.order(state.key, epoch)
-        shared = (self._images, self._labels, order, self._swept)
+        shared = (self._images, self._labels, order, self._run)
         for num_steps, size in data.group_batches(
                 self._batches[first:], self._feed.steps_per_call):
             state, metrics = self._call(
@@ -434,7 +434,7 @@ class _Epochs:
             images, labels = next(self._stream)
             rows = (images, labels, self._positions_of(size))
             state, metrics = self._call(
-                1, size, self._program.streamed, state, self._swept, self._place(rows, size))
+                1, size, self._program.streamed, state, self._run, self._place(rows, size))
             yield state, metrics, 1
 
     def close(self):
