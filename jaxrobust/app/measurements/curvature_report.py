@@ -1,14 +1,13 @@
 """The report's section on the curvature of the loss in input space, the paper's Fig. 10."""
 
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from jaxrobust.app.measurements.networks import CURVATURES
 from jaxrobust.app.report import figures
-from jaxrobust.app.report.frame import Number, frame, over_seeds
+from jaxrobust.app.report.frame import Number, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -16,7 +15,7 @@ from jaxrobust.app.report.page import (
     Table,
     TableRow,
     listed,
-    significant,
+    over_runs,
 )
 from jaxrobust.app.study.read import Run, Study
 
@@ -52,12 +51,12 @@ def section(study: Study) -> Section | None:
 def curvature_table(study: Study) -> Table:
     """Medians and means of the curvatures over the images, by row."""
     found, measures = _curvature_runs(study), _measures(study)
-    over = over_seeds(frame(study, numbers)).set_index(["row", "measurement", "condition"])
+    over = values_of(study, numbers)
     rows = []
     for row in found:
-        cells = [Cell(_over_seeds(over.by_seed[row, what, name]))
+        cells = [Cell(over_runs(over[row, what, name]))
                  for name in measures.values() for what in (MEDIAN, MEAN)]
-        hidden = [f"{sum(over.by_seed[row, HIDDEN, name]):g}" for name in measures.values()]
+        hidden = [f"{sum(over[row, HIDDEN, name]):g}" for name in measures.values()]
         rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
     image_counts = listed(run.curvature["num_images"]
                           for runs in _curvature_runs(study).values() for run in runs)
@@ -77,12 +76,6 @@ def _measures(study: Study) -> dict[str, str]:
     return {key: name for key, name in CURVATURES.items()
             if all(key in run.curvature
                    for runs in _curvature_runs(study).values() for run in runs)}
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    text = significant(statistics.fmean(values))
-    return (text if len(values) == 1 else
-            f"{text} [{significant(min(values))}–{significant(max(values))}]")
 
 
 def _curvature_runs(study: Study) -> dict[str, list[Run]]:

@@ -7,10 +7,12 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from jaxrobust.app.measurements.networks_figure import Network, networks_figure
 from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.report.frame import table
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
 from jaxrobust.app.study.read import Run, Study
 
@@ -37,6 +39,10 @@ class Coefficient(NamedTuple):
     value: float
     low: float
     high: float
+
+
+ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interval")
+"""Of a coefficient, in the table of numbers."""
 
 
 class RankCorrelations:
@@ -94,19 +100,24 @@ def _spearman(values: np.ndarray) -> np.ndarray:
 def section(study: Study) -> Section | None:
     """The section; None for fewer than :data:`FEWEST` networks with curvature, or without clean
     and noisy accuracies that all of them have."""
-    found = _different([
-        (row, run) for row in study.labels for run in study.finished(row)
-        if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
-    if len(found) < FEWEST:
-        return None
-    levels = sorted(set.intersection(*(
-        {test["std_255"] for test in run.evaluation["levels"]} for _, run in found)))
-    if len(levels) < 2 or levels[0] != 0:
+    found, levels = _found(study)
+    if not levels:
         return None
     return Section(
         "networks", "Curvature and robustness, network by network",
         "Is a network whose loss curves less at clean images the one that loses less to noise?",
         (_table(found, levels),), (_picture(study, found, levels[-1]),))
+
+
+def _found(study: Study) -> tuple[list[tuple[str, Run]], list[float]]:
+    """The networks, and the noise levels that all were tested at; none for no section."""
+    found = _different([
+        (row, run) for row in study.labels for run in study.finished(row)
+        if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
+    levels = sorted(set.intersection(*(
+        {test["std_255"] for test in run.evaluation["levels"]} for _, run in found))
+        ) if len(found) >= FEWEST else []
+    return found, levels if len(levels) > 1 and levels[0] == 0 else []
 
 
 def _different(found: list[tuple[str, Run]]) -> list[tuple[str, Run]]:
@@ -137,7 +148,9 @@ def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
         for _, run in found])
 
 
-def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
+def _correlations(found: list[tuple[str, Run]], levels: list[float]
+                  ) -> dict[str, dict[str, Coefficient]]:
+    """By outcome and measure."""
     groups = np.array([row for row, _ in found])
     measures, clean = _measures(found), _accuracies(found, 0)
     variables: dict[str | float, np.ndarray] = {key: _medians(found, key) for key in measures}
@@ -151,14 +164,30 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
             outcomes += [(lost, lost, None), (
                 f"accuracy, {level_name(level)}, clean accuracy held fixed", level, 0)]
     correlations = RankCorrelations(variables, groups)
-    rows = [TableRow(head, tuple(Cell(_text(correlations.between(key, outcome, given)))
-                                 for key in measures)) for head, outcome, given in outcomes]
+    return {head: {measures[key]: correlations.between(key, outcome, given) for key in measures}
+            for head, outcome, given in outcomes}
+
+
+def numbers(study: Study) -> pd.DataFrame:
+    """The coefficients, which are of no row, and the ends of their intervals."""
+    found, levels = _found(study)
+    return table(
+        (study.name, "", None, f"rank correlation with the median curvature{end}",
+         f"{outcome}, {measure}", value, "", None)
+        for outcome, by_measure in (_correlations(found, levels) if levels else {}).items()
+        for measure, coefficient in by_measure.items()
+        for end, value in zip(ENDS, coefficient, strict=True))
+
+
+def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
+    rows = [TableRow(head, tuple(Cell(_text(one)) for one in by_measure.values()))
+            for head, by_measure in _correlations(found, levels).items()]
     return Table(
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
         "with the accuracy and with what noise takes of it.",
-        ("Outcome", *measures.values()), tuple(rows),
-        f"{len(found)} different networks of {len(set(groups))} rows; in brackets the "
-        f"{100 * SHARE:g} % interval over resampled rows.",
+        ("Outcome", *_measures(found).values()), tuple(rows),
+        f"{len(found)} different networks of {len({row for row, _ in found})} rows; in brackets "
+        f"the {100 * SHARE:g} % interval over resampled rows.",
         "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
         "and the loss of accuracy a positive one. Networks that are flat because they have "
         "learnt little have low accuracy and lose little: that is taken out where the ranks of the "

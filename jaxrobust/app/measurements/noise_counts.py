@@ -4,7 +4,7 @@ Reads what the command ``figures`` measured; a study without it has none of thes
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import scipy.stats
 
 from jaxrobust.app.measurements import robustness_figures
 from jaxrobust.app.report import figures
+from jaxrobust.app.report.frame import Number, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -20,6 +21,7 @@ from jaxrobust.app.report.page import (
     TableRow,
     count,
     listed,
+    over_runs,
     signed,
 )
 from jaxrobust.app.study.read import Run, Study, class_labels
@@ -47,6 +49,13 @@ MEASURES = {
         "Noise-averaged loss", "Mean $\\Vert H_\\sigma\\Vert_F^2$ [1/pixel$^4$]"),
 }
 """Different quantities on a ReLU network."""
+
+
+COEFFICIENTS = ("Pearson, groups", "Spearman, images", "Spearman, right when clean")
+"""Of :class:`Correlation`, as shown."""
+
+SIZES, NEIGHBOURS = "images by correct predictions", "accuracy of the 5 nearest neighbours"
+VIEWS = ("clean", "noisy")
 
 
 class Counted(NamedTuple):
@@ -153,14 +162,17 @@ def _counted_runs(study: Study) -> tuple[dict[str, list[Counted]], list[str]]:
             if not counts:
                 continue
             num_draws = num_draws or counts["num_draws"]
-            # Arrays are matched by position: both hold the first images of one test split.
-            same = curvature and all(counts[name] == curvature["settings"][name]
-                                     for name in ("num_images", "test_size"))
-            if same and counts["num_draws"] == num_draws:
+            if _same_images(counts, curvature) and counts["num_draws"] == num_draws:
                 found.setdefault(row, []).append(Counted(run, counts, curvature))
             else:
                 left_out.append(f"{study.labels[row]}, seed {run.seed}")
     return found, left_out
+
+
+def _same_images(counts: dict, curvature: dict | None) -> bool:
+    """Whether arrays match by position: both hold the first images of one test split."""
+    return curvature is not None and all(counts[name] == curvature["settings"][name]
+                                         for name in ("num_images", "test_size"))
 
 
 def _first_results(study: Study, name: str) -> dict[str, tuple[Run, dict]]:
@@ -182,6 +194,38 @@ def _measures(found: dict[str, list[Counted]]) -> dict[str, Measure]:
     """Those that every run has."""
     return {key: measure for key, measure in MEASURES.items()
             if all(key in one.curvature for runs in found.values() for one in runs)}
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """The coefficients and what Fig. 8 and 9 show of this run; its blocks' neighbours."""
+    counts, curvature = run.result("noise_counts"), run.curvature
+    if counts and _same_images(counts, curvature):
+        num_draws = counts["num_draws"]
+        for noise, name in NOISES.items():
+            correct = counts[noise]
+            total = correct.sum(axis=0)
+            for k, size in enumerate(np.bincount(total, minlength=num_draws + 1)):
+                yield Number(SIZES, f"{name}, {k} of {num_draws}", int(size), "images")
+            for key, measure in MEASURES.items():
+                if key not in curvature:
+                    continue
+                where = f"{name}, {num_draws} draws, {measure.title}"
+                found = correlation(curvature[key], total, curvature["correct"], num_draws)
+                for what, value in zip(COEFFICIENTS, found, strict=False):
+                    yield Number(what, where, value, "")
+                kept, _ = kept_accuracy(curvature[key], correct, SHARES / 100)
+                for share, value in zip(SHARES, kept, strict=True):
+                    yield Number("accuracy of the images of lowest curvature",
+                                 f"{where}, {share} %", 100 * value, "%")
+                means, _ = group_means(curvature[key], total, num_draws)
+                for k, mean in enumerate(means):
+                    yield Number("mean curvature by correct predictions",
+                                 f"{where}, {k} of {num_draws}", mean, "1/pixel⁴")
+    blocks = run.result("blocks")
+    for index, block in enumerate(blocks["blocks"] if blocks else ()):
+        for view in VIEWS:
+            yield Number(NEIGHBOURS, f"{block}, {view}",
+                         100 * float(blocks[f"{view}_neighbours"][index]), "%")
 
 
 # --- Words -----------------------------------------------------------------------------------
@@ -252,16 +296,13 @@ def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[Correlatio
 
 def correlation_table(study: Study, found: dict[str, list[Counted]], noise: str) -> Table:
     """The coefficients for one noise, by row."""
-    measures = _measures(found)
-    rows = []
-    for row, runs in found.items():
-        ones = [_over_runs(runs, key, noise) for key in measures]
-        cells = [Cell(_over_seeds([getattr(one, name) for one in by_run]))
-                 for by_run in ones for name in ("pearson", "spearman", "spearman_correct")]
-        rows.append(TableRow(study.labels[row], tuple(cells)))
+    measures, values = _measures(found), values_of(study, numbers)
+    where = f"{NOISES[noise]}, {_num_draws(found)} draws"
+    rows = [TableRow(study.labels[row], tuple(
+        Cell(over_runs(values[row, what, f"{where}, {measure.title}"], signed, " to "))
+        for measure in measures.values() for what in COEFFICIENTS)) for row in found]
     columns = [name for measure in measures.values() for name in (
-        f"{measure.title}: Pearson, groups", "Spearman, images",
-        "Spearman, right when clean")]
+        f"{measure.title}: {COEFFICIENTS[0]}", *COEFFICIENTS[1:])]
     return Table(
         f"Curvature and the number of correct predictions under {NOISES[noise]}.",
         ("Method", *columns), tuple(rows),
@@ -298,16 +339,11 @@ def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Tabl
     """How well the features of each block separate the classes, in numbers."""
     blocks = list(dict.fromkeys(name for _, result in results.values()
                                 for name in result["blocks"]))
-    rows = []
-    for row, (_, result) in results.items():
-        cells = []
-        for block in blocks:
-            for view in ("clean", "noisy"):
-                there = block in result["blocks"]
-                value = (result[f"{view}_neighbours"][result["blocks"].index(block)]
-                         if there else math.nan)
-                cells.append(Cell(f"{100 * value:.1f}" if math.isfinite(value) else "–"))
-        rows.append(TableRow(study.labels[row], tuple(cells)))
+    values = values_of(study, numbers)
+    rows = [TableRow(study.labels[row], tuple(
+        Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
+        for block in blocks for view in VIEWS
+        for of_first in (values.get((row, NEIGHBOURS, f"{block}, {view}")),))) for row in results]
     columns = [name for block in blocks for name in (f"{_block_name(block)}: clean", "noisy")]
     return Table(
         "How well each block’s features separate the classes: accuracy in % of the 5 nearest "
@@ -318,13 +354,6 @@ def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Tabl
         "images with the nearest features (averaged over the positions of the block’s outputs), "
         "clean among clean, noisy among noisy. Unlike the t-SNE pictures below, a number of the "
         "features themselves.")
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    if not all(map(math.isfinite, values)):
-        return "–"
-    mean = signed(float(np.mean(values)))
-    return mean if len(values) == 1 else f"{mean} [{signed(min(values))} to {signed(max(values))}]"
 
 
 def _num_draws(found: dict[str, list[Counted]]) -> int:

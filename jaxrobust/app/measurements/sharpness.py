@@ -7,7 +7,7 @@ rate: gradient descent leaves a quadratic valley that curves more than its rate 
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,17 @@ from jaxrobust.app.program import (
     start_from,
 )
 from jaxrobust.app.progress import progress
-from jaxrobust.app.report.page import Cell, Section, Table, TableRow, listed, significant
-from jaxrobust.app.study.read import Study
+from jaxrobust.app.report.frame import Number, values_of
+from jaxrobust.app.report.page import (
+    Cell,
+    Section,
+    Table,
+    TableRow,
+    listed,
+    over_runs,
+    significant,
+)
+from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import load_run, make_splits
 from jaxrobust.data import Dataset
 from jaxrobust.parallel import make_layout
@@ -181,46 +190,42 @@ def _product(
     return jax.jvp(jax.grad(value), (flat,), (vector,))[1]
 
 
+LIMIT, RATE = "largest stable learning rate", "learning rate"
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """The eigenvalues by state and term, and the learning rate beside its limit."""
+    result = run.facts("sharpness") or {"eigenvalues": {}}
+    for state, values in result["eigenvalues"].items():
+        for term, value in values.items():
+            yield Number(f"largest eigenvalue, {term}", STATES[state], value, "")
+        yield Number(LIMIT, STATES[state], stable_rate(values["loss"], result["momentum"]), "")
+        yield Number(RATE, STATES[state], result["learning_rate"], "")
+
+
 def section(study: Study) -> Section | None:
     """Of the report; None if no run was measured."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in study.labels:
-        for run in study.runs[row]:
-            result = run.facts("sharpness")
-            for state, values in (result or {}).get("eigenvalues", {}).items():
-                found.setdefault((row, state), []).append(result | {"values": values})
+    found = values_of(study, numbers)
     if not found:
         return None
-    terms = list(dict.fromkeys(
-        term for results in found.values() for result in results for term in result["values"]))
-    rows = []
-    for (row, state), results in found.items():
-        limit = [stable_rate(result["values"]["loss"], result["momentum"]) for result in results]
-        cells = [_over_runs([result["values"][term] for result in results
-                             if term in result["values"]]) for term in terms]
-        rows.append(TableRow(f"{study.labels[row]}, {STATES[state]}", (
-            *cells, _over_runs(limit),
-            Cell(listed(f"{result['learning_rate']:g}" for result in results)))))
-    every = [result for results in found.values() for result in results]
+    terms = list(dict.fromkeys(what for _, what, _ in found if what not in (LIMIT, RATE)))
+    rows = [TableRow(f"{study.labels[row]}, {state}", (
+        *(Cell(over_runs(found.get((row, what, state), ()))) for what in (*terms, LIMIT)),
+        Cell(listed(f"{rate:g}" for rate in found[row, RATE, state]))))
+        for row, state in dict.fromkeys((row, state) for row, _, state in found)]
+    images = listed(facts["settings"]["num_images"] for runs in study.runs.values() for run in runs
+                    if (facts := run.facts("sharpness")))
     return Section(
         "sharpness", "How sharply the loss bends in the parameters",
         "A learning rate above the limit throws gradient descent out of the valley that it is in.",
         (Table("Largest eigenvalue of the Hessian in the parameters.",
-               ("Method", *terms, "Limit of the rate", "Rate"), tuple(rows),
-               f"At {listed(one['settings']['num_images'] for one in every)} training images; "
-               "terms at weight 1, the whole loss with the run's weights. Mean over the seeds "
-               " [lowest–highest].",
+               ("Method", *(what.partition(", ")[2] for what in terms), "Limit of the rate",
+                "Rate"), tuple(rows),
+               f"At {images} training images; terms at weight 1, the whole loss with the run's "
+               "weights. Mean over the seeds  [lowest–highest].",
                "How to read: the limit is 2 (1 + m) / ((1 + 2 m) λ) for the whole loss and "
                "momentum m, that of a quadratic; training may bear more for some steps, since it "
                "moves to flatter places."),))
-
-
-def _over_runs(values: list[float]) -> Cell:
-    if not values:
-        return Cell("–")
-    spread = "" if len(values) == 1 else (
-        f" [{significant(min(values))}–{significant(max(values))}]")
-    return Cell(significant(float(np.mean(values))) + spread)
 
 
 def table_text(eigenvalues: dict[str, dict[str, float]], momentum: float) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ from jaxrobust.app.measurements.curvature import (
 )
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
+from jaxrobust.app.report.frame import Number
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, listed, significant
-from jaxrobust.app.study.read import Study
+from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.images import to_float
 
@@ -194,6 +195,21 @@ def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
         Line2D([], [], color=_SMOOTHED, marker="s", markersize=4.5, linestyle=(0, (1, 1)),
                label="smoothed $\\Vert H_\\sigma\\Vert_F^2$, float64")], columns=4)
     return figure
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """The medians over the images."""
+    result = run.result("steps")
+    if not result:
+        return
+    curves = step_curves("", result)
+    yield Number("median exact curvature", "float64", curves.exact, "1/pixel⁴")
+    for what, name, values in (
+            ("t = {:g}, float64", "median of Eq. 21", curves.double[1]),
+            ("t = {:g}, float32", "median of Eq. 21", curves.single),
+            ("σ = {:g}, float64", "median smoothed curvature", curves.smoothed)):
+        for step, value in zip(curves.steps, values, strict=True):
+            yield Number(name, what.format(step), float(value), "1/pixel⁴")
 
 
 def section(study: Study) -> Section | None:

@@ -19,7 +19,7 @@ from jaxrobust.app.study.read import Run, Study
 COLUMNS = {"study": "str", "row": "str", "seed": "Int64", "measurement": "str",
            "condition": "str", "draw": "Int64", "value": "float64", "unit": "str"}
 """Of the table, and their types. ``row`` is the key of a row, ``seed`` the training's and ``draw``
-counts the draws of the noise; both are empty for a number of several together."""
+counts the draws of the noise; each is empty for a number of several together."""
 
 DIGITS = 10
 """Significant ones of a number in a CSV file."""
@@ -128,6 +128,17 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(
         mean=("mean", "mean"), by_seed=("mean", tuple), std_over_seeds=("mean", "std"),
         std_over_draws=("std", "mean")).reset_index()
+
+
+Values = dict[tuple[str, str, str], tuple[float, ...]]
+"""By row, measurement and condition: the mean over the draws of each seed."""
+
+
+def values_of(study: Study, *kinds: Callable[[Run], Iterable[Number]]) -> Values:
+    """The numbers of these kinds, as the cells of tables take them."""
+    found = over_seeds(frame(study, *kinds))
+    return dict(zip(zip(found.row, found.measurement, found.condition, strict=True),
+                    found.by_seed, strict=True))
 
 
 Accuracies = dict[str, dict[str, Any]]

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrobust.app.report.figures import Figure
@@ -86,6 +87,16 @@ def with_spread(mean: float, std: float | None) -> str:
     """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
     unknown = std is None or math.isnan(std)
     return f"{mean:.2f}" if unknown else f"{mean:.2f} ± {std:.2f}"
+
+
+def over_runs(values: Sequence[float], show: Callable[[float], str] = significant,
+              to: str = "–") -> str:
+    """The mean, and in brackets the lowest and the highest if there are several; a dash of none, or
+    where one is not finite."""
+    if not values or not all(map(math.isfinite, values)):
+        return "–"
+    mean = show(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} [{show(min(values))}{to}{show(max(values))}]"
 
 
 def listed(values: Iterable) -> str:

@@ -68,7 +68,8 @@ from jaxrobust.app.study.read import Run, Study, check_same_data, load_study, st
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
 
-NUMBERS = (training_numbers, accuracy_numbers, curvature_report.numbers)
+NUMBERS = (training_numbers, accuracy_numbers, curvature_report.numbers, steps.numbers,
+           noise_counts.numbers, theory_section.numbers, sharpness.numbers)
 """What a report shows of a run, in the order of its sections."""
 
 
@@ -175,7 +176,8 @@ def group_by_study(folders: Sequence[pathlib.Path]
 
 def numbers_of(study: Study) -> pd.DataFrame:
     """All that the report shows, and the paper's."""
-    return pd.concat([frame(study, *NUMBERS), published_numbers(study)], ignore_index=True)
+    return pd.concat([frame(study, *NUMBERS), networks.numbers(study), published_numbers(study)],
+                     ignore_index=True)
 
 
 def best_rows(study: Study) -> list[str]:

@@ -1,12 +1,14 @@
 """The report's section on the checked theorems, from what the command ``theory`` wrote."""
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from jaxrobust.app.measurements.theory import figures
 from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.report.frame import Number, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -17,7 +19,7 @@ from jaxrobust.app.report.page import (
     listed,
     significant,
 )
-from jaxrobust.app.study.read import Study
+from jaxrobust.app.study.read import Run, Study
 
 CURVATURES = {
     "hessian": "‖H‖², pointwise, exact",
@@ -35,6 +37,13 @@ MAPPING = {
     "fixed_centre": "Clopper-Pearson, fixed centre",
 }
 """Curves of ``theory.json`` that the second figure shows, and their names there."""
+
+
+SEPARATION = {
+    "pair_bound": "Eq. 20", "pair_sharp_bound": "Sharp", "pair_decision_bound": "Hyperplanes"}
+"""Bounds of ``theory.json`` on the divergence of each pair of classes, and their names."""
+
+DIVERGENCE = "divergence, median over the pairs"
 
 
 def section(study: Study) -> Section | None:
@@ -55,30 +64,91 @@ def section(study: Study) -> Section | None:
          separation_picture(study, found)))
 
 
+def numbers(run: Run) -> Iterator[Number]:
+    """Each claim, and what the tables show of the measurements behind the claims."""
+    facts, whole = run.facts("theory"), run.result("theory")
+    if whole:
+        yield Number("residual of Eq. 14, median", "",
+                     float(np.nanmedian(whole["quadratic_residual"])), "")
+    if not facts:
+        return
+    for claim in facts["claims"]:
+        for field, unit, scale in (("holds", "%", 100), ("looseness", "", 1)):
+            if claim[field] is not None:
+                yield Number(field, claim["key"], scale * claim[field], unit)
+    geometry, separation = facts["geometry"], facts["separation"]
+    yield Number("L_compact", "training images", geometry["compactness_loss"], "")
+    yield Number("L_margin", "training images", geometry["margin_loss"], "")
+    yield Number("within δ_v", "training images", 100 * geometry["train_share_within_delta_v"], "%")
+    yield Number("same predictions", "T_ν", 100 * float(np.mean(
+        facts["rescaling"]["same_predictions"])), "%")
+    for name in ("theorem", "held_out"):
+        yield Number("largest error bounded below 1", MAPPING[name],
+                     _informative_error(facts["mapping"], name), "")
+    yield Number("smallest τ", "δ_v", min(separation["tau_at_delta_v"]), "")
+    yield Number("smallest τ", "widest balls", min(separation["tau_at_widest"]), "")
+    yield Number("bound on the divergence", "widest balls", separation["bound_at_widest"], "nats")
+    yield Number("smallest divergence", "features", min(separation["divergence"]["features"]),
+                 "nats")
+    for layer in separation["layers"]:
+        yield Number(DIVERGENCE, layer, float(np.median(separation["divergence"][layer])), "nats")
+    for key, name in SEPARATION.items():
+        yield Number(DIVERGENCE, name, float(np.median(separation[key])), "nats")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1f}" if math.isfinite(share) else "–"
+
+
+CURVATURE_COLUMNS = {
+    "Eq. 14: residual": ("residual of Eq. 14, median", "", significant),
+    "Step 1, ‖H‖² [%]": ("holds", "eq22_pointwise", _percent),
+    "Step 1, ‖H_σ‖² [%]": ("holds", "eq22_smoothed", _percent),
+    "Eq. 15 holds [%]": ("holds", "thm61_upper_pointwise_median", _percent),
+    "Eq. 15 / ‖H‖²": ("looseness", "thm61_upper_pointwise_median", significant),
+    "Eq. 15 / ‖H_σ‖²": ("looseness", "thm61_upper_smoothed_median", significant),
+    "Eq. 16 holds, H [%]": ("holds", "thm61_lower_pointwise_median", _percent),
+    "Eq. 16 holds, H_σ [%]": ("holds", "thm61_lower_smoothed_median", _percent),
+}
+"""Measurement, condition and how it is shown, by heading."""
+
+CLAIM_COLUMNS = {
+    "L_compact": ("L_compact", "training images", significant),
+    "L_margin": ("L_margin", "training images", significant),
+    "Within δ_v [%]": ("within δ_v", "training images", _percent),
+    "T_ν: same predictions [%]": ("same predictions", "T_ν", _percent),
+    "6.2: largest error bounded below 1": (
+        "largest error bounded below 1", MAPPING["theorem"], significant),
+    "Fixed features: the same": (
+        "largest error bounded below 1", MAPPING["held_out"], significant),
+    "6.3: τ at δ_v": ("smallest τ", "δ_v", significant),
+    "τ, widest balls": ("smallest τ", "widest balls", significant),
+    "Bound there [nats]": ("bound on the divergence", "widest balls", significant),
+    "Divergence at least [nats]": ("smallest divergence", "features", significant),
+}
+"""As :data:`CURVATURE_COLUMNS`."""
+
+
+def _rows(study: Study, rows: Iterable[str], columns: Iterable[tuple]) -> tuple[TableRow, ...]:
+    """Means over the seeds; of the largest error, the largest."""
+    values = values_of(study, numbers)
+
+    def cell(row, what, where, show):
+        found = values.get((row, what, where), (math.nan,))
+        return Cell(show(max(found) if what.startswith("largest") else statistics.fmean(found)))
+
+    return tuple(TableRow(study.labels[row], tuple(cell(row, *column) for column in columns))
+                 for row in rows)
+
+
 def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
     """Theorem 6.1 and its assumption, by row."""
-    rows = []
-    for row, results in found.items():
-        def cell(key, field, show: Callable = _percent, results=results):
-            return Cell(show(_mean(_claim(result, key)[field] for result in results)))
-
-        rows.append(TableRow(study.labels[row], (
-            Cell(significant(_mean(np.nanmedian(result["quadratic_residual"])
-                                   for result in results))),
-            cell("eq22_pointwise", "holds"), cell("eq22_smoothed", "holds"),
-            cell("thm61_upper_pointwise_median", "holds"),
-            cell("thm61_upper_pointwise_median", "looseness", significant),
-            cell("thm61_upper_smoothed_median", "looseness", significant),
-            cell("thm61_lower_pointwise_median", "holds"),
-            cell("thm61_lower_smoothed_median", "holds"))))
     first = [result for results in found.values() for result in results]
     settings = first[0]["settings"]
     sigmas = listed(f"{255 * result['sigma']:.3g}" for result in first)
     return Table(
         "Theorem 6.1: curvature between two bounds.",
-        ("Method", "Eq. 14: residual", "Step 1, ‖H‖² [%]", "Step 1, ‖H_σ‖² [%]",
-         "Eq. 15 holds [%]", "Eq. 15 / ‖H‖²", "Eq. 15 / ‖H_σ‖²", "Eq. 16 holds, H [%]",
-         "Eq. 16 holds, H_σ [%]"), tuple(rows),
+        ("Method", *CURVATURE_COLUMNS), _rows(study, found, CURVATURE_COLUMNS.values()),
         f"{settings['num_images']} test images of each run, noise of standard deviation "
         f"{sigmas}/255, "
         f"{settings['num_draws']} draws; δ is the median displacement of the run’s features "
@@ -94,33 +164,12 @@ def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
 
 def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
     """Sections 5, 6.2 and 6.3, by row."""
-    rows = []
-    for row, results in found.items():
-        geometry = [result["geometry"] for result in results]
-        mapping = [result["mapping"] for result in results]
-        separation = [result["separation"] for result in results]
-        rescaled = [result["rescaling"] for result in results]
-        cells = [
-            significant(_mean(part["compactness_loss"] for part in geometry)),
-            significant(_mean(part["margin_loss"] for part in geometry)),
-            _percent(_mean(part["train_share_within_delta_v"] for part in geometry)),
-            _percent(_mean(np.mean(part["same_predictions"]) for part in rescaled)),
-            significant(max(_informative_error(part, "theorem") for part in mapping)),
-            significant(max(_informative_error(part, "held_out") for part in mapping)),
-            significant(_mean(min(part["tau_at_delta_v"]) for part in separation)),
-            significant(_mean(min(part["tau_at_widest"]) for part in separation)),
-            significant(_mean(part["bound_at_widest"] for part in separation)),
-            significant(_mean(min(part["divergence"]["features"]) for part in separation)),
-        ]
-        rows.append(TableRow(study.labels[row], tuple(map(Cell, cells))))
     results = [result for row in found.values() for result in row]
     deltas = {name: listed(f"{result[name]:g}" for result in results)
               for name in ("delta_v", "delta_d")}
     return Table(
         "Propositions 5.1 to 5.3, Theorems 6.2 and 6.3.",
-        ("Method", "L_compact", "L_margin", "Within δ_v [%]", "T_ν: same predictions [%]",
-         "6.2: largest error bounded below 1", "Fixed features: the same", "6.3: τ at δ_v",
-         "τ, widest balls", "Bound there [nats]", "Divergence at least [nats]"), tuple(rows),
+        ("Method", *CLAIM_COLUMNS), _rows(study, found, CLAIM_COLUMNS.values()),
         f"Losses and shares: {listed(count(r['num_train_images']) for r in results)} training "
         f"images, δ_v = {deltas['delta_v']}, δ_d = {deltas['delta_d']}; the rest: "
         f"{listed(count(r['num_test_images']) for r in results)} test images.",
@@ -134,24 +183,14 @@ def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
         "least, in the penultimate layer.")
 
 
-SEPARATION = {
-    "pair_bound": "Eq. 20", "pair_sharp_bound": "Sharp", "pair_decision_bound": "Hyperplanes"}
-"""Bounds of ``theory.json`` on the divergence of each pair of classes, and their names."""
-
-
 def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
     """Theorem 6.3 layer by layer, by row."""
     layers = next(iter(found.values()))[0]["separation"]["layers"]
-    rows = []
-    for row, results in found.items():
-        parts = [result["separation"] for result in results]
-        columns = [*([part["divergence"][layer] for part in parts] for layer in layers),
-                   *([part[key] for part in parts] for key in SEPARATION)]
-        rows.append(TableRow(study.labels[row], tuple(
-            Cell(significant(_mean(map(np.median, by_seed)))) for by_seed in columns)))
+    columns = (*layers, *SEPARATION.values())
     return Table(
         "Theorem 6.3: how far apart two classes are in each layer, in nats.",
-        ("Method", *layers, *SEPARATION.values()), tuple(rows),
+        ("Method", *columns),
+        _rows(study, found, [(DIVERGENCE, name, significant) for name in columns]),
         "Median over the pairs of classes; with several seeds, the mean of that.",
         "How to read: higher is better separated; log 2 = 0.693 is complete separation. Layers: "
         "what a logistic regression shows the divergence to be at least. Right of them bounds that "
@@ -237,20 +276,6 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
         "pixels). Right of the vertical line, bounds that hold for every layer: that of Eq. 20 and "
         "the sharpest that its hypotheses allow, for balls around the two classes’ centroids that "
         "touch each other, and that from the sides of the network’s decision hyperplanes.")
-
-
-def _claim(result: dict, key: str) -> dict:
-    return next(line for line in result["claims"] if line["key"] == key)
-
-
-def _mean(values) -> float:
-    """Of what is there; NaN of nothing."""
-    there = [float(value) for value in values if value is not None]
-    return statistics.fmean(there) if there else float("nan")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}" if share == share else "–"
 
 
 def _informative_error(mapping: dict, name: str) -> float:
