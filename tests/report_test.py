@@ -15,9 +15,9 @@ import pytest
 import scipy.stats
 from command_line import call, one_line
 
-from jaxrobust.app import study
 from jaxrobust.app.config import InputError, RunConfig, to_json
 from jaxrobust.app.report import comparison, figures, frame, page, report, tables
+from jaxrobust.app.study import read
 
 LABELS = {"both": "Training on both", "robust": "Robust <&> |method|"}
 LEVELS = (0, 2)
@@ -316,7 +316,7 @@ def test_runs_of_different_data_are_not_shown_side_by_side(tmp_path, capsys):
 def test_a_report_of_runs_names_its_classes_command_and_commit(tmp_path):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], class_names=["0", "1", "cat"])
     runs = [tmp_path / "study" / f"{row}-seed0" for row in LABELS]
-    assert study.study_of_runs(runs).class_names == {0: "0", 1: "1", 2: "2 cat"}
+    assert read.study_of_runs(runs).class_names == {0: "0", 1: "1", 2: "2 cat"}
     assert call("report", *runs) == 0
     page = (tmp_path / "study" / "report" / "report.html").read_text()
     (_, command), = table_rows(page, "Command of the report")
@@ -327,7 +327,7 @@ def test_a_report_of_runs_names_its_classes_command_and_commit(tmp_path):
     write_json(runs[0] / "evaluation.json", json.loads(
         (runs[0] / "evaluation.json").read_text()) | {
             "classes": {"names": ["ant", "bee"], "counts": [1, 1]}})
-    assert study.study_of_runs(runs).class_names == {0: "0 ant", 1: "1 bee"}
+    assert read.study_of_runs(runs).class_names == {0: "0 ant", 1: "1 bee"}
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def section(study: Study) -> Section | None:
                ("Method", *(what.partition(", ")[2] for what in terms), "Limit of the rate",
                 "Rate"), tuple(rows),
                f"At {images} training images; terms at weight 1, the whole loss with the run's "
-               "weights. Mean over the seeds  [lowest–highest].",
+               "weights. Mean over the seeds [lowest–highest].",
                "How to read: the limit is 2 (1 + m) / ((1 + 2 m) λ) for the whole loss and "
                "momentum m, that of a quadratic; training may bear more for some steps, since it "
                "moves to flatter places."),))
