@@ -25,10 +25,10 @@ from jaxrobust.losses import RobustLossConfig
 
 
 @pytest.mark.parametrize("words", [
-    ("road_small/robust", "--dataset", "folder:X", "--image-size", "20", "30"),
-    ("--dataset", "folder:X", "--image-size", "20", "30", "road_small/robust"),
-    ("--dataset", "folder:X", "road_small/robust", "--image-size", "20", "30"),
-    ("--image-size", "20", "30", "--dataset=folder:X", "road_small"),
+    ("road_small/robust", "--data", "folder:X", "--image-size", "20", "30"),
+    ("--data", "folder:X", "--image-size", "20", "30", "road_small/robust"),
+    ("--data", "folder:X", "road_small/robust", "--image-size", "20", "30"),
+    ("--image-size", "20", "30", "--data=folder:X", "road_small"),
 ])
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_the_recipe_is_found_wherever_it_stands(command, words):
@@ -39,7 +39,7 @@ def test_the_recipe_is_found_wherever_it_stands(command, words):
 
 
 def test_a_value_that_is_a_recipes_name_too_is_not_taken_for_the_recipe():
-    run = parse(["train", "--dataset", "digits", "cifar10/both"]).run
+    run = parse(["train", "--data", "digits", "cifar10/both"]).run
     assert run == dataclasses.replace(RECIPES["cifar10"].rows["both"], dataset="digits")
 
 
@@ -124,7 +124,7 @@ def test_a_warmup_that_would_not_end_keeps_its_share_of_the_epochs(capsys):
 
 @pytest.mark.parametrize("command", [
     ("train", "digits/both", "--perturb", "occlusion(2,9)"),
-    ("train", "road_small/both", "--dataset", "folder:nowhere", "--image-size", "20", "30",
+    ("train", "road_small/both", "--data", "folder:nowhere", "--image-size", "20", "30",
      "--perturb", "gaussian(0.1)+stripes(1,31)"),
 ])
 def test_a_perturbation_that_does_not_fit_is_refused_before_the_images_are_opened(
@@ -211,3 +211,17 @@ def test_every_number_of_every_setting_is_checked():
         else:
             passed.append((type(settings).__name__, name, value))
     assert not passed
+
+
+def test_help_shows_the_common_options_and_help_all_every_one(capsys):
+    shown = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            parse(["train", "digits/both", word])
+        assert not stop.value.code
+        shown[word] = capsys.readouterr().out
+    for option in ("--data ", "--out ", "--epochs ", "--noise-std "):
+        assert option in shown["--help"] and option in shown["--help-all"]
+    for option in ("--optimizer.momentum ", "--crop-padding ", "--num-processes "):
+        assert option not in shown["--help"] and option in shown["--help-all"]
+    assert "--help-all" in shown["--help"] and len(shown["--help"].splitlines()) < 60

@@ -163,7 +163,7 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
      "Did you mean 'cifar10'?"),
     (("train", "digits/robst"), "error: Unknown row 'robst'. Did you mean 'robust'?"),
     (("train", "digits", "--method", "stabilty"), "Did you mean 'stability'?"),
-    (("train", "digits", "--dataset", "digit"), "Did you mean 'digits'?"),
+    (("train", "digits", "--data", "digit"), "Did you mean 'digits'?"),
     (("train", "digits", "--robust.delta-v", "-1"), "error: Expected delta_v=-1.0 in [0, inf)."),
     (("train", "digits", "--robust.momentum", "1"), "error: Expected momentum=1.0 in [0, 1)."),
     (("train", "digits", "--batch-size", "1201"), "error: Expected batch_size=1201 <= 1200"),

@@ -63,7 +63,7 @@ def _run(folder, data_dir, tmp_path_factory):
     variables = jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(7), np.zeros((1, 16, 20, 3), np.float32))
     pytorch.write_state_dict(weights, pytorch.to_torch_state_dict(model, variables))
-    assert call("train", "road_small/robust", "--data-dir", data_dir, "--dataset",
+    assert call("train", "road_small/robust", "--data-dir", data_dir, "--data",
                 f"folder:{folder}", *SIZES, "--init-from", weights, "--perturb",
                 "gaussian(40/255)+occlusion(2,4)", "--out", out) == 0
     assert call("evaluate", out, "--noise-levels", "0", "40", "--num-draws", "2",
@@ -219,7 +219,7 @@ def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
     try:
         assert used("without") == with_folder
         capsys.readouterr()
-        for command in (("evaluate", run), ("train", "road_small/robust", "--dataset",
+        for command in (("evaluate", run), ("train", "road_small/robust", "--data",
                                             f"folder:{folder}", "--out", run, "--resume")):
             assert call(*command, "--data-dir", data_dir) == 2
             assert f"at {folder}, got nothing" in one_line(capsys)
@@ -342,7 +342,7 @@ def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, fo
     (bad / "wet" / "1.jpg").write_bytes((folder / "wet" / "1.jpg").read_bytes()[:300])
     (bad / "dry" / "notes.docx").write_text("no image")
     (bad / "dry" / "Thumbs.db").write_text("no image")
-    arguments = ("train", "road_small/normal", "--dataset", f"folder:{bad}", *SIZES, "--model",
+    arguments = ("train", "road_small/normal", "--data", f"folder:{bad}", *SIZES, "--model",
                  "small_cnn", "--validation-size", "3", "--data-dir", data_dir, "--out",
                  tmp_path / "run")
     assert call(*arguments) == 2
@@ -359,7 +359,7 @@ def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, fo
 
 @pytest.mark.parametrize("arguments, expected", [
     (("train", "road/robust"), "Expected a path after dataset='folder:'"),
-    (("train", "digits", "--dataset", "folder:nowhere"),
+    (("train", "digits", "--data", "folder:nowhere"),
      "Expected a folder of images or a CSV file at nowhere, got nothing."),
     (("train", "digits", "--perturb", "occlusoin(2,3)"), "Did you mean 'occlusion'?"),
     (("train", "digits", "--augmentation", "photos"), "Did you mean 'photo'?"),

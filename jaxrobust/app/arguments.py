@@ -15,6 +15,12 @@ import tyro
 
 from jaxrobust.app.config import InputError
 
+COMMON = frozenset({
+    "benchmark", "data", "dataset", "dry_run", "epochs", "folders", "image", "images", "init_from",
+    "jobs", "method", "model", "noise_levels", "noise_std", "num_draws", "num_images", "out",
+    "over", "perturb", "recipe", "resume", "rows", "run", "runs", "scale", "seed", "seeds", "skip_bad"})
+"""Names of the options that ``--help`` shows; ``--help-all`` shows all."""
+
 
 def parse(kind: type, words: Sequence[str], program: str) -> Any:
     """The command, an instance of ``kind``, from its words, of which the first is its name.
@@ -28,8 +34,48 @@ def parse(kind: type, words: Sequence[str], program: str) -> Any:
     """
     name, *options = words
     called = f"{program} {name}"
+    brief = bool({"-h", "--help"} & set(options))
+    options = ["--help" if word == "--help-all" else word for word in options]
     default = kind.default_of(options, called) if hasattr(kind, "default_of") else None
+    if brief:
+        kind, default = common(kind), default and _as(common(kind), default)
+        print(f"The common options of {called}; --help-all shows the others too.")
     return read(kind, options, called, default)
+
+
+@functools.cache
+def common(kind: type) -> type:
+    """A dataclass, and those in it, whose help shows the fields named in :data:`COMMON` alone."""
+    kept: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        inner, *marks = _without_marks(hints[field.name])
+        default = field.default
+        if dataclasses.is_dataclass(inner):
+            inner = common(inner)
+            default = default if default is dataclasses.MISSING else _as(inner, default)
+        elif field.name in COMMON:
+            continue
+        else:
+            marks.append(tyro.conf.Suppress)
+        kept["__annotations__"][field.name] = Annotated[inner, *marks] if marks else inner
+        kept[field.name] = dataclasses.field(
+            default=default, default_factory=field.default_factory, kw_only=field.kw_only)
+    return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), kept))
+
+
+def _as(kind: type, value: Any) -> Any:
+    """An instance of a class that :func:`common` made, with the fields of one of the original."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {name: getattr(value, name) for name in hints if hasattr(value, name)}
+    return kind(**{name: _as(_without_marks(hints[name])[0], inner)
+                   if dataclasses.is_dataclass(inner) else inner
+                   for name, inner in fields.items()})
+
+
+def _without_marks(hint: Any) -> tuple[Any, ...]:
+    """A type, and its marks for tyro."""
+    return typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
 
 
 def read(kind: type, options: Sequence[str], called: str, default: Any = None) -> Any:
@@ -74,7 +120,7 @@ def _unchecked(kind: type) -> type:
     """The fields of a dataclass, and of those in it, without ``__post_init__``."""
     fields = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        inner, *marks = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        inner, *marks = _without_marks(hint)
         if dataclasses.is_dataclass(inner):
             inner = _unchecked(inner)
         fields.append((name, Annotated[inner, *marks] if marks else inner))

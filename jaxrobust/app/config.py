@@ -5,6 +5,9 @@ import json
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import tyro
 
 import jax
 
@@ -114,7 +117,7 @@ class RunConfig:
     A pytree of the numbers in which runs of one compiled program may differ, see :data:`SWEPT`.
     """
 
-    dataset: str = "digits"
+    dataset: Annotated[str, tyro.conf.arg(name="data")] = "digits"
     """"digits", "cifar10", "svhn_cropped", or "folder:PATH": a folder with a sub-folder of images
     for each class, or a CSV file with the columns path and label. Four fifths of these, by class,
     are for training, the rest is the test set, unless the split is given: by folders "train",
