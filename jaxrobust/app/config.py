@@ -7,9 +7,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-import tyro
-
 import jax
+import tyro
 
 from jaxrobust import InputError, _validate
 from jaxrobust._hyperparameters import hyperparameters
