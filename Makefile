@@ -10,7 +10,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m experiments reproduce digits
+	$(VENV)/bin/jaxrobust demo
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

@@ -163,7 +163,7 @@ BENCHMARKS = list(benchmark_tables())
 
 def test_the_benchmark_tables_are_found():
     assert {folder for _, folder, _ in BENCHMARKS} >= {
-        "bench", "bench_curvature", "bench_folder"}
+        "bench_curvature", "bench_folder"}
 
 
 @pytest.mark.parametrize("page, folder, table", BENCHMARKS,
