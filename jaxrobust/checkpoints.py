@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrobust import _validate
 
@@ -34,7 +35,8 @@ def open_checkpoints(folder: pathlib.Path | str, *, keep: int) -> ocp.Checkpoint
     """
     _validate.in_range("keep", keep, 1)
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, create=True)
+        preservation_policy=preservation_policy.LatestN(keep), enable_async_checkpointing=False,
+        create=True)
     return ocp.CheckpointManager(
         pathlib.Path(folder).absolute(), options=options, item_names=(_STATE, _FACTS))
 

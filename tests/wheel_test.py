@@ -25,9 +25,9 @@ def _run(tmp_path_factory):
     wheel, = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=True)
     programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", f"{wheel}[app]"],
-                   check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", f"{wheel}[app]"],
+                   check=True, env=environment)
 
     def run(program, *words):
         done = subprocess.run([programs / program, *map(str, words)], cwd=folder, text=True,
