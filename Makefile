@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jaxrobust demo
 
 test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/installed

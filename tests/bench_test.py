@@ -16,7 +16,7 @@ from experiments.bench import timing
 from jaxrobust import curvature, data, probes
 from jaxrobust.app import files
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 STEP = 1e-2
 

@@ -14,7 +14,7 @@ from jaxrobust import training
 from jaxrobust.centroids import init_centroids
 from jaxrobust.methods import Batch, make_method
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 CASE = curvature.Case(num_classes=3, image_size=8, width=4, batch_size=8)
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 import time
 import warnings
 
@@ -30,10 +31,10 @@ def _enabled(monkeypatch, tmp_path):
 
 
 def test_the_tests_leave_the_users_folder_alone():
-    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
-    before = jax.config.jax_compilation_cache_dir
     execution.keep_compilations()
-    assert jax.config.jax_compilation_cache_dir == before
+    kept = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    assert kept.name.startswith("jaxrobust-tests-") and kept.parent == pathlib.Path(
+        tempfile.gettempdir())
 
 
 def test_what_is_compiled_is_found_again(enabled):
@@ -117,12 +118,16 @@ def test_the_folder_is_that_of_the_system(monkeypatch):
     assert execution.compilations_folder() == pathlib.Path("/somewhere/.cache/jaxrobust/xla")
 
 
-def test_a_long_compilation_is_told_of_and_a_short_one_is_not(monkeypatch, capsys):
+@pytest.mark.parametrize("folder, said", [
+    (None, "not kept for the next time."), ("/caches", "kept in /caches for the next time.")])
+def test_a_long_compilation_is_told_of_and_a_short_one_is_not(
+        folder, said, enabled, monkeypatch, capsys):
+    jax.config.update("jax_compilation_cache_dir", folder)
     monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.05)
     with progress.compiling("the step of a network"):
         time.sleep(0.5)
-    assert capsys.readouterr().out.startswith(
-        "Compiling the step of a network. Of large networks it takes minutes; it is not kept")
+    assert capsys.readouterr().out == (
+        f"Compiling the step of a network. Of large networks it takes minutes; it is {said}\n")
     monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.3)
     with progress.compiling("the step of a network"):
         pass

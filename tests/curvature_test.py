@@ -18,20 +18,34 @@ BATCH, SIDE = 3, 4
 KEY = jax.random.key(0)
 
 
-def make_logits(activation, dtype=jnp.float64):
+def make_convolutional_logits(activation, dtype):
     """Logits of a small network with batch norm in evaluation mode; and images."""
     model = models.SmallCNN(num_classes=3, mean=(0.5,), std=(0.25,), num_features=4, width=2,
                             activation=activation, dtype=dtype)
     images = jax.random.uniform(jax.random.key(0), (BATCH, SIDE, SIDE, 1), dtype)
     # Flax makes the parameters in float32 whatever the model computes in.
     with jax.numpy_dtype_promotion("standard"):
-        variables = model.init(jax.random.key(1), images, train=False)
+        variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     return lambda images: 3 * model.apply(variables, images, train=False).logits, images
 
 
-def make_loss(activation, dtype=jnp.float64):
-    """Softmax loss of that network; and images."""
+def make_logits(activation, dtype=jnp.float64):
+    """Logits of two hidden layers, which compile much sooner than convolutions; and images."""
+    random = np.random.default_rng(1)
+    images = jnp.asarray(random.uniform(size=(BATCH, SIDE, SIDE, 1)), dtype)
+    first, second, top = (jnp.asarray(random.normal(size=shape) * (2 / shape[0]) ** 0.5, dtype)
+                          for shape in ((SIDE**2, 8), (8, 8), (8, 3)))
+
+    def logits_fn(images):
+        x = 2 * images.reshape(len(images), -1) - 1
+        return 3 * activation(activation(x @ first) @ second) @ top
+
+    return logits_fn, images
+
+
+def make_loss(activation, dtype=jnp.float64, make_logits=make_logits):
+    """Softmax loss of such a network; and images."""
     logits_fn, images = make_logits(activation, dtype)
 
     def loss(images):
@@ -62,7 +76,7 @@ def probe(function, key, number, images):
 @pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu])
 def test_hvp_is_the_hessian_times_the_vector(activation):
     with jax.enable_x64(True):
-        loss, images = make_loss(activation)
+        loss, images = make_loss(activation, make_logits=make_convolutional_logits)
         v = jax.random.normal(jax.random.key(2), images.shape, images.dtype)
         expected = np.einsum("bij,bj->bi", dense_hessians(loss, images), v.reshape(BATCH, -1))
         product = jax.jit(functools.partial(curvature.hvp, loss))(images, v)
@@ -340,10 +354,9 @@ def test_the_batch_and_the_devices_change_nothing(name):
 
 
 def test_memory_does_not_grow_with_the_probes():
-    model = models.create_model("resnet18", num_classes=10, num_features=8, width=2,
-                                mean=(0.5,) * 3, std=(0.25,) * 3)
-    images = jnp.zeros((4, 16, 16, 3))
-    variables = model.init(jax.random.key(0), images, train=False)
+    model = models.SmallCNN(num_classes=10, mean=(0.5,), std=(0.25,), num_features=8, width=4)
+    images = jnp.zeros((4, 16, 16, 1))
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
 
     def loss(images):
         return jnp.sum(jax.nn.log_softmax(

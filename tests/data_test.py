@@ -71,6 +71,7 @@ def test_an_unknown_data_set_names_the_nearest():
         data.load_dataset("cifar-10")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # TFDS and TensorFlow have warnings of their own.
 @pytest.mark.parametrize("name, write", [
     ("cifar10", real_formats.write_cifar10), ("svhn_cropped", real_formats.write_svhn)])

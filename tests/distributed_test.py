@@ -87,6 +87,7 @@ def assert_the_same_run(folder, alone):
                                   for state in states), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_job_of_two_killed_and_resumed_by_four_gives_the_result_of_one(alone, tmp_path):
     folder = tmp_path / "run"
     # Two processes of two devices each, reading their own shares from disk.
@@ -108,6 +109,7 @@ def test_a_job_of_two_killed_and_resumed_by_four_gives_the_result_of_one(alone, 
             ours[name], theirs[name], rtol=5e-3, atol=1e-4 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_goes_on_with_one(alone, tmp_path):
     folder = tmp_path / "run"
     assert_all_end(job(2, 1, (*TRAIN, "--out", folder), last_epoch=1), KILLED)
@@ -154,6 +156,7 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_all_seeds_of_a_command_are_one_program_with_the_result_of_each_alone(tmp_path, alone):
     assert call(*TRAIN, "--seeds", "0,1", "--out", tmp_path) == 0
     assert_the_same_run(tmp_path / "digits-seed0", alone)

@@ -263,6 +263,13 @@ def test_equal_rows_take_no_part_in_the_margin_of_a_class():
     np.testing.assert_allclose(result, [2, np.inf, np.inf], rtol=1e-6)
 
 
+def test_rows_at_distance_1_have_a_boundary():
+    kernel, bias = jnp.array([[0.0, 1.0], [0.0, 0.0]]), jnp.zeros(2)
+    centroids = jnp.array([[-1.0, 0.0], [0.0, 0.0]])
+    loss = losses.margin_loss(centroids, jnp.array([True, False]), kernel, bias, delta_d=3.0)
+    np.testing.assert_allclose(loss, 2.0)
+
+
 def test_a_row_of_w_that_is_not_a_number_shows_in_the_distances():
     points, kernel, bias = random_layer(0)
     kernel[0, 1] = np.nan
@@ -313,10 +320,10 @@ def test_a_part_that_all_rows_share_changes_no_distance():
 
 
 def test_the_norm_has_gradient_0_at_0_and_the_unit_vector_elsewhere():
-    vectors = jnp.array([[0.0, 0.0], [3.0, -4.0]])
-    np.testing.assert_allclose(safe_norm(vectors), [0, 5])
+    vectors = jnp.array([[[0.0, 0.0], [3.0, -4.0], [0.0, 1.0]]])
+    np.testing.assert_allclose(safe_norm(vectors), [[0, 5, 1]])
     gradient = jax.grad(lambda vectors: jnp.sum(safe_norm(vectors)))(vectors)
-    np.testing.assert_allclose(gradient, [[0, 0], [0.6, -0.8]], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[[0, 0], [0.6, -0.8], [0, 1]]], rtol=1e-6)
 
 
 def test_the_margin_counts_a_misclassified_example_with_its_unsigned_distance():

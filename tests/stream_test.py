@@ -373,6 +373,7 @@ def prepared(tmp_path_factory):
 
 
 @TFDS
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_stays_on_disk_is_what_is_loaded_byte_by_byte(name, prepared):
     loaded = data.load_dataset(name, prepared)
@@ -390,6 +391,7 @@ def test_what_stays_on_disk_is_what_is_loaded_byte_by_byte(name, prepared):
 
 
 @TFDS
+@pytest.mark.slow
 def test_opening_what_stays_on_disk_decodes_no_image(prepared):
     import tensorflow_datasets as tfds
 
@@ -402,6 +404,7 @@ def test_opening_what_stays_on_disk_decodes_no_image(prepared):
 
 
 @TFDS
+@pytest.mark.slow
 def test_a_damaged_file_is_named_with_the_record(prepared):
     opened = data.load_dataset("cifar10", prepared, in_memory=False)
     file, = (prepared / "cifar10").rglob("*train.array_record*")

@@ -61,6 +61,7 @@ def bare(cells):
     return [cell.strip("*") for cell in cells]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_every_target_is_made_with_its_tables_and_figures(name, place):
     folder, content, tables = made(place, name)
@@ -91,6 +92,7 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
     assert all(isinstance(line["mean"], float) for line in content["numbers"] if "mean" in line)
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_question_are_compared_with_one_of_them(place):
     _, _, (accuracy, difference, *_) = made(place, "alignment")
     _, *rows, commonest = map(bare, accuracy[1])
@@ -106,6 +108,7 @@ def test_the_rows_of_a_question_are_compared_with_one_of_them(place):
             assert float(cell.replace("−", "-")) == pytest.approx(expected, abs=0.011)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, key", [("table1", "table1"), ("table2", "table2"),
                                        ("table3", "table3")])
 def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, place):
@@ -127,6 +130,7 @@ def test_ours_the_papers_and_the_difference_are_one_below_the_other(name, key, p
                 accuracy - mean, abs=0.006)
 
 
+@pytest.mark.slow
 def test_table_4_has_every_perturbation_of_the_paper(place):
     _, _, ((_, (_, *rows)),) = made(place, "table4")
     *heads, commonest = (bare(row)[0] for row in rows)
@@ -136,6 +140,7 @@ def test_table_4_has_every_perturbation_of_the_paper(place):
     assert set(heads[2::3]) == {"difference"}
 
 
+@pytest.mark.slow
 def test_table_5_is_of_clean_images_alone(place):
     _, _, tables = made(place, "table5")
     for (_, (head, *rows)), key in zip(
@@ -148,6 +153,7 @@ def test_table_5_is_of_clean_images_alone(place):
     assert "accuracy_noisy" not in metrics[0] and metrics[0]["margin"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(place, capsys):
     def stamps():
         return {path: path.stat().st_mtime_ns for path in (place / "runs").rglob("*-seed0/*.json*")}
@@ -161,6 +167,7 @@ def test_what_is_done_is_not_done_again(place, capsys):
     assert "0 s" in said
 
 
+@pytest.mark.slow
 def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monkeypatch):
     # The processes find the package where this one did.
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
@@ -373,6 +380,7 @@ def test_every_recipe_of_a_study_says_what_it_costs():
         assert scales["full"].name == study
 
 
+@pytest.mark.slow
 def test_a_study_with_some_rows_has_those_alone(place):
     study = load_study(place / "runs" / "cifar10_tiny")
     part = with_rows(study, ("normal", "robust"))
