@@ -12,6 +12,7 @@ COMMANDS = {
     "theory": cli.Command(_COMMANDS, "Theory", "Check the paper's theorems on trained networks."),
     "sharpness": cli.Command(
         _COMMANDS, "Sharpness", "Measure how sharply the loss bends in the parameters."),
+    "readme": cli.Command(_COMMANDS, "Readme", "Write the tables of the README and docs anew."),
     "bench": cli.Command(_COMMANDS, "Bench", "Measure the library's speed and memory."),
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from experiments import bench, targets
+from experiments import bench, readme, targets
 from jaxrobust import InputError, _validate
 from jaxrobust.app import files, run_folder
 from jaxrobust.app.commands import Compare, OnRuns, Positional
@@ -109,6 +109,18 @@ class Theory(OnRuns):
             claims = theory.measure_theory(run, self.settings, folder, folder.name, self.name)
             print(theory.table_text(claims))
             print(f"This and more is in {run_folder.facts_path(folder, 'theory', self.name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Readme:
+    """Write the tables of the README and the docs anew, from the numbers under results/."""
+
+    check: bool = False
+    """Write nothing, and fail if a table is stale."""
+
+    def __call__(self) -> None:
+        for path in readme.update(self.check):
+            print(f"Written: {path}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,149 +4,72 @@ import json
 import pathlib
 import re
 
+import markdown
 import pytest
+
+from jaxrobust.app.report import frame, tables
+from jaxrobust.app.study.read import load_study, with_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ("README.md", *sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")), "results/README.md")
 
 
-def tables(text):
-    """The Markdown tables of a text, each a list of rows of cells."""
-    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-    return [[[cell.strip() for cell in line.strip("|").split("|")]
-             for line in table.splitlines() if not re.fullmatch(r"[|\-: ]+", line)]
-            for table in found]
+FOLDERS = sorted(path.parent for pattern in ("*/report.csv", "small/*/*.csv")
+                 for path in (ROOT / "results").glob(pattern))
 
 
-def accuracy_tables():
-    """Tables of pages that follow a link to a study's report, or name its folder."""
-    for page in PAGES:
-        if page.startswith("docs/findings/"):  # Held to the targets' files.
+@pytest.fixture(name="folder", params=FOLDERS, ids=[path.name for path in FOLDERS])
+def _folder(request):
+    """Of a report or of a target: its page, its numbers and its study."""
+    folder = request.param
+    page, = (path for path in folder.glob("*.md") if path.stem in ("report", folder.name))
+    numbers = frame.read_csv(page.with_suffix(".csv"))
+    return page, numbers, load_study(ROOT / "results" / numbers.study[0])
+
+
+def test_there_is_a_table_of_numbers_for_each_report_and_target():
+    assert len(FOLDERS) == len(list((ROOT / "results").glob("*/report.md"))) + len(
+        list((ROOT / "results" / "small").iterdir())) > 20
+
+
+def test_the_numbers_are_those_of_the_runs(folder):
+    _, numbers, study = folder
+    key = ["row", "seed", "measurement", "condition", "draw"]
+    there = numbers.set_index(key).value.to_dict()
+    part = with_rows(study, [row for row in numbers.row.unique() if row])
+    for line in frame.frame(part, frame.accuracy_numbers, frame.training_numbers).itertuples():
+        assert there[line.row, line.seed, line.measurement, line.condition, line.draw] == (
+            pytest.approx(line.value, rel=1e-8)), line
+
+
+def test_a_page_shows_its_numbers(folder):
+    page, numbers, study = folder
+    rows = {label: row for row, label in study.labels.items()}
+    by_row = frame.accuracies_of(numbers, study.labels)
+    spread = "std_over_seeds" if tables.several_seeds(study) else "std_over_draws"
+    for caption, (head, *lines) in markdown.tables(page.read_text()):
+        if not re.match("Accuracy (in %[, ]|less|under)(?!.*class)", caption):
             continue
-        text = (ROOT / page).read_text()
-        for table in tables(text):
-            head = table[0]
-            if any(re.fullmatch(r"\d+/255", cell) for cell in head[1:]):
-                before = text[: text.index("|" + "|".join(f" {cell} " for cell in head[1:]))]
-                named = re.findall(r"results/(\w+)/report\.md|reproduce (\w+)", before)
-                study = next(a or b for a, b in reversed(named)
-                             if (ROOT / "results" / (a or b) / "report.json").is_file())
-                yield page, study, table
-
-
-TABLES = list(accuracy_tables())
-
-
-def test_the_accuracy_tables_are_found():
-    assert {study for _, study, _ in TABLES} >= {"digits", "cifar10_small", "road_small"}
-
-
-@pytest.mark.parametrize("page, study, table", TABLES,
-                         ids=[f"{page}-{study}" for page, study, _ in TABLES])
-def test_accuracies_are_those_of_the_report(page, study, table):
-    rows = json.loads((ROOT / "results" / study / "report.json").read_text())["rows"]
-    by_label = {name(row): row for row in rows}
-    columns = [column(cell) for cell in table[0][1:]]
-    best = {}
-    for label, *cells in table[1:]:
-        row = by_label[label]
-        accuracy = {one["noise_std_255"]: one for one in row["accuracy"]}
-        accuracy |= {one["perturbation"].split("(")[0]: one for one in row.get("perturbed", ())
-                     if "+" not in one["perturbation"]}
-        for key, cell in zip(columns, cells, strict=True):
-            one, text = accuracy[key], cell.strip("*")
-            mean, _, spread = text.partition(" ± ")
-            assert mean == f"{one['mean']:.2f}", (label, key)
-            std = one["std_over_seeds"] if len(row["seeds"]) > 1 else one["std_over_draws"]
-            if spread:
-                assert spread == f"{std:.2f}", (label, key)
-            best.setdefault(key, []).append((round(one["mean"], 2), cell.startswith("**")))
-    for key, found in best.items():
-        top = max(mean for mean, _ in found)
-        assert [bold for _, bold in found] == [mean == top for mean, _ in found], key
-
-
-def name(row):
-    """What a row of a report is called in the pages."""
-    short = {"robust": "robust, short-schedule settings",
-             "robust_paper": "robust, the paper's settings"}
-    return short.get(row["row"], row["row"])
-
-
-def column(cell):
-    """The noise level or the perturbation of a column."""
-    words = {"clean": 0, "down-up": "down_up"}
-    level = re.fullmatch(r"(\d+)/255", cell)
-    return float(level[1]) if level else words.get(cell, cell)
-
-
-def findings():
-    """Each page of findings with the tables of the targets whose commands it names, and of the
-    reports that it links to."""
-    for page in PAGES:
-        if page.startswith("docs/findings/") and not page.endswith("README.md"):
-            text = (ROOT / page).read_text()
-            made = [table for target, scale in re.findall(r"reproduce (\w+) --scale (\w+)", text)
-                    for table in json.loads((ROOT / "results" / scale / target / f"{target}.json")
-                                            .read_text())["tables"]]
-            for study in set(re.findall(r"results/(\w+)/report\.md", text)):
-                report = re.sub(r"\\(.)", r"\1", (
-                    ROOT / "results" / study / "report.md").read_text())
-                made += [{"columns": columns, "rows": rows} for columns, *rows in tables(report)]
-            yield page, made
-
-
-FINDINGS = list(findings())
-
-
-@pytest.mark.parametrize("page, made", FINDINGS, ids=[page for page, _ in FINDINGS])
-def test_the_tables_of_a_finding_are_those_of_its_targets_and_reports(page, made):
-    cells = {}
-    for table in made:
-        for head, *values in table["rows"]:
-            for column, value in zip(table["columns"][1:], values, strict=True):
-                cells.setdefault((head, column.lower()), set()).add(value.strip("*"))
-    found = tables((ROOT / page).read_text())
-    assert made and found
-    for (_, *columns), *rows in found:
-        for head, *values in rows:
-            for column, value in zip(columns, values, strict=True):
-                assert value.strip("*") in cells.get((head, column.lower()), ()), (head, column)
-
-
-def report_tables():
-    """Tables of the README and the docs, of anything, that follow a link to a study's report within
-    the same section."""
-    for page in PAGES:
-        if not page.startswith("docs/findings/"):
-            text = (ROOT / page).read_text()
-            for link in re.finditer(
-                    r"results/(\w+)/report\.md\)[^|#]*\n\n?((?:\|.*\|\n)+)", text):
-                yield page, link[1], tables(link[2])[0]
-
-
-REPORTED = list(report_tables())
-
-
-@pytest.mark.parametrize("page, study, table", REPORTED,
-                         ids=[f"{page}-{study}" for page, study, _ in REPORTED])
-def test_every_number_of_a_table_is_one_of_its_report(page, study, table):
-    report = (ROOT / "results" / study / "report.md").read_text()
-    known = {number for made in tables(report) for row in made for cell in row
-             for number in numbers(cell)}
-    found = [number for _, *cells in table[1:] for cell in cells for number in numbers(cell)]
-    assert found and set(found) <= known, (page, set(found) - known)
-
-
-def numbers(cell):
-    """Those of a cell, as they are written but for the commas of thousands."""
-    return [text.replace(",", "")
-            for text in re.findall(r"[−+]?\d[\d,]*\.?\d*(?:e[+-]\d+)?", cell)]
-
-
-def test_the_tables_of_curvature_are_found():
-    assert any("exact" in table[0][1] for _, _, table in REPORTED)
+        # Perturbations are the rows of their tables, noise levels the columns.
+        if head[0] == "Perturbation":
+            head, *lines = zip(head, *(line for line in lines if not line[0].startswith("*")),
+                               strict=True)
+        chosen = [index for index, name in enumerate(head) if index and name != "Training time"]
+        tests = [head[index].rpartition(": ")[2].lower() for index in chosen]
+        if "less that of" in caption:
+            found = tables.differences(by_row, rows[re.search("“(.*)”", caption)[1]], tests)
+            cells = {row: tables.difference_cells(ones, tests) for row, ones in found.items()}
+        else:
+            cells = tables.accuracy_cells(by_row, tests, lambda row: "diverged", spread)
+        checked = 0
+        for line in lines:
+            if line[0] in rows:
+                assert [line[index] for index in chosen] == [
+                    f"**{cell.text}**" if cell.bold else cell.text
+                    for cell in cells[rows[line[0]]]], (page, line[0])
+                checked += 1
+        assert checked
 
 
 def benchmark_tables():
@@ -155,7 +78,7 @@ def benchmark_tables():
         text = (ROOT / page).read_text()
         for link in re.finditer(
                 r"results/(bench\w*)/\w+\.md\)\)[^|]*\n\n?((?:\|.*\|\n)+)", text):
-            yield page, link[1], tables(link[2])[0]
+            yield page, link[1], markdown.tables(link[2])[0][1]
 
 
 BENCHMARKS = list(benchmark_tables())

@@ -304,7 +304,7 @@ def test_a_target_of_two_data_sets_can_be_made_of_one(capsys):
     (("table6",), "Unknown table, figure, question or recipe 'table6'. Did you mean 'table"),
     (("table1", "--scale", "smal"), "Unknown scale 'smal'. Did you mean 'small'?"),
     (("digits", "--scale", "small"), "Expected scale only with a table, figure or question"),
-    (("digits", "--studies", "cifar10"), "Expected studies only with a table or figure"),
+    (("digits", "--studies", "cifar10"), "Expected studies only with a table, figure"),
     (("table1", "--rows", "robust"), "Expected rows only with a recipe"),
     (("table3", "--scale", "small"), "Expected data=folder:PATH, a folder of images, for table3"),
     (("figure9", "--studies", "cifar"), "Unknown study 'cifar'. Did you mean 'cifar10'?"),

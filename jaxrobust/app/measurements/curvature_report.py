@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrobust.app.measurements.networks import CURVATURES
 from jaxrobust.app.report import figures
-from jaxrobust.app.report.frame import Number, values_of
+from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -51,7 +51,7 @@ def section(study: Study) -> Section | None:
 def curvature_table(study: Study) -> Table:
     """Medians and means of the curvatures over the images, by row."""
     found, measures = _curvature_runs(study), _measures(study)
-    over = values_of(study, numbers)
+    over = values_of(frame(study, numbers))
     rows = []
     for row in found:
         cells = [Cell(over_runs(over[row, what, name]))

@@ -41,6 +41,7 @@ class Coefficient(NamedTuple):
     high: float
 
 
+COEFFICIENT = "rank correlation with the median curvature"
 ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interval")
 """Of a coefficient, in the table of numbers."""
 
@@ -172,7 +173,7 @@ def numbers(study: Study) -> pd.DataFrame:
     """The coefficients, which are of no row, and the ends of their intervals."""
     found, levels = _found(study)
     return table(
-        (study.name, "", None, f"rank correlation with the median curvature{end}",
+        (study.name, "", None, f"{COEFFICIENT}{end}",
          f"{outcome}, {measure}", value, "", None)
         for outcome, by_measure in (_correlations(found, levels) if levels else {}).items()
         for measure, coefficient in by_measure.items()
@@ -180,7 +181,7 @@ def numbers(study: Study) -> pd.DataFrame:
 
 
 def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
-    rows = [TableRow(head, tuple(Cell(_text(one)) for one in by_measure.values()))
+    rows = [TableRow(head, tuple(Cell(text(one)) for one in by_measure.values()))
             for head, by_measure in _correlations(found, levels).items()]
     return Table(
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
@@ -194,7 +195,8 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
         "clean accuracy are held fixed (partial coefficients).")
 
 
-def _text(found: Coefficient) -> str:
+def text(found: Coefficient) -> str:
+    """It with its interval."""
     if np.isnan(found.value):
         return "–"
     return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−")

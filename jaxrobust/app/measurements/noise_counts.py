@@ -12,7 +12,7 @@ import scipy.stats
 
 from jaxrobust.app.measurements import robustness_figures
 from jaxrobust.app.report import figures
-from jaxrobust.app.report.frame import Number, values_of
+from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -296,7 +296,7 @@ def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[Correlatio
 
 def correlation_table(study: Study, found: dict[str, list[Counted]], noise: str) -> Table:
     """The coefficients for one noise, by row."""
-    measures, values = _measures(found), values_of(study, numbers)
+    measures, values = _measures(found), values_of(frame(study, numbers))
     where = f"{NOISES[noise]}, {_num_draws(found)} draws"
     rows = [TableRow(study.labels[row], tuple(
         Cell(over_runs(values[row, what, f"{where}, {measure.title}"], signed, " to "))
@@ -339,7 +339,7 @@ def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Tabl
     """How well the features of each block separate the classes, in numbers."""
     blocks = list(dict.fromkeys(name for _, result in results.values()
                                 for name in result["blocks"]))
-    values = values_of(study, numbers)
+    values = values_of(frame(study, numbers))
     rows = [TableRow(study.labels[row], tuple(
         Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
         for block in blocks for view in VIEWS

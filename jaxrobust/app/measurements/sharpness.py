@@ -27,7 +27,7 @@ from jaxrobust.app.program import (
     start_from,
 )
 from jaxrobust.app.progress import progress
-from jaxrobust.app.report.frame import Number, values_of
+from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Section,
@@ -205,7 +205,7 @@ def numbers(run: Run) -> Iterator[Number]:
 
 def section(study: Study) -> Section | None:
     """Of the report; None if no run was measured."""
-    found = values_of(study, numbers)
+    found = values_of(frame(study, numbers))
     if not found:
         return None
     terms = list(dict.fromkeys(what for _, what, _ in found if what not in (LIMIT, RATE)))

@@ -24,6 +24,10 @@ counts the draws of the noise; each is empty for a number of several together.""
 DIGITS = 10
 """Significant ones of a number in a CSV file."""
 
+VALIDATION = "validation accuracy"
+"""That on the images by which the epoch was chosen, in this epoch."""
+
+DIVERGED = "diverged in"
 PUBLISHED = "published accuracy"
 PUBLISHED_STD = "published standard deviation over draws"
 
@@ -54,10 +58,13 @@ def training_numbers(run: Run) -> Iterator[Number]:
     """How long a training took and what came of it."""
     if run.evaluation:
         yield Number("epoch kept", "", run.evaluation["epoch"], "epoch")
+        if run.evaluation["selected_on"] == "validation":
+            chosen, = (row for row in run.epochs if row["epoch"] == run.evaluation["epoch"])
+            yield Number(VALIDATION, "", 100 * chosen["selection_accuracy"], "%")
         if "seconds" in run.provenance:  # A run that is not done has none.
             yield Number("training time", "", run.provenance["seconds"], "s")
     if run.diverged:
-        yield Number("diverged in", "", run.diverged, "epoch")
+        yield Number(DIVERGED, "", run.diverged, "epoch")
 
 
 def accuracy_numbers(run: Run) -> Iterator[Number]:
@@ -134,9 +141,9 @@ Values = dict[tuple[str, str, str], tuple[float, ...]]
 """By row, measurement and condition: the mean over the draws of each seed."""
 
 
-def values_of(study: Study, *kinds: Callable[[Run], Iterable[Number]]) -> Values:
-    """The numbers of these kinds, as the cells of tables take them."""
-    found = over_seeds(frame(study, *kinds))
+def values_of(table: pd.DataFrame) -> Values:
+    """The numbers of a table, as the cells of tables take them."""
+    found = over_seeds(table)
     return dict(zip(zip(found.row, found.measurement, found.condition, strict=True),
                     found.by_seed, strict=True))
 

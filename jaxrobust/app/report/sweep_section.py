@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxrobust.app.report.figures import new_figure
+from jaxrobust.app.report.frame import VALIDATION, frame, training_numbers, values_of
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, with_spread
-from jaxrobust.app.study.read import Run, Study
+from jaxrobust.app.study.read import Study
 from jaxrobust.app.study.sweep import combinations, number_text, setting_name
 
 
@@ -60,21 +61,15 @@ def section(study: Study) -> Section | None:
 
 def settings_of(study: Study) -> list[Setting]:
     """The combinations in the order of the rows."""
-    found = []
+    found, numbers = [], values_of(frame(study, training_numbers))
     for values in combinations(study.swept):
         runs = study.runs[setting_name(values)]
-        accuracies = [selection_accuracy(run) for run in runs if run.evaluation]
+        accuracies = numbers.get((setting_name(values), VALIDATION, ""), ())
         found.append(Setting(
             values, len(accuracies), sum(run.diverged is not None for run in runs),
             statistics.fmean(accuracies) if accuracies else None,
             statistics.stdev(accuracies) if len(accuracies) > 1 else None))
     return found
-
-
-def selection_accuracy(run: Run) -> float:
-    """Accuracy, in per cent, of a finished run on the images that chose its epoch."""
-    chosen, = (row for row in run.epochs if row["epoch"] == run.evaluation["epoch"])
-    return 100 * chosen["selection_accuracy"]
 
 
 def best_settings(settings: Sequence[Setting]) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrobust.app.measurements.theory import figures
 from jaxrobust.app.report.figures import row_style
-from jaxrobust.app.report.frame import Number, values_of
+from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import (
     Cell,
     Picture,
@@ -131,7 +131,7 @@ CLAIM_COLUMNS = {
 
 def _rows(study: Study, rows: Iterable[str], columns: Iterable[tuple]) -> tuple[TableRow, ...]:
     """Means over the seeds; of the largest error, the largest."""
-    values = values_of(study, numbers)
+    values = values_of(frame(study, numbers))
 
     def cell(row, what, where, show):
         found = values.get((row, what, where), (math.nan,))

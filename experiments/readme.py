@@ -1,0 +1,254 @@
+"""The tables of the README and of the docs, made from the numbers under results/.
+
+A page names each between two marks, and all between them is written anew::
+
+    <!-- table: small/noise differences reference=robust -->
+    <!-- end -->
+
+with a folder of results, a kind of :data:`KINDS` and its options. A value lists several with
+semicolons; one with blanks stands in quotes.
+"""
+
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Sequence
+
+from jaxrobust import InputError, _validate
+from jaxrobust.app.files import write_text
+from jaxrobust.app.measurements import curvature_report, networks, noise_counts, sharpness
+from jaxrobust.app.measurements.theory import section as theory_section
+from jaxrobust.app.report import frame, tables
+from jaxrobust.app.report.page import Cell, over_runs, signed, significant
+from jaxrobust.app.study.read import study_of_runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Numbers:
+    """Those of a folder of results."""
+
+    def __init__(self, name: str):
+        folder = ROOT / "results" / name
+        path, = [path for path in (folder / "report.csv", folder / f"{folder.name}.csv")
+                 if path.is_file()] or [None]
+        runs = sorted(config.parent for config in folder.glob("*/config.json"))
+        if path:
+            self.table = frame.read_csv(path)
+            study = folder.parents[len(pathlib.Path(name).parts) - 1] / self.table.study[0]
+            self.labels: dict[str, str] = json.loads((study / "study.json").read_text())["rows"]
+        elif runs:
+            study = study_of_runs(runs, together=True)
+            self.table = frame.frame(study, frame.training_numbers, frame.accuracy_numbers)
+            self.labels = study.labels
+        else:
+            raise InputError(f"Expected numbers or runs in results/{name}, found none.")
+        self.values = frame.values_of(self.table)
+        self.rows: list[str] = [row for row in self.table.row.unique() if row]
+
+    def accuracies(self, tests: Sequence[str] | None, rows: Sequence[str] | None,
+                   perturbations: bool = False) -> tuple[dict[str, str], frame.Accuracies]:
+        """By heading, the tests of these names or all of a kind; and the accuracies of the rows."""
+        by_row = frame.accuracies_of(self.table, rows or self.rows)
+        every = {*(test for values in by_row.values() for test in values)}
+        if tests is None:
+            found = (tables.perturbations_of if perturbations else tables.levels_of)(by_row)
+            return {test: test for test in found}, by_row
+        short = {test.partition("(")[0]: test for test in every if "+" not in test}
+        return {test: short[test] for test in tests}, by_row
+
+
+def _label(numbers: Numbers, row: str, names: str) -> str:
+    """What a row is called: as in the report, or, "short", by its key where that says enough."""
+    label = numbers.labels[row]
+    if names == "label":
+        return label
+    return label[0].lower() + label[1:] if label.startswith("Robust, ") else row
+
+
+Lines = list[list[str]]
+
+
+def accuracy(numbers: Numbers, *, tests: Sequence[str] | None = None,
+             rows: Sequence[str] | None = None, names: str = "label") -> Lines:
+    """Rows are methods, columns noise levels, or the tests named."""
+    shown, by_row = numbers.accuracies(tests, rows)
+    cells = _accuracy_cells(numbers, by_row, list(shown.values()))
+    return [["", *shown], *([_label(numbers, row, names), *map(_text, of_row)]
+                            for row, of_row in cells.items())]
+
+
+def perturbations(numbers: Numbers, *, tests: Sequence[str] | None = None,
+                  rows: Sequence[str] | None = None, names: str = "label") -> Lines:
+    """Rows are perturbations, columns methods."""
+    shown, by_row = numbers.accuracies(tests, rows, perturbations=True)
+    cells = _accuracy_cells(numbers, by_row, list(shown.values()))
+    return [["", *(_label(numbers, row, names) for row in cells)],
+            *([test, *map(_text, of_test)]
+              for test, *of_test in zip(shown, *cells.values(), strict=True))]
+
+
+def _accuracy_cells(numbers: Numbers, by_row: frame.Accuracies, tests: list[str]
+                    ) -> dict[str, tuple[Cell, ...]]:
+    several = any(len(one.by_seed) > 1 for values in by_row.values() for one in values.values())
+    return tables.accuracy_cells(
+        by_row, tests,
+        lambda row: "diverged" if (row, frame.DIVERGED, "") in numbers.values else "–",
+        "std_over_seeds" if several else None)
+
+
+def seeds(numbers: Numbers) -> Lines:
+    """Accuracy, held out and in tests, of every seed and their mean."""
+    shown, by_row = numbers.accuracies(None, None)
+    found = {row: [numbers.values[row, frame.VALIDATION, ""], *(
+        by_row[row][test].by_seed for test in shown.values())] for row in numbers.rows}
+    return [["", "held out", *shown],
+            *([f"{numbers.labels[row]}, seed {seed}", *(f"{one[index]:.2f}" for one in by_test)]
+              for row, by_test in found.items()
+              for index, seed in enumerate(numbers.table.seed[numbers.table.row == row].unique())),
+            *([f"{numbers.labels[row]}, mean", *(f"{statistics.fmean(one):.2f}" for one in by_test)]
+              for row, by_test in found.items())]
+
+
+def differences(numbers: Numbers, *, reference: str, tests: Sequence[str] | None = None,
+                rows: Sequence[str] | None = None) -> Lines:
+    """The accuracies of the other rows less those of ``reference``, with half of the interval."""
+    shown, by_row = numbers.accuracies(tests, rows)
+    found = tables.differences(by_row, reference, shown.values())
+    return [["", *shown], *([numbers.labels[row], *_differences(ones, shown.values())]
+                            for row, ones in found.items())]
+
+
+def perturbation_differences(numbers: Numbers, *, reference: str,
+                             tests: Sequence[str] | None = None) -> Lines:
+    """The same under perturbations, which are the rows."""
+    shown, by_row = numbers.accuracies(tests, None, perturbations=True)
+    found = tables.differences(by_row, reference, shown.values())
+    cells = [_differences(ones, shown.values()) for ones in found.values()]
+    return [["", *(numbers.labels[row] for row in found)],
+            *([test, *of_test] for test, *of_test in zip(shown, *cells, strict=True))]
+
+
+def _differences(found: dict, tests) -> list[str]:
+    return [cell.text for cell in tables.difference_cells(found, tests)]
+
+
+def curvature(numbers: Numbers, *, noise: str, names: str = "short") -> Lines:
+    """Medians by measure, and how each goes with the correct predictions under a noise."""
+    heads = {name: measure.title for (key, name), measure in zip(
+        networks.CURVATURES.items(), noise_counts.MEASURES.values(), strict=True)}
+    lines = [["", "exact, at the image", "Eq. 21", "loss averaged over the noise",
+              "Spearman with correct predictions under noise: exact / Eq. 21 / averaged"]]
+    for row in numbers.rows:
+        medians = [significant(statistics.fmean(
+            numbers.values[row, curvature_report.MEDIAN, name])) for name in heads]
+        coefficients = [signed(statistics.fmean(numbers.values[
+            row, "Spearman, images", f"{noise}, {title}"])) for title in heads.values()]
+        lines.append([_label(numbers, row, names), *map(_thousands, medians),
+                      " / ".join(coefficients)])
+    return lines
+
+
+def correlations(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
+    """Rank correlations over networks of the curvature with the accuracy under these tests."""
+    outcomes = [outcome for test in tests for outcome in (
+        f"accuracy, {test}", f"loss of accuracy at {test}",
+        f"accuracy, {test}, clean accuracy held fixed")]
+    lines = [["", *networks.CURVATURES.values()]]
+    for outcome in outcomes:
+        found = [[numbers.values.get(("", f"{networks.COEFFICIENT}{end}", f"{outcome}, {name}"))
+                  for end in networks.ENDS] for name in networks.CURVATURES.values()]
+        if all(map(all, found)):
+            lines.append([outcome, *(networks.text(networks.Coefficient(*(
+                value for value, in ends))) for ends in found)])
+    return lines
+
+
+def separation(numbers: Numbers) -> Lines:
+    """How far apart two classes are in each layer, and the bounds on that."""
+    heads = list(dict.fromkeys(where for _, what, where in numbers.values
+                               if what == theory_section.DIVERGENCE))
+    return [["", *heads], *([numbers.labels[row], *(significant(statistics.fmean(
+        numbers.values[row, theory_section.DIVERGENCE, head])) for head in heads)]
+        for row in numbers.rows)]
+
+
+def eigenvalues(numbers: Numbers, *, terms: Sequence[str], rows: Sequence[str]) -> Lines:
+    """The largest of the Hessian in the parameters, by term of the loss."""
+    heads = {f"largest eigenvalue, {term}": term for term in terms} | {
+        sharpness.LIMIT: "largest stable rate", sharpness.RATE: "rate"}
+    lines = [["", *heads.values()]]
+    for row in rows:
+        for state in sharpness.STATES.values():
+            cells = [over_runs(numbers.values.get((row, what, state), ())) for what in heads]
+            cells[-1] = f"{numbers.values[row, sharpness.RATE, state][0]:g}"
+            lines.append([f"{numbers.labels[row]}, {state}", *cells])
+    return lines
+
+
+KINDS: dict[str, Callable[..., Lines]] = {
+    "accuracy": accuracy, "seeds": seeds, "perturbations": perturbations,
+    "differences": differences,
+    "perturbation-differences": perturbation_differences, "curvature": curvature,
+    "correlations": correlations, "separation": separation, "eigenvalues": eigenvalues}
+"""By name: what makes a table, the head first, from the numbers of a folder."""
+
+LISTS = ("tests", "rows", "terms")
+"""Options with several values."""
+
+
+def _text(cell: Cell) -> str:
+    return f"**{cell.text}**" if cell.bold else cell.text
+
+
+def _thousands(text: str) -> str:
+    return f"{int(text):,}" if text.isdigit() else text
+
+
+def pages() -> list[pathlib.Path]:
+    """Those that may hold tables of results."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
+            *sorted((ROOT / "results").glob("**/README.md"))]
+
+
+def generated(text: str) -> str:
+    """A page with its tables as they are to be.
+
+    Raises:
+      InputError: (a ValueError) if a mark names no folder of numbers, or no kind of table.
+    """
+    def table(match: re.Match) -> str:
+        folder, kind, *options = _words(match[2])
+        _validate.one_of("kind of table", kind, KINDS)
+        given = dict(option.split("=", 1) for option in options)
+        head, *lines = KINDS[kind](Numbers(folder), **{
+            name: value.split(";") if name in LISTS else value for name, value in given.items()})
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        rows = [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|"
+                for line in (head, *lines)]
+        return "\n".join((match[1] + rows[0], "|" + "|".join(rule) + "|", *rows[1:], match[3]))
+
+    return MARKED.sub(table, text)
+
+
+def _words(mark: str) -> list[str]:
+    """Split at blanks, but for those within quotes."""
+    return [word.replace('"', "") for word in re.findall(r'(?:"[^"]*"|\S)+', mark)]
+
+
+def update(check: bool) -> list[pathlib.Path]:
+    """Writes the tables of all pages anew; returns the pages that were stale.
+
+    Raises:
+      InputError: (a ValueError) with ``check``, instead of writing, if one is stale.
+    """
+    stale = {path: new for path in pages() if (new := generated(old := path.read_text())) != old}
+    if check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise InputError(f"Expected the tables of the results, found others in {names}. "
+                         "`python -m experiments readme` writes them anew.")
+    for path, new in stale.items():
+        write_text(path, new)
+    return list(stale)
