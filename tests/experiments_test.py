@@ -3,7 +3,9 @@
 import dataclasses
 import html
 import json
+import os
 import shutil
+import signal
 
 import chex
 import jax
@@ -14,8 +16,10 @@ from command_line import call, metrics_of, one_line
 from experiments import paper
 from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
+from jaxrobust.app.execution import Feed
 from jaxrobust.app.measurements import robustness, sharpness, steps, theory
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe, method_rows
+from jaxrobust.app.study import run as running
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
 from jaxrobust.app.study.run import run_study
 
@@ -156,6 +160,22 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
     for folder in folders:
         assert files.read_json(folder / "provenance.json")["runs_together"] == 2
         assert (folder / "evaluation.json").is_file() and (folder / "curvature.npz").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cannot bind processes here")
+def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypatch):
+    class Worker(running._Worker):
+        def run(self, row, seed):
+            if row == "normal":
+                os.kill(self._process.pid, signal.SIGKILL)
+            return super().run(row, seed)
+
+    monkeypatch.setattr(running, "_Worker", Worker)
+    plan = plan_study(RECIPE, tmp_path, ["normal", "both"])
+    assert running.run_study_in_parallel(
+        plan, digits, jobs=1, data_dir=tmp_path, tensorboard=False, feed=Feed()) == [
+            "normal, seed 0: exit status -9"]
+    assert (tmp_path / "both-seed0" / "evaluation.json").is_file()
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,10 +130,11 @@ def run_study_in_parallel(
     plan: StudyPlan, dataset: Dataset, *, jobs: int, data_dir: pathlib.Path, tensorboard: bool,
     feed: Feed,
 ) -> list[str]:
-    """As :func:`run_study`, ``jobs`` runs at a time, each a process on cores of its own.
+    """As :func:`run_study`, ``jobs`` runs at a time, each in a process on cores of its own.
 
     On a CPU two processes of one core each do half as much again as one process of two. Each opens
-    the data set for itself, which it finds in ``data_dir``.
+    the data set for itself, which it finds in ``data_dir``. A process that dies fails its run
+    alone: another takes the next one.
 
     Raises:
       InputError: (a ValueError) for more jobs than cores, or if the folder belongs to something
@@ -145,44 +147,74 @@ def run_study_in_parallel(
     _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
     claim_study(plan, dataset.class_names)
     share = len(cores) // jobs
-    free = [set(cores[job * share : (job + 1) * share]) for job in range(jobs)]
-    context = multiprocessing.get_context("spawn")
+    tasks = iter([(row, seed) for seed in plan.seeds for row in plan.rows])
+    taking = threading.Lock()
 
-    def one(row_and_seed):
-        row, seed = row_and_seed
-        receiver, sender = context.Pipe(duplex=False)
-        part = dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=())
-        mine = free.pop()
-        try:
-            process = context.Process(
-                target=_run_alone, args=(sender, part, data_dir, tensorboard, feed))
-            process.start()
-            sender.close()
-            os.sched_setaffinity(process.pid, mine)
-            process.join()
-        finally:
-            free.append(mine)
-        # Of a process that was killed nothing comes.
-        with contextlib.suppress(EOFError):
-            return receiver.recv()
-        return [f"{row}, seed {seed}: exit status {process.exitcode}"]
+    def work(job: int) -> list[str]:
+        failures, worker = [], None
+        while True:
+            with taking:
+                task = next(tasks, None)
+            if task is None:
+                if worker is not None:
+                    worker.close()
+                return failures
+            worker = worker or _Worker(
+                set(cores[job * share : (job + 1) * share]), plan, data_dir, tensorboard, feed)
+            try:
+                failures += worker.run(*task)
+            except EOFError:  # It was killed.
+                failures.append("{}, seed {}: exit status {}".format(*task, worker.close()))
+                worker = None
 
-    tasks = [(row, seed) for seed in plan.seeds for row in plan.rows]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failures in pool.map(one, tasks) for failure in failures]
+        failures = [failure for failures in pool.map(work, range(jobs)) for failure in failures]
     _measure(plan, dataset)
     return failures
 
 
-def _run_alone(sender, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
-    """A study of one run, in a process of its own; sends a line for what went wrong."""
+class _Worker:
+    """A process that runs one run of a study after the other."""
+
+    def __init__(self, cores: set[int], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        os.sched_setaffinity(self._process.pid, cores)
+
+    def run(self, row: str, seed: int) -> list[str]:
+        """A line for what went wrong; raises EOFError if the process dies."""
+        try:
+            self._connection.send((row, seed))
+            return self._connection.recv()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise EOFError from error
+
+    def close(self) -> int:
+        """Ends the process, and returns its exit status."""
+        self._connection.close()
+        self._process.join()
+        return self._process.exitcode
+
+
+def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
+    """Runs what comes through a connection, and sends a line for what went wrong, until it ends."""
     start_process()
-    try:
-        dataset = load_recipe_dataset(plan.recipe, data_dir, in_memory=feed.in_memory())
-        failures = run_study(plan, dataset, tensorboard=tensorboard, feed=feed)
-    except InputError as error:
-        failures = [f"{plan.rows[0]}, seed {plan.seeds[0]}: {error}"]
-    sender.send(failures)
+    dataset = None
+    with contextlib.suppress(EOFError):
+        while True:
+            row, seed = connection.recv()
+            try:
+                dataset = dataset or load_recipe_dataset(
+                    plan.recipe, data_dir, in_memory=feed.in_memory())
+                failures = run_study(
+                    dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=()), dataset,
+                    tensorboard=tensorboard, feed=feed)
+            except InputError as error:
+                failures = [f"{row}, seed {seed}: {error}"]
+            connection.send(failures)
 
 
 def load_recipe_dataset(
