@@ -5,7 +5,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
@@ -23,7 +23,7 @@ from jaxrobust.app.measurements import (
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Section, Table
 from jaxrobust.app.study.plan import StudyPlan, folder_of, require_data, with_sources
-from jaxrobust.app.study.read import Study, load_study, with_rows
+from jaxrobust.app.study.read import Run, Study, load_study, with_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Target:
     """Of the studies; none for all."""
     measured: bool = False
     """Whether it takes what the command ``figures`` measures."""
+    numbers: tuple[Callable[[Run], Iterable[frame.Number]], ...] = (
+        frame.training_numbers, frame.accuracy_numbers)
+    """Those of the runs that it shows; none of a picture alone."""
 
 
 def _accuracy(study: Study) -> Section:
@@ -123,6 +126,7 @@ def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
 
 
 _TWO = ("normal", "robust")
+_CURVED = (curvature_report.numbers, sharpness.numbers)
 
 PAPER: dict[str, Target] = {
     "table1": Target("Table 1: CIFAR-10 under Gaussian noise", ("cifar10",), _accuracy),
@@ -132,27 +136,33 @@ PAPER: dict[str, Target] = {
     "table5": Target("Table 5: the constraints one by one", ("table5_cifar10", "table5_svhn"),
                      _clean_accuracy),
     "figure1": Target("Fig. 1: features of CIFAR-10, clean and noisy", ("cifar10",), _features,
-                      rows=("normal", "both", "robust")),
+                      rows=("normal", "both", "robust"), numbers=()),
     "figure8": Target("Fig. 8: accuracy on the images of low curvature", ("cifar10", "svhn"),
-                      _robustness(("accuracy_by_curvature",)), rows=_TWO, measured=True),
+                      _robustness(("accuracy_by_curvature",)), rows=_TWO, measured=True,
+                      numbers=(noise_counts.numbers,)),
     "figure9": Target("Fig. 9: curvature and correct predictions", ("cifar10", "svhn"),
-                      _robustness(("curvature_by_correct",)), rows=_TWO, measured=True),
-    "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _curvature),
+                      _robustness(("curvature_by_correct",)), rows=_TWO, measured=True,
+                      numbers=(noise_counts.numbers,)),
+    "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _curvature,
+                       numbers=(curvature_report.numbers,)),
     "figure11": Target("Fig. 11: the loss around an image", ("svhn", "cifar10"),
-                       _robustness(("loss_surfaces",)), rows=_TWO, measured=True),
+                       _robustness(("loss_surfaces",)), rows=_TWO, measured=True, numbers=()),
     "figure12": Target("Fig. 12: features of the blocks, clean", ("cifar10",),
-                       _robustness(("blocks_clean",)), rows=_TWO, measured=True),
+                       _robustness(("blocks_clean",)), rows=_TWO, measured=True,
+                       numbers=(noise_counts.block_numbers,)),
     "figure13": Target("Fig. 13: features of the blocks, noisy", ("cifar10",),
-                       _robustness(("blocks_noisy",)), rows=_TWO, measured=True),
+                       _robustness(("blocks_noisy",)), rows=_TWO, measured=True,
+                       numbers=(noise_counts.block_numbers,)),
 }
 """The paper's, by name."""
 
 QUESTIONS: dict[str, Target] = {
     name: Target(question.title, ("ablations",), _question(question.reference),
-                 rows=question.rows)
+                 rows=question.rows, numbers=(*Target.numbers, *_CURVED))
     for name, question in ablations.QUESTIONS.items()} | {
     "transfer": Target("Perturbations that training has not seen", ("cifar10",), _transfer),
-    "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks),
+    "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
+                       numbers=(*Target.numbers, curvature_report.numbers)),
 }
 """What the paper leaves open, by name."""
 
@@ -229,8 +239,8 @@ def make_plan(
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
-    """Writes each target's folder: ``NAME.md``, its figures, and all numbers of its rows in
-    ``NAME.csv`` and, over the seeds, in ``NAME.json``.
+    """Writes each target's folder: ``NAME.md``, its figures, and its numbers in ``NAME.csv`` and,
+    over the seeds, in ``NAME.json``.
 
     Returns:
       The Markdown files.
@@ -257,11 +267,13 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
         parts += report.section_markdown(section, "")
         parts += [] if not study.note else [report.paragraph_markdown(study.note)]
     files.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-    numbers = pd.concat(map(report.numbers_of, studies))
-    files.write_text(folder / f"{name}.csv", frame.to_csv(numbers))
-    files.write_json(folder / f"{name}.json", {
-        "target": name, "title": target.title, "scale": plan.scale,
-        "studies": [_facts(study) for study in studies], "numbers": frame.summary(numbers)})
+    content = {"target": name, "title": target.title, "scale": plan.scale,
+               "studies": [_facts(study) for study in studies]}
+    if target.numbers:
+        numbers = pd.concat(report.numbers_of(study, target.numbers) for study in studies)
+        files.write_text(folder / f"{name}.csv", frame.to_csv(numbers))
+        content["numbers"] = frame.summary(numbers)
+    files.write_json(folder / f"{name}.json", content)
     return folder / f"{name}.md"
 
 

@@ -197,7 +197,7 @@ def _measures(found: dict[str, list[Counted]]) -> dict[str, Measure]:
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """The coefficients and what Fig. 8 and 9 show of this run; its blocks' neighbours."""
+    """The coefficients, and what Fig. 8 and 9 show of this run."""
     counts, curvature = run.result("noise_counts"), run.curvature
     if counts and _same_images(counts, curvature):
         num_draws = counts["num_draws"]
@@ -221,6 +221,10 @@ def numbers(run: Run) -> Iterator[Number]:
                 for k, mean in enumerate(means):
                     yield Number("mean curvature by correct predictions",
                                  f"{where}, {k} of {num_draws}", mean, "1/pixel⁴")
+
+
+def block_numbers(run: Run) -> Iterator[Number]:
+    """How well the features of each block separate the classes."""
     blocks = run.result("blocks")
     for index, block in enumerate(blocks["blocks"] if blocks else ()):
         for view in VIEWS:
@@ -339,7 +343,7 @@ def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Tabl
     """How well the features of each block separate the classes, in numbers."""
     blocks = list(dict.fromkeys(name for _, result in results.values()
                                 for name in result["blocks"]))
-    values = values_of(frame(study, numbers))
+    values = values_of(frame(study, block_numbers))
     rows = [TableRow(study.labels[row], tuple(
         Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
         for block in blocks for view in VIEWS

@@ -10,7 +10,7 @@ import base64
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jinja2
 import pandas as pd
@@ -33,6 +33,7 @@ from jaxrobust.app.report.comparison import (
 )
 from jaxrobust.app.report.frame import (
     Accuracies,
+    Number,
     accuracies,
     accuracy_numbers,
     frame,
@@ -69,7 +70,8 @@ PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
 
 NUMBERS = (training_numbers, accuracy_numbers, curvature_report.numbers, steps.numbers,
-           noise_counts.numbers, theory_section.numbers, sharpness.numbers)
+           noise_counts.numbers, noise_counts.block_numbers, theory_section.numbers,
+           sharpness.numbers)
 """What a report shows of a run, in the order of its sections."""
 
 
@@ -174,10 +176,16 @@ def group_by_study(folders: Sequence[pathlib.Path]
 # --- Numbers ---------------------------------------------------------------------------------
 
 
-def numbers_of(study: Study) -> pd.DataFrame:
-    """All that the report shows, and the paper's."""
-    return pd.concat([frame(study, *NUMBERS), networks.numbers(study), published_numbers(study)],
-                     ignore_index=True)
+def numbers_of(study: Study, kinds: Sequence[Callable[[Run], Iterable[Number]]] = NUMBERS
+               ) -> pd.DataFrame:
+    """All that the report shows of these kinds, with the paper's accuracies beside those of the
+    runs, and the correlations with their curvature."""
+    parts = [frame(study, *kinds)]
+    if accuracy_numbers in kinds:
+        parts.append(published_numbers(study))
+        if curvature_report.numbers in kinds:
+            parts.append(networks.numbers(study))
+    return pd.concat(parts, ignore_index=True)
 
 
 def best_rows(study: Study) -> list[str]:
