@@ -1,5 +1,6 @@
 """Robustness against curvature: numbers against plain loops, words, and figures that bear it."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.stats
 
 from jaxrobust.app.measurements import noise_counts, robustness, robustness_figures
 from jaxrobust.app.report import figures
+from jaxrobust.app.study.read import Run
 
 NUM_DRAWS = 10
 
@@ -236,3 +238,35 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
             "one", ("Block 1",), points, points, np.arange(12) % 3)], {}), tmp_path / "blocks"),
     ] for _ in range(2)], strict=True):
         assert first == second
+
+
+def test_the_numbers_of_a_run_are_those_of_its_images(tmp_path):
+    settings = {"num_images": 4, "test_size": None}
+    first, second = [1, 1, 1, 0], [1, 1, 0, 0]  # Of two draws; higher curvature, fewer correct.
+    for kind, facts, arrays in (
+            ("noise_counts", {"num_draws": 2} | settings, {
+                name: np.array([first, second], bool) for name in ("gaussian", "uniform")}),
+            ("curvature", {"settings": settings, "median": {}}, {
+                "frobenius_squared": np.array([1.0, 2.0, 3.0, 5.0]),
+                "correct": np.array([True, True, True, False])}),
+            ("blocks", {"blocks": ["block1"]}, {
+                "clean_neighbours": np.array([0.5]), "noisy_neighbours": np.array([0.25])})):
+        (tmp_path / f"{kind}.json").write_text(json.dumps(facts))
+        np.savez(tmp_path / f"{kind}.npz", **arrays)
+    run = Run(folder=tmp_path, seed=0, config=None, provenance={}, epochs=(), evaluation=None)
+    found = {(number.measurement, number.condition): number.value
+             for kind in (noise_counts.numbers, noise_counts.block_numbers) for number in kind(run)}
+    where = "Gaussian noise, 2 draws, Exact Hessian"
+    # Means 5, 3 and 1.5 of the images with 0, 1 and 2 correct predictions.
+    assert [found["mean curvature by correct predictions", f"{where}, {k} of 2"]
+            for k in range(3)] == [5, 3, 1.5]
+    assert [found["images by correct predictions", f"Gaussian noise, {k} of 2"]
+            for k in range(3)] == [1, 1, 2]
+    # Below the median of 2.5 two images, right in all draws; of all, 5 of 8 predictions.
+    kept = "accuracy of the images of lowest curvature"
+    assert found[kept, f"{where}, 50 %"] == 100 and found[kept, f"{where}, 100 %"] == 62.5
+    assert found["Pearson, groups", where] == pytest.approx(
+        np.corrcoef([0, 1, 2], [5, 3, 1.5])[0, 1])
+    # Ranks 1 to 4, and 3.5, 3.5, 2, 1.
+    assert found["Spearman, images", where] == pytest.approx(-4.5 / (5 * 4.5) ** 0.5)
+    assert found["accuracy of the 5 nearest neighbours", "block1, noisy"] == 25
