@@ -252,14 +252,6 @@ def test_a_difference_holds_trainings_and_test_images():
     assert two.seeds is None and two.half == two.images and not two.clear
 
 
-@pytest.mark.parametrize(("share", "number", "expected"), [
-    # 11 of 12 with one image more on either side; 5 of 8; and sqrt(p q / n) of many.
-    (1.0, 10, (11 / 12 * 1 / 12 / 12) ** 0.5), (0.5, 4, (0.25 / 6) ** 0.5),
-    (0.9, 10**8, 3e-5)])
-def test_the_error_of_a_share_is_never_zero(share, number, expected):
-    assert comparison.error_of_share(share, number) == pytest.approx(expected, rel=1e-6)
-
-
 def test_uneven_classes_are_told_of(tmp_path):
     classes = {"names": ["cat", "dog", "emu"], "counts": [400, 100, 0]}
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], classes=classes,
@@ -328,13 +320,6 @@ def test_a_report_of_runs_names_its_classes_command_and_commit(tmp_path):
         (runs[0] / "evaluation.json").read_text()) | {
             "classes": {"names": ["ant", "bee"], "counts": [1, 1]}})
     assert read.study_of_runs(runs).class_names == {0: "0 ant", 1: "1 bee"}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [((1.0,), (5.0,), None), ((0.0, 2.0), (5.0,), 2**0.5), ((0.0, 2.0), (4.0, 8.0), 5**0.5)])
-def test_pooled_std_is_that_of_the_textbook(first, second, expected):
-    assert comparison.pooled_std(first, second) == (expected and pytest.approx(expected))
 
 
 def test_paper_row_follows_ours_at_the_same_levels(one_seed):

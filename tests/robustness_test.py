@@ -5,123 +5,10 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from jaxrobust.app.measurements import noise_counts, robustness, robustness_figures
 from jaxrobust.app.report import figures
 from jaxrobust.app.study.read import Run
-
-NUM_DRAWS = 10
-
-
-def sample(seed=0, size=60):
-    """Curvatures, and draws that are wrong more often where the curvature is high."""
-    rng = np.random.default_rng(seed)
-    curvature = rng.lognormal(sigma=2, size=size).astype(np.float32)
-    chance = scipy.stats.norm.cdf(1 - np.log(curvature))
-    return curvature, rng.random((NUM_DRAWS, size)) < chance
-
-
-def slow_kept_accuracy(curvature, correct, share):
-    """The paper's acc(D_test(p)), image by image and draw by draw."""
-    threshold = np.quantile(curvature.astype(np.float64), share)
-    right = total = 0
-    for image, value in enumerate(curvature):
-        if value < threshold or share == 1:
-            for draw in range(len(correct)):
-                right += bool(correct[draw, image])
-                total += 1
-    return right / total if total else math.nan
-
-
-def slow_group_mean(curvature, correct, k):
-    """The paper's mean curvature of G(k)."""
-    group = []
-    for image, value in enumerate(curvature):
-        count = 0
-        for draw in range(len(correct)):
-            count += bool(correct[draw, image])
-        if count == k:
-            group.append(float(value))
-    return (sum(group) / len(group) if group else math.nan), len(group)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_kept_accuracy_is_that_of_the_slow_loop(seed):
-    curvature, correct = sample(seed)
-    shares = np.arange(0.05, 1.01, 0.05).round(2)
-    found, sizes = noise_counts.kept_accuracy(curvature, correct, shares)
-    expected = [slow_kept_accuracy(curvature, correct, share) for share in shares]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert sizes[-1] == 60 and sizes[shares == 0.5] == 30
-    assert found[-1] == correct.mean() and found[0] > found[-1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_group_means_are_those_of_the_slow_loop(seed):
-    curvature, correct = sample(seed)
-    means, sizes = noise_counts.group_means(curvature, correct.sum(axis=0), NUM_DRAWS)
-    for k in range(NUM_DRAWS + 1):
-        mean, size = slow_group_mean(curvature, correct, k)
-        assert sizes[k] == size
-        np.testing.assert_allclose(means[k], mean, rtol=1e-12)
-    assert sizes.sum() == 60
-
-
-def test_correlations_are_scipys_over_groups_and_over_images():
-    curvature, correct = sample()
-    counts = correct.sum(axis=0)
-    clean = np.arange(60) % 3 > 0
-    found = noise_counts.correlation(curvature, counts, clean, NUM_DRAWS)
-    groups = [(k, slow_group_mean(curvature, correct, k)[0]) for k in range(NUM_DRAWS + 1)]
-    groups = np.array([pair for pair in groups if not math.isnan(pair[1])])
-    assert found.pearson == pytest.approx(np.corrcoef(groups.T)[0, 1])
-    ranks = scipy.stats.rankdata(counts), scipy.stats.rankdata(curvature)
-    assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert found.spearman_correct == pytest.approx(
-        scipy.stats.spearmanr(counts[clean], curvature[clean]).statistic)
-    assert found.spearman < -0.5 and found.num_images == 60
-
-
-def test_empty_groups_are_nan_and_have_no_part_in_the_coefficient():
-    curvature, counts = np.array([8.0, 4.0, 2.0, 1.0]), np.array([0, 0, 5, 10])
-    means, sizes = noise_counts.group_means(curvature, counts, NUM_DRAWS)
-    np.testing.assert_array_equal(means[[0, 1, 5, 10]], [6, np.nan, 2, 1])
-    assert sizes.tolist() == [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    found = noise_counts.correlation(curvature, counts, np.ones(4, bool), NUM_DRAWS)
-    assert found.pearson == pytest.approx(np.corrcoef([0, 5, 10], [6, 2, 1])[0, 1])
-
-
-def test_constant_curvature_has_no_coefficient_and_no_lowest_share():
-    correct = sample()[1]
-    flat = np.full(60, 3.0, np.float32)
-    found = noise_counts.correlation(flat, correct.sum(axis=0), np.ones(60, bool), NUM_DRAWS)
-    assert all(math.isnan(value) for value in found[:3])
-    accuracy, sizes = noise_counts.kept_accuracy(flat, correct, (0.5, 1))
-    assert math.isnan(accuracy[0]) and accuracy[1] == correct.mean()
-    assert sizes.tolist() == [0, 60]
-
-
-@pytest.mark.parametrize("counts", [np.full(60, 10), np.repeat([0, 10], 30)])
-def test_fewer_than_three_groups_have_no_pearson_coefficient(counts):
-    found = noise_counts.correlation(
-        sample()[0], counts, np.ones(60, bool), NUM_DRAWS)
-    assert math.isnan(found.pearson)
-
-
-def test_curvatures_that_are_not_finite_do_not_count():
-    curvature, correct = sample()
-    counts, clean = correct.sum(axis=0), np.ones(60, bool)
-    wild = np.concatenate([curvature, [np.nan, np.inf, -np.inf]]).astype(np.float32)
-    more = np.concatenate([correct, np.ones((NUM_DRAWS, 3), bool)], axis=1)
-    for pair in zip(noise_counts.kept_accuracy(wild, more, (0.3, 1)),
-                    noise_counts.kept_accuracy(curvature, correct, (0.3, 1)), strict=True):
-        np.testing.assert_array_equal(*pair)
-    assert noise_counts.correlation(
-        wild, more.sum(axis=0), np.ones(63, bool), NUM_DRAWS
-    ) == noise_counts.correlation(curvature, counts, clean, NUM_DRAWS)
-    accuracy, sizes = noise_counts.kept_accuracy(wild[60:], more[:, 60:], (0.5, 1))
-    assert np.isnan(accuracy).all() and sizes.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("coefficients", "words"), [
@@ -144,17 +31,6 @@ def test_the_first_images_of_different_classes():
     labels = np.array([7, 7, 3, 7, 3, 0, 1])
     assert robustness.first_of_classes(labels, 3) == [0, 2, 5]
     assert robustness.first_of_classes(labels[:2], 3) == [0]
-
-
-def test_neighbour_accuracy_leaves_the_point_itself_out():
-    labels = np.repeat([0, 1], 6)
-    apart = labels[:, None] * 100.0 + np.arange(12)[:, None]
-    assert robustness.neighbour_accuracy(apart, labels) == 1
-    # The five nearest others of a point among its like are of the other class.
-    alternating = np.concatenate([np.arange(6), np.arange(6) + 0.1])[:, None] * 1e-3
-    lone = np.array([0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1])
-    assert robustness.neighbour_accuracy(alternating, lone) == pytest.approx(10 / 12)
-    assert math.isnan(robustness.neighbour_accuracy(np.full((12, 1), np.nan), labels))
 
 
 # --- Figures ---------------------------------------------------------------------------------

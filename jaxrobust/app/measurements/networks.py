@@ -3,18 +3,16 @@
 One point for each run, where :mod:`.noise_counts` has one for each image.
 """
 
-from collections.abc import Hashable
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from jaxrobust.app.measurements.networks_figure import Network, networks_figure
 from jaxrobust.app.report.figures import row_style
 from jaxrobust.app.report.frame import table
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
 from jaxrobust.app.study.read import Run, Study
+from jaxrobust.statistics import Coefficient, RankCorrelations
 
 FEWEST = 8
 """Networks without which there is no section."""
@@ -26,76 +24,12 @@ CURVATURES = {
 }
 """Columns of the curvature file; different quantities on a ReLU network."""
 
-RESAMPLES = 500
-"""Of the rows, with replacement, for the interval of a correlation."""
-
-SHARE = 0.95
-"""Of the resampled correlations within the interval."""
-
-
-class Coefficient(NamedTuple):
-    """Spearman's, with its interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
+CONFIDENCE = 0.95
+"""Of the interval of a correlation."""
 
 COEFFICIENT = "rank correlation with the median curvature"
 ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interval")
 """Of a coefficient, in the table of numbers."""
-
-
-class RankCorrelations:
-    """Spearman's coefficients between variables, and their intervals over resampled groups.
-
-    Whole groups (the seeds of a row, which are alike) are drawn with replacement, so that many
-    seeds of few rows do not pass for many networks. Resamples without a coefficient, such as those
-    in which a variable is constant, are left out.
-
-    Args:
-      variables: by name, [n] each.
-      groups: [n], what belongs together.
-    """
-
-    def __init__(self, variables: dict[Hashable, np.ndarray], groups: np.ndarray):
-        self._index = {name: index for index, name in enumerate(variables)}
-        values = np.stack(list(variables.values()), axis=1)
-        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-        random = np.random.default_rng(0)
-        drawn = [np.concatenate([members[index] for index in random.integers(
-            len(members), size=len(members))]) for _ in range(RESAMPLES)]
-        # The first is of the networks as they are.
-        self._matrices = np.stack([_spearman(values[rows])
-                                   for rows in (np.arange(len(values)), *drawn)])
-
-    def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
-        """That of two variables; with the ranks of a third held fixed, the partial one."""
-        found = self._of(x, y)
-        if given is not None:
-            with_x, with_y = self._of(x, given), self._of(y, given)
-            rest = (1 - with_x**2) * (1 - with_y**2)
-            # Where one variable is ranked as the given one is, nothing is left of it.
-            rest[rest < 1e-9] = np.nan
-            found = (found - with_x * with_y) / np.sqrt(rest)
-        value, resampled = found[0], found[1:][np.isfinite(found[1:])]
-        tail = (1 - SHARE) / 2
-        low, high = (np.quantile(resampled, (tail, 1 - tail)) if len(resampled) else
-                     (np.nan, np.nan))
-        return Coefficient(float(value), float(low), float(high))
-
-    def _of(self, x: Hashable, y: Hashable) -> np.ndarray:
-        return self._matrices[:, self._index[x], self._index[y]]
-
-
-def _spearman(values: np.ndarray) -> np.ndarray:
-    """The coefficients [k, k] of the columns of [n, k]; NaN for those that are constant."""
-    # Many times as fast as scipy.stats.spearmanr, which also makes p-values.
-    ranks = stats.rankdata(values, axis=0)
-    ranks -= ranks.mean(axis=0)
-    norms = np.linalg.norm(ranks, axis=0)
-    norms[norms == 0] = np.nan
-    return (ranks.T @ ranks) / np.outer(norms, norms)
 
 
 def section(study: Study) -> Section | None:
@@ -164,7 +98,7 @@ def _correlations(found: list[tuple[str, Run]], levels: list[float]
             variables[lost] = clean - accuracy
             outcomes += [(lost, lost, None), (
                 f"accuracy, {level_name(level)}, clean accuracy held fixed", level, 0)]
-    correlations = RankCorrelations(variables, groups)
+    correlations = RankCorrelations(variables, groups, seed=0, confidence=CONFIDENCE)
     return {head: {measures[key]: correlations.between(key, outcome, given) for key in measures}
             for head, outcome, given in outcomes}
 
@@ -188,7 +122,7 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
         "with the accuracy and with what noise takes of it.",
         ("Outcome", *_measures(found).values()), tuple(rows),
         f"{len(found)} different networks of {len({row for row, _ in found})} rows; in brackets "
-        f"the {100 * SHARE:g} % interval over resampled rows.",
+        f"the {100 * CONFIDENCE:g} % interval over resampled rows.",
         "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
         "and the loss of accuracy a positive one. Networks that are flat because they have "
         "learnt little have low accuracy and lose little: that is taken out where the ranks of the "

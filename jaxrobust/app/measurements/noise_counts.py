@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from jaxrobust.app.measurements import robustness_figures
 from jaxrobust.app.report import figures
@@ -25,6 +24,12 @@ from jaxrobust.app.report.page import (
     signed,
 )
 from jaxrobust.app.study.read import Run, Study, class_labels
+from jaxrobust.statistics import (
+    CountCorrelation,
+    correlation_with_counts,
+    lowest_means,
+    means_by_count,
+)
 
 SHARES = np.arange(10, 101, 5)
 """Shares of the images kept in Fig. 8, per cent."""
@@ -52,7 +57,7 @@ MEASURES = {
 
 
 COEFFICIENTS = ("Pearson, groups", "Spearman, images", "Spearman, right when clean")
-"""Of :class:`Correlation`, as shown."""
+"""Of :class:`~jaxrobust.statistics.CountCorrelation`, as shown."""
 
 SIZES, NEIGHBOURS = "images by correct predictions", "accuracy of the 5 nearest neighbours"
 VIEWS = ("clean", "noisy")
@@ -68,86 +73,6 @@ class Counted(NamedTuple):
     def correct(self, noise: str) -> np.ndarray:
         """[draws, images]."""
         return self.counts[noise]
-
-
-class Correlation(NamedTuple):
-    """Of curvature and the number of correct predictions; NaN where there is none."""
-
-    pearson: float  # between that number and the mean curvature of its group, as in the paper
-    spearman: float  # between both, over the images
-    spearman_correct: float  # the same over the images that are correctly classified when clean
-    num_images: int  # behind ``spearman``
-
-
-# --- Numbers ---------------------------------------------------------------------------------
-
-
-def kept_accuracy(curvature: np.ndarray, correct: np.ndarray, shares: Sequence[float]
-                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy on the images of lowest curvature, as in the paper's Fig. 8.
-
-    Args:
-      curvature: [n]; images whose value is not finite do not count.
-      correct: [draws, n], bool.
-      shares: S values p in (0, 1].
-
-    Returns:
-      For each share, the mean of ``correct`` over the draws and the images whose curvature is
-      below its p-quantile (all images at p = 1), NaN if there is none; and their number. Images
-      of equal curvature are kept or left out together.
-    """
-    usable = np.isfinite(curvature)
-    values, correct = curvature[usable].astype(np.float64), correct[:, usable]
-    accuracies, sizes = [], []
-    for share in shares:
-        kept = (values < np.quantile(values, share) if share < 1 and values.size else
-                np.ones(len(values), bool))
-        sizes.append(int(kept.sum()))
-        accuracies.append(float(correct[:, kept].mean()) if kept.any() else math.nan)
-    return np.array(accuracies), np.array(sizes)
-
-
-def group_means(curvature: np.ndarray, counts: np.ndarray, num_draws: int
-                ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean curvature of the images by number of correct predictions, as in the paper's Fig. 9.
-
-    Args:
-      curvature: [n]; images whose value is not finite do not count.
-      counts: [n], 0 to ``num_draws``.
-      num_draws: of the noise.
-
-    Returns:
-      The mean of each group, NaN for an empty one, and its number of images, [num_draws + 1].
-    """
-    usable = np.isfinite(curvature)
-    values, counts = curvature[usable].astype(np.float64), counts[usable]
-    groups = [values[counts == k] for k in range(num_draws + 1)]
-    return (np.array([group.mean() if group.size else math.nan for group in groups]),
-            np.array([group.size for group in groups]))
-
-
-def correlation(curvature: np.ndarray, counts: np.ndarray, correct_when_clean: np.ndarray,
-                num_draws: int) -> Correlation:
-    """How curvature [n] goes with the number of correct predictions [n].
-
-    Images whose curvature is not finite do not count.
-    """
-    means, _ = group_means(curvature, counts, num_draws)
-    groups = np.flatnonzero(np.isfinite(means))
-    usable = np.isfinite(curvature)
-    right = usable & correct_when_clean
-    return Correlation(
-        _coefficient(scipy.stats.pearsonr, groups, means[groups]),
-        _coefficient(scipy.stats.spearmanr, counts[usable], curvature[usable]),
-        _coefficient(scipy.stats.spearmanr, counts[right], curvature[right]),
-        int(usable.sum()))
-
-
-def _coefficient(statistic: Callable, x: np.ndarray, y: np.ndarray) -> float:
-    # Two points always lie on a line, and a constant goes with nothing.
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(statistic(x, y).statistic)
 
 
 # --- What is there ---------------------------------------------------------------------------
@@ -210,14 +135,15 @@ def numbers(run: Run) -> Iterator[Number]:
                 if key not in curvature:
                     continue
                 where = f"{name}, {num_draws} draws, {measure.title}"
-                found = correlation(curvature[key], total, curvature["correct"], num_draws)
+                found = correlation_with_counts(
+                    curvature[key], total, curvature["correct"], num_draws)
                 for what, value in zip(COEFFICIENTS, found, strict=False):
                     yield Number(what, where, value, "")
-                kept, _ = kept_accuracy(curvature[key], correct, SHARES / 100)
+                kept, _ = lowest_means(curvature[key], correct, SHARES / 100)
                 for share, value in zip(SHARES, kept, strict=True):
                     yield Number("accuracy of the images of lowest curvature",
                                  f"{where}, {share} %", 100 * value, "%")
-                means, _ = group_means(curvature[key], total, num_draws)
+                means, _ = means_by_count(curvature[key], total, num_draws)
                 for k, mean in enumerate(means):
                     yield Number("mean curvature by correct predictions",
                                  f"{where}, {k} of {num_draws}", mean, "1/pixel⁴")
@@ -271,7 +197,7 @@ def _statements(study: Study, found: dict[str, list[Counted]], noise: str) -> st
     for key, measure in _measures(found).items():
         by_row = {row: _over_runs(runs, key, noise) for row, runs in found.items()}
         words = relation([
-            (study.labels[row], float(np.mean([one.spearman for one in ones])), ones[0].num_images)
+            (study.labels[row], float(np.mean([one.spearman for one in ones])), ones[0].number)
             for row, ones in by_row.items()])
         sentences.append(f"{measure.title}: {words}.")
     return " ".join(sentences)
@@ -280,7 +206,7 @@ def _statements(study: Study, found: dict[str, list[Counted]], noise: str) -> st
 def _gain_of_half(found: dict[str, list[Counted]]) -> str:
     """A sentence on how much better the flatter half of the images does."""
     gains = [100 * float(np.mean([half - whole for half, whole in (
-        kept_accuracy(one.curvature[key], one.correct(noise), (0.5, 1))[0] for one in runs)]))
+        lowest_means(one.curvature[key], one.correct(noise), (0.5, 1))[0] for one in runs)]))
         for key in _measures(found) for noise in NOISES for runs in found.values()]
     gains = [gain for gain in gains if math.isfinite(gain)]
     if not gains:
@@ -290,8 +216,8 @@ def _gain_of_half(found: dict[str, list[Counted]]) -> str:
             f"{' to '.join(dict.fromkeys(map(signed, (min(gains), max(gains)))))} points.")
 
 
-def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[Correlation]:
-    return [correlation(one.curvature[key], one.correct(noise).sum(axis=0),
+def _over_runs(runs: Sequence[Counted], key: str, noise: str) -> list[CountCorrelation]:
+    return [correlation_with_counts(one.curvature[key], one.correct(noise).sum(axis=0),
                         one.curvature["correct"], one.counts["num_draws"]) for one in runs]
 
 
@@ -384,7 +310,7 @@ def kept_share_picture(study: Study, found: dict[str, list[Counted]]) -> Picture
     fewest = []
 
     def line(row, key, noise):
-        curves, sizes = zip(*(kept_accuracy(one.curvature[key], one.correct(noise), SHARES / 100)
+        curves, sizes = zip(*(lowest_means(one.curvature[key], one.correct(noise), SHARES / 100)
                               for one in found[row]), strict=True)
         fewest.extend(size[0] for size in sizes)
         # A share that one seed cannot give has no mean over the seeds.
@@ -411,7 +337,7 @@ def groups_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
 
     def line(row, key, noise):
         nonlocal few, hidden
-        means, sizes = group_means(
+        means, sizes = means_by_count(
             np.concatenate([one.curvature[key] for one in found[row]]),
             np.concatenate([one.correct(noise).sum(axis=0) for one in found[row]]), num_draws)
         few += int(((sizes > 0) & (sizes < robustness_figures.FEW)).sum())

@@ -15,7 +15,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn.neighbors
 
 from jaxrobust import _validate, curvature, evaluation, perturbations
 from jaxrobust.app import files, provenance, run_folder
@@ -33,6 +32,7 @@ from jaxrobust.app.report import figures
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Split
 from jaxrobust.images import to_float
+from jaxrobust.statistics import neighbour_accuracy
 
 NOISES = {"gaussian": perturbations.gaussian, "uniform": perturbations.uniform}
 """By name; each with the run's training noise as its standard deviation or amplitude."""
@@ -124,21 +124,6 @@ def measure_robustness(
 def first_of_classes(labels: np.ndarray, count: int) -> list[int]:
     """The first image of each of the ``count`` classes that come first."""
     return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
-
-
-def neighbour_accuracy(features: np.ndarray, labels: np.ndarray) -> float:
-    """The share of points [N, d] whose class is the commonest among their nearest others.
-
-    Of classes equally common among the :data:`NEIGHBOURS`, the lowest number counts. NaN if a
-    feature is not finite.
-    """
-    if not np.isfinite(features).all():
-        return math.nan
-    # Without an argument, kneighbors leaves each point itself out.
-    nearest = sklearn.neighbors.NearestNeighbors(n_neighbors=NEIGHBOURS).fit(
-        features).kneighbors(return_distance=False)
-    votes = np.apply_along_axis(np.bincount, 1, labels[nearest], minlength=labels.max() + 1)
-    return float((votes.argmax(axis=1) == labels).mean())
 
 
 def _measure_curvature(run, settings, folder, label, name) -> dict:
@@ -235,7 +220,8 @@ def _embed_blocks(run, split: Split, asked: dict, path, label) -> None:
             for number, (view, features) in enumerate(views.items()):
                 planes[view].append(
                     np.full((len(labels), 2), np.nan) if joint is None else joint[number])
-                accuracies[view].append(neighbour_accuracy(features[name], labels))
+                accuracies[view].append(neighbour_accuracy(
+                    features[name], labels, num_neighbours=NEIGHBOURS))
             shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
     files.write_arrays(path.with_suffix(".npz"), {
         "label": labels, **{view: np.stack(values) for view, values in planes.items()},

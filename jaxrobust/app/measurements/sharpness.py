@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy.sparse.linalg import LinearOperator, eigsh
 
 from jaxrobust import _validate, data, training
 from jaxrobust.app import files, provenance, run_folder
@@ -41,12 +40,10 @@ from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import load_run, make_splits
 from jaxrobust.data import Dataset
 from jaxrobust.parallel import make_layout
+from jaxrobust.statistics import largest_eigenvalue, largest_stable_rate
 
 SEED = 0
 """Of the noise of the noisy views, and of Lanczos' first vector."""
-
-TOLERANCE = 0.01
-"""Of an eigenvalue, relative; ARPACK's stopping criterion."""
 
 STATES = {"initial": "before training", "best": "trained"}
 """The states measured, in words."""
@@ -63,36 +60,6 @@ class SharpnessSettings:
     def __post_init__(self):
         if self.num_images is not None:
             _validate.in_range("num_images", self.num_images, 1)
-
-
-def stable_rate(curvature: float, momentum: float) -> float:
-    r"""The learning rate from which SGD with Nesterov momentum leaves a quadratic valley.
-
-    .. math:: \eta < \frac{2 (1 + m)}{(1 + 2 m) \lambda}
-
-    for curvature :math:`\lambda > 0` and momentum m in [0, 1): where the roots of
-    :math:`z^2 - (1 + m)(1 - \eta\lambda) z + m (1 - \eta\lambda)` are within the unit circle.
-    Infinite for a curvature of 0 or less.
-    """
-    return 2 * (1 + momentum) / ((1 + 2 * momentum) * curvature) if curvature > 0 else np.inf
-
-
-def largest_eigenvalue(product, size: int) -> float:
-    """The largest eigenvalue of a symmetric matrix, by Lanczos' iteration (ARPACK).
-
-    Args:
-      product: vector [size] -> matrix times vector.
-      size: of the matrix, at least 3.
-    """
-    start = np.random.default_rng(SEED).normal(size=size)
-    # ARPACK takes values below 1e-11 for 0 when it judges whether it has converged.
-    unit = np.max(np.abs(product(start)))
-    if unit == 0:
-        return 0.0
-    operator = LinearOperator(
-        (size, size), matvec=lambda vector: product(vector) / unit, dtype=np.float64)
-    return unit * float(eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start,
-                              return_eigenvectors=False)[0])
 
 
 def measure_sharpness(
@@ -143,7 +110,7 @@ def measure_sharpness(
     eigenvalues: dict[str, dict[str, float]] = {}
     with progress(f"{label}, sharpness", len(states) * len(terms)) as shown:
         for name, state in states.items():
-            size = ravel_pytree(state.params)[0].size
+            start = np.random.default_rng(SEED).normal(size=ravel_pytree(state.params)[0].size)
             for term in terms:
                 # As an argument, so that one compiled program serves all terms.
                 chosen = {other: float(other == term) for other in terms}
@@ -153,7 +120,7 @@ def measure_sharpness(
                         model, config, weights, chosen, state, batch,
                         jnp.asarray(vector.ravel(), jnp.float32)), np.float64)
 
-                value = largest_eigenvalue(product, size)
+                value = largest_eigenvalue(product, start)
                 eigenvalues.setdefault(name, {})[term] = value
                 shown.advance(**{term: value})
     files.write_json(path, {
@@ -199,7 +166,8 @@ def numbers(run: Run) -> Iterator[Number]:
     for state, values in result["eigenvalues"].items():
         for term, value in values.items():
             yield Number(f"largest eigenvalue, {term}", STATES[state], value, "")
-        yield Number(LIMIT, STATES[state], stable_rate(values["loss"], result["momentum"]), "")
+        limit = largest_stable_rate(values["loss"], result["momentum"])
+        yield Number(LIMIT, STATES[state], limit, "")
         yield Number(RATE, STATES[state], result["learning_rate"], "")
 
 
@@ -232,5 +200,5 @@ def table_text(eigenvalues: dict[str, dict[str, float]], momentum: float) -> str
     """The result as plain text, a line for each state and term."""
     return "\n".join(
         f"{STATES[state]}: {term}: {significant(value)}; stable below a rate of "
-        f"{significant(stable_rate(value, momentum))}"
+        f"{significant(largest_stable_rate(value, momentum))}"
         for state, values in eigenvalues.items() for term, value in values.items())

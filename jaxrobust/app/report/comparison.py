@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from jaxrobust.app.report.frame import accuracies, balanced, noise_level, tests
 from jaxrobust.app.report.page import count
 from jaxrobust.app.study.read import Run, Study
+from jaxrobust.statistics import mean_difference_interval, normal_interval, share_error
 
 FEWEST_SEEDS = 3
 """Trainings of each row below which no difference between rows is called clear."""
@@ -22,29 +22,7 @@ FEWEST_SEEDS = 3
 
 def error_of_images(accuracy: Any) -> float:
     """Standard error, in percentage points, that comes of the choice of test images."""
-    return 100 * error_of_share(accuracy.mean / 100, int(accuracy.num_images))
-
-
-def error_of_share(share: float, number: int) -> float:
-    r"""Standard error of a share p of n images, as if these were drawn from many more.
-
-    .. math:: \sqrt{\tilde p (1 - \tilde p) / (n + 2)}, \qquad \tilde p = (n p + 1) / (n + 2)
-
-    With one image more on either side, so that 10 right of 10 are not taken for certain. For two
-    shares it gives the interval of Agresti and Caffo (2000).
-    """
-    adjusted = (number * share + 1) / (number + 2)
-    return math.sqrt(adjusted * (1 - adjusted) / (number + 2))
-
-
-def pooled_std(*samples: Sequence[float]) -> float | None:
-    """Pooled standard deviation (ddof=1) of samples; None if all have one value only."""
-    freedom = sum(len(sample) - 1 for sample in samples)
-    if freedom == 0:
-        return None
-    squares = sum((value - statistics.fmean(sample)) ** 2
-                  for sample in samples for value in sample)
-    return math.sqrt(squares / freedom)
+    return 100 * share_error(accuracy.mean / 100, int(accuracy.num_images))
 
 
 class Difference(NamedTuple):
@@ -71,28 +49,18 @@ class Difference(NamedTuple):
 
 
 def difference(own: Any, peer: Any) -> Difference:
-    r"""Of two of the lines of :data:`~jaxrobust.app.report.frame.Accuracies`, with what chance
+    """Of two of the lines of :data:`~jaxrobust.app.report.frame.Accuracies`, with what chance
     there is in the trainings and in the test images.
 
-    Over trainings, half of the interval of Student's t test for two samples with one variance:
-
-    .. math:: t_{0.975,\, n + m - 2}\; s \sqrt{1/n + 1/m},
-
-    the standard deviation s pooled over the n and m seeds of these two rows alone: other methods
-    may scatter more, or less. Over test images:
-
-    .. math:: 1.96 \sqrt{e_1^2 + e_2^2},
-
-    with the errors of :func:`error_of_share`. That is as if each row had been tested on images of
-    its own: both saw the same, and where the same are hard for both, it is too wide. The two are
-    independent, so that the whole is the root of the sum of their squares.
+    Over trainings it is :func:`~jaxrobust.statistics.mean_difference_interval`, with the standard
+    deviation of these two rows alone: other methods may scatter more, or less. Over test images it
+    is as if each row had been tested on images of its own: both saw the same, and where the same
+    are hard for both, it is too wide. The two are independent, so that the whole is the root of the
+    sum of their squares.
     """
-    n, m = len(own.by_seed), len(peer.by_seed)
-    seeds = None
-    if min(n, m) >= FEWEST_SEEDS:
-        t = float(stats.t.ppf(0.975, n + m - 2))
-        seeds = t * pooled_std(own.by_seed, peer.by_seed) * math.sqrt(1 / n + 1 / m)
-    images = float(stats.norm.ppf(0.975)) * math.hypot(error_of_images(own), error_of_images(peer))
+    enough = min(len(own.by_seed), len(peer.by_seed)) >= FEWEST_SEEDS
+    seeds = mean_difference_interval(own.by_seed, peer.by_seed) if enough else None
+    images = normal_interval(error_of_images(own), error_of_images(peer))
     return Difference(own.mean - peer.mean, seeds, images)
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy import stats
 
 from jaxrobust import (
     _validate,
@@ -40,6 +39,7 @@ from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split
 from jaxrobust.images import to_float
 from jaxrobust.models import head_parameters
+from jaxrobust.statistics import share_upper_bound
 
 SEED = 0
 """Of the noise and of the choice of training images: the same for all runs."""
@@ -596,9 +596,8 @@ def _mapping_bounds(rows, distances, centre, radius, settings):
                         feature_bound=float(feature_bound), centre_bound=float(centre_bound),
                         num_samples=len(rows[of]), failure_probability=failure))
             for rho in (share * radius**2 for share in settings.rho_shares))
-    found["fixed_centre"] = float(stats.binomtest(
-        int(np.sum(distances[1] > radius)), len(rows[1]), alternative="less").proportion_ci(
-            1 - settings.failure_probability, method="exact").high)
+    found["fixed_centre"] = share_upper_bound(
+        int(np.sum(distances[1] > radius)), len(rows[1]), settings.failure_probability)
     return found
 
 

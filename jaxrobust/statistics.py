@@ -1,0 +1,388 @@
+"""Intervals, correlations, neighbours and eigenvalues: what measurements are summarised with.
+
+Plain NumPy and SciPy on the host, in float64.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.spatial.distance import cdist
+
+from jaxrobust import _validate
+
+# --- Intervals -------------------------------------------------------------------------------
+
+
+def share_error(share: float, number: int) -> float:
+    r"""Standard error of a share p of n cases, as if these were drawn from many more.
+
+    .. math:: \sqrt{\tilde p (1 - \tilde p) / (n + 2)}, \qquad \tilde p = (n p + 1) / (n + 2)
+
+    With one case more on either side, so that 10 right of 10 are not taken for certain. For two
+    shares it gives the interval of Agresti and Caffo.
+
+    Args:
+      share: p, in [0, 1].
+      number: n >= 1.
+
+    Raises:
+      InputError: (a ValueError) if one is out of range.
+
+    Source: Agresti and Caffo, *Simple and Effective Confidence Intervals for Proportions and
+    Differences of Proportions*, 2000.
+    """
+    _validate.in_range("share", share, 0, 1, open_high=False)
+    _validate.in_range("number", number, 1)
+    adjusted = (number * share + 1) / (number + 2)
+    return math.sqrt(adjusted * (1 - adjusted) / (number + 2))
+
+
+def share_upper_bound(successes: int, number: int, failure_probability: float) -> float:
+    """The largest probability of success that so few successes leave plausible.
+
+    The exact one-sided bound: whatever the true probability is, a sample's bound is below it with
+    a probability of at most ``failure_probability``.
+
+    Args:
+      successes: in [0, number].
+      number: of independent trials, >= 1.
+      failure_probability: in (0, 1).
+
+    Raises:
+      InputError: (a ValueError) if one is out of range.
+
+    >>> round(share_upper_bound(0, 10, 0.05), 6) == round(1 - 0.05 ** (1 / 10), 6)
+    True
+
+    Source: Clopper and Pearson (1934).
+    """
+    _validate.in_range("number", number, 1)
+    _validate.in_range("successes", successes, 0, number, open_high=False)
+    _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
+    return float(stats.binomtest(successes, number, alternative="less").proportion_ci(
+        1 - failure_probability, method="exact").high)
+
+
+def pooled_std(*samples: Sequence[float]) -> float | None:
+    r"""Standard deviation of samples that have one variance, and means of their own.
+
+    .. math:: s^2 = \frac{\sum_i \sum_j (x_{ij} - \bar x_i)^2}{\sum_i (n_i - 1)}
+
+    Args:
+      *samples: of any sizes, >= 1.
+
+    Returns:
+      s; None if all samples have one value only.
+
+    Raises:
+      InputError: (a ValueError) if a sample is empty.
+    """
+    for sample in samples:
+        _validate.in_range("number of values", len(sample), 1)
+    freedom = sum(len(sample) - 1 for sample in samples)
+    if freedom == 0:
+        return None
+    squares = sum((value - math.fsum(sample) / len(sample)) ** 2
+                  for sample in samples for value in sample)
+    return math.sqrt(squares / freedom)
+
+
+def mean_difference_interval(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> float | None:
+    r"""Half of Student's interval for the difference of two means, the variances being one.
+
+    .. math:: t_{(1 + c) / 2,\, n + m - 2}\; s \sqrt{1/n + 1/m}
+
+    with :func:`pooled_std` s.
+
+    Args:
+      first: n >= 1 values.
+      second: m >= 1 values.
+      confidence: c, in (0, 1).
+
+    Returns:
+      Half of the interval's width; None if both have one value only.
+
+    Raises:
+      InputError: (a ValueError) if a sample is empty or the confidence is out of range.
+    """
+    _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+    n, m, std = len(first), len(second), pooled_std(first, second)
+    if std is None:
+        return None
+    return float(stats.t.ppf((1 + confidence) / 2, n + m - 2)) * std * math.sqrt(1 / n + 1 / m)
+
+
+def normal_interval(*errors: float, confidence: float = 0.95) -> float:
+    """Half of the interval of a normal sum of independent parts with these standard errors."""
+    _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+    return float(stats.norm.ppf((1 + confidence) / 2)) * math.hypot(*errors)
+
+
+# --- Correlations ----------------------------------------------------------------------------
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's coefficient of x and y, each [n].
+
+    NaN for fewer than three points, since two always lie on a line, and for a constant.
+    """
+    return _coefficient(stats.pearsonr, x, y)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank coefficient of x and y, each [n]; NaN as :func:`pearson`."""
+    return _coefficient(stats.spearmanr, x, y)
+
+
+def _coefficient(statistic: Callable, x: np.ndarray, y: np.ndarray) -> float:
+    if x.shape != y.shape:
+        raise _validate.InputError(f"Expected y of the shape of x, {x.shape}, got {y.shape}.")
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(statistic(x, y).statistic)
+
+
+class Coefficient(NamedTuple):
+    """A rank correlation with its interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+class RankCorrelations:
+    """Spearman's coefficients between variables, and their intervals over resampled groups.
+
+    Whole groups, such as the seeds of a setting, which are alike, are drawn with replacement: many
+    members of few groups do not pass for many. Resamples without a coefficient, such as those in
+    which a variable is constant, are left out.
+
+    Args:
+      variables: by name, [n] each.
+      groups: [n], what belongs together.
+      seed: of the resamples.
+      num_resamples: R >= 1.
+      confidence: the share of the resamples within an interval, in (0, 1).
+
+    Raises:
+      InputError: (a ValueError) if a number is out of range or the shapes do not match.
+    """
+
+    def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
+                 num_resamples: int = 500, confidence: float = 0.95):
+        _validate.in_range("num_resamples", num_resamples, 1)
+        _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+        _validate.shapes(groups=(groups, "n"), **{
+            str(name): (values, "n") for name, values in variables.items()})
+        self._tail = (1 - confidence) / 2
+        self._index = {name: index for index, name in enumerate(variables)}
+        values = np.stack(list(variables.values()), axis=1)
+        members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        random = np.random.default_rng(seed)
+        drawn = [np.concatenate([members[index] for index in random.integers(
+            len(members), size=len(members))]) for _ in range(num_resamples)]
+        # The first is of the variables as they are.
+        self._matrices = np.stack([_spearman_matrix(values[rows])
+                                   for rows in (np.arange(len(values)), *drawn)])
+
+    def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
+        """That of two variables; with the ranks of a third held fixed, the partial one."""
+        found = self._of(x, y)
+        if given is not None:
+            with_x, with_y = self._of(x, given), self._of(y, given)
+            rest = (1 - with_x**2) * (1 - with_y**2)
+            # Where one variable is ranked as the given one is, nothing is left of it.
+            rest[rest < 1e-9] = np.nan
+            found = (found - with_x * with_y) / np.sqrt(rest)
+        value, resampled = found[0], found[1:][np.isfinite(found[1:])]
+        low, high = (np.quantile(resampled, (self._tail, 1 - self._tail)) if len(resampled) else
+                     (np.nan, np.nan))
+        return Coefficient(float(value), float(low), float(high))
+
+    def _of(self, x: Hashable, y: Hashable) -> np.ndarray:
+        return self._matrices[:, self._index[x], self._index[y]]
+
+
+def _spearman_matrix(values: np.ndarray) -> np.ndarray:
+    """The coefficients [k, k] of the columns of [n, k]; NaN for those that are constant."""
+    # Many times as fast as scipy.stats.spearmanr, which also makes p-values.
+    ranks = stats.rankdata(values, axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    norms[norms == 0] = np.nan
+    return (ranks.T @ ranks) / np.outer(norms, norms)
+
+
+# --- Outcomes against a value of each case -----------------------------------------------------
+
+
+def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[float]
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """Mean outcome of the cases of lowest value.
+
+    Args:
+      values: [n]; cases whose value is not finite do not count.
+      outcomes: [K, n], K outcomes of each case, such as whether a prediction is right.
+      shares: S values p in (0, 1].
+
+    Returns:
+      For each share, the mean of the outcomes of the cases whose value is below its p-quantile (of
+      all cases at p = 1), NaN if there is none, and their number: [S] each. Cases of equal value
+      are kept or left out together.
+
+    Raises:
+      InputError: (a ValueError) if a share is out of range.
+
+    Source: Fig. 8, with the curvature for the value.
+    """
+    usable = np.isfinite(values)
+    values, outcomes = values[usable].astype(np.float64), outcomes[:, usable]
+    means, sizes = [], []
+    for share in shares:
+        _validate.in_range("share", share, 0, 1, open_low=True, open_high=False)
+        kept = (values < np.quantile(values, share) if share < 1 and values.size else
+                np.ones(len(values), bool))
+        sizes.append(int(kept.sum()))
+        means.append(float(outcomes[:, kept].mean()) if kept.any() else math.nan)
+    return np.array(means), np.array(sizes)
+
+
+def means_by_count(values: np.ndarray, counts: np.ndarray, largest: int
+                   ) -> tuple[np.ndarray, np.ndarray]:
+    """Mean value of the cases by a count, such as that of right predictions.
+
+    Args:
+      values: [n]; cases whose value is not finite do not count.
+      counts: [n] integers in [0, largest].
+      largest: M.
+
+    Returns:
+      The mean of each group, NaN for an empty one, and its number of cases, [M + 1] each.
+
+    Source: Fig. 9, with the curvature for the value.
+    """
+    usable = np.isfinite(values)
+    values, counts = values[usable].astype(np.float64), counts[usable]
+    groups = [values[counts == k] for k in range(largest + 1)]
+    return (np.array([group.mean() if group.size else math.nan for group in groups]),
+            np.array([group.size for group in groups]))
+
+
+class CountCorrelation(NamedTuple):
+    """How values go with a count; NaN where :func:`pearson` and :func:`spearman` are."""
+
+    pearson: float  # between the count and the mean value of its group
+    spearman: float  # between both, over the cases
+    spearman_of_some: float  # the same over some of the cases
+    number: int  # of the cases behind ``spearman``
+
+
+def correlation_with_counts(
+    values: np.ndarray, counts: np.ndarray, some: np.ndarray, largest: int
+) -> CountCorrelation:
+    """How values [n] go with counts [n] of at most ``largest``, over all cases and over some [n].
+
+    Cases whose value is not finite do not count.
+
+    Source: Fig. 9 for the coefficient between groups.
+    """
+    means, _ = means_by_count(values, counts, largest)
+    groups = np.flatnonzero(np.isfinite(means))
+    usable = np.isfinite(values)
+    chosen = usable & some
+    return CountCorrelation(
+        pearson(groups, means[groups]), spearman(counts[usable], values[usable]),
+        spearman(counts[chosen], values[chosen]), int(usable.sum()))
+
+
+# --- Neighbours and eigenvalues ----------------------------------------------------------------
+
+_ROWS_AT_ONCE = 512
+
+
+def neighbour_accuracy(features: np.ndarray, labels: np.ndarray, *, num_neighbours: int) -> float:
+    """The share of points whose class is the commonest among their nearest others.
+
+    Of classes equally common among these, the lowest number counts.
+
+    Args:
+      features: [N, d].
+      labels: [N] integers >= 0.
+      num_neighbours: in [1, N - 1].
+
+    Returns:
+      The share; NaN if a feature is not finite. Memory is O(N) beside the features.
+
+    Raises:
+      InputError: (a ValueError) if the number is out of range or the shapes do not match.
+    """
+    features, labels = np.asarray(features, np.float64), np.asarray(labels)
+    size = _validate.shapes(features=(features, "N d"), labels=(labels, "N"))["N"]
+    _validate.in_range("num_neighbours", num_neighbours, 1, size)
+    if not np.isfinite(features).all():
+        return math.nan
+    right = 0
+    for first in range(0, size, _ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + _ROWS_AT_ONCE, size))
+        distances = cdist(features[rows], features, "sqeuclidean")
+        distances[np.arange(len(rows)), rows] = np.inf  # Each point itself is left out.
+        nearest = np.argpartition(distances, num_neighbours - 1, axis=1)[:, :num_neighbours]
+        votes = np.zeros((len(rows), labels.max() + 1), int)
+        np.add.at(votes, (np.arange(len(rows))[:, None], labels[nearest]), 1)
+        right += int((votes.argmax(axis=1) == labels[rows]).sum())
+    return right / size
+
+
+def largest_eigenvalue(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, *,
+                       tolerance: float = 0.01) -> float:
+    """The largest eigenvalue of a symmetric matrix, by Lanczos' iteration (ARPACK).
+
+    Args:
+      product: vector [n] -> matrix times vector.
+      start: [n], n >= 3, a random vector.
+      tolerance: ARPACK's stopping criterion, relative.
+
+    Returns:
+      The largest, not that of largest magnitude; 0 where the product with ``start`` is.
+
+    Raises:
+      InputError: (a ValueError) if n < 3.
+    """
+    size = len(start)
+    _validate.in_range("size", size, 3)
+    # ARPACK takes values below 1e-11 for 0 when it judges whether it has converged.
+    unit = np.max(np.abs(product(start)))
+    if unit == 0:
+        return 0.0
+    operator = LinearOperator(
+        (size, size), matvec=lambda vector: product(vector) / unit, dtype=np.float64)
+    return unit * float(eigsh(operator, k=1, which="LA", tol=tolerance, v0=start,
+                              return_eigenvectors=False)[0])
+
+
+def largest_stable_rate(curvature: float, momentum: float) -> float:
+    r"""The learning rate from which SGD with Nesterov momentum leaves a quadratic valley.
+
+    .. math:: \eta < \frac{2 (1 + m)}{(1 + 2 m) \lambda}
+
+    where the roots of :math:`z^2 - (1 + m)(1 - \eta\lambda) z + m (1 - \eta\lambda)` are within the
+    unit circle.
+
+    Args:
+      curvature: :math:`\lambda`, the largest eigenvalue of the loss's Hessian in the parameters.
+      momentum: m, in [0, 1).
+
+    Returns:
+      The rate; infinite for a curvature of 0 or less.
+
+    Raises:
+      InputError: (a ValueError) if the momentum is out of range.
+    """
+    _validate.in_range("momentum", momentum, 0, 1)
+    return 2 * (1 + momentum) / ((1 + 2 * momentum) * curvature) if curvature > 0 else math.inf
