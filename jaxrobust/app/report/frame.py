@@ -176,7 +176,8 @@ def accuracies_of(table: pd.DataFrame, rows: Iterable[str]) -> Accuracies:
 def summary(table: pd.DataFrame) -> list[dict]:
     """:func:`over_seeds` for a JSON file, what is not known left out."""
     return [{name: value for name, value in line.items() if value == value}
-            for line in over_seeds(table).drop(columns="study").to_dict("records")]
+            for line in over_seeds(table.dropna(subset="value")).drop(
+                columns="study").to_dict("records")]
 
 
 def to_csv(table: pd.DataFrame) -> str:
