@@ -31,11 +31,14 @@ TINY = dataclasses.replace(
     RECIPES["digits"].rows["robust"], train_size=150, epochs=4, checkpoint_every=1, width=2,
     num_features=4, batch_norm_statistics="recomputed", optimizer=config.OptimizerConfig(
         learning_rate=0.02, schedule="cosine", clip_norm=1.0))
-RECIPE = dataclasses.replace(
+EVERY_METHOD = dataclasses.replace(
     RECIPES["digits"], name="tiny", rows=method_rows(TINY), seeds=(0,),
     evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
                                  tsne_images=40),
     curvature=config.CurvatureConfig(num_images=10, num_probes=2, smoothing_draws=3))
+RECIPE = dataclasses.replace(EVERY_METHOD, **{
+    part: {row: getattr(EVERY_METHOD, part)[row] for row in ("both", "robust")}
+    for part in ("rows", "labels")})
 
 
 def best_state(folder, digits):
@@ -92,9 +95,11 @@ def _study(tmp_path_factory, digits):
     return folder
 
 
-def test_every_method_is_trained_tested_and_measured(study):
+@pytest.mark.slow
+def test_every_method_is_trained_tested_and_measured(digits, tmp_path):
+    assert run_study(plan_study(EVERY_METHOD, tmp_path), digits, tensorboard=False) == []
     for row in METHOD_LABELS:
-        folder = place_of(study, row, 0)
+        folder = place_of(tmp_path, row, 0)
         evaluation = files.read_json(folder / "evaluation.json")
         assert evaluation["num_images"] == 50
         assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
@@ -152,10 +157,11 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
     assert not (folder / "evaluation.json").exists() and not (folder / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
-    assert run_study(plan_study(RECIPE, tmp_path, ["normal"], [0, 1]), digits, tensorboard=False,
+    assert run_study(plan_study(RECIPE, tmp_path, ["both"], [0, 1]), digits, tensorboard=False,
                      at_once=2) == []
-    folders = [place_of(tmp_path, "normal", seed) for seed in (0, 1)]
+    folders = [place_of(tmp_path, "both", seed) for seed in (0, 1)]
     assert metrics_of(folders[0]) != metrics_of(folders[1])
     for folder in folders:
         assert files.read_json(folder / "provenance.json")["runs_together"] == 2
@@ -303,6 +309,7 @@ def test_the_papers_recipes_are_those_of_appendix_h1():
 
 def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):
     assert call("train", "digits", "--select", "test", "--epochs", "1", "--train-size", "100",
-                "--optimizer.warmup-epochs", "0", "--out", tmp_path / "run") == 0
+                "--width", "2", "--num-features", "4", "--optimizer.warmup-epochs", "0",
+                "--out", tmp_path / "run") == 0
     assert "the epoch is chosen on the test images" in capsys.readouterr().out
     assert config.read_config(tmp_path / "run").select == "test"

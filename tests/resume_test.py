@@ -104,10 +104,11 @@ def _whole(tmp_path_factory, digits):
 
 @pytest.mark.parametrize("every, feed, saved", [
     (2, Feed(checkpoint_steps=3), [3, 7, 8, 11, 15, 16]),
-    (3, Feed(checkpoint_steps=1), [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]),
     (3, Feed(checkpoint_steps=2, input="stream"), [2, 6, 10, 12, 14, 16]),
-    (3, Feed(checkpoint_steps=2, steps_per_call=2), [2, 6, 10, 12, 14, 16]),
-    (2, Feed(checkpoint_steps=7), [8, 16])])
+    *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        (3, Feed(checkpoint_steps=1), [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]),
+        (3, Feed(checkpoint_steps=2, steps_per_call=2), [2, 6, 10, 12, 14, 16]),
+        (2, Feed(checkpoint_steps=7), [8, 16])))])
 def test_a_run_killed_at_every_moment_ends_with_the_same_bits(
         every, feed, saved, whole, digits, tmp_path, moments):
     folder = tmp_path / "run"
