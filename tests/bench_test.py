@@ -1,186 +1,257 @@
-"""The benchmarks: what they compare computes the same, and their numbers are what they say."""
+"""The benchmarks: their numbers are what they say, and what is there is kept."""
 
 import functools
+import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import call
-from optax.losses import softmax_cross_entropy_with_integer_labels
+from command_line import call, one_line
 
 from experiments import bench
-from experiments.bench import curvature as curvature_bench
 from experiments.bench import folder as folder_bench
-from experiments.bench import timing
-from jaxrobust import curvature, data, probes
+from experiments.bench import problem, programs, timing
+from jaxrobust import data
 from jaxrobust.app import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
-STEP = 1e-2
+TORCH = importlib.util.find_spec("torch") is not None
 
 
-@pytest.mark.usefixtures("enable_x64")
-def test_pytorch_computes_the_same_logits_and_eq_21():
-    torch = pytest.importorskip("torch")
-    from experiments.bench import torch_peer
-
-    torch.set_num_threads(1)
-    problem = curvature_bench.make_problem(
-        curvature_bench.Case(num_classes=3, image_size=16, width=4, batch_size=2))
-    model = problem.model.clone(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), dtype=jnp.float64)
-    # Biases, scales and statistics as of a trained network: before, they are 0 or 1 throughout.
-    draw = np.random.default_rng(1)
-    variables = jax.tree.map(
-        lambda leaf: jnp.asarray(np.float64(leaf) + draw.uniform(-0.1, 0.1, leaf.shape)),
-        problem.variables)
-    images, labels = problem.images.astype(jnp.float64), problem.labels
-
-    @jax.jit
-    def logits(x):
-        return model.apply(variables, x, train=False).logits
-
-    module = torch_peer.convert(model, variables)
-    assert not module.training and module.head.weight.dtype == torch.float64
-    converted = torch_peer.to_torch(np.asarray(images))
-    np.testing.assert_allclose(module(converted).numpy(), logits(images), rtol=1e-10)
-
-    key, num_probes = jax.random.key(2), 3
-    ours = jax.jit(lambda images: curvature.finite_difference_curvature(
-        lambda x: softmax_cross_entropy_with_integer_labels(logits(x), labels), images, key,
-        step=STEP, num_probes=num_probes).value)(images)
-    # The probes as the documentation of `finite_difference_curvature` says they are drawn.
-    own = probes.salted(key, "finite_difference_curvature")
-    vectors = [jnp.stack([jax.random.normal(
-        jax.random.fold_in(jax.random.fold_in(own, k), i), images.shape[1:], images.dtype)
-        for i in range(len(images))]) for k in range(num_probes)]
-    theirs = torch_peer.finite_difference_curvature(
-        module, converted, torch.tensor(np.asarray(labels)),
-        lambda k: torch_peer.to_torch(np.asarray(vectors[k])), step=STEP, num_probes=num_probes)
-    assert np.all(ours > 1e-6)
-    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-8)
-
-
-@pytest.fixture(name="measured", scope="module", params=["as installed", "without PyTorch"])
+@pytest.fixture(name="measured", scope="module", params=[
+    pytest.param(name, marks=pytest.mark.slow) for name in bench.BENCHMARKS])
 def _measured(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "curvature"
+    """Every benchmark, whole, without PyTorch where it is not installed."""
+    folder = tmp_path_factory.mktemp("bench") / request.param
     with pytest.MonkeyPatch.context() as patch:
-        # Its threads wait for each other by spinning, for seconds where cores are shared.
+        # PyTorch's threads wait for each other by spinning, for seconds where cores are shared.
         patch.setattr(timing, "cores", lambda: 1)
-        if request.param == "without PyTorch":
-            patch.setattr(curvature_bench.importlib.util, "find_spec", lambda name: None)
-        assert call("bench", "curvature", "--quick", "--out", folder) == 0
-    return folder, files.read_json(folder / "bench.json")
+        assert call("bench", request.param, "--quick", "--out", folder) == 0
+    return request.param, folder, files.read_json(folder / "bench.json")
+
+
+def test_every_section_is_measured_and_on_the_page(measured):
+    name, folder, result = measured
+    page = (folder / "bench.md").read_text()
+    sections = bench.BENCHMARKS[name].sections
+    assert list(result["sections"]) == list(sections)
+    assert jax.__version__ in page and "A quick run" in page
+    for key, section in result["sections"].items():
+        facts = section["provenance"]
+        assert f"## ({key}) {sections[key].title}" in page and facts["commit"] in page
+        assert facts["seconds"] > 0 and len(facts["load_average"]) == 2
+        for row in section["result"]["rows"]:
+            assert f"| {row['case']} | {row['contender']} |" in page
+        drawn = any("against" in row for row in section["result"]["rows"])
+        assert drawn == (folder / f"{key}.png").is_file() == (folder / f"{key}.svg").is_file()
+        assert drawn == (f"({key}.png)" in page)
+    for row in result["ratios"]:
+        assert "not_measured" in row or f"| {row['numerator']} / {row['denominator']} |" in page
 
 
 def test_ratios_are_the_quotients_of_the_times(measured):
-    _, result = measured
-    by_width = {(case["width"], case["num_classes"]): case["ms_per_image"]
-                for case in result["cases"]}
+    name, _, result = measured
     checked = 0
-    for row in result["ratios"]:
-        if "not_measured" in row:
+    for ratio in result["ratios"]:
+        rows = {(row["case"], row["contender"]): row["ms"]
+                for row in result["sections"][ratio["section"]]["result"]["rows"] if "ms" in row}
+        if "smallest" not in ratio:
             continue
-        times = by_width[row["width"], result["settings"]["num_classes"]]
-        above, below = (times[row[side]] for side in ("numerator", "denominator"))
-        assert row["numerator_ms"] == above["median"] == np.median(above["rounds"])
-        assert row["denominator_ms"] == below["median"] == np.median(below["rounds"])
-        np.testing.assert_allclose(row["ratio"], row["numerator_ms"] / row["denominator_ms"])
+        above, below = (rows[ratio["case"], ratio[side]] for side in ("numerator", "denominator"))
+        assert above["median"] == np.median(above["rounds"]) > 0
+        np.testing.assert_allclose(ratio["ratio"], above["median"] / below["median"])
         by_round = np.divide(above["rounds"], below["rounds"])
-        assert (row["smallest"], row["largest"]) == (by_round.min(), by_round.max())
+        assert (ratio["smallest"], ratio["largest"]) == (by_round.min(), by_round.max())
+        checked += 1
+    assert checked >= {"train": 6, "curvature": 5, "folder": 0}[name]
+
+
+def test_verdicts_follow_from_the_ratios(measured):
+    name, _, result = measured
+    judged = [row for row in result["ratios"] if "met" in row]
+    assert len(judged) >= {"train": 3, "curvature": 3, "folder": 0}[name]
+    for row in judged:
         assert row["met"] == {"at least": row["ratio"] >= row["target"],
                               "at most": row["ratio"] <= row["target"]}[row["bound"]]
-        checked += 1
-    assert checked >= 4
-
-
-def test_a_further_probe_is_the_rest_of_the_time_shared_out(measured):
-    _, result = measured
-    times = result["cases"][0]["ms_per_image"]
-    for name in ("eq21", "frobenius"):
-        shared = np.subtract(times[name]["rounds"], times[f"{name}_one"]["rounds"])
-        np.testing.assert_allclose(times[f"{name}_marginal"]["rounds"],
-                                   shared / (result["settings"]["num_probes"] - 1))
+    for row in result["ratios"]:
+        assert ("ratio" in row) != ("not_measured" in row)
 
 
 def test_pytorch_is_compared_with_where_it_is_and_named_where_it_is_not(measured):
-    folder, result = measured
-    peers = [row for row in result["ratios"] if row["numerator"].startswith("torch")]
-    assert len(peers) == 2
+    name, folder, result = measured
+    peers = [row for row in result["ratios"] if "PyTorch" in row["numerator"] + row["denominator"]]
+    # Two forms of the loss and of the step at each of two batch sizes; Eq. 21 in two layouts.
+    assert len(peers) == {"train": 6, "curvature": 2, "folder": 0}[name]
     page = (folder / "bench.md").read_text()
-    if result["torch"] == "measured":
-        assert all(row["ratio"] > 0 for row in peers)
-        assert "torch" in result["provenance"]["versions"]
-    else:
-        assert [row["not_measured"] for row in peers] == [result["torch"]] * 2
-        assert "not measured" in page and "PyTorch is not installed" in page
+    for row in peers:
+        facts = result["sections"][row["section"]]["provenance"]
+        assert ("torch" in facts["versions"]) == TORCH
+        if TORCH:
+            assert row["ratio"] > 0
+        else:
+            assert "PyTorch is not installed" in row["not_measured"] and (
+                row["not_measured"] in page)
 
 
-def test_the_page_and_its_figures_are_written_with_their_origin(measured):
-    folder, result = measured
-    page = (folder / "bench.md").read_text()
-    assert result["provenance"]["commit"] in page and jax.__version__ in page
-    for row in result["ratios"]:
-        assert "not_measured" in row or f"| {row['ratio']:.2f} |" in page
-    for name in ("cost", "memory"):
-        assert f"({name}.png)" in page
-        assert (folder / f"{name}.png").is_file() and (folder / f"{name}.svg").is_file()
+def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
+    name, _, result = measured
+    if name != "train":
+        pytest.skip("has none")
+    rows = result["sections"]["f"]["result"]["rows"]
+    found = [row for row in result["ratios"] if row["numerator"] == "the host's part"]
+    assert [row.get("target") for row in found] == [0.02, None, None]
+    for ratio, row in zip(found, rows, strict=True):
+        np.testing.assert_allclose(ratio["ratio"], row["host_ms"] / row["ms"]["median"])
+        assert 0 < ratio["ratio"] < 1
+    step, *products = result["sections"]["d"]["result"]["rows"]
+    np.testing.assert_allclose(  # 2 * 64^3 operations in so many milliseconds
+        products[0]["tera_per_second"], 2 * 64**3 / products[0]["ms"]["median"] * 1e-9)
+    ratio, = (row for row in result["ratios"] if row["section"] == "d")
+    np.testing.assert_allclose(ratio["ratio"], step["tera_per_second"] / max(
+        row["tera_per_second"] for row in products))
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("precious")
-    assert call("bench", "curvature", "--quick", "--out", tmp_path) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+def test_a_filled_cache_spares_the_compilation(measured):
+    name, _, result = measured
+    if name != "train":
+        pytest.skip("starts no process")
+    cold, warm = result["sections"]["h"]["result"]["rows"]
+    assert warm["compile_s"] < cold["compile_s"] / 2
 
 
-def test_an_unknown_benchmark_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+def test_photographs_are_a_share_of_the_update(measured):
+    name, _, result = measured
+    if name != "folder":
+        pytest.skip("has no photographs")
+    medians = {row["contender"]: row["ms"]["median"]
+               for row in result["sections"]["a"]["result"]["rows"]}
+    update = medians.pop("an update of `normal`")
+    assert medians["augment on the device"] < update
+    assert {row["numerator"]: row["ratio"] for row in result["ratios"]} == pytest.approx(
+        {name: median / update for name, median in medians.items()})
+
+
+def test_what_is_there_is_kept_and_what_is_named_is_measured_anew(tmp_path, monkeypatch):
+    now = []
+
+    def section(key):
+        def measure(settings, done):
+            now.append(key)
+            return {"rows": [timing.row("a case", "a contender", [1.0, 2.0])], "ratios": []}
+
+        return bench.Section(key, "", measure, programs.settings_for)
+
+    monkeypatch.setitem(bench.BENCHMARKS, "train", bench.Benchmark(
+        "Title", {key: section(key) for key in "abc"}))
+    folder = tmp_path / "train"
+    assert call("bench", "--quick", "--only", "b", "--out", folder) == 0
+    assert call("bench", "train", "--quick", "--out", folder) == 0
+    assert now == ["b", "a", "c"]
+    result = files.read_json(folder / "bench.json")
+    assert list(result["sections"]) == ["a", "b", "c"]
+    assert call("bench", "--quick", "--out", folder) == 0
+    assert files.read_json(folder / "bench.json") == result and now == ["b", "a", "c"]
+    assert call("bench", "--quick", "--only", "c", "a", "--out", folder) == 0
+    assert now == ["b", "a", "c", "c", "a"]
+    # With other settings it is measured anew.
+    result["sections"]["b"]["settings"]["seeds"] = 77
+    files.write_json(folder / "bench.json", result)
+    assert call("bench", "--quick", "--out", folder) == 0
+    assert now == ["b", "a", "c", "c", "a", "b"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.BENCHMARKS["train"].sections, "b", section("b")._replace(
+        measure=killed))
+    folder = tmp_path / "killed"
+    assert call("bench", "--quick", "--out", folder) == 130
+    assert list(files.read_json(folder / "bench.json")["sections"]) == ["a"]
+
+
+def test_what_cannot_be_measured_says_why(monkeypatch):
+    assert programs.measure_epoch(programs.Settings(), lambda *_: None) == {
+        "not_measured": "an epoch of ResNet18 takes over an hour on a CPU"}
+    monkeypatch.setattr(problem.importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in problem.why_no_torch()
+    rows = [timing.row("a case", "one", [1.0, 2.0])]
+    assert timing.ratios(rows, [timing.Pair("one", "other", "at least", 2)], {"other": "gone"}) == [
+        {"numerator": "one", "denominator": "other", "case": "a case", "bound": "at least",
+         "target": 2, "not_measured": "gone"}]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--only", "z"), "Unknown section 'z'"),
+    (("curvature", "--only", "a", "memory"), "Unknown section 'memory'"),
+    (("curvatur",), "Did you mean 'curvature'?"),
+], ids=["letter", "word", "benchmark"])
+def test_bad_words_are_one_line_and_status_2(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call("bench", "curvatur") == 2
-    assert capsys.readouterr().err == (
-        "error: Unknown benchmark 'curvatur'. Did you mean 'curvature'? "
-        f"Expected one of: {', '.join(bench.BENCHMARKS)}.\n")
+    assert call("bench", *arguments, "--quick") == 2
+    assert said in one_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_photographs_are_timed_on_their_way_to_the_network(tmp_path):
-    folder = tmp_path / "bench"
-    assert call("bench", "folder", "--quick", "--out", folder) == 0
-    result = files.read_json(folder / "folder.json")
-    costs = result["ms_per_image"]
-    assert all(0 < row["lower_quartile"] <= row["median"] for row in costs.values())
-    assert {len(row["rounds"]) for row in costs.values()} == {folder_bench.QUICK.rounds}
-    update = costs["an update of normal, with its augmentation and noise"]["median"]
-    assert update > costs["augment on the device"]["median"]
-    page = (folder / "folder.md").read_text()
-    share = costs["add Gaussian noise"]["median"] / update
-    assert f"| {100 * share:.1f} % |" in page and result["provenance"]["commit"] in page
-    assert all(f"| {name} |" in page for name in costs)
+@pytest.mark.parametrize("name, content, said", [
+    ("thesis.tex", "precious", "holds no settings.json"),
+    ("settings.json", '{"benchmark": "curvature"}\n', "holds another configuration"),
+], ids=["other", "benchmark"])
+def test_a_folder_with_something_else_is_left_alone(name, content, said, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert call("bench", "--quick", "--out", tmp_path) == 2
+    assert said in one_line(capsys)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
 
 
 def test_the_photographs_of_the_benchmark_are_as_large_as_said(tmp_path):
     kilobytes = folder_bench.write_photographs(tmp_path, 4, (45, 60))
-    files = sorted(tmp_path.rglob("*.jpg"))
-    assert [path.parent.name for path in files] == ["china", "china", "flower", "flower"]
-    assert kilobytes == pytest.approx(np.mean([path.stat().st_size for path in files]) / 1000)
-    assert {data.read_image(path, (45, 60)).shape for path in files} == {(45, 60, 3)}
-    assert len({path.read_bytes() for path in files}) == 4
+    found = sorted(tmp_path.rglob("*.jpg"))
+    assert [path.parent.name for path in found] == ["china", "china", "flower", "flower"]
+    assert kilobytes == pytest.approx(np.mean([path.stat().st_size for path in found]) / 1000)
+    assert {data.read_image(path, (45, 60)).shape for path in found} == {(45, 60, 3)}
+    assert len({path.read_bytes() for path in found}) == 4
 
 
 def test_contenders_take_turns_and_another_one_begins_each_round():
-    order = []
-    times = timing.in_turn({name: functools.partial(order.append, name) for name in "abc"}, 2)
+    order, told = [], []
+    times = timing.in_turn({name: functools.partial(order.append, name) for name in "abc"}, 2,
+                           lambda name, _: told.append(name))
     calls = {name: (order.count(name) - 1) // 2 for name in "abc"}
     # An untimed call of each, then two rounds; so short a call is made many times in its turn.
     assert min(calls.values()) > 1
     assert order == list("abc") + [name for name in "abcbca" for _ in range(calls[name])]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
+    assert told == list("abcabcbca")
 
 
-def test_the_crossover_is_where_the_two_times_meet():
-    # As powers of C: the exact form's times are C, the sampled one's always 30.
-    assert curvature_bench.crossover((10, 20, 50, 100), (10, 20, 50, 100), (30,) * 4) == (
-        pytest.approx(30))
-    assert curvature_bench.crossover((10, 20), (10, 20), (30, 30)) is None
-    assert curvature_bench.crossover((10, 20), (40, 80), (30, 30)) == 10
+@pytest.mark.slow
+def test_a_compiled_loop_computes_what_single_updates_do():
+    settings = programs.settings_for(True)
+    config = programs.run_config("digits", settings)
+    dataset = programs.dataset_of(config, settings)
+    single, loop, unrolled = (
+        programs.Runner([config], dataset, number, loop=looping)
+        for number, looping in ((1, False), (2, True), (2, False)))
+    single.call(), single.call(), loop.call(), unrolled.call()
+    assert len(single.host) == 2 and min(single.host) > 0
+    for other in (loop, unrolled):
+        assert other.state.step == single.state.step == 2
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs, rtol=1e-4, atol=1e-5), other.state.params, single.state.params)
+
+
+@pytest.mark.slow
+def test_an_epoch_is_as_many_updates_as_there_are_batches():
+    config = programs.run_config("digits", programs.settings_for(True), batch_size=500)
+    runner = programs.Runner([config], data.load_dataset("digits"), 2)
+    runner.epoch()
+    runner.epoch()
+    assert runner.num_images == 1200 and runner.state.step == 2 * 3  # 500, 500 and 200
+
+
+@pytest.mark.slow
+def test_a_failed_process_says_why(tmp_path):
+    settings = programs.Settings(method="non")
+    with pytest.raises(RuntimeError, match="method"):
+        programs._in_process("digits", settings, str(tmp_path))

@@ -1,42 +1,175 @@
-"""Benchmarks of the library, by name."""
+"""Benchmarks of the library, by name: times and memory as ratios taken in one run on one machine.
 
+    python -m experiments bench [train | curvature | folder]
+
+A benchmark has sections; each is written when it is done, and kept while its settings stay.
+"""
+
+import dataclasses
+import importlib.util
+import json
 import pathlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
 
-from experiments.bench import curvature, folder, train
-from jaxrobust import InputError, _validate
+import jax
 
-BENCHMARKS: dict[str, Callable[..., str]] = {
-    "train": train.measure, "curvature": curvature.measure, "folder": folder.measure}
-"""Each of ``(folder, *, quick)``: writes its results there and returns a table of them."""
+from experiments.bench import curvature, folder, losses, page, programs, timing, train_step
+from jaxrobust import _validate
+from jaxrobust.app import files, provenance
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report import figures
 
-SECTIONS: dict[str, tuple[str, ...]] = {"train": tuple(train.SECTIONS)}
-"""Of the benchmarks that have any, which take them as ``only``."""
+
+class Section(NamedTuple):
+    """A part of a benchmark, measured and written as a whole."""
+
+    title: str
+    note: str  # what was done, and how to read its table
+    measure: Callable[[Any, timing.Done], dict]
+    """``(settings, done) -> {"rows": [...], "ratios": [...]}``, as :mod:`timing` makes them, or
+    ``{"not_measured": reason}``."""
+    settings_for: Callable[[bool], Any]
+    """``quick -> settings``, a dataclass; quick ones only show that everything works."""
+
+
+class Benchmark(NamedTuple):
+    """Sections by name."""
+
+    title: str
+    sections: Mapping[str, Section]
+
+
+BENCHMARKS = {
+    "train": Benchmark("Training: time and memory", {
+        "a": Section(
+            "The robust loss against PyTorch",
+            "The robust loss alone, on random features: value, gradients by features, noisy "
+            "features and softmax layer, and the next centroids.",
+            losses.measure_losses, losses.settings_for),
+        "b": Section(
+            "A step of `robust` against one of `both`",
+            "A step on a batch that is there, without reading or augmenting images.",
+            train_step.measure_methods, train_step.settings_for),
+        "c": Section(
+            "A step of ResNet18 against PyTorch",
+            "The same step of `normal`: forward, backward, SGD with Nesterov momentum. PyTorch "
+            "eager in its own layout, in channels-last, and that one compiled.",
+            train_step.measure_peers, train_step.settings_for),
+        "d": Section(
+            "Share of the arithmetic peak",
+            "A step of `normal`, against the fastest product of two square matrices in the same "
+            "type.", train_step.measure_peak, train_step.settings_for),
+        "e": Section(
+            "One seed against several in one program", "Times of an update of every seed.",
+            programs.measure_seeds, programs.settings_for),
+        "f": Section(
+            "The host's part, and several updates in a call",
+            "Times of an update. The host is busy until a call returns; the result comes later. "
+            "On CPUs, where the same cores compute meanwhile, the processor time of the host's "
+            "thread counts, and convolutions are slower inside compiled loops (jax#12868).",
+            programs.measure_host, programs.settings_for),
+        "g": Section(
+            "The robust loss's cost against C, d and B", "The loss with its gradients, alone.",
+            losses.measure_scaling, losses.settings_for),
+        "h": Section(
+            "Time to the first update",
+            "A process from its start to its end, with a first update in between; warm: with a "
+            "compilation cache that the cold one filled. One round.",
+            programs.measure_start, programs.settings_for),
+        "i": Section(
+            "An epoch",
+            "Images resident on the device, without validation and checkpoints. **Projected from "
+            "the median epoch: nothing was trained for so long.**",
+            programs.measure_epoch, programs.settings_for),
+    }),
+    "curvature": Benchmark("Curvature: time and memory", {
+        "a": Section(
+            "The exact spectrum, exact products and Eq. 21",
+            "Milliseconds an image. “Exact spectrum” is `piecewise_linear_spectrum`, “exact "
+            "products” is `squared_frobenius`, “Eq. 21” is `finite_difference_curvature`; ResNet18 "
+            "with random weights, batch norm in evaluation mode.",
+            curvature.measure_compared, curvature.settings_for),
+        "b": Section(
+            "Cost against the number of classes", "Milliseconds an image.",
+            curvature.measure_classes, curvature.settings_for),
+        "c": Section(
+            "Memory against the number of probes",
+            "Working memory of the compiled program, images and weights not counted.",
+            curvature.measure_memory, curvature.settings_for),
+    }),
+    "folder": Benchmark("From a folder of photographs to the network", {
+        "a": Section(
+            "Decoding, reading, augmenting and noise beside an update",
+            "Milliseconds an image. JPEG files, parts of scikit-learn's sample photographs, are "
+            "decoded once for a folder, by threads, into a file that later runs share. "
+            "Augmentation and noise are part of the update, whose time has them in it.",
+            folder.measure, folder.settings_for),
+    }),
+}
 
 
 def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         only: Sequence[str] | None = None) -> str:
-    """Runs the benchmark of that name, or some of its sections.
+    """Writes ``bench.json``, ``bench.md`` and figures of a benchmark, after every section.
+
+    A section that is there with the same settings is kept, unless ``only`` names it.
+
+    Returns:
+      The table of ratios.
 
     Raises:
-      InputError: (a ValueError) for an unknown name or section, which it says the nearest of, or
-        if the folder belongs to something else.
+      InputError: (a ValueError) for an unknown name or section, or if the folder belongs to
+        something else.
     """
     check(name, only)
-    sections = {} if only is None else {"only": only}
-    return BENCHMARKS[name](folder, quick=quick, **sections)
+    benchmark = BENCHMARKS[name]
+    described = {"benchmark": name, "quick": quick}
+    files.claim(folder, "settings.json", json.dumps(described, indent=2) + "\n")
+    path = folder / "bench.json"
+    done = files.read_json(path)["sections"] if path.is_file() else {}
+    wanted = {key: json.loads(json.dumps(dataclasses.asdict(section.settings_for(quick))))
+              for key, section in benchmark.sections.items()}
+    missing = [key for key in only or benchmark.sections
+               if only or done.get(key, {}).get("settings") != wanted[key]]
+    with progress(f"bench {name}", len(missing)) as shown:
+        for key in missing:
+            done[key] = _measure(benchmark.sections[key], quick, lambda contender, seconds, key=key:
+                                 shown.show(**{f"({key}) seconds of {contender}": seconds}))
+            done[key]["settings"] = wanted[key]
+            _write(folder, described | {"title": benchmark.title}, {
+                each: done[each] for each in benchmark.sections if each in done})
+            shown.advance()
+    return page.ratio_table(files.read_json(path)["ratios"])
 
 
 def check(name: str, only: Sequence[str] | None = None) -> None:
     """Raises InputError unless there is a benchmark of that name, with these sections."""
     _validate.one_of("benchmark", name, BENCHMARKS)
-    if only is None:
-        return
-    if name not in SECTIONS:
-        raise InputError(f"Expected only with a benchmark that has sections "
-                         f"({', '.join(SECTIONS)}), got {name!r}.")
-    if not only:
-        raise InputError(f"Expected only with some of the sections {', '.join(SECTIONS[name])}, "
-                         "got none.")
-    for section in only:
-        _validate.one_of("section", section, SECTIONS[name])
+    for section in only or ():
+        _validate.one_of("section", section, BENCHMARKS[name].sections)
+
+
+def _measure(section: Section, quick: bool, done: timing.Done) -> dict:
+    jax.clear_caches()  # What is compiled here does not depend on the sections before.
+    made, load, start = provenance.describe(), timing.load_average(), time.perf_counter()
+    measured = section.measure(section.settings_for(quick), done)
+    if importlib.util.find_spec("torch") is not None:
+        made["versions"]["torch"] = metadata.version("torch")
+    return {"title": section.title, "note": section.note, "result": measured, "provenance": made | {
+        "cores": timing.cores(), "load_average": [load, timing.load_average()],
+        "seconds": time.perf_counter() - start}}
+
+
+def _write(folder: pathlib.Path, described: Mapping, sections: Mapping[str, Mapping]) -> None:
+    result = {**described, "sections": sections, "ratios": [
+        {"section": key, **row} for key, section in sections.items()
+        for row in section["result"].get("ratios", ())]}
+    for key, section in sections.items():
+        figure = page.figure(section["result"].get("rows", ()))
+        if figure is not None:
+            figures.save(figure, folder / key)
+    files.write_text(folder / "bench.md", page.page_text(result))
+    files.write_json(folder / "bench.json", result)  # Last: what it holds is not measured again.

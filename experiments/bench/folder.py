@@ -1,32 +1,26 @@
-"""``bench folder``: what photographs cost on their way to the network, beside its update.
-
-    python -m experiments bench folder
+"""What photographs cost on their way to the network, beside its update.
 
 JPEG files are decoded and resized, read from the decoded cache, augmented as in the paper's
 Appendix H.2 and made noisy, each beside an update of MobileNetV3-Small on as many images.
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from experiments.bench import markdown, programs, timing
+from experiments.bench import programs, timing
 from jaxrobust import data, perturbations
-from jaxrobust.app import files, provenance
 from jaxrobust.app.config import RunConfig
 from jaxrobust.app.recipe import get_recipe
-from jaxrobust.app.report.page import significant
 from jaxrobust.data import Dataset, Split
 from jaxrobust.images import to_float
-from jaxrobust.parallel import make_layout
 
 CLASSES = ("china", "flower")
 """scikit-learn's two sample photographs, of which all files are made."""
@@ -45,35 +39,29 @@ class Settings:
     methods: tuple[str, ...] = ("normal", "robust")
 
 
-QUICK = Settings(file_size=(60, 80), image_size=(32, 40), num_files=10, batch_size=2, rounds=2,
-                 model="small_cnn", methods=("normal",))
-"""Shows that everything works, and nothing else."""
+def settings_for(quick: bool) -> Settings:
+    """The full benchmark, or what shows that everything works."""
+    return Settings() if not quick else Settings(
+        file_size=(60, 80), image_size=(32, 40), num_files=10, batch_size=2, rounds=2,
+        model="small_cnn", methods=("normal",))
 
 
-def measure(folder: pathlib.Path, *, quick: bool = False) -> str:
-    """Writes ``folder.json`` and ``folder.md``.
-
-    Returns:
-      The table.
-
-    Raises:
-      InputError: (a ValueError) if the folder holds something else, or other settings.
-    """
-    settings = QUICK if quick else Settings()
-    result = {"benchmark": "folder", "settings": dataclasses.asdict(settings)}
-    files.claim(folder, "settings.json", json.dumps(result, indent=2) + "\n")
-    load = [timing.load_average()]
-    milliseconds, kilobytes = _of_files(settings)
-    milliseconds |= _of_batches(settings)
-    result |= {
-        "provenance": provenance.describe() | {
-            "cores": timing.cores(), "load_average": [*load, timing.load_average()]},
-        "file_kilobytes": kilobytes,
-        "ms_per_image": {name: programs.summary(values) for name, values in milliseconds.items()},
-    }
-    files.write_json(folder / "folder.json", result)
-    files.write_text(folder / "folder.md", page_text(result))
-    return table(result)
+def measure(settings: Settings, done: timing.Done) -> dict:
+    """What is done with a photograph, and its share of an update of the first method."""
+    file_rows, kilobytes = _of_files(settings, done)
+    shape, to_shape = (f"{high} x {wide}" for high, wide in (
+        settings.file_size, settings.image_size))
+    rows = [timing.row(f"JPEG of {shape}, {kilobytes:.0f} kB, to {to_shape}", name, seconds)
+            for name, seconds in file_rows.items()]
+    rows += timing.rows(
+        f"{settings.model}, batches of {settings.batch_size} of {to_shape}",
+        _contenders(settings), settings.rounds, done, per=settings.batch_size)
+    update = _update(settings.methods[0])
+    medians = {row["contender"]: row["ms"]["median"] for row in rows}
+    return {"rows": rows, "ratios": [
+        timing.judged(timing.Pair(row["contender"], update), row["case"],
+                      ratio=medians[row["contender"]] / medians[update])
+        for row in rows if row["contender"] != update]}
 
 
 def write_photographs(folder: pathlib.Path, num_files: int, size: tuple[int, int]) -> float:
@@ -99,37 +87,38 @@ def write_photographs(folder: pathlib.Path, num_files: int, size: tuple[int, int
     return float(np.mean([path.stat().st_size for path in folder.rglob("*.jpg")])) / 1e3
 
 
-def _of_files(settings: Settings) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds an image by round, and the mean size of a file in kB."""
+def _of_files(settings: Settings, done: timing.Done) -> tuple[dict[str, list[float]], float]:
+    """Seconds an image by round, and the mean size of a file in kB."""
     spent: dict[str, list[float]] = {}
+
+    def add(name, start, count):
+        seconds = time.perf_counter() - start
+        spent.setdefault(name, []).append(seconds / count)
+        done(name, seconds)
+
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         kilobytes = write_photographs(root / "images", settings.num_files, settings.file_size)
-
-        def load(cache, threads):
-            start = time.perf_counter()
-            dataset = data.load_folder(
-                root / "images", cache_dir=root / cache, image_size=settings.image_size,
-                num_threads=threads, in_memory=False)
-            return dataset, 1e3 * (time.perf_counter() - start) / settings.num_files
-
         for number in range(settings.rounds):
-            for threads in sorted({1, timing.cores()}):
-                dataset, cost = load(f"cache-{number}-{threads}", threads)
-                spent.setdefault(f"decode and resize, {threads} thread(s), once", []).append(cost)
-            _, cost = load(f"cache-{number}-{threads}", threads)
-            spent.setdefault("open the decoded files again", []).append(cost)
+            for threads, what in [
+                    *((threads, f"decode and resize, {threads} thread(s), once")
+                      for threads in sorted({1, timing.cores()})),
+                    (timing.cores(), "open the decoded files again")]:
+                start = time.perf_counter()
+                dataset = data.load_folder(
+                    root / "images", cache_dir=root / f"cache-{number}-{threads}",
+                    image_size=settings.image_size, num_threads=threads, in_memory=False)
+                add(what, start, settings.num_files)
             rows = np.random.default_rng(number).permutation(len(dataset.train.labels))
             start = time.perf_counter()
             for row in rows:
                 dataset.train.images[row : row + 1]
-            spent.setdefault("read a decoded image, streamed", []).append(
-                1e3 * (time.perf_counter() - start) / len(rows))
+            add("read a decoded image, streamed", start, len(rows))
     return spent, kilobytes
 
 
-def _of_batches(settings: Settings) -> dict[str, list[float]]:
-    """Milliseconds an image by round, of what is done on the device."""
+def _contenders(settings: Settings) -> dict[str, Callable[[], object]]:
+    """What is done with a batch on the device."""
     shape = (settings.batch_size, *settings.image_size, 3)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     labels = np.arange(settings.batch_size, dtype=np.int32) % len(CLASSES)
@@ -137,53 +126,22 @@ def _of_batches(settings: Settings) -> dict[str, list[float]]:
     augment = jax.jit(jax.vmap(data.photo_augmentation(flip=True)))
     noise = jax.jit(perturbations.gaussian(40 / 255))
     floats = jax.block_until_ready(to_float(jax.device_put(images)))
-    contenders = {
-        "augment on the device": lambda: jax.block_until_ready(augment(keys, floats)),
-        "add Gaussian noise": lambda: jax.block_until_ready(noise(keys[0], floats)),
-    }
     split = Split(images, labels)
     dataset = Dataset("folder", split, split, CLASSES, (0.5,) * 3, (0.25,) * 3, flip=True)
-    for method in settings.methods:
-        config = run_config(method, settings)
-        contenders[f"an update of {method}, with its augmentation and noise"] = programs.Runner(
-            [config], dataset, make_layout("jit"), 1).call
-    return {name: [1e3 * seconds / settings.batch_size for seconds in values]
-            for name, values in timing.in_turn(contenders, settings.rounds).items()}
+    return {
+        "augment on the device": lambda: jax.block_until_ready(augment(keys, floats)),
+        "add Gaussian noise": lambda: jax.block_until_ready(noise(keys[0], floats)),
+        **{_update(method): programs.Runner([run_config(method, settings)], dataset, 1).call
+           for method in settings.methods}}
+
+
+def _update(method: str) -> str:
+    return f"an update of `{method}`"
 
 
 def run_config(method: str, settings: Settings) -> RunConfig:
     """The run of the recipe `road` whose update is timed."""
     return dataclasses.replace(
         get_recipe("road").run(method, 0), dataset="folder:photographs", validation_size=0,
-        model=settings.model,
-        image_size=settings.image_size, batch_size=settings.batch_size, select="last")
-
-
-def table(result: Mapping) -> str:
-    """Time an image, and its share of the cheapest update's."""
-    update = min(row["median"] for name, row in result["ms_per_image"].items()
-                 if name.startswith("an update"))
-    return markdown.table(("", "ms an image", "quartiles", "of an update of normal"), [
-        (name, significant(row["median"]),
-         f"{significant(row['lower_quartile'])} to {significant(row['upper_quartile'])}",
-         f"{100 * row['median'] / update:.1f} %")
-        for name, row in result["ms_per_image"].items()])
-
-
-def page_text(result: Mapping) -> str:
-    """The page, from the content of ``folder.json``."""
-    settings = result["settings"]
-    high, wide = settings["file_size"]
-    to_high, to_wide = settings["image_size"]
-    return "\n\n".join([
-        "# From a folder of photographs to the network",
-        f"{settings['num_files']} JPEG files of {high} x {wide} pixels, parts of scikit-learn's "
-        f"sample photographs, {significant(result['file_kilobytes'])} kB on average, decoded to "
-        f"{to_high} x {to_wide}; batches of {settings['batch_size']}, MobileNetV3-Small. Medians "
-        f"of {settings['rounds']} rounds.",
-        table(result),
-        "Decoding happens once for a folder, by threads, into a file that later runs share. "
-        "Augmentation and noise are part of the update, whose time has them in it.",
-        "## Provenance",
-        markdown.provenance(result["provenance"]),
-    ]) + "\n"
+        model=settings.model, image_size=settings.image_size, batch_size=settings.batch_size,
+        select="last")

@@ -9,9 +9,12 @@ parameters, so that both frameworks compute the same numbers.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
+
+from experiments.bench.problem import Problem
 
 
 class ResidualBlock(nn.Module):
@@ -107,6 +110,15 @@ def to_torch(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
 
 
+def load(problem: Problem, channels_last: bool) -> tuple[ResNet18, torch.Tensor, torch.Tensor]:
+    """The module of a problem, its images and its labels, in a layout, where JAX computes."""
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return (convert(problem.model, problem.variables).to(device, memory_format=layout),
+            to_torch(np.asarray(problem.images)).to(device, memory_format=layout),
+            torch.from_numpy(np.array(problem.labels, np.int64)).to(device))
+
+
 def make_train_step(
     module: nn.Module,
     images: torch.Tensor,
@@ -135,7 +147,7 @@ def make_train_step(
     module.train().requires_grad_(True)
     optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=0.9,
                                 weight_decay=5e-4, nesterov=True, fused=True)
-    network = torch.compile(module) if compiled else module
+    network = torch.compile(module, dynamic=False) if compiled else module
 
     def step():
         optimizer.zero_grad()
