@@ -131,7 +131,7 @@ class Bench:
     """"train": the losses, a training step and the programs of runs; "curvature";
     "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
-    """Sections by letter, to be measured anew; if not given, those that are not there yet."""
+    """Sections by letter, to be measured anew; if not given, those not measured yet."""
     out: pathlib.Path | None = None
     """Folder of the results; runs/bench-BENCHMARK if none is given."""
     quick: bool = False

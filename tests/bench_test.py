@@ -14,7 +14,7 @@ from experiments.bench import problem, programs, timing
 from jaxrobust import data
 from jaxrobust.app import files
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TORCH = importlib.util.find_spec("torch") is not None
 

@@ -51,7 +51,7 @@ BENCHMARKS = {
             losses.measure_losses, losses.settings_for),
         "b": Section(
             "A step of `robust` against one of `both`",
-            "A step on a batch that is there, without reading or augmenting images.",
+            "A step on a batch already on the device, without reading or augmenting images.",
             train_step.measure_methods, train_step.settings_for),
         "c": Section(
             "A step of ResNet18 against PyTorch",
@@ -115,7 +115,7 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         only: Sequence[str] | None = None) -> str:
     """Writes ``bench.json``, ``bench.md`` and figures of a benchmark, after every section.
 
-    A section that is there with the same settings is kept, unless ``only`` names it.
+    A section measured before with the same settings is kept, unless ``only`` names it.
 
     Returns:
       The table of ratios.

@@ -23,7 +23,7 @@ def page_text(result: Mapping) -> str:
         f"# {result['title']}",
         "Every ratio is one of medians of times taken in turn, in one run on one machine; its "
         "range is that of single rounds. Times are medians [quartiles]. A ratio without a target "
-        "is there to be known.",
+        "is for information.",
         _disturbed(sections),
         "**A quick run: it shows that everything works, and its numbers say nothing.**"
         if result["quick"] else "",
