@@ -130,7 +130,7 @@ def make_pass_step(
 
         kernel, bias = head_parameters(params, head)
         centroids = init_centroids(kernel.shape[1], kernel.shape[0])
-        # Of the losses, only what goes through the network is used and thus computed.
+        # Only what goes through the network is used of the losses, and thus computed.
         _, evaluated = method.objective(
             forward, (kernel, bias), statistics, centroids, batch, weight=1.0,
             axis_name=axis_name)

@@ -91,7 +91,7 @@ def class_counts(
 ) -> jax.Array:
     """How many examples of each class there are, [C], over all devices of ``axis_name``.
 
-    Of ``dtype``, or float32 if it is narrower: bfloat16 counts to 256.
+    They are of ``dtype``, or of float32 if it is narrower: bfloat16 counts to 256.
     """
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 

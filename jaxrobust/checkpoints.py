@@ -143,7 +143,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _sha256(state: Any) -> str | None:
-    """Of all leaves, in their order; None if a process does not have all of them."""
+    """A digest of all leaves, in their order; None if a process does not have all of them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array) and not (

@@ -229,7 +229,7 @@ def finite_difference_curvature(
 
 
 class SmoothedCurvature(NamedTuple):
-    """Of the noise-averaged loss, for each image."""
+    """Curvature of the noise-averaged loss, for each image."""
 
     squared_frobenius: Estimate
     trace: Estimate

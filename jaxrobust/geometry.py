@@ -28,7 +28,7 @@ class ClassRows(NamedTuple):
 
 
 def class_rows_of(kernel: jax.Array, bias: jax.Array) -> ClassRows:
-    """Of all classes, from ``kernel`` [d, C] and ``bias`` [C].
+    """What all classes contribute, from ``kernel`` [d, C] and ``bias`` [C].
 
     A hyperplane depends on differences of rows alone, which the mean leaves as they are; without
     it, less is cancelled in them. Therefore it needs no gradient either.

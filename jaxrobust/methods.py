@@ -69,7 +69,7 @@ SoftmaxLoss = Callable[..., jax.Array]
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:
-    """Of the examples that count; logits that are not finite predict no class."""
+    """Accuracy on the examples that count; logits that are not finite predict no class."""
     labels = _validate.class_numbers("labels", labels)
     # argmax would take what is not a number for the largest.
     predicted = jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), -1)

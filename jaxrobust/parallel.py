@@ -27,7 +27,7 @@ AXIS = "batch"
 """Name of the one device axis, over which batches are split."""
 
 FORMS = ("jit", "pmap", "mesh")
-"""Of a step; see the module's docstring."""
+"""Forms of a step; see the module's docstring."""
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """``(state, shared, rows) -> (state, outputs)``: ``rows`` is a pytree of arrays with a row for

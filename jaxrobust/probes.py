@@ -189,7 +189,7 @@ def mean_until(
     _validate.in_range("chunk_size", chunk_size, 1)
 
     def error(count, squares):
-        # Of the sums at which it would stop, those with too small a spread are too many.
+        # It stops too often at sums whose spread happens to be too small.
         widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
         return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
 

@@ -309,7 +309,7 @@ _ROWS_AT_ONCE = 512
 def neighbour_accuracy(features: np.ndarray, labels: np.ndarray, *, num_neighbours: int) -> float:
     """The share of points whose class is the commonest among their nearest others.
 
-    Of classes equally common among these, the lowest number counts.
+    If several classes are equally common among these, the one of lowest number counts.
 
     Args:
       features: [N, d].

@@ -7,9 +7,9 @@ and returns :class:`~jaxrobust.models.Outputs`: logits, and the features that it
 collection ``batch_stats``. Dropout gets a key of its own for every step and pass.
 
 With an ``axis_name``, a module that has a field ``axis_name``, as those of :mod:`jaxrobust.models`
-do, is given it, and passes it to its batch norms; that is how these see the whole batch. Of a
-module without the field, batch norm sees the share of each device, unless its layers name the axis
-themselves.
+do, is given it, and passes it to its batch norms; that is how these see the whole batch. In
+a module without the field, batch norm sees the share of each device, unless its layers name the
+axis themselves.
 """
 
 import functools

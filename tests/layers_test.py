@@ -6,6 +6,7 @@ Imports are read from the sources, those inside functions too.
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -72,6 +73,16 @@ def test_rooms_of_the_core_import_jax_numpy_chex_matfree_and_each_other(room, im
     assert modules
     assert not [(module, other) for module, found in modules.items() for other in found
                 if not is_in(other, allowed)]
+
+
+def test_the_library_speaks_no_words_of_a_command_line():
+    words = re.compile(r"(?<![-\w])--[a-z]|python -m|jaxrobust (train|evaluate|prepare|report)\b")
+    found = [(path.name, node.value) for path in (ROOT / "jaxrobust").rglob("*.py")
+             if "app" not in path.parts and path.name != "__main__.py"
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)
+             and words.search(node.value)]
+    assert not found
 
 
 @pytest.mark.parametrize(("statement", "absent"), [

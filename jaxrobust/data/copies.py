@@ -14,7 +14,7 @@ _FLAT = 2.0  # Grey levels.
 
 
 def digest_of(image: np.ndarray) -> str:
-    """Of the pixels [H, W, 3]: equal for equal ones."""
+    """A digest of the pixels [H, W, 3], equal for equal ones."""
     return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()[:32]
 
 
@@ -37,7 +37,7 @@ def near_copies(thumbnails: Sequence[bytes]) -> np.ndarray:
 
     They are those whose thumbnails correlate by more than 0.99, as they do for one photograph at
     two sizes or in two qualities of JPEG. Images without contrast, of a standard deviation below 2
-    grey levels, correlate with nothing. Of the N (N - 1) / 2 pairs all are compared.
+    grey levels, correlate with nothing. All N (N - 1) / 2 pairs are compared.
     """
     grey = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE**2)
     grey = grey.astype(np.float32)

@@ -47,11 +47,11 @@ def read_image(
     """Decodes one JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000 image.
 
     The format is told by the content, not by the file's name; AVIF and JPEG 2000 take a Pillow
-    that was built with them, as those of PyPI are. Of an animation or several pages it is the
-    first. It is rotated as its EXIF orientation says, its transparency is dropped, and 16-bit grey
-    is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept. Pixels of 32
-    bits, of which no range is known, are refused, and so are raw files of cameras, whose first page
-    is a thumbnail. Colours are converted by Pillow, without colour profiles. Then it is resized,
+    that was built with them, as those of PyPI are. The first image of an animation, or of several
+    pages, is taken. It is rotated as its EXIF orientation says, its transparency is dropped, and
+    16-bit grey is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept.
+    Pixels of 32 bits, of which no range is known, are refused, and so are raw files of cameras,
+    whose first page is a thumbnail. Colours are converted by Pillow, without colour profiles. Then it is resized,
     not cropped, by Pillow's bilinear filter, whose support grows with the reduction, so that it
     does not alias. Damage that the decoders do not notice, as within a JPEG's pixels, goes
     unnoticed here too.

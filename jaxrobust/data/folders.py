@@ -224,7 +224,7 @@ def _split(path, labels, class_names, test_share, seed, num_bad, groups=None):
 
 
 def _images_needed(size, test_share):
-    """Of a class, to be on both sides however its share of ``size`` images is rounded."""
+    """Images that a class needs to be on both sides, however its share of ``size`` is rounded."""
     part = min(test_share, 1 - test_share)
     drawn = min(round(test_share * size), size - round(test_share * size))
     return max(math.ceil(round(1 / part, 9)), math.ceil(size / max(drawn, 1)))

@@ -93,7 +93,7 @@ def read_named(read, positions: list[int], what: str):
     """``read(positions)``; if it fails, one by one, so that the error names the record."""
     try:
         return read(positions)
-    except Exception:  # Of any reader. Nothing is passed over: the record at fault fails again.
+    except Exception:  # A reader may raise any; the record at fault fails again.
         return [value for position in positions for value in _read_one(read, position, what)]
 
 
@@ -140,8 +140,8 @@ class Dataset:
     validation: Split | None = None
     """Images for choosing an epoch or a setting, where the data set comes with some."""
     files: tuple[File, ...] | None = None
-    """Of the training examples in their order, then of those for validation, then of the test
-    examples; None where the examples are not files of their own."""
+    """Files of the training examples in their order, then of those for validation, then of the
+    test examples; None where the examples are not files of their own."""
     groups: np.ndarray | None = None
     """[N] integers, equal for training examples that are copies of one image; None if it is not
     known of any."""

@@ -27,7 +27,7 @@ from jaxrobust.models.mobilenet import MobileNetV3, bottlenecks
 from jaxrobust.models.resnet import ResNet18
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-"""Of the files that are read and written; the last two are PyTorch's own format."""
+"""Suffixes of the files that are read and written; the last two are PyTorch's own format."""
 
 _NESTED = ("state_dict", "model", "net")
 _DATA_PARALLEL = "module."

@@ -13,7 +13,7 @@ from jaxrobust.images import Outputs
 from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense, normalise
 
 FEATURE_LAYERS = ("dense", "dense_relu", "pooled")
-"""Of a ResNet18."""
+"""What the penultimate layer of a ResNet18 can be."""
 
 
 class ResidualBlock(nn.Module):

@@ -191,7 +191,8 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
 
 
 def _mean_square(values: jax.Array) -> Estimate:
-    """Of independent values [K, B]; right wherever the squares are in the range of the dtype."""
+    """The mean square of independent values [K, B]; right wherever the squares are in the range of
+    the dtype."""
     unit = probes.unit_of(values, axis=0)
     return Estimate(*(unit * (unit * part) for part in probes.mean_estimate(
         jnp.square(values / unit[None]))))
