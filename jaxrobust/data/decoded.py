@@ -51,10 +51,10 @@ def read_image(
     pages, is taken. It is rotated as its EXIF orientation says, its transparency is dropped, and
     16-bit grey is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept.
     Pixels of 32 bits, of which no range is known, are refused, and so are raw files of cameras,
-    whose first page is a thumbnail. Colours are converted by Pillow, without colour profiles. Then it is resized,
-    not cropped, by Pillow's bilinear filter, whose support grows with the reduction, so that it
-    does not alias. Damage that the decoders do not notice, as within a JPEG's pixels, goes
-    unnoticed here too.
+    whose first page is a thumbnail. Colours are converted by Pillow, without colour profiles. Then
+    it is resized, not cropped, by Pillow's bilinear filter, whose support grows with the reduction,
+    so that it does not alias. Damage that the decoders do not notice, as within a JPEG's pixels,
+    goes unnoticed here too.
 
     Args:
       path: of the file.
