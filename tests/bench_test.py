@@ -19,6 +19,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TORCH = importlib.util.find_spec("torch") is not None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _cache():
+    """The command turns the cache of compiled programs off, for its whole process."""
+    enabled = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+
+
 @pytest.fixture(name="measured", scope="module", params=[
     pytest.param(name, marks=pytest.mark.slow) for name in bench.BENCHMARKS])
 def _measured(request, tmp_path_factory):
