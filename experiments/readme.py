@@ -5,8 +5,8 @@ A page names each between two marks, and all between them is written anew::
     <!-- table: small/noise differences reference=robust -->
     <!-- end -->
 
-with a folder of results, a kind of :data:`KINDS` and its options. A value lists several with
-semicolons; one with blanks stands in quotes.
+with a folder of results and a kind of :data:`KINDS`, or a page there and "copied", and options. A
+value lists several with semicolons; one with blanks stands in quotes.
 """
 
 import json
@@ -188,6 +188,23 @@ def eigenvalues(numbers: Numbers, *, terms: Sequence[str], rows: Sequence[str]) 
     return lines
 
 
+def copied(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
+           heading: str = "") -> Lines:
+    """The first table below a heading of a page that a benchmark wrote; the rows that begin so and
+    the columns that are called so, or all."""
+    page = ROOT / "results" / name
+    text = page.read_text() if page.is_file() else ""
+    found = re.search(rf"^#+ {re.escape(heading)}.*?((?:^\|.*?\|\n)+)", text,
+                      re.MULTILINE | re.DOTALL)
+    if not found:
+        raise InputError(f"Expected a page with a table below {heading!r} in results/{name}.")
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
+                       for line in found[1].splitlines())
+    chosen = [head.index(column) for column in columns or head]
+    return [[line[index] for index in chosen] for line in (head, *(
+        line for line in lines if rows is None or line[0] in rows))]
+
+
 KINDS: dict[str, Callable[..., Lines]] = {
     "accuracy": accuracy, "seeds": seeds, "perturbations": perturbations,
     "differences": differences,
@@ -195,7 +212,7 @@ KINDS: dict[str, Callable[..., Lines]] = {
     "correlations": correlations, "separation": separation, "eigenvalues": eigenvalues}
 """By name: what makes a table, the head first, from the numbers of a folder."""
 
-LISTS = ("tests", "rows", "terms")
+LISTS = ("tests", "rows", "terms", "columns")
 """Options with several values."""
 
 
@@ -221,10 +238,11 @@ def generated(text: str) -> str:
     """
     def table(match: re.Match) -> str:
         folder, kind, *options = _words(match[2])
-        _validate.one_of("kind of table", kind, KINDS)
-        given = dict(option.split("=", 1) for option in options)
-        head, *lines = KINDS[kind](Numbers(folder), **{
-            name: value.split(";") if name in LISTS else value for name, value in given.items()})
+        _validate.one_of("kind of table", kind, (*KINDS, "copied"))
+        given = {name: value.split(";") if name in LISTS else value for name, value in (
+            option.split("=", 1) for option in options)}
+        head, *lines = (copied(folder, **given) if kind == "copied" else
+                        KINDS[kind](Numbers(folder), **given))
         rule = ["---", *["---:"] * (len(head) - 1)]
         rows = [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|"
                 for line in (head, *lines)]

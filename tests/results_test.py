@@ -75,49 +75,6 @@ def test_a_page_shows_its_numbers(folder):
         assert checked
 
 
-def benchmark_tables():
-    """Tables of the README and the docs that follow a link to a benchmark's page."""
-    for page in PAGES[:-1]:
-        text = (ROOT / page).read_text()
-        for link in re.finditer(
-                r"results/(bench\w*)/\w+\.md\)\)[^|]*\n\n?((?:\|.*\|\n)+)", text):
-            yield page, link[1], markdown.tables(link[2])[0][1]
-
-
-BENCHMARKS = list(benchmark_tables())
-
-
-def test_the_benchmark_tables_are_found():
-    assert {folder for _, folder, _ in BENCHMARKS} >= {
-        "bench_curvature", "bench_folder"}
-
-
-@pytest.mark.parametrize("page, folder, table", BENCHMARKS,
-                         ids=[f"{page}-{folder}" for page, folder, _ in BENCHMARKS])
-def test_every_number_of_a_benchmark_is_one_of_its_file(page, folder, table):
-    file, = (path for path in (ROOT / "results" / folder).glob("*.json")
-             if path.name in ("bench.json", "folder.json"))
-    known = list(central(json.loads(file.read_text())))
-    for _, *cells in table[1:]:
-        for cell in cells:
-            for text in re.findall(r"\d[\d,]*\.?\d*", cell):
-                digits = len(text.partition(".")[2])
-                value = float(text.replace(",", ""))
-                # As it is, or rounded to the digits shown.
-                assert any(abs(one - value) <= 0.5000001 * 10**-digits for one in known), (
-                    page, cell, text)
-
-
-def central(value):
-    """The ratios and medians of a benchmark, of which its tables are made."""
-    if isinstance(value, dict):
-        yield from (value[name] for name in ("ratio", "median") if name in value)
-        value = list(value.values())
-    if isinstance(value, list):
-        for one in value:
-            yield from central(one)
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_links_to_is_there(page):
     text = (ROOT / page).read_text()
