@@ -59,8 +59,8 @@ def training_numbers(run: Run) -> Iterator[Number]:
     if run.evaluation:
         yield Number("epoch kept", "", run.evaluation["epoch"], "epoch")
         if run.evaluation["selected_on"] == "validation":
-            chosen, = (row for row in run.epochs if row["epoch"] == run.evaluation["epoch"])
-            yield Number(VALIDATION, "", 100 * chosen["selection_accuracy"], "%")
+            yield from (Number(VALIDATION, "", 100 * line["selection_accuracy"], "%")
+                        for line in run.epochs if line["epoch"] == run.evaluation["epoch"])
         if "seconds" in run.provenance:  # A run that is not done has none.
             yield Number("training time", "", run.provenance["seconds"], "s")
     if run.diverged:
