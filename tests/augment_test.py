@@ -60,7 +60,7 @@ def over_keys(function, image, count, seed=0):
 
 class AugmentVariantsTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(1, 4)
     def test_random_crop(self, padding):
         known = crops(IMAGE, padding)
@@ -68,14 +68,14 @@ class AugmentVariantsTest(chex.TestCase):
         for seed in range(4):
             assert np.asarray(cropped(jax.random.key(seed), IMAGE)).tobytes() in known
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_random_flip(self):
         flipped = self.variant(random_flip)
         results = {np.asarray(flipped(jax.random.key(seed), IMAGE)).tobytes()
                    for seed in range(12)}
         assert results == {IMAGE.tobytes(), mirrored(IMAGE).tobytes()}
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_to_float(self):
         pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
         result = self.variant(to_float)(pixels)
@@ -83,7 +83,7 @@ class AugmentVariantsTest(chex.TestCase):
         np.testing.assert_allclose(result, pixels / 255, rtol=1e-6)
         assert result.min() == 0 and result.max() == 1
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_make_batch(self):
         known = crops(PIXELS[1], 1)
         batch = self.variant(functools.partial(

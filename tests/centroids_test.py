@@ -64,7 +64,7 @@ def test_centroids_follow_section_4_4_over_any_sequence_of_batches(batches, seed
 
 class CentroidsVariantsTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(np.float32, np.float64)
     def test_init_centroids(self, dtype):
         with jax.enable_x64(dtype == np.float64):

@@ -328,29 +328,38 @@ MEASURES = {
 }
 
 
+def measure_of_four_images(name):
+    """A measure of a network, compiled, and its images, labels and indices."""
+    logits_fn, images = make_logits(jax.nn.gelu)
+
+    @jax.jit
+    def measure(images, labels, indices):
+        def loss(images):
+            return losses.softmax_cross_entropy(logits_fn(images), labels)
+        return MEASURES[name](loss, images, jax.random.key(0), indices=indices)
+
+    return measure, (jnp.concatenate([images, 1 - images[:1]]), jnp.array([0, 1, 2, 0]),
+                     jnp.array([7, 3, 11, 5]))
+
+
 @pytest.mark.parametrize("name", list(MEASURES))
-def test_the_batch_and_the_devices_change_nothing(name):
-    """Image by image, in a batch, and a batch spread over four devices."""
+def test_the_batch_changes_nothing(name):
     with jax.enable_x64(True):
-        logits_fn, images = make_logits(jax.nn.gelu)
-        images = jnp.concatenate([images, 1 - images[:1]])
-        labels, indices = jnp.array([0, 1, 2, 0]), jnp.array([7, 3, 11, 5])
-
-        @jax.jit
-        def measure(images, labels, indices):
-            def loss(images):
-                return losses.softmax_cross_entropy(logits_fn(images), labels)
-            return MEASURES[name](loss, images, jax.random.key(0), indices=indices)
-
-        whole = measure(images, labels, indices)
-        single = [measure(images[i : i + 1], labels[i : i + 1], indices[i : i + 1])
-                  for i in range(4)]
+        measure, arguments = measure_of_four_images(name)
+        single = [measure(*(rows[i : i + 1] for rows in arguments)) for i in range(4)]
         chex.assert_trees_all_close(
-            whole, jax.tree.map(lambda *parts: jnp.concatenate(parts), *single), rtol=1e-9)
+            measure(*arguments), jax.tree.map(lambda *parts: jnp.concatenate(parts), *single),
+            rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["squared_frobenius", "until", "top_eigenvalues"])
+def test_the_devices_change_nothing(name):
+    with jax.enable_x64(True):
+        measure, arguments = measure_of_four_images(name)
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         chex.assert_trees_all_close(
-            whole, measure(*jax.device_put((images, labels, indices), spread)), rtol=1e-9)
+            measure(*arguments), measure(*jax.device_put(arguments, spread)), rtol=1e-9)
 
 
 def test_memory_does_not_grow_with_the_probes():
@@ -505,7 +514,7 @@ class CurvatureVariants(chex.TestCase):
         np.testing.assert_allclose(
             whole.standard_error[0], other.standard_error[0], rtol=1e-3)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_hvp(self):
         def loss(x):
             return jnp.sum(x**3, axis=-1)  # its Hessian is diag(6 x)
@@ -717,7 +726,7 @@ def test_the_coverage_where_one_eigenvalue_dominates_is_the_one_stated():
 
 class SpectrumVariants(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_a_linear_classifier(self):
         kernel = jnp.array([[1.0, -1.0]])
         spectrum = self.variant(functools.partial(

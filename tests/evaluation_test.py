@@ -61,7 +61,7 @@ def test_one_program_serves_all_noise_levels(trained):
 
 class CorrectPredictions(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_is_argmax_against_label(self):
         def logits_fn(images):
             return images.reshape(images.shape[0], -1)

@@ -73,14 +73,14 @@ def test_distances_dispersion_and_margin_are_those_of_the_definitions(seed, labe
 
 class GeometryVariantsTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_signed_boundary_distance(self):
         points, kernel, bias = random_layer(0)
         result = self.variant(signed_boundary_distance)(points, LABELS, kernel, bias)
         np.testing.assert_allclose(
             result, reference_distances(points, LABELS, kernel, bias), rtol=1e-4, atol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_class_dispersion(self):
         points, _, _ = random_layer(0)
         result = self.variant(functools.partial(class_dispersion, num_classes=NUM_CLASSES))(
@@ -89,7 +89,7 @@ class GeometryVariantsTest(chex.TestCase):
         assert expected[1] == expected[3] == 0 < expected[0]
         np.testing.assert_allclose(result, expected, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_class_margin(self):
         points, kernel, bias = random_layer(0)
         result = self.variant(class_margin)(points, LABELS, kernel, bias)
@@ -98,7 +98,7 @@ class GeometryVariantsTest(chex.TestCase):
         assert expected[1] == np.inf
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(0.5, 2.0)
     def test_rescale_head(self, nu):
         params = {"stem": {"kernel": np.ones((2, 2), np.float32)},

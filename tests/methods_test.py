@@ -23,7 +23,7 @@ LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 0, 1, 2, 0, 0, 1, 1, 1], np.int32)
 
 class SoftmaxLossTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_softmax_loss(self):
         logits = np.random.default_rng(0).normal(size=(BATCH, NUM_CLASSES))
         loss = self.variant(softmax_loss)(jnp.asarray(logits, jnp.float32), LABELS)

@@ -47,13 +47,13 @@ def images_of(*shape, seed=0):
 
 class PerturbationsVariantsTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_identity(self):
         images = images_of(2, 4, 4, 3)
         result = self.variant(identity())(jax.random.key(0), images)
         np.testing.assert_array_equal(result, images)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(name=("gaussian", "uniform"), clip=(True, False))
     def test_noise(self, name, clip):
         images, key = images_of(2, 4, 4, 3), jax.random.key(1)
@@ -76,7 +76,7 @@ class PerturbationsVariantsTest(chex.TestCase):
         np.testing.assert_array_equal(first, again)
         assert is_random(EVERY[name]) == bool(np.any(first != other))
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_per_example(self):
         images, key, indices = images_of(3, 4, 4, 1), jax.random.key(2), jnp.array([7, 0, 1000])
         result = self.variant(functools.partial(per_example, gaussian(0.5)))(key, images, indices)

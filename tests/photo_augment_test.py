@@ -479,7 +479,7 @@ def test_the_steps_follow_each_other_as_in_the_paper():
 
 class PhotoVariantsTest(chex.TestCase):
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_whole_batches_are_float32_in_range_and_the_same_as_image_by_image(self):
         shape = SHAPES[0]
         images = jnp.asarray(image_of((4, *shape)))
@@ -492,7 +492,7 @@ class PhotoVariantsTest(chex.TestCase):
             # A point on the border may be inside for one program and outside for the other.
             assert np.mean(np.abs(single(key, image) - result) > 1e-4) <= 1 / (shape[0] * shape[1])
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, without_jit=True)
     def test_rotation_is_the_same_to_the_bit(self):
         image = image_of((40, 53, 3))
         for angle in (-9.0, 2.5):
