@@ -151,6 +151,23 @@ def curvature(numbers: Numbers, *, noise: str, names: str = "short") -> Lines:
     return lines
 
 
+def medians(numbers: Numbers, *, rows: Sequence[str]) -> Lines:
+    """Median curvature by measure: mean over the seeds [lowest–highest]."""
+    return _by_row(numbers, rows, [(curvature_report.MEDIAN, name)
+                                   for name in networks.CURVATURES.values()])
+
+
+def neighbours(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
+    """Accuracy of the nearest neighbours in the features of blocks, such as "block4, clean"."""
+    return _by_row(numbers, numbers.rows, [(noise_counts.NEIGHBOURS, test) for test in tests])
+
+
+def _by_row(numbers: Numbers, rows: Sequence[str], columns: Sequence[tuple[str, str]]) -> Lines:
+    return [["", *(condition for _, condition in columns)],
+            *([numbers.labels[row], *(over_runs(numbers.values[row, *column])
+                                      for column in columns)] for row in rows)]
+
+
 def correlations(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
     """Rank correlations over networks of the curvature with the accuracy under these tests."""
     outcomes = [outcome for test in tests for outcome in (
@@ -207,8 +224,8 @@ def copied(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[st
 
 KINDS: dict[str, Callable[..., Lines]] = {
     "accuracy": accuracy, "seeds": seeds, "perturbations": perturbations,
-    "differences": differences,
-    "perturbation-differences": perturbation_differences, "curvature": curvature,
+    "differences": differences, "perturbation-differences": perturbation_differences,
+    "curvature": curvature, "medians": medians, "neighbours": neighbours,
     "correlations": correlations, "separation": separation, "eigenvalues": eigenvalues}
 """By name: what makes a table, the head first, from the numbers of a folder."""
 

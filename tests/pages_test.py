@@ -89,3 +89,13 @@ def test_a_mark_of_nothing_is_an_input_error(root):
         readme.generated(page("toy accuracies"))
     with pytest.raises(InputError, match="numbers or runs in results/other"):
         readme.generated(page("other accuracy"))
+    with pytest.raises(InputError, match="page with a table below 'Times' in results/toy/bench.md"):
+        readme.generated(page("toy/bench.md copied heading=Times"))
+
+
+def test_a_table_of_a_benchmark_is_copied_from_its_page(root):
+    (root / "results" / "toy" / "bench.md").write_text(
+        "# Times\n\n| no | table |\n\n## Ratios\n\nWords.\n\n"
+        "|  | of | ratio |\n| --- | --- | ---: |\n| a | x / y | 2.0 |\n| b | y / z | 3.0 |\n\n| other | table |\n")
+    text = readme.generated(page('toy/bench.md copied heading=Ratios rows=b columns=";ratio"'))
+    assert "-->\n| | ratio |\n|---|---:|\n| b | 3.0 |\n<!-- end" in text

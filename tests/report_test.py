@@ -181,6 +181,15 @@ def test_every_number_is_a_line_of_the_csv_file(three_seeds):
         folder / "report.csv").read_text()
 
 
+def test_what_is_not_finite_is_in_no_summary():
+    lines = [("toy", "both", seed, what, "", value, "", None) for what, values in (
+        ("gone", (float("nan"),)), ("one gone", (1.0, float("nan"), 3.0)))
+        for seed, value in enumerate(values)]
+    found, = frame.summary(frame.table(lines))
+    assert found["measurement"] == "one gone" and found["by_seed"] == (1, 3)
+    assert json.loads(json.dumps(found, allow_nan=False))["mean"] == 2
+
+
 def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
     folder, _ = three_seeds
     best_and_basis, comparison = json.loads((folder / "report.json").read_text())["summary"]

@@ -11,10 +11,6 @@ from jaxrobust.app.report import frame, report, tables
 from jaxrobust.app.study.read import load_study, with_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", *sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")), "results/README.md")
-
-
 FOLDERS = sorted(path.parent for pattern in ("*/report.csv", "small/*/*.csv")
                  for path in (ROOT / "results").glob(pattern))
 
@@ -73,14 +69,6 @@ def test_a_page_shows_its_numbers(folder):
                     for cell in cells[rows[line[0]]]], (page, line[0])
                 checked += 1
         assert checked
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_a_page_links_to_is_there(page):
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_every_result_names_what_made_it():
