@@ -96,6 +96,7 @@ def test_a_mark_of_nothing_is_an_input_error(root):
 def test_a_table_of_a_benchmark_is_copied_from_its_page(root):
     (root / "results" / "toy" / "bench.md").write_text(
         "# Times\n\n| no | table |\n\n## Ratios\n\nWords.\n\n"
-        "|  | of | ratio |\n| --- | --- | ---: |\n| a | x / y | 2.0 |\n| b | y / z | 3.0 |\n\n| other | table |\n")
+        "|  | of | ratio |\n| --- | --- | ---: |\n"
+        "| a | x / y | 2.0 |\n| b | y / z | 3.0 |\n\n| other | table |\n")
     text = readme.generated(page('toy/bench.md copied heading=Ratios rows=b columns=";ratio"'))
     assert "-->\n| | ratio |\n|---|---:|\n| b | 3.0 |\n<!-- end" in text
