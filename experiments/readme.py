@@ -9,6 +9,7 @@ with a folder of results and a kind of :data:`KINDS`, or a page there and "copie
 value lists several with semicolons; one with blanks stands in quotes.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -20,7 +21,7 @@ from jaxrobust.app.files import write_text
 from jaxrobust.app.measurements import curvature_report, networks, noise_counts, sharpness
 from jaxrobust.app.measurements.theory import section as theory_section
 from jaxrobust.app.report import frame, tables
-from jaxrobust.app.report.page import Cell, over_runs, signed, significant
+from jaxrobust.app.report.page import over_runs, signed, significant
 from jaxrobust.app.study.read import study_of_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,14 +49,14 @@ class Numbers:
         self.values = frame.values_of(self.table)
         self.rows: list[str] = [row for row in self.table.row.unique() if row]
 
-    def accuracies(self, tests: Sequence[str] | None, rows: Sequence[str] | None,
-                   perturbations: bool = False) -> tuple[dict[str, str], frame.Accuracies]:
-        """By heading, the tests of these names or all of a kind; and the accuracies of the rows."""
-        by_row = frame.accuracies_of(self.table, rows or self.rows)
-        every = {*(test for values in by_row.values() for test in values)}
+    def accuracies(self, tests: Sequence[str] | None, perturbations: bool
+                   ) -> tuple[dict[str, str], frame.Accuracies]:
+        """By heading, the tests of these names, or all of a kind; and the accuracies by row."""
+        by_row = frame.accuracies_of(self.table, self.rows)
         if tests is None:
             found = (tables.perturbations_of if perturbations else tables.levels_of)(by_row)
             return {test: test for test in found}, by_row
+        every = {test for values in by_row.values() for test in values}
         short = {test.partition("(")[0]: test for test in every if "+" not in test}
         return {test: short[test] for test in tests}, by_row
 
@@ -71,37 +72,28 @@ def _label(numbers: Numbers, row: str, names: str) -> str:
 Lines = list[list[str]]
 
 
-def accuracy(numbers: Numbers, *, tests: Sequence[str] | None = None,
-             rows: Sequence[str] | None = None, names: str = "label") -> Lines:
-    """Rows are methods, columns noise levels, or the tests named."""
-    shown, by_row = numbers.accuracies(tests, rows)
-    cells = _accuracy_cells(numbers, by_row, list(shown.values()))
-    return [["", *shown], *([_label(numbers, row, names), *map(_text, of_row)]
-                            for row, of_row in cells.items())]
-
-
-def perturbations(numbers: Numbers, *, tests: Sequence[str] | None = None,
-                  rows: Sequence[str] | None = None, names: str = "label") -> Lines:
-    """Rows are perturbations, columns methods."""
-    shown, by_row = numbers.accuracies(tests, rows, perturbations=True)
-    cells = _accuracy_cells(numbers, by_row, list(shown.values()))
-    return [["", *(_label(numbers, row, names) for row in cells)],
-            *([test, *map(_text, of_test)]
-              for test, *of_test in zip(shown, *cells.values(), strict=True))]
-
-
-def _accuracy_cells(numbers: Numbers, by_row: frame.Accuracies, tests: list[str]
-                    ) -> dict[str, tuple[Cell, ...]]:
+def accuracy(numbers: Numbers, *, tests: Sequence[str] | None = None, names: str = "label",
+             perturbations: bool = False) -> Lines:
+    """Rows are methods, columns noise levels, or the tests named; perturbations are the rows."""
+    shown, by_row = numbers.accuracies(tests, perturbations)
     several = any(len(one.by_seed) > 1 for values in by_row.values() for one in values.values())
-    return tables.accuracy_cells(
-        by_row, tests,
+    cells = tables.accuracy_cells(
+        by_row, list(shown.values()),
         lambda row: "diverged" if (row, frame.DIVERGED, "") in numbers.values else "–",
         "std_over_seeds" if several else None)
+    lines = [["", *shown], *([_label(numbers, row, names), *(
+        f"**{cell.text}**" if cell.bold else cell.text for cell in of_row)]
+        for row, of_row in cells.items())]
+    return _transposed(lines) if perturbations else lines
+
+
+def _transposed(lines: Lines) -> Lines:
+    return list(map(list, zip(*lines, strict=True)))
 
 
 def seeds(numbers: Numbers) -> Lines:
     """Accuracy, held out and in tests, of every seed and their mean."""
-    shown, by_row = numbers.accuracies(None, None)
+    shown, by_row = numbers.accuracies(None, False)
     found = {row: [numbers.values[row, frame.VALIDATION, ""], *(
         by_row[row][test].by_seed for test in shown.values())] for row in numbers.rows}
     return [["", "held out", *shown],
@@ -112,30 +104,17 @@ def seeds(numbers: Numbers) -> Lines:
               for row, by_test in found.items())]
 
 
-def differences(numbers: Numbers, *, reference: str, tests: Sequence[str] | None = None,
-                rows: Sequence[str] | None = None) -> Lines:
-    """The accuracies of the other rows less those of ``reference``, with half of the interval."""
-    shown, by_row = numbers.accuracies(tests, rows)
-    found = tables.differences(by_row, reference, shown.values())
-    return [["", *shown], *([numbers.labels[row], *_differences(ones, shown.values())]
-                            for row, ones in found.items())]
+def differences(numbers: Numbers, *, reference: str, perturbations: bool = False) -> Lines:
+    """As :func:`accuracy`, less that of the row ``reference``, with half of the interval."""
+    shown, by_row = numbers.accuracies(None, perturbations)
+    found = tables.differences(by_row, reference, shown)
+    lines = [["", *shown], *([numbers.labels[row], *(
+        cell.text for cell in tables.difference_cells(ones, shown))]
+        for row, ones in found.items())]
+    return _transposed(lines) if perturbations else lines
 
 
-def perturbation_differences(numbers: Numbers, *, reference: str,
-                             tests: Sequence[str] | None = None) -> Lines:
-    """The same under perturbations, which are the rows."""
-    shown, by_row = numbers.accuracies(tests, None, perturbations=True)
-    found = tables.differences(by_row, reference, shown.values())
-    cells = [_differences(ones, shown.values()) for ones in found.values()]
-    return [["", *(numbers.labels[row] for row in found)],
-            *([test, *of_test] for test, *of_test in zip(shown, *cells, strict=True))]
-
-
-def _differences(found: dict, tests) -> list[str]:
-    return [cell.text for cell in tables.difference_cells(found, tests)]
-
-
-def curvature(numbers: Numbers, *, noise: str, names: str = "short") -> Lines:
+def curvature(numbers: Numbers, *, noise: str) -> Lines:
     """Medians by measure, and how each goes with the correct predictions under a noise."""
     heads = {name: measure.title for (key, name), measure in zip(
         networks.CURVATURES.items(), noise_counts.MEASURES.values(), strict=True)}
@@ -146,7 +125,7 @@ def curvature(numbers: Numbers, *, noise: str, names: str = "short") -> Lines:
             numbers.values[row, curvature_report.MEDIAN, name])) for name in heads]
         coefficients = [signed(statistics.fmean(numbers.values[
             row, "Spearman, images", f"{noise}, {title}"])) for title in heads.values()]
-        lines.append([_label(numbers, row, names), *map(_thousands, medians),
+        lines.append([_label(numbers, row, "short"), *map(_thousands, medians),
                       " / ".join(coefficients)])
     return lines
 
@@ -223,18 +202,15 @@ def copied(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[st
 
 
 KINDS: dict[str, Callable[..., Lines]] = {
-    "accuracy": accuracy, "seeds": seeds, "perturbations": perturbations,
-    "differences": differences, "perturbation-differences": perturbation_differences,
+    "accuracy": accuracy, "perturbations": functools.partial(accuracy, perturbations=True),
+    "differences": differences,
+    "perturbation-differences": functools.partial(differences, perturbations=True), "seeds": seeds,
     "curvature": curvature, "medians": medians, "neighbours": neighbours,
     "correlations": correlations, "separation": separation, "eigenvalues": eigenvalues}
 """By name: what makes a table, the head first, from the numbers of a folder."""
 
 LISTS = ("tests", "rows", "terms", "columns")
 """Options with several values."""
-
-
-def _text(cell: Cell) -> str:
-    return f"**{cell.text}**" if cell.bold else cell.text
 
 
 def _thousands(text: str) -> str:
