@@ -8,10 +8,13 @@ COMMANDS = {
     "reproduce": cli.Command(
         _COMMANDS, "Reproduce", "Make a table or figure of the paper, or run a recipe."),
     **cli.COMMANDS,
-    "steps": cli.Command(_COMMANDS, "Steps", "Study how Eq. 21 depends on its step."),
-    "theory": cli.Command(_COMMANDS, "Theory", "Check the paper's theorems on trained networks."),
+    "steps": cli.Command(
+        f"{cli.MEASUREMENTS}.steps", "STEPS", "Study how Eq. 21 depends on its step."),
+    "theory": cli.Command(
+        f"{cli.MEASUREMENTS}.theory", "THEORY", "Check the paper's theorems on trained networks."),
     "sharpness": cli.Command(
-        _COMMANDS, "Sharpness", "Measure how sharply the loss bends in the parameters."),
+        f"{cli.MEASUREMENTS}.sharpness", "SHARPNESS",
+        "Measure how sharply the loss bends in the parameters."),
     "readme": cli.Command(_COMMANDS, "Readme", "Write the tables of the README and docs anew."),
     "bench": cli.Command(_COMMANDS, "Bench", "Measure the library's speed and memory."),
 }

@@ -2,18 +2,14 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated
 
 import jax
-import tyro
 
 from experiments import bench, readme, targets
 from jaxrobust import InputError, _validate
-from jaxrobust.app import files, run_folder
-from jaxrobust.app.commands import Compare, OnRuns, Positional
+from jaxrobust.app import files
+from jaxrobust.app.commands import Compare, Positional
 from jaxrobust.app.config import distinct
-from jaxrobust.app.datasets import open_dataset
-from jaxrobust.app.measurements import sharpness, steps, theory
 from jaxrobust.app.recipe import RECIPES
 
 
@@ -66,49 +62,6 @@ class Reproduce(Compare):
         files.barrier("targets")
         if failures:
             raise InputError("; ".join(failures))
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps(OnRuns):
-    """Study how Eq. 21 depends on its step, in float32 and float64."""
-
-    settings: Annotated[steps.StepSettings, tyro.conf.arg(name="")] = steps.StepSettings()
-
-    def __call__(self) -> None:
-        for folder, run in self.load():
-            steps.study_steps(run, self.settings, folder, folder.name, self.name)
-            path = run_folder.facts_path(folder, "steps", self.name)
-            print(f"The study is in {path.with_suffix('.npz')}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sharpness(OnRuns):
-    """Measure how sharply the loss and its terms bend in the parameters, and the learning rate
-    that bears it: before training, and of finished runs in the best epoch. Runs that diverged are
-    welcome."""
-
-    settings: Annotated[sharpness.SharpnessSettings, tyro.conf.arg(name="")] = (
-        sharpness.SharpnessSettings())
-
-    def __call__(self) -> None:
-        for folder, config in self.configs():
-            found = sharpness.measure_sharpness(
-                config, open_dataset(config, self.data_dir), self.settings, folder, folder.name,
-                self.name)
-            print(f"{folder}\n{sharpness.table_text(found, config.optimizer.momentum)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Theory(OnRuns):
-    """Check the paper's propositions and theorems on finished runs, and print what was found."""
-
-    settings: Annotated[theory.TheorySettings, tyro.conf.arg(name="")] = theory.TheorySettings()
-
-    def __call__(self) -> None:
-        for folder, run in self.load():
-            claims = theory.measure_theory(run, self.settings, folder, folder.name, self.name)
-            print(theory.table_text(claims))
-            print(f"This and more is in {run_folder.facts_path(folder, 'theory', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 from jaxrobust import InputError, _validate
 from jaxrobust.app.files import write_text
-from jaxrobust.app.measurements import curvature_report, networks, noise_counts, sharpness
+from jaxrobust.app.measurements import networks, noise_counts, sharpness
+from jaxrobust.app.measurements.curvature import CURVATURES, MEDIAN
 from jaxrobust.app.measurements.theory import section as theory_section
 from jaxrobust.app.report import frame, tables
 from jaxrobust.app.report.page import over_runs, signed, significant
@@ -117,12 +118,12 @@ def differences(numbers: Numbers, *, reference: str, perturbations: bool = False
 def curvature(numbers: Numbers, *, noise: str) -> Lines:
     """Medians by measure, and how each goes with the correct predictions under a noise."""
     heads = {name: measure.title for (key, name), measure in zip(
-        networks.CURVATURES.items(), noise_counts.MEASURES.values(), strict=True)}
+        CURVATURES.items(), noise_counts.MEASURES.values(), strict=True)}
     lines = [["", "exact, at the image", "Eq. 21", "loss averaged over the noise",
               "Spearman with correct predictions under noise: exact / Eq. 21 / averaged"]]
     for row in numbers.rows:
         medians = [significant(statistics.fmean(
-            numbers.values[row, curvature_report.MEDIAN, name])) for name in heads]
+            numbers.values[row, MEDIAN, name])) for name in heads]
         coefficients = [signed(statistics.fmean(numbers.values[
             row, "Spearman, images", f"{noise}, {title}"])) for title in heads.values()]
         lines.append([_label(numbers, row, "short"), *map(_thousands, medians),
@@ -152,10 +153,10 @@ def correlations(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
     outcomes = [outcome for test in tests for outcome in (
         f"accuracy, {test}", f"loss of accuracy at {test}",
         f"accuracy, {test}, clean accuracy held fixed")]
-    lines = [["", *networks.CURVATURES.values()]]
+    lines = [["", *CURVATURES.values()]]
     for outcome in outcomes:
         found = [[numbers.values.get(("", f"{networks.COEFFICIENT}{end}", f"{outcome}, {name}"))
-                  for end in networks.ENDS] for name in networks.CURVATURES.values()]
+                  for end in networks.ENDS] for name in CURVATURES.values()]
         if all(map(all, found)):
             lines.append([outcome, *(networks.text(networks.Coefficient(*(
                 value for value, in ends))) for ends in found)])

@@ -14,12 +14,9 @@ from experiments.recipes.scales import SCALES
 from jaxrobust import _validate
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError
-from jaxrobust.app.measurements import (
-    curvature_report,
-    networks,
-    noise_counts,
-    sharpness,
-)
+from jaxrobust.app.measurements import blocks, curvature, networks, noise_counts, sharpness
+from jaxrobust.app.measurements.robustness import FIGURES
+from jaxrobust.app.measurements.runner import sections
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Section, Table
 from jaxrobust.app.study.plan import StudyPlan, folder_of, require_data, with_sources
@@ -89,8 +86,8 @@ def _networks(study: Study) -> Section:
 
 
 def _curvature(study: Study) -> Section:
-    return Section("curvature", study.title, "", (curvature_report.curvature_table(study),),
-                   (curvature_report.curvature_picture(study),))
+    return Section("curvature", study.title, "", (curvature.curvature_table(study),),
+                   (curvature.curvature_picture(study),))
 
 
 def _features(study: Study) -> Section:
@@ -101,10 +98,10 @@ def _features(study: Study) -> Section:
 def _question(reference: str) -> Callable[[Study], Section]:
     """The rows that answer it, and how they compare with one of them."""
     def build(study: Study) -> Section:
-        sharp = sharpness.section(study)
+        sharp = sharpness.SHARPNESS.section(study)
         return Section("question", study.title, _best(study),
                        (*_accuracies(study, reference), *_perturbed(study, reference),
-                        curvature_report.curvature_table(study), *(sharp.tables if sharp else ())),
+                        curvature.curvature_table(study), *(sharp.tables if sharp else ())),
                        (pictures.accuracy_picture(study), pictures.perturbation_picture(study)))
 
     return build
@@ -114,7 +111,7 @@ def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
     """Of the sections on curvature and robustness, the pictures of these names with their tables.
     """
     def build(study: Study) -> Section:
-        found = [section for section in noise_counts.sections(study)
+        found = [section for section in sections(study, FIGURES)
                  if any(picture.name in names for picture in section.pictures)]
         return Section(
             "robustness", study.title, " ".join(section.lead for section in found).strip(),
@@ -126,7 +123,7 @@ def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
 
 
 _TWO = ("normal", "robust")
-_CURVED = (curvature_report.numbers, sharpness.numbers)
+_CURVED = (curvature.numbers, sharpness.numbers)
 
 PAPER: dict[str, Target] = {
     "table1": Target("Table 1: CIFAR-10 under Gaussian noise", ("cifar10",), _accuracy),
@@ -144,15 +141,15 @@ PAPER: dict[str, Target] = {
                       _robustness(("curvature_by_correct",)), rows=_TWO, measured=True,
                       numbers=(noise_counts.numbers,)),
     "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _curvature,
-                       numbers=(curvature_report.numbers,)),
+                       numbers=(curvature.numbers,)),
     "figure11": Target("Fig. 11: the loss around an image", ("svhn", "cifar10"),
                        _robustness(("loss_surfaces",)), rows=_TWO, measured=True, numbers=()),
     "figure12": Target("Fig. 12: features of the blocks, clean", ("cifar10",),
                        _robustness(("blocks_clean",)), rows=_TWO, measured=True,
-                       numbers=(noise_counts.block_numbers,)),
+                       numbers=(blocks.numbers,)),
     "figure13": Target("Fig. 13: features of the blocks, noisy", ("cifar10",),
                        _robustness(("blocks_noisy",)), rows=_TWO, measured=True,
-                       numbers=(noise_counts.block_numbers,)),
+                       numbers=(blocks.numbers,)),
 }
 """The paper's, by name."""
 
@@ -162,7 +159,7 @@ QUESTIONS: dict[str, Target] = {
     for name, question in ablations.QUESTIONS.items()} | {
     "transfer": Target("Perturbations that training has not seen", ("cifar10",), _transfer),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
-                       numbers=(*Target.numbers, curvature_report.numbers)),
+                       numbers=(*Target.numbers, curvature.numbers)),
 }
 """What the paper leaves open, by name."""
 

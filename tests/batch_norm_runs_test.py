@@ -70,7 +70,7 @@ def _short_runs(faint, slow_statistics, tmp_path_factory):
 def test_running_statistics_end_at_chance_and_recomputed_ones_do_not(short_runs, faint):
     accuracies = {}
     for statistics, folder in short_runs.items():
-        run = trainer.load_run(folder, config.read_config(folder), faint)
+        run = trainer.load_run(folder, run_folder.read_config(folder), faint)
         accuracies[statistics] = trainer.accuracy(run.model, run.state, faint.test, run.layout)
         rows = metrics_of(folder)
         assert rows[-1]["accuracy_clean"] > 0.9
@@ -129,7 +129,7 @@ def test_they_are_of_all_images_or_of_a_limited_number(faint, slow_statistics, m
 
 def best_statistics(folder, dataset):
     return jax.device_get(
-        trainer.load_run(folder, config.read_config(folder), dataset).state.batch_stats)
+        trainer.load_run(folder, run_folder.read_config(folder), dataset).state.batch_stats)
 
 
 def test_they_are_the_same_streamed_resumed_and_together(
@@ -165,7 +165,7 @@ def test_a_run_from_before_the_choice_has_running_ones_and_is_the_same_run(tmp_p
     written = json.loads(config.to_json(running))
     del written["batch_norm_statistics"]
     (tmp_path / "config.json").write_text(json.dumps(written))
-    assert config.read_config(tmp_path) == running
+    assert run_folder.read_config(tmp_path) == running
     run_folder.claim_run(tmp_path, running)
     assert json.loads((tmp_path / "config.json").read_text()) == written
     with pytest.raises(InputError, match="holds another configuration"):

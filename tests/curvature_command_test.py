@@ -14,6 +14,7 @@ from jaxrobust import data
 from jaxrobust.app import config, files, trainer
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
+from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.images import to_float
@@ -43,7 +44,7 @@ def _run(folder):
 def measured(run, folder, settings=SETTINGS):
     """The columns that the command writes."""
     folder.mkdir(exist_ok=True)
-    curvature.measure_curvature(run, settings, folder, "run")
+    measure(curvature.CURVATURE, run, settings, folder, "run")
     with np.load(folder / "curvature.npz") as arrays:
         return dict(arrays)
 
@@ -60,15 +61,15 @@ def images_and_functions(run, count=10):
     return to_float(jnp.asarray(split.images[:count])), loss, logits
 
 
-@pytest.mark.parametrize("measure", [
-    lambda run, folder: curvature.measure_curvature(run, SETTINGS, folder, "run"),
+@pytest.mark.parametrize("measured", [
+    lambda run, folder: measure(curvature.CURVATURE, run, SETTINGS, folder, "run"),
     lambda run, _: theory._layers_of(run, run.dataset.test)])
-def test_logits_that_are_not_finite_are_no_class(measure, run, tmp_path):
+def test_logits_that_are_not_finite_are_no_class(measured, run, tmp_path):
     params = run.state.params | {  # Finite, but not the product.
         layer: jax.tree.map(lambda leaf: leaf * 1e25, run.state.params[layer])
         for layer in ("features", "head")}
     with pytest.raises(InputError, match=r"Expected finite logits.*, got \d+ that are NaN or inf"):
-        measure(run._replace(state=run.state.replace(params=params)), tmp_path)
+        measured(run._replace(state=run.state.replace(params=params)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -114,19 +115,19 @@ class Killed(BaseException):
 
 
 def test_a_killed_measurement_goes_on_where_it_stopped(run, table, tmp_path, monkeypatch):
-    measure, calls = curvature._measure, []
+    as_it_is, calls = curvature._measure_batch, []
 
     def until_killed(*args, **settings):
         if len(calls) == 2:
             raise Killed
         calls.append(1)
-        return measure(*args, **settings)
+        return as_it_is(*args, **settings)
 
-    monkeypatch.setattr(curvature, "_measure", until_killed)
+    monkeypatch.setattr(curvature, "_measure_batch", until_killed)
     with pytest.raises(Killed):
         measured(run, tmp_path)
     assert not (tmp_path / "curvature.json").exists()
-    with pytest.raises(InputError, match="was begun with other settings"):
+    with pytest.raises(InputError, match="was begun with num_probes=3, not 4"):
         measured(run, tmp_path, dataclasses.replace(SETTINGS, num_probes=4))
     calls.clear()
     again = measured(run, tmp_path)
@@ -167,10 +168,10 @@ def test_a_smooth_network_is_told_apart_and_measured_by_products(run, tmp_path):
 def test_what_needs_the_exact_spectrum_refuses_a_smooth_network(run, tmp_path):
     smooth = run._replace(model=run.model.clone(activation=jax.nn.gelu))
     with pytest.raises(InputError, match="affine pieces for steps, .* got model='small_cnn'"):
-        steps.study_steps(smooth, steps.StepSettings(num_images=4), tmp_path, "smooth")
+        measure(steps.STEPS, smooth, steps.StepSettings(num_images=4), tmp_path, "smooth")
     with pytest.raises(InputError, match="affine pieces for theory, "):
-        theory.measure_theory(
-            smooth, theory.TheorySettings(num_images=4), tmp_path, "smooth")
+        measure(
+            theory.THEORY, smooth, theory.TheorySettings(num_images=4), tmp_path, "smooth")
     assert not list(tmp_path.iterdir())
 
 
@@ -191,7 +192,7 @@ def test_the_command_measures_and_refuses_other_settings(folder, capsys):
 
 def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):
     settings = steps.StepSettings(steps=(1e-5, 1e-2, 1e-1), num_images=3, num_probes=3)
-    steps.study_steps(run, settings, folder, "run")
+    measure(steps.STEPS, run, settings, folder, "run")
     with np.load(folder / "steps.npz") as arrays:
         table = dict(arrays)
     assert all(len(column) == 2 * 3 * 3 for column in table.values())
@@ -211,8 +212,8 @@ def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):
     assert curve.exact == np.median(table["exact"][table["bits"] == 64])
     study = Study("s", "s", "", "", "", {"normal": "Normal"}, {"normal": "normal"}, (0,), None, {},
                   None, {}, {}, {"normal": (Run(folder, 0, None, {}, (), None),)})
-    section = steps.section(study)
+    section = steps.STEPS.section(study)
     assert len(section.tables[0].rows) == 1 and section.pictures[0].name == "steps"
-    assert steps.section(dataclasses.replace(study, runs={"normal": ()})) is None
+    assert steps.STEPS.section(dataclasses.replace(study, runs={"normal": ()})) is None
     with pytest.raises(InputError, match="was made with num_probes=3, not 4"):
-        steps.study_steps(run, dataclasses.replace(settings, num_probes=4), folder, "run")
+        measure(steps.STEPS, run, dataclasses.replace(settings, num_probes=4), folder, "run")

@@ -15,7 +15,7 @@ from command_line import call, metrics_of, one_line
 from processes import KILLED
 
 from jaxrobust import data
-from jaxrobust.app import config, files, trainer
+from jaxrobust.app import files, run_folder, trainer
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
               pytest.mark.usefixtures("quick_compilation")]
@@ -81,7 +81,7 @@ def _alone(tmp_path_factory):
 def assert_the_same_run(folder, alone):
     chex.assert_trees_all_close(metrics_of(folder), metrics_of(alone), rtol=2e-5, atol=1e-6)
     digits = data.load_dataset("digits")
-    states = [trainer.load_run(place, config.read_config(place), digits).state
+    states = [trainer.load_run(place, run_folder.read_config(place), digits).state
               for place in (folder, alone)]
     chex.assert_trees_all_close(*(state.replace(key=jax.random.key_data(state.key))
                                   for state in states), rtol=1e-4, atol=1e-5)

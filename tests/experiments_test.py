@@ -17,7 +17,8 @@ from experiments import paper
 from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
-from jaxrobust.app.measurements import robustness, sharpness, steps, theory
+from jaxrobust.app.measurements import MEASUREMENTS, robustness
+from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe, method_rows
 from jaxrobust.app.study import run as running
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
@@ -42,7 +43,7 @@ RECIPE = dataclasses.replace(EVERY_METHOD, **{
 
 
 def best_state(folder, digits):
-    run = trainer.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, run_folder.read_config(folder), digits)
     return run.epoch, run.state.replace(key=jax.random.key_data(run.state.key))
 
 
@@ -261,23 +262,22 @@ def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(stu
     assert "curvature-three, evaluation-8" in (study / "report.md").read_text().replace("\\", "")
 
 
-@pytest.mark.parametrize("measure, settings, kind", [
-    (steps.study_steps, steps.StepSettings(), "steps"),
-    (theory.measure_theory, theory.TheorySettings(), "theory"),
-    (sharpness.measure_sharpness, sharpness.SharpnessSettings(), "sharpness"),
-    (robustness.measure_robustness, robustness.FigureSettings(), "noise_counts"),
+@pytest.mark.parametrize("measure_it, kind", [
+    (measure, "steps"), (measure, "theory"), (measure, "sharpness"),
+    (lambda _, run, *rest: robustness.measure_robustness(
+        run, robustness.FigureSettings(), *rest[1:]), "noise_counts"),
 ])
-def test_every_kind_of_measurement_takes_a_name(measure, settings, kind, study, digits, tmp_path):
+def test_every_kind_of_measurement_takes_a_name(measure_it, kind, study, digits, tmp_path):
     """Found before anything is computed: what is there under the name has other settings."""
     folder = study / "both-seed0"
-    run = trainer.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, run_folder.read_config(folder), digits)
     shutil.copy(folder / "curvature.json", tmp_path / "curvature-big.json")
     path = tmp_path / f"{kind}-big.json"
     path.write_text('{"settings": {"num_images": -1}}')
-    given = (run.config, digits) if kind == "sharpness" else (run,)
-    command = run_folder.MEASUREMENTS[kind]
+    measurement, = (one for one in MEASUREMENTS if one.kind == kind)
+    command = measurement.command or kind
     with pytest.raises(InputError, match=f"{kind}-big.json was made .* `{command} --name NAME`"):
-        measure(*given, settings, tmp_path, "", "big")
+        measure_it(measurement, run, measurement.settings, tmp_path, "", "big")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag"])
@@ -312,4 +312,4 @@ def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):
                 "--width", "2", "--num-features", "4", "--optimizer.warmup-epochs", "0",
                 "--out", tmp_path / "run") == 0
     assert "the epoch is chosen on the test images" in capsys.readouterr().out
-    assert config.read_config(tmp_path / "run").select == "test"
+    assert run_folder.read_config(tmp_path / "run").select == "test"

@@ -10,8 +10,8 @@ import pytest
 from command_line import call, one_line
 
 from jaxrobust import data
-from jaxrobust.app import config, files, trainer
-from jaxrobust.app.measurements import accuracy, curvature, robustness
+from jaxrobust.app import config, files, run_folder, trainer
+from jaxrobust.app.measurements import accuracy, curvature, noise_counts
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.study.plan import plan_study
 from jaxrobust.app.study.run import run_study
@@ -79,12 +79,12 @@ def test_results_are_of_the_images_whose_curvature_is_there(study):
 ])
 def test_counts_are_of_clipped_noise_that_is_the_images_own(study, number, noise):
     folder, digits = study / "robust-seed0", data.load_dataset("digits")
-    run = trainer.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, run_folder.read_config(folder), digits)
     split = accuracy.make_test_split(digits, 50)
     there = np.load(folder / "noise_counts.npz")[("gaussian", "uniform")[number]]
     for draw in range(3):
         for image in (0, 7, 19):
-            key = jax.random.key(robustness.COUNT_SEED)
+            key = jax.random.key(noise_counts.SEED)
             for value in (number, draw, image):
                 key = jax.random.fold_in(key, value)
             pixels = split.images[image : image + 1] / np.float32(255)
@@ -95,7 +95,7 @@ def test_counts_are_of_clipped_noise_that_is_the_images_own(study, number, noise
 
 
 def test_the_noise_does_not_repeat_the_probes_of_the_curvature():
-    assert robustness.COUNT_SEED != curvature.PROBE_SEED
+    assert noise_counts.SEED != curvature.PROBE_SEED
 
 
 def test_a_surface_has_the_loss_of_the_image_at_its_centre(study):

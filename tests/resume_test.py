@@ -9,7 +9,7 @@ import pytest
 from command_line import metrics_of
 
 from jaxrobust import checkpoints
-from jaxrobust.app import config, files, program, trainer
+from jaxrobust.app import config, files, program, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
@@ -79,7 +79,7 @@ def train_through_kills(config, digits, folder, feed, kills=1000):
 
 def final(folder, digits):
     """All that the last checkpoint holds, but for the time."""
-    state = program.initial_state(config.read_config(folder), digits, make_layout("jit"))
+    state = program.initial_state(run_folder.read_config(folder), digits, make_layout("jit"))
     like = {"state": checkpoints.to_host(state), "best": checkpoints.to_host(state)}
     with contextlib.closing(
             checkpoints.open_checkpoints(folder / "checkpoints", keep=2)) as manager:

@@ -20,10 +20,11 @@ from command_line import call, one_line
 from experiments.paper import TABLE4, TABLES
 from jaxrobust import checkpoints, data, models, perturbations
 from jaxrobust.app import datasets, doubt, files, network, predict, trainer
-from jaxrobust.app.config import InputError, read_config
+from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import report
+from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.study.plan import place_of
 from jaxrobust.models import pytorch
 

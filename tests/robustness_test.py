@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrobust.app.measurements import noise_counts, robustness, robustness_figures
+from jaxrobust.app.measurements import blocks, noise_counts, surfaces
 from jaxrobust.app.report import figures
 from jaxrobust.app.study.read import Run
 
@@ -29,8 +29,8 @@ def test_the_relation_in_words(coefficients, words):
 
 def test_the_first_images_of_different_classes():
     labels = np.array([7, 7, 3, 7, 3, 0, 1])
-    assert robustness.first_of_classes(labels, 3) == [0, 2, 5]
-    assert robustness.first_of_classes(labels[:2], 3) == [0]
+    assert surfaces.first_of_classes(labels, 3) == [0, 2, 5]
+    assert surfaces.first_of_classes(labels[:2], 3) == [0]
 
 
 # --- Figures ---------------------------------------------------------------------------------
@@ -38,10 +38,10 @@ def test_the_first_images_of_different_classes():
 
 def panels(values):
     """Two noises by two measures, with a line for each of the rows of ``values``."""
-    lines = tuple(robustness_figures.Line(
+    lines = tuple(noise_counts.Line(
         f"method {index}", figures.row_style(index), np.arange(len(row)), row,
         np.arange(len(row))) for index, row in enumerate(values))
-    return [robustness_figures.Panel(noise, measure, lines)
+    return [noise_counts.Panel(noise, measure, lines)
             for noise in ("Gaussian", "uniform") for measure in ("exact", "Eq. 21")]
 
 
@@ -57,32 +57,32 @@ UNITS = {"exact": "one [1]", "Eq. 21": "other [1]"}
     [np.zeros(11)], [np.full(11, np.nan)], [np.array([np.nan, -1, 0, 1e-9, 1e9, *[np.inf] * 6])],
 ])
 def test_line_figures_bear_zeros_one_run_and_values_that_are_not_finite(values, tmp_path):
-    assert saved(robustness_figures.kept_share_figure(panels(values)), tmp_path / "a")
-    assert saved(robustness_figures.groups_figure(panels(values), 10, UNITS), tmp_path / "b")
+    assert saved(noise_counts.kept_share_figure(panels(values)), tmp_path / "a")
+    assert saved(noise_counts.groups_figure(panels(values), 10, UNITS), tmp_path / "b")
 
 
 def test_groups_of_few_images_have_open_markers():
     line = panels([np.arange(1.0, 31)])[0]
-    figure = robustness_figures.groups_figure([line], 29, UNITS)
+    figure = noise_counts.groups_figure([line], 29, UNITS)
     many, few = figure.axes[0].collections
-    assert len(few.get_offsets()) == robustness_figures.FEW
+    assert len(few.get_offsets()) == noise_counts.FEW
     assert few.get_facecolor()[0].tolist() == [1, 1, 1, 1] != many.get_facecolor()[0].tolist()
 
 
 @pytest.mark.parametrize("values", [np.zeros((1, 5, 5)), np.full((1, 5, 5), np.nan),
                                     np.where(np.eye(5) > 0, np.inf, 1.0)[None]])
 def test_surfaces_bear_a_flat_loss_and_one_that_is_not_finite(values, tmp_path):
-    figure = robustness_figures.surfaces_figure(
+    figure = surfaces.surfaces_figure(
         np.zeros((1, 4, 4, 1), np.uint8), ["cat"],
-        [robustness_figures.LossPlanes("one", np.linspace(-1, 1, 5), values)])
+        [surfaces.LossPlanes("one", np.linspace(-1, 1, 5), values)])
     assert saved(figure, tmp_path / "figure")
 
 
 def test_an_image_has_one_scale_for_all_methods():
     flat, steep = (height * np.linspace(0, 1, 25).reshape(1, 5, 5) for height in (1, 9))
-    figure = robustness_figures.surfaces_figure(
+    figure = surfaces.surfaces_figure(
         np.zeros((1, 4, 4, 3), np.uint8), ["cat"],
-        [robustness_figures.LossPlanes(label, np.linspace(-1, 1, 5), values)
+        [surfaces.LossPlanes(label, np.linspace(-1, 1, 5), values)
          for label, values in (("flat", flat), ("steep", steep))])
     scales = [ax.collections[0].get_clim() for ax in figure.axes[1:3]]
     assert scales[0] == scales[1] and scales[0][0] <= -9 and scales[0][1] >= 0
@@ -90,11 +90,11 @@ def test_an_image_has_one_scale_for_all_methods():
 
 def test_blocks_that_cannot_be_embedded_are_named(tmp_path):
     points = np.random.default_rng(0).normal(size=(2, 12, 2))
-    planes = [robustness_figures.BlockPlanes(
+    planes = [blocks.BlockPlanes(
         "first", ("Block 1", "Block 2"), points, points + 1, np.arange(12) % 3),
-        robustness_figures.BlockPlanes(
+        blocks.BlockPlanes(
         "diverged", ("Block 1",), np.full((1, 12, 2), np.nan), points[:1], np.arange(12) % 3)]
-    figure = robustness_figures.blocks_figure(planes, {0: "0 cat"})
+    figure = blocks.blocks_figure(planes, {0: "0 cat"})
     assert [text.get_text() for ax in figure.axes for text in ax.texts] == [
         "not finite, or all alike"]
     assert saved(figure, tmp_path / "figure")
@@ -104,13 +104,13 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
     values, surface, points = rng.random((2, 11)), rng.random((1, 5, 5)), rng.random((1, 12, 2))
     for first, second in zip(*[[
-        saved(robustness_figures.kept_share_figure(panels(values)), tmp_path / "share"),
-        saved(robustness_figures.groups_figure(panels(values), 10, UNITS), tmp_path / "groups"),
-        saved(robustness_figures.surfaces_figure(
+        saved(noise_counts.kept_share_figure(panels(values)), tmp_path / "share"),
+        saved(noise_counts.groups_figure(panels(values), 10, UNITS), tmp_path / "groups"),
+        saved(surfaces.surfaces_figure(
             np.zeros((1, 4, 4, 3), np.uint8), ["cat"],
-            [robustness_figures.LossPlanes("one", np.linspace(-1, 1, 5), surface)]),
+            [surfaces.LossPlanes("one", np.linspace(-1, 1, 5), surface)]),
             tmp_path / "surfaces"),
-        saved(robustness_figures.blocks_figure([robustness_figures.BlockPlanes(
+        saved(blocks.blocks_figure([blocks.BlockPlanes(
             "one", ("Block 1",), points, points, np.arange(12) % 3)], {}), tmp_path / "blocks"),
     ] for _ in range(2)], strict=True):
         assert first == second
@@ -131,7 +131,7 @@ def test_the_numbers_of_a_run_are_those_of_its_images(tmp_path):
         np.savez(tmp_path / f"{kind}.npz", **arrays)
     run = Run(folder=tmp_path, seed=0, config=None, provenance={}, epochs=(), evaluation=None)
     found = {(number.measurement, number.condition): number.value
-             for kind in (noise_counts.numbers, noise_counts.block_numbers) for number in kind(run)}
+             for kind in (noise_counts.numbers, blocks.numbers) for number in kind(run)}
     where = "Gaussian noise, 2 draws, Exact Hessian"
     # Means 5, 3 and 1.5 of the images with 0, 1 and 2 correct predictions.
     assert [found["mean curvature by correct predictions", f"{where}, {k} of 2"]

@@ -16,8 +16,10 @@ from jaxrobust.app import files
 from jaxrobust.app.config import OptimizerConfig, RunConfig, to_json, training_perturbation
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.measurements import sharpness
+from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.program import initial_state, model_of
 from jaxrobust.app.report import report
+from jaxrobust.app.trainer import open_run
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import make_method
 from jaxrobust.parallel import make_layout
@@ -48,8 +50,8 @@ def _run(tmp_path_factory):
 
 def test_each_term_has_the_eigenvalue_of_its_whole_hessian(tmp_path):
     dataset = open_dataset(CONFIG, tmp_path)
-    found = sharpness.measure_sharpness(
-        CONFIG, dataset, sharpness.SharpnessSettings(12), tmp_path, "digits")
+    found = measure(sharpness.SHARPNESS, open_run(tmp_path, CONFIG, dataset),
+                    sharpness.SharpnessSettings(12), tmp_path, "digits")["eigenvalues"]
     assert set(found) == {"initial"} and set(found["initial"]) == TERMS
     state = initial_state(CONFIG, dataset, make_layout("jit"))
     split = sharpness.make_splits(dataset, CONFIG).train

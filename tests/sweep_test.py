@@ -12,7 +12,7 @@ import pytest
 from command_line import call, metrics_of, one_line
 
 from jaxrobust import data
-from jaxrobust.app import config, files, trainer
+from jaxrobust.app import config, files, run_folder, trainer
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES, get_recipe
 from jaxrobust.app.report import sweep_section
@@ -69,7 +69,7 @@ def contents(folder, names):
 def test_the_values_reach_the_runs(swept):
     assert {path.name for path in swept.iterdir() if path.is_dir()} == {*RUNS, "figures"}
     for name, (lam, std, seed) in RUNS.items():
-        there = config.read_config(swept / name)
+        there = run_folder.read_config(swept / name)
         assert (there.robust.lam, there.noise_std, there.seed) == (lam, std, seed)
         assert (there.width, there.epochs, there.robust.beta) == (2, 2, 0.05)
         assert files.read_json(swept / name / "provenance.json")["runs_together"] == 8
@@ -77,7 +77,7 @@ def test_the_values_reach_the_runs(swept):
 
 def test_a_run_has_the_result_that_it_has_alone(swept, tmp_path):
     name = "lam=1,noise_std=0.2-seed1"
-    trainer.train(config.read_config(swept / name), data.load_dataset("digits"),
+    trainer.train(run_folder.read_config(swept / name), data.load_dataset("digits"),
                    tmp_path / "alone", tensorboard=False)
     alone, together = metrics_of(tmp_path / "alone"), metrics_of(swept / name)
     assert len(alone) == 2

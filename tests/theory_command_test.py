@@ -11,9 +11,10 @@ import pytest
 from command_line import call
 
 from jaxrobust import data, models
-from jaxrobust.app import config, files, trainer
+from jaxrobust.app import config, files, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy, theory
+from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import report
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
@@ -98,7 +99,7 @@ def test_facts_that_hold_on_any_network(checked):
 
 def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(checked):
     folder = checked / "robust-seed0"
-    run = trainer.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    run = trainer.load_run(folder, run_folder.read_config(folder), data.load_dataset("digits"))
     kernel, bias = (np.asarray(part) for part in models.head_parameters(run.state.params))
     test = theory._layers_of(
         run, accuracy.make_test_split(run.dataset, SETTINGS.test_size))
@@ -119,7 +120,7 @@ def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(c
 def test_geometry_is_that_of_all_pairs_of_training_images(checked):
     digits = data.load_dataset("digits")
     folder = checked / "robust-seed0"
-    run = trainer.load_run(folder, config.read_config(folder), digits)
+    run = trainer.load_run(folder, run_folder.read_config(folder), digits)
     split = theory._training_images(run, 100)
     layers = theory._layers_of(run, split)
     features, labels = np.asarray(layers.features, np.float64), np.asarray(layers.labels)
@@ -156,12 +157,12 @@ def test_settings_out_of_range_are_named(changed, named):
     ({"train_size": 10}, "train_size=10 to leave 2 images")])
 def test_too_few_images_are_named(changed, named, checked, tmp_path):
     folder = checked / "robust-seed0"
-    run = trainer.load_run(folder, config.read_config(folder), data.load_dataset("digits"))
+    run = trainer.load_run(folder, run_folder.read_config(folder), data.load_dataset("digits"))
     with pytest.raises(InputError, match=named):
-        theory.measure_theory(run, dataclasses.replace(SETTINGS, **changed), tmp_path, "theory")
+        measure(theory.THEORY, run, dataclasses.replace(SETTINGS, **changed), tmp_path, "theory")
     silent = run._replace(config=dataclasses.replace(run.config, noise_std=0.0))
     with pytest.raises(InputError, match="noise_std of the run=0"):
-        theory.measure_theory(silent, SETTINGS, tmp_path, "theory")
+        measure(theory.THEORY, silent, SETTINGS, tmp_path, "theory")
 
 
 def test_the_estimated_divergence_of_separated_classes_is_nearly_log_2():

@@ -15,11 +15,12 @@ class Command(NamedTuple):
     """Where a command is, and what it does, in a line."""
 
     module: str
-    name: str  # of its class in the module
+    name: str  # in the module: of its class, or of the measurement that it makes
     summary: str
 
 
 _COMMANDS = "jaxrobust.app.commands"
+MEASUREMENTS = "jaxrobust.app.measurements"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_COMMANDS, "Demo", "Compare five training methods on digits, with a report."),
@@ -27,7 +28,8 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(_COMMANDS, "Compare", "Train and test several methods, with a report."),
     "sweep": Command(_COMMANDS, "Sweep", "Compare the values of some settings."),
     "evaluate": Command(_COMMANDS, "Evaluate", "Test trained networks under noise."),
-    "curvature": Command(_COMMANDS, "Curvature", "Measure the curvature of the loss."),
+    "curvature": Command(
+        f"{MEASUREMENTS}.curvature", "CURVATURE", "Measure the curvature of the loss."),
     "figures": Command(_COMMANDS, "Figures", "Relate curvature and robustness, in figures."),
     "report": Command(_COMMANDS, "Report", "Write the report of trained networks."),
     "predict": Command(_COMMANDS, "Predict", "Classify image files, each with its doubt."),
@@ -71,7 +73,10 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
 
 def find(command: Command) -> type:
     """The class of a command."""
-    return getattr(importlib.import_module(command.module), command.name)
+    found = getattr(importlib.import_module(command.module), command.name)
+    if isinstance(found, type):
+        return found
+    return importlib.import_module(_COMMANDS).command_of(found)
 
 
 def help_text(commands: Mapping[str, Command], program: str) -> str:

@@ -20,22 +20,22 @@ from jaxrobust.app import (
     trainer,
 )
 from jaxrobust.app.config import (
-    CurvatureConfig,
     Evaluation,
     InputError,
     RunConfig,
     check_image_size,
     check_seeds,
     distinct,
-    read_config,
     with_settings,
 )
 from jaxrobust.app.datasets import check_perturbations, open_dataset
 from jaxrobust.app.execution import Execution, Feed
-from jaxrobust.app.measurements import accuracy, curvature, robustness
+from jaxrobust.app.measurements import accuracy, robustness, runner
 from jaxrobust.app.measurements.robustness import FigureSettings
+from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.recipe import RECIPES, get_recipe
 from jaxrobust.app.report import comparison, report
+from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.study import sweep
 from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sources
 from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
@@ -340,10 +340,30 @@ class OnRuns:
             run_folder.facts_path(folder, "evaluation", self.name)
         return configs
 
-    def load(self, layout=None):
+    def load(self, layout=None, load=trainer.load_run):
         for folder, config in self.configs():
-            yield folder, trainer.load_run(
-                folder, config, open_dataset(config, self.data_dir), layout)
+            yield folder, load(folder, config, open_dataset(config, self.data_dir), layout)
+
+
+def command_of(measurement: Measurement) -> type[OnRuns]:
+    """The command that makes a measurement of runs, with its settings for options."""
+    def call(self) -> None:
+        layout = self.execution.start() if measurement.parallel else None
+        load = trainer.load_run if measurement.trained else trainer.open_run
+        for folder, run in self.load(layout, load):
+            facts = runner.measure(measurement, run, self.settings, folder, folder.name, self.name)
+            if measurement.text is not None:
+                say(f"{folder}\n{measurement.text(facts)}")
+            say(f"Measured: {run_folder.facts_path(folder, measurement.kind, self.name)}")
+
+    groups = {"settings": measurement.settings}
+    if measurement.parallel:
+        groups["execution"] = Execution()
+    return dataclasses.make_dataclass(
+        measurement.kind, [(name, Annotated[type(default), tyro.conf.arg(name="")], default)
+                           for name, default in groups.items()],
+        bases=(OnRuns,), frozen=True,
+        namespace={"__doc__": measurement.about, "__module__": __name__, "__call__": call})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,39 +379,12 @@ class Evaluate(OnRuns):
         for _, config in self.configs():
             check_perturbations(config, self.settings.perturb)
         for folder, run in self.load(layout):
-            accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
-            path = run_folder.facts_path(folder, "evaluation", self.name)
+            found = accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
             files.barrier("evaluated")
-            found = files.read_json(path)
             if "classes" in found:  # Older ones have none.
                 say(comparison.evaluation_text(found))
             say(doubt.doubt_text(doubt.load_doubt(folder)))
-            say(f"The accuracies are in {path}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Curvature(OnRuns):
-    """Measure the curvature of finished runs' loss at test images.
-
-    What is done already is left as it is; what was broken off goes on.
-    """
-
-    settings: Annotated[CurvatureConfig, tyro.conf.arg(name="")] = CurvatureConfig()
-    test_size: int | None = None
-    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
-    all, in their order."""
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
-
-    def __post_init__(self):
-        if self.test_size is not None:
-            _validate.in_range("test_size", self.test_size, 1)
-
-    def __call__(self) -> None:
-        for folder, run in self.load(self.execution.start()):
-            curvature.measure_curvature(
-                run, self.settings, folder, folder.name, test_size=self.test_size, name=self.name)
-            path = run_folder.facts_path(folder, "curvature", self.name)
-            say(f"The curvatures are in {path.with_suffix('.npz')}")
+            say(f"Measured: {run_folder.facts_path(folder, 'evaluation', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -272,12 +271,17 @@ class CurvatureConfig:
     in the paper."""
     batch_size: int = 32
     """Images at once. It changes the memory and the time, not the values."""
+    test_size: int | None = None
+    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
+    all, in their order."""
 
     def __post_init__(self):
         _validate.one_of("inputs", self.inputs, ("pixels", "normalised"))
         for name, least in (("num_images", 1), ("num_probes", 2), ("smoothing_draws", 3),
                             ("batch_size", 1)):
             _validate.in_range(name, getattr(self, name), least)
+        if self.test_size is not None:
+            _validate.in_range("test_size", self.test_size, 1)
         for name in ("step", "smoothing"):
             if getattr(self, name) is not None:
                 check_length(name, getattr(self, name), self.inputs)
@@ -369,18 +373,3 @@ def from_dict(cls, values: dict):
 
 BEFORE_CHOICES = {"batch_norm_statistics": "running", "class_weights": "none"}
 """What runs had of settings that their files do not name, since they were no choice then."""
-
-
-def read_config(folder: pathlib.Path) -> RunConfig:
-    """The configuration of the run in a folder.
-
-    A setting that is not written there is from before there was the choice: see
-    :data:`BEFORE_CHOICES`.
-
-    Raises:
-      InputError: (a ValueError) if the folder holds no run.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"Expected a run in {folder}, found no config.json there.")
-    return from_dict(RunConfig, BEFORE_CHOICES | json.loads(path.read_text()))

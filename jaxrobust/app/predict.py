@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrobust import _validate, data
 from jaxrobust.app import files, provenance
-from jaxrobust.app.config import InputError, read_config
+from jaxrobust.app.config import InputError
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.doubt import (
     Doubt,
@@ -24,6 +24,7 @@ from jaxrobust.app.doubt import (
     outputs_of,
 )
 from jaxrobust.app.network import read_network
+from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
 from jaxrobust.images import to_float
 from jaxrobust.models import pytorch

@@ -25,11 +25,6 @@ import numpy as np
 from jaxrobust.app import files
 from jaxrobust.app.config import BEFORE_CHOICES, InputError, RunConfig, from_dict, to_json
 
-MEASUREMENTS = {
-    "evaluation": "evaluate", "curvature": "curvature", "steps": "steps", "noise_counts": "figures",
-    "surfaces": "figures", "blocks": "figures", "theory": "theory", "sharpness": "sharpness"}
-"""What is measured of a run, and by which command."""
-
 
 def is_run(folder: pathlib.Path) -> bool:
     """Whether the folder is that of a run."""
@@ -106,9 +101,9 @@ def write_arrays(folder: pathlib.Path, kind: str, arrays: dict[str, np.ndarray],
     files.write_arrays(arrays_path(folder, kind, name), arrays)
 
 
-def named_results(folder: pathlib.Path) -> list[str]:
-    """The measurements of a run that have a name, as their files are called without the suffix."""
-    return sorted(path.stem for kind in MEASUREMENTS for path in folder.glob(f"{kind}-*.json"))
+def named_facts(folder: pathlib.Path, kind: str) -> list[str]:
+    """The facts of a kind that have a name, as their files are called without the suffix."""
+    return [path.stem for path in folder.glob(f"{kind}-*.json")]
 
 
 # --- What a run is, and its log --------------------------------------------------------------

@@ -499,15 +499,34 @@ def is_best(history: list[dict]) -> bool:
 
 
 class TrainedRun(NamedTuple):
-    """A finished run, as the other commands need it."""
+    """A run, as the other commands need it."""
 
     config: RunConfig
     network: Network
     dataset: Dataset | None  # None where only the network is used
     model: nn.Module
-    state: TrainState
-    epoch: int
+    state: TrainState | None  # the best; None where it is not loaded
+    epoch: int | None
     layout: Layout
+
+
+def open_run(
+    folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
+) -> TrainedRun:
+    """A run, finished or not, without its state; arguments are those of :func:`load_run`.
+
+    Raises:
+      InputError: (a ValueError) if the images of its data set are no longer those it was trained
+        with, or no data set is given though the run is from before ``network.json``.
+    """
+    if dataset is not None:
+        check_files(dataset, folder)
+        check_network(dataset, folder)
+    network = read_network(folder) if dataset is None else network_of(dataset)
+    if network is None:
+        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
+    layout = make_layout("jit") if layout is None else layout
+    return TrainedRun(config, network, dataset, model_of(config, network), None, None, layout)
 
 
 def load_run(
@@ -523,23 +542,16 @@ def load_run(
       layout: the devices.
 
     Raises:
-      InputError: (a ValueError) if the run is not finished, the images of its data set are no
-        longer those it was trained with, its weights are not finite, or no data set is given
-        though the run is from before ``network.json``.
+      InputError: (a ValueError) as :func:`open_run` does, if the run is not finished, or its
+        weights are not finite.
     """
     if not run_folder.is_done(folder):
         raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
-    if dataset is not None:
-        check_files(dataset, folder)
-        check_network(dataset, folder)
-    network = read_network(folder) if dataset is None else network_of(dataset)
-    if network is None:
-        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
-    layout = make_layout("jit") if layout is None else layout
+    run = open_run(folder, config, dataset, layout)
     epoch = run_folder.read_facts(folder, "done")["best_epoch"]
-    state = _best_state(folder, epoch, initial_state(config, network, layout))
+    state = _best_state(folder, epoch, initial_state(config, run.network, run.layout))
     _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
-    return TrainedRun(config, network, dataset, model_of(config, network), state, epoch, layout)
+    return run._replace(state=state, epoch=epoch)
 
 
 def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:

@@ -1,0 +1,27 @@
+"""What can be measured of a run: a module each, and :data:`MEASUREMENTS`, which lists them."""
+
+import pathlib
+
+from jaxrobust.app import run_folder
+from jaxrobust.app.measurements.accuracy import ACCURACY, FEATURES, TRAINING
+from jaxrobust.app.measurements.blocks import BLOCKS
+from jaxrobust.app.measurements.curvature import CURVATURE
+from jaxrobust.app.measurements.networks import NETWORKS
+from jaxrobust.app.measurements.noise_counts import NOISE_COUNTS
+from jaxrobust.app.measurements.runner import Measurement
+from jaxrobust.app.measurements.sharpness import SHARPNESS
+from jaxrobust.app.measurements.steps import STEPS
+from jaxrobust.app.measurements.surfaces import SURFACES
+from jaxrobust.app.measurements.theory import THEORY
+from jaxrobust.app.report import sweep_section
+
+MEASUREMENTS: list[Measurement] = [
+    ACCURACY, Measurement("sweep", section=sweep_section.section), TRAINING, CURVATURE, NETWORKS,
+    STEPS, NOISE_COUNTS, SURFACES, BLOCKS, FEATURES, THEORY, SHARPNESS]
+"""In the order of their sections in the report."""
+
+
+def named_results(folder: pathlib.Path) -> list[str]:
+    """The measurements of a run that have a name, as their files are called without the suffix."""
+    return sorted(named for measurement in MEASUREMENTS if measurement.measure
+                  for named in run_folder.named_facts(folder, measurement.kind))

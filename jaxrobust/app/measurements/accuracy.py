@@ -1,6 +1,5 @@
 """Tests finished runs: accuracy under perturbations, and features for the t-SNE figure."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -10,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, data, evaluation, perturbations
-from jaxrobust.app import files, provenance, run_folder
-from jaxrobust.app.config import Evaluation, InputError, training_perturbation
+from jaxrobust.app.config import Evaluation, training_perturbation
 from jaxrobust.app.doubt import measure_doubt
 from jaxrobust.app.execution import batch_size_of
+from jaxrobust.app.measurements.runner import Arrays, Measured, Measurement, Work, measure
 from jaxrobust.app.progress import progress
+from jaxrobust.app.report import pictures, tables
+from jaxrobust.app.report.frame import accuracy_numbers, training_numbers
+from jaxrobust.app.report.page import Section
+from jaxrobust.app.study.read import Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Dataset, Split
 from jaxrobust.images import to_float
@@ -32,53 +35,25 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
     return data.split_off(dataset.test, test_size, seed=0, name="test_size")[1]
 
 
-def settings_asked(settings) -> dict:
-    """The fields of a dataclass of settings, as :func:`keep_result` finds them in a JSON file."""
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(settings).items()}
-
-
-def keep_result(path: pathlib.Path, settings: dict) -> bool:
-    """Whether a result with these settings is there already.
-
-    Raises:
-      InputError: (a ValueError) if one with other settings is.
-    """
-    if not path.is_file():
-        return False
-    differing = {name: (there, settings.get(name))
-                 for name, there in files.read_json(path).get("settings", {}).items()
-                 if there != settings.get(name)}
-    if differing:
-        name, (there, asked) = next(iter(differing.items()))
-        command = run_folder.MEASUREMENTS[path.stem.partition("-")[0]]
-        raise InputError(f"{path} was made with {name}={there}, not {asked}. Keep both with "
-                         f"`{command} --name NAME`, or remove that file to measure anew.")
-    return True
-
-
 def evaluate_run(
     run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str,
     name: str | None = None,
-) -> None:
-    """Writes ``evaluation.json``, ``features.npz`` and ``doubt.json`` into the run's folder; the
-    first two with ``-NAME`` if there is a name.
-
-    Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
-    each draw; once where there is no randomness, as for clean images; and for each class, the mean
-    over the draws. Does nothing if they are there already, with the same settings.
+) -> dict:
+    """Measures :data:`ACCURACY`, whose facts it returns, and the run's doubt, unless it is there.
 
     Raises:
       InputError: (a ValueError) if there is an evaluation with other settings, or the images are
         too small for a perturbation.
     """
-    asked = settings_asked(settings)
-    path, features = (
-        run_folder.facts_path(folder, kind, name) for kind in ("evaluation", "features"))
-    done = keep_result(path, asked)
+    facts = measure(ACCURACY, run, settings, folder, label, name)
     measure_doubt(run, folder)
-    if done:
-        return
+    return facts
+
+
+def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
+    """Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
+    each draw; once where there is no randomness, as for clean images; and for each class, the mean
+    over the draws."""
     split = make_test_split(run.dataset, settings.test_size)
     tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
              for level in settings.noise_levels]
@@ -88,7 +63,7 @@ def evaluate_run(
         tests.append(({"perturb": text}, text, perturb, perturbations.is_random(perturb)))
     draws = [settings.num_draws if random else 1 for *_, random in tests]
     names, results = run.dataset.class_names, []
-    with progress(f"{label}, evaluate", sum(draws)) as shown:
+    with progress(f"{work.label}, evaluate", sum(draws)) as shown:
         for index, ((what, name, perturb, _), num_draws) in enumerate(
                 zip(tests, draws, strict=True)):
             accuracies, by_class = [], []
@@ -101,15 +76,16 @@ def evaluate_run(
                 by_class.append(class_accuracies(correct, split.labels, len(names)))
                 shown.advance(**{f"accuracy at {name}": accuracies[-1]})
             results.append({**what, "accuracies": accuracies, "by_class": mean_by_class(by_class)})
-    _write_features(run, split, settings.tsne_images, features.with_suffix(".npz"))
     num_levels = len(settings.noise_levels)
-    files.write_json(path, {
+    return Measured({
         "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
         "num_images": len(split.labels), "num_draws": settings.num_draws,
         "classes": {"names": list(names),
                     "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
-        "settings": asked, "provenance": provenance.describe()})
+    }, _features_of(run, split, settings.tsne_images))
+
+
 
 
 def class_accuracies(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -133,7 +109,7 @@ def mean_by_class(draws: Sequence[np.ndarray]) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 6) for value in np.mean(draws, axis=0)]
 
 
-def _write_features(run: TrainedRun, split: Split, count: int, path: pathlib.Path) -> None:
+def _features_of(run: TrainedRun, split: Split, count: int) -> Arrays:
     """Features of the first test images, clean and as the training perturbs them."""
     images = split.images[:count]
     variables, perturb = variables_of(run.state), training_perturbation(run.config)
@@ -141,8 +117,7 @@ def _write_features(run: TrainedRun, split: Split, count: int, path: pathlib.Pat
         lambda *rows: _features(run.model, variables, perturb, *rows),
         images, np.arange(len(images)), batch_size=batch_size_of(images))
     noise = run.config.perturb or f"std {run.config.noise_std * 255:g}/255"
-    files.write_arrays(path, {
-        **views, "labels": split.labels[:count], "noise": np.asarray(noise)})
+    return {**views, "labels": split.labels[:count], "noise": np.asarray(noise)}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -157,3 +132,31 @@ def _features(model, variables, perturb, images, indices):
 def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:
     """Each block's outputs, averaged over their positions: [B, channels]."""
     return {name: jnp.mean(block, axis=(1, 2)) for name, block in outputs.blocks.items()}
+
+
+# --- The report ------------------------------------------------------------------------------
+
+
+def _section(study: Study) -> Section:
+    return Section(
+        "accuracy", "Accuracy", "",
+        tuple(filter(None, (tables.accuracy_table(study), tables.balanced_table(study),
+                            tables.perturbation_table(study), tables.class_table(study)))),
+        tuple(filter(None, (pictures.accuracy_picture(study),
+                            pictures.perturbation_picture(study)))))
+
+
+def _training_section(study: Study) -> Section | None:
+    picture = pictures.training_picture(study)
+    return Section("training", "Training", "", (), (picture,)) if picture else None
+
+
+def _features_section(study: Study) -> Section | None:
+    picture = pictures.tsne_picture(study)
+    return Section("features", "Features", "", (), (picture,)) if picture else None
+
+
+ACCURACY = Measurement("evaluation", measure=_measure, command="evaluate", arrays="features",
+                       section=_section, numbers=(training_numbers, accuracy_numbers))
+TRAINING = Measurement("training", section=_training_section)
+FEATURES = Measurement("features", section=_features_section)

@@ -1,20 +1,38 @@
-"""Measures the curvature of finished runs' loss at test images."""
+"""The curvature of the loss in input space, at test images: the paper's Fig. 10."""
 
 import dataclasses
 import functools
-import json
+import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
-from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.doubt import outputs_of
-from jaxrobust.app.measurements.accuracy import keep_result, make_test_split
+from jaxrobust.app.measurements.accuracy import make_test_split
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
+from jaxrobust.app.report.figures import (
+    CurvatureSample,
+    curvature_figure,
+    lowest_share,
+    row_style,
+)
+from jaxrobust.app.report.frame import Number, frame, values_of
+from jaxrobust.app.report.page import (
+    Cell,
+    Picture,
+    Section,
+    Table,
+    TableRow,
+    listed,
+    over_runs,
+)
+from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.images import to_float
 from jaxrobust.models.common import normalise
@@ -30,35 +48,43 @@ made of affine pieces. Rounding in float32 is below 1e-3 for most images; GELU g
 PROBES_AT_ONCE = 4
 """Random directions side by side: compiles faster than one, at the same speed."""
 
+CURVATURES = {
+    "frobenius_squared": "Exact Hessian",
+    "finite_difference": "Finite differences",
+    "smoothed_frobenius_squared": "Noise-averaged loss",
+}
+"""Columns of the curvature file; different quantities on a ReLU network."""
 
-def measure_curvature(
-    run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path, label: str, *,
-    test_size: int | None = None, name: str | None = None,
-) -> None:
-    """Writes ``curvature.npz``, a column for each quantity, and its summary ``curvature.json``;
-    both with ``-NAME`` if there is a name.
+
+def _with_smoothing(run: TrainedRun, settings: CurvatureConfig) -> CurvatureConfig:
+    """The settings with a standard deviation of the noise, where none is given that of the run."""
+    if settings.smoothing is not None:
+        return settings
+    scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
+    return dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
+
+
+def _asked(run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path) -> dict:
+    asked = settings_asked(run, _with_smoothing(run, settings), folder)
+    del asked["batch_size"]  # It changes no value.
+    return asked
+
+
+def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured:
+    """The table of the curvature, a column for each quantity, and its medians.
 
     For the first ``num_images`` test images: the softmax loss and its squared gradient, whether
     the image is classified correctly, the squared Frobenius norm, trace and spectral norm of the
     Hessian, all C eigenvalues of its Gauss-Newton part, Eq. 21 and the smoothed curvature, each
     with its standard error (0 where it is exact). On networks of affine pieces, which the gap
     between Hessian and Gauss-Newton part tells, the norms are exact; on others they are
-    estimated with exact products. Goes on where it was broken off; does nothing if all is there,
-    with the same settings.
+    estimated with exact products.
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings, or logits are not
-        finite.
+      InputError: (a ValueError) if logits are not finite.
     """
-    if settings.smoothing is None:
-        scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
-        settings = dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
-    asked = {name: value for name, value in dataclasses.asdict(settings).items()
-             if name != "batch_size"} | {"test_size": test_size}
-    path = run_folder.facts_path(folder, "curvature", name)
-    if keep_result(path, asked):
-        return
-    split = make_test_split(run.dataset, test_size)
+    settings = _with_smoothing(run, settings)
+    split = make_test_split(run.dataset, settings.test_size)
     count = settings.num_images
     _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
     images, labels = split.images[:count], split.labels[:count]
@@ -66,10 +92,9 @@ def measure_curvature(
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
     size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices
-    partial = _Partial(path.with_suffix(".partial.npz"), asked)
-    linear = partial.facts.get("piecewise_linear")
-    with progress(f"{label}, curvature", count, done=partial.done) as shown:
-        done, variables = partial.done, variables_of(run.state)
+    linear = work.facts.get("piecewise_linear")
+    with progress(f"{work.label}, curvature", count, done=work.rows) as shown:
+        done, variables = work.rows, variables_of(run.state)
         for left in evaluation.padded_batches(count - done, size):
             rows = done + left
             mine = rows[layout.rows_of(size)]
@@ -78,53 +103,20 @@ def measure_curvature(
             if linear is None:
                 gap = float(np.median(_gap(*batch)))
                 linear = gap < PIECEWISE_LINEAR_GAP
-                partial.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
+                work.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
             kept = min(size, count - rows[0])
-            measured = _measure(*batch, settings=settings, linear=linear)
+            measured = _measure_batch(*batch, settings=settings, linear=linear)
             table = {name: values[:kept] for name, values in measured.items()}
-            partial.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
+            work.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
             shown.advance(kept, **{"squared Frobenius norm": float(
                 np.median(table["frobenius_squared"]))})
-    table = partial.table
-    files.write_arrays(path.with_suffix(".npz"), table)
-    files.write_json(path, {
-        **asked, **partial.facts, "with_respect_to": {
+    table = work.table
+    return Measured({
+        **work.asked, **work.facts, "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
         "median": {name: float(np.median(table[name])) for name in (
             "frobenius_squared", "finite_difference", "smoothed_frobenius_squared")},
-        "settings": asked, "provenance": provenance.describe()})
-    if files.is_writer():
-        partial.path.unlink()
-
-
-class _Partial:
-    """The table so far, in a file that a kill leaves whole."""
-
-    def __init__(self, path: pathlib.Path, settings: dict):
-        self.path, self._settings = path, json.dumps(settings, sort_keys=True)
-        self.table: dict[str, np.ndarray] = {}
-        self.facts: dict = {}
-        if not path.is_file():
-            return
-        with np.load(path) as arrays:
-            table = dict(arrays)
-        settings, facts = (str(table.pop(name)) for name in ("settings", "facts"))
-        if settings != self._settings:
-            raise InputError(f"{path} was begun with other settings: {settings}. "
-                             "Keep both with `curvature --name NAME`, or remove that file.")
-        self.table, self.facts = table, json.loads(facts)
-
-    @property
-    def done(self) -> int:
-        """Images measured."""
-        return len(self.table.get("index", ()))
-
-    def add(self, table: dict[str, np.ndarray]) -> None:
-        """Adds rows, and writes the file."""
-        self.table = {name: np.concatenate([self.table[name], values]) if self.table else values
-                      for name, values in table.items()}
-        files.write_arrays(self.path, {
-            **self.table, "settings": self._settings, "facts": json.dumps(self.facts)})
+    }, table)
 
 
 def losses_of(model, variables, labels):
@@ -162,7 +154,7 @@ def _gap(model, layout, variables, *rows):
     return parallel.map_examples(layout, share)(variables, rows)
 
 
-def _measure(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
+def _measure_batch(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
     """One batch's columns.
 
     Estimates by products are a program each: XLA's threads on CPUs may wait for each other forever
@@ -250,3 +242,111 @@ def _with_errors(estimates):
     """Columns of estimates, each with its standard error."""
     return {column: values for name, (value, error) in estimates.items()
             for column, values in ((name, value), (f"{name}_standard_error", error))}
+
+
+# --- The report ------------------------------------------------------------------------------
+
+MEDIAN, MEAN, HIDDEN = "median curvature", "mean curvature", "curvatures of zero or less"
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """Over the images; the medians alone where the arrays are not kept."""
+    for key, name in CURVATURES.items():
+        if run.curvature and key in run.curvature:
+            values = run.curvature[key]
+            finite = values[np.isfinite(values)].astype(np.float64)
+            median, mean = ((np.median(finite), np.mean(finite)) if len(finite) else
+                            (math.nan, math.nan))
+            yield Number(MEDIAN, name, float(median), "1/pixel⁴")
+            yield Number(MEAN, name, float(mean), "1/pixel⁴")
+            yield Number(HIDDEN, name, values.size - int((finite > 0).sum()), "images")
+        elif run.medians and key in run.medians:
+            yield Number(MEDIAN, name, run.medians[key], "1/pixel⁴")
+
+
+def _section(study: Study) -> Section | None:
+    if not _curvature_runs(study):
+        return None
+    return Section(
+        "curvature", "Curvature of the loss in input space",
+        "How fast the gradient of the loss turns when the image changes a little. The paper "
+        "argues that robustness to noise and low curvature go together.",
+        (curvature_table(study),), (curvature_picture(study),))
+
+
+def curvature_table(study: Study) -> Table:
+    """Medians and means of the curvatures over the images, by row."""
+    found, measures = _curvature_runs(study), _measures(study)
+    over = values_of(frame(study, numbers))
+    rows = []
+    for row in found:
+        cells = [Cell(over_runs(over[row, what, name]))
+                 for name in measures.values() for what in (MEDIAN, MEAN)]
+        hidden = [f"{sum(over[row, HIDDEN, name]):g}" for name in measures.values()]
+        rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
+    image_counts = listed(run.curvature["num_images"]
+                          for runs in _curvature_runs(study).values() for run in runs)
+    return Table(
+        "Curvature of the softmax loss in input space.",
+        ("Method", *(head for name in measures.values() for head in (f"{name}: median", "mean")),
+         "Zero or less"), tuple(rows),
+        f"All of the {image_counts} test images of each run, not only the lowest 90 %.",
+        "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
+        "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
+        "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
+        f"show (zero, negative or not finite), {' / '.join(measures.values()).lower()}.")
+
+
+def _measures(study: Study) -> dict[str, str]:
+    """Those of CURVATURES that every run has."""
+    return {key: name for key, name in CURVATURES.items()
+            if all(key in run.curvature
+                   for runs in _curvature_runs(study).values() for run in runs)}
+
+
+def _curvature_runs(study: Study) -> dict[str, list[Run]]:
+    found = {row: [run for run in runs if run.curvature] for row, runs in study.runs.items()}
+    return {row: runs for row, runs in found.items() if runs}
+
+
+def curvature_picture(study: Study) -> Picture:
+    """Box plots of the curvatures."""
+    found, measures = _curvature_runs(study), _measures(study)
+    # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
+    samples = [CurvatureSample(
+        study.labels[row], row_style(list(study.labels).index(row)),
+        {key: np.concatenate([lowest_share(run.curvature[key]) for run in runs])
+         for key in measures}) for row, runs in found.items()]
+    shown = [values for sample in samples for values in sample.values.values()]
+    hidden = sum(int((~(values > 0)).sum()) for values in shown)
+    facts = [run.curvature for runs in found.values() for run in runs]
+    step = listed(f"{one['step']:g}" for one in facts)
+    titles = {"frobenius_squared": "$\\Vert H\\Vert_F^2$ of the exact Hessian",
+              "finite_difference": f"$\\Lambda$ of Eq. 21 at $t$ = {step}"}
+    explained = ("the squared Frobenius norm of the Hessian at the image itself; the paper’s "
+                 "Eq. 21, which also counts the kinks of the ReLUs that its steps cross and may "
+                 "differ by orders of magnitude")
+    if "smoothed_frobenius_squared" in measures:
+        sigma = listed(f"{one['smoothing']:g}" for one in facts)
+        titles["smoothed_frobenius_squared"] = (
+            f"$\\Vert H_\\sigma\\Vert_F^2$ of the loss\naveraged over noise, $\\sigma$ = {sigma}")
+        explained += ("; and the squared Frobenius norm of the Hessian of the loss averaged over "
+                      "noise, in which jumps of the gradient to and fro cancel")
+    return Picture(
+        "curvature", curvature_figure(samples, titles),
+        "Curvature of the softmax loss at clean test images: the lowest 90 % of each run, as in "
+        "the paper’s Fig. 10.",
+        f"{len(measures)} panels of box plots on a logarithmic axis, one box for each of "
+        f"{len(samples)} methods. The curvature table holds medians and means.",
+        f"How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
+        f"percentile. {hidden} of the {sum(map(len, shown))} values are zero or negative and are "
+        "not shown (they lie beyond the left edge, but count for the boxes). The panels show "
+        f"different quantities, from left to right: {explained}. Do not compare the panels. "
+        f"Derivatives with respect to {listed(one['with_respect_to'] for one in facts)}.")
+
+
+CURVATURE = Measurement(
+    "curvature", CurvatureConfig(), _measure, _asked, section=_section, numbers=(numbers,),
+    parallel=True, about="""Measure the curvature of finished runs' loss at test images.
+
+    Resumes interrupted measurements.""")

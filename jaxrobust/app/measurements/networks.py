@@ -3,12 +3,17 @@
 One point for each run, where :mod:`.noise_counts` has one for each image.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from jaxrobust.app.measurements.networks_figure import Network, networks_figure
-from jaxrobust.app.report.figures import row_style
+from jaxrobust.app.measurements.curvature import CURVATURES
+from jaxrobust.app.measurements.runner import Measurement
+from jaxrobust.app.report.figures import Style, add_legend, new_figure, row_style
 from jaxrobust.app.report.frame import table
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
 from jaxrobust.app.study.read import Run, Study
@@ -16,13 +21,6 @@ from jaxrobust.statistics import Coefficient, RankCorrelations
 
 FEWEST = 8
 """Networks without which there is no section."""
-
-CURVATURES = {
-    "frobenius_squared": "Exact Hessian",
-    "finite_difference": "Finite differences",
-    "smoothed_frobenius_squared": "Noise-averaged loss",
-}
-"""Columns of the curvature file; different quantities on a ReLU network."""
 
 CONFIDENCE = 0.95
 """Of the interval of a correlation."""
@@ -152,3 +150,40 @@ def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Pictur
         f"({listed(methods)}). Further left is flatter. Above: accuracy under noise, higher is "
         "better; below: clean accuracy less that, lower is more robust. Medians over the images, "
         "on a logarithmic axis; those of zero or less lie beyond its left edge.")
+
+
+class Network(NamedTuple):
+    """One run."""
+
+    method: str
+    style: Style  # of its method
+    curvature: dict[str, float]  # by measure, in 1/pixel^4
+    accuracy: float  # under noise, per cent
+    lost: float  # clean accuracy less that, in points
+
+
+def networks_figure(networks: Sequence[Network], measures: dict[str, str], level: str) -> Figure:
+    """Accuracy under the noise ``level``, and what it takes, against each curvature."""
+    figure = new_figure(3.7 * len(measures), 6.4)
+    axes = figure.subplots(2, len(measures), squeeze=False, sharex="col", sharey="row")
+    for column, (key, title) in enumerate(measures.items()):
+        for row, name in enumerate(("accuracy", "lost")):
+            for network in networks:
+                axes[row, column].plot(
+                    network.curvature[key], getattr(network, name), linestyle="none",
+                    marker=network.style.marker, color=network.style.color, alpha=0.75,
+                    markeredgecolor="white", markeredgewidth=0.5)
+        axes[0, column].set_title(title)
+        axes[1, column].set_xlabel("Median curvature [1/pixel⁴]")
+        if any(network.curvature[key] > 0 for network in networks):
+            axes[1, column].set_xscale("log", nonpositive="mask")
+    axes[0, 0].set_ylabel(f"Accuracy at {level} [%]")
+    axes[1, 0].set_ylabel(f"Lost from clean to {level} [points]")
+    styles = {network.method: network.style for network in networks}
+    add_legend(figure, [
+        Line2D([], [], linestyle="none", marker=style.marker, color=style.color, label=method)
+        for method, style in styles.items()], columns=5)
+    return figure
+
+
+NETWORKS = Measurement("networks", section=section)

@@ -1,16 +1,30 @@
-"""The report's sections on robustness and curvature: the paper's Fig. 8, 9 and 11 to 13.
+"""Which draws of the test noise leave an image correctly classified, beside the curvature there:
+the paper's Fig. 8 and 9."""
 
-Reads what the command ``figures`` measured; a study without it has none of these sections.
-"""
-
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from jaxrobust.app.measurements import robustness_figures
-from jaxrobust.app.report import figures
+from jaxrobust import evaluation, perturbations
+from jaxrobust.app.execution import batch_size_of
+from jaxrobust.app.measurements.accuracy import make_test_split
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report.figures import (
+    Style,
+    add_legend,
+    new_figure,
+    row_style,
+    wrap,
+    write_across,
+)
 from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import (
     Cell,
@@ -23,13 +37,60 @@ from jaxrobust.app.report.page import (
     over_runs,
     signed,
 )
-from jaxrobust.app.study.read import Run, Study, class_labels
+from jaxrobust.app.study.read import Run, Study
+from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.statistics import (
     CountCorrelation,
     correlation_with_counts,
     lowest_means,
     means_by_count,
 )
+
+SEED = 1
+"""Not the seed of the curvature's probes: noise that repeated the probes of Eq. 21 would be
+correlated with it for that reason alone."""
+
+PERTURBATIONS = {"gaussian": perturbations.gaussian, "uniform": perturbations.uniform}
+"""By name; each with the run's training noise as its standard deviation or amplitude."""
+
+FEW = 10
+"""Images below which a group's mean is marked as resting on few."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSettings:
+    """What is counted."""
+
+    num_draws: int
+    """Independent draws of each noise."""
+    num_images: int
+    """Test images: the first so many."""
+    test_size: int | None
+    """Test images, drawn by class at random with seed 0; none for all."""
+    noise_std: float
+    """Standard deviation or amplitude of the noise."""
+
+
+def _measure(run: TrainedRun, settings: CountSettings, work: Work) -> Measured:
+    """For each draw of each noise, which images are still correct."""
+    split = make_test_split(run.dataset, settings.test_size)
+    images, labels = (values[: settings.num_images] for values in (split.images, split.labels))
+    draws = {}
+    with progress(f"{work.label}, noise", len(PERTURBATIONS) * settings.num_draws) as shown:
+        for number, (name, noise) in enumerate(PERTURBATIONS.items()):
+            correct = []
+            for draw in evaluation.evaluate(
+                run.model, variables_of(run.state), images, labels,
+                perturb=noise(settings.noise_std),
+                key=jax.random.fold_in(jax.random.key(SEED), number),
+                num_draws=settings.num_draws, batch_size=batch_size_of(split.images),
+                layout=run.layout,
+            ):
+                correct.append(draw)
+                shown.advance(**{f"accuracy, {name}": float(draw.mean())})
+            draws[name] = np.stack(correct)  # [draws, images]
+    return Measured(dict(work.asked), {"index": np.arange(len(labels)), "label": labels, **draws})
+
 
 SHARES = np.arange(10, 101, 5)
 """Shares of the images kept in Fig. 8, per cent."""
@@ -59,8 +120,7 @@ MEASURES = {
 COEFFICIENTS = ("Pearson, groups", "Spearman, images", "Spearman, right when clean")
 """Of :class:`~jaxrobust.statistics.CountCorrelation`, as shown."""
 
-SIZES, NEIGHBOURS = "images by correct predictions", "accuracy of the 5 nearest neighbours"
-VIEWS = ("clean", "noisy")
+SIZES = "images by correct predictions"
 
 
 class Counted(NamedTuple):
@@ -100,19 +160,8 @@ def _same_images(counts: dict, curvature: dict | None) -> bool:
                                          for name in ("num_images", "test_size"))
 
 
-def _first_results(study: Study, name: str) -> dict[str, tuple[Run, dict]]:
-    """The first seed's run with that result, by row."""
-    found = {}
-    for row, runs in study.runs.items():
-        for run in runs:
-            result = run.result(name) if row not in found else None
-            if result:
-                found[row] = run, result
-    return found
-
-
-def _style(study: Study, row: str) -> figures.Style:
-    return figures.row_style(list(study.labels).index(row))
+def _style(study: Study, row: str) -> Style:
+    return row_style(list(study.labels).index(row))
 
 
 def _measures(found: dict[str, list[Counted]]) -> dict[str, Measure]:
@@ -147,15 +196,6 @@ def numbers(run: Run) -> Iterator[Number]:
                 for k, mean in enumerate(means):
                     yield Number("mean curvature by correct predictions",
                                  f"{where}, {k} of {num_draws}", mean, "1/pixel⁴")
-
-
-def block_numbers(run: Run) -> Iterator[Number]:
-    """How well the features of each block separate the classes."""
-    blocks = run.result("blocks")
-    for index, block in enumerate(blocks["blocks"] if blocks else ()):
-        for view in VIEWS:
-            yield Number(NEIGHBOURS, f"{block}, {view}",
-                         100 * float(blocks[f"{view}_neighbours"][index]), "%")
 
 
 # --- Words -----------------------------------------------------------------------------------
@@ -265,27 +305,6 @@ def sizes_table(study: Study, found: dict[str, list[Counted]]) -> Table:
                  f"{num_draws} draws; of all seeds together.", folded=True)
 
 
-def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Table:
-    """How well the features of each block separate the classes, in numbers."""
-    blocks = list(dict.fromkeys(name for _, result in results.values()
-                                for name in result["blocks"]))
-    values = values_of(frame(study, block_numbers))
-    rows = [TableRow(study.labels[row], tuple(
-        Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
-        for block in blocks for view in VIEWS
-        for of_first in (values.get((row, NEIGHBOURS, f"{block}, {view}")),))) for row in results]
-    columns = [name for block in blocks for name in (f"{_block_name(block)}: clean", "noisy")]
-    return Table(
-        "How well each block’s features separate the classes: accuracy in % of the 5 nearest "
-        "neighbours.", ("Method", *columns), tuple(rows),
-        f"{listed(count(result['num_images']) for _, result in results.values())} test images; "
-        f"first seed of each method.",
-        "How to read: the share of images whose class is the commonest among the five other "
-        "images with the nearest features (averaged over the positions of the block’s outputs), "
-        "clean among clean, noisy among noisy. Unlike the t-SNE pictures below, a number of the "
-        "features themselves.")
-
-
 def _num_draws(found: dict[str, list[Counted]]) -> int:
     return next(one.counts["num_draws"] for runs in found.values() for one in runs)
 
@@ -298,11 +317,101 @@ def _counted_details(found: dict[str, list[Counted]]) -> str:
             "[0, 1].")
 
 
-def _block_name(block: str) -> str:
-    return block.replace("block", "Block ")
-
-
 # --- Figures ---------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """Of one row of the table, in one panel."""
+
+    label: str
+    style: Style
+    x: np.ndarray  # [n], increasing
+    y: np.ndarray  # [n]; NaN where there is none
+    sizes: np.ndarray  # [n]; images behind each point
+
+
+class Panel(NamedTuple):
+    """One kind of noise and one measure of the curvature."""
+
+    noise: str  # the same along a row of panels
+    measure: str  # the same along a column
+    lines: tuple[Line, ...]
+
+
+def kept_share_figure(panels: Sequence[Panel]) -> Figure:
+    """Fig. 8: noisy accuracy of the images of lowest curvature, against the share kept."""
+    figure, grid = _grid(panels)
+    for ax, panel in grid:
+        for line in panel.lines:
+            ax.plot(line.x, line.y, color=line.style.color, marker=line.style.marker,
+                    linestyle=line.style.dashes, linewidth=1.3, markersize=5,
+                    markeredgecolor="white", markeredgewidth=0.5)
+        ax.set_xlabel("Images kept, lowest curvature first [%]")
+        ax.set_ylabel("Accuracy under noise [%]")
+        ax.label_outer()
+    add_legend(figure, _line_handles(panels))
+    return figure
+
+
+def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]) -> Figure:
+    """Fig. 9: mean clean curvature by number of correct predictions, on a logarithmic axis.
+
+    The size of a marker grows with its group; an open one stands for fewer than :data:`FEW`
+    images. Means of zero or less are not shown. ``units`` gives the axis label by measure.
+    """
+    figure, grid = _grid(panels, sharey="col")
+    shown = {panel.measure: [] for panel in panels}
+    for ax, panel in grid:
+        for line in panel.lines:
+            on = np.isfinite(line.y) & (line.y > 0)
+            x, y, sizes = line.x[on], line.y[on], line.sizes[on]
+            shown[panel.measure] += y.tolist()
+            ax.plot(x, y, color=line.style.color, linestyle=line.style.dashes, linewidth=1.1)
+            for many in (True, False):
+                of_kind = (sizes >= FEW) == many
+                ax.scatter(x[of_kind], y[of_kind], s=14 + 110 * np.sqrt(
+                    sizes[of_kind] / max(1, line.sizes.sum())), marker=line.style.marker,
+                    facecolor=line.style.color if many else "white", linewidths=1,
+                    edgecolor="white" if many else line.style.color, zorder=3)
+    for ax, panel in grid:
+        values = shown[panel.measure]
+        if not values:
+            write_across(ax, "no mean above zero")
+        ax.set_yscale("log")
+        ax.set_ylim(*((min(values) / 2, max(values) * 2) if values else (1e-6, 1)))
+        # The default labels powers of ten only, of which flat lines may cross none.
+        if values and max(values) < 30 * min(values):
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+        ax.set_xlim(-0.04 * num_draws, 1.04 * num_draws)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=11))
+        ax.set_xlabel(f"Correct predictions in {num_draws} draws")
+        ax.set_ylabel(units[panel.measure])
+    for ax in figure.axes:
+        if not ax.get_subplotspec().is_last_row():
+            ax.set_xlabel("")
+    add_legend(figure, _line_handles(panels))
+    return figure
+
+
+def _grid(panels: Sequence[Panel], sharey: bool | str = True):
+    """A figure, and each panel with its axes: noises are rows, measures columns."""
+    noises, measures = (list(dict.fromkeys(values)) for values in (
+        (panel.noise for panel in panels), (panel.measure for panel in panels)))
+    figure = new_figure(max(7, 5.5 * len(measures)), 1.2 + 3.0 * len(noises))
+    axes = figure.subplots(len(noises), len(measures), squeeze=False, sharex=True, sharey=sharey)
+    grid = [(axes[noises.index(panel.noise), measures.index(panel.measure)], panel)
+            for panel in panels]
+    for ax, panel in grid:
+        ax.set_title(f"{panel.measure}, {panel.noise}", fontsize=11)
+    return figure, grid
+
+
+def _line_handles(panels: Sequence[Panel]) -> list[Line2D]:
+    styles = {line.label: line.style for panel in panels for line in panel.lines}
+    return [Line2D([], [], color=style.color, marker=style.marker, linestyle=style.dashes,
+                   linewidth=1.4, label=wrap(label)) for label, style in styles.items()]
 
 
 def kept_share_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
@@ -318,7 +427,7 @@ def kept_share_picture(study: Study, found: dict[str, list[Counted]]) -> Picture
 
     panels = _panels(study, found, line)
     return Picture(
-        "accuracy_by_curvature", robustness_figures.kept_share_figure(panels),
+        "accuracy_by_curvature", kept_share_figure(panels),
         "Accuracy under noise of the images with the lowest curvature (the paper’s Fig. 8).",
         f"Line charts of accuracy under noise in per cent against the share of images kept, a "
         f"line for each of {len(found)} methods; {len(panels)} panels.",
@@ -340,12 +449,12 @@ def groups_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
         means, sizes = means_by_count(
             np.concatenate([one.curvature[key] for one in found[row]]),
             np.concatenate([one.correct(noise).sum(axis=0) for one in found[row]]), num_draws)
-        few += int(((sizes > 0) & (sizes < robustness_figures.FEW)).sum())
+        few += int(((sizes > 0) & (sizes < FEW)).sum())
         hidden += int((means <= 0).sum())
         return np.arange(num_draws + 1), means, sizes
 
     panels = _panels(study, found, line)
-    figure = robustness_figures.groups_figure(
+    figure = groups_figure(
         panels, num_draws, {measure.title: measure.axis for measure in MEASURES.values()})
     groups = sum(int((line.sizes > 0).sum()) for panel in panels for line in panel.lines)
     zeros = f" {hidden} means of zero or less are not shown." if hidden else ""
@@ -358,65 +467,15 @@ def groups_picture(study: Study, found: dict[str, list[Counted]]) -> Picture:
         "hold the coefficients.",
         f"How to read: images on the right keep their right class in all {num_draws} draws. A "
         "line that falls says that images of higher curvature are misclassified more often. "
-        f"Larger marker: more images; open marker: fewer than {robustness_figures.FEW} images "
+        f"Larger marker: more images; open marker: fewer than {FEW} images "
         f"({few} of the {groups} means), of which one image may move the mean far.{zeros} Heights "
         "of the two columns do not compare." + _shown_measures(found) + _not_finite(found))
 
 
-def surfaces_picture(study: Study, results: dict[str, tuple[Run, dict]]) -> Picture:
-    """Fig. 11: the negative loss around a few images, the same for all methods."""
-    first = next(iter(results.values()))[1]
-    same = {row: result for row, (_, result) in results.items()
-            if np.array_equal(result["image"], first["image"])
-            and np.array_equal(result["offsets"], first["offsets"])}
-    planes = [robustness_figures.LossPlanes(study.labels[row], result["offsets"],
-                                            result["values"]) for row, result in same.items()]
-    names = [first["class_names"][label] for label in first["label"]]
-    left_out = [study.labels[row] for row in results if row not in same]
-    return Picture(
-        "loss_surfaces", robustness_figures.surfaces_figure(first["image"], names, planes),
-        "The negative of the softmax loss over a plane through a test image (the paper’s "
-        "Fig. 11).",
-        f"Filled contours of the negative loss, a panel for each of {len(names)} images and "
-        f"{len(planes)} methods.",
-        "How to read: the dot is the image on the left, bright means a small loss. Up is the "
-        "direction in which this network’s loss grows fastest at the image, right a random one "
-        "at a right angle to it (the same random vector for all methods, before it is set at a "
-        f"right angle). Offsets are Euclidean distances in pixel units, up to "
-        f"{first['extent']:.2f}: the length of a typical noise vector, the training noise’s "
-        f"standard deviation {first['noise_std']:g} times the square root of the number of "
-        "values in an image. Colours compare within a line of panels, not between lines. Closely "
-        "spaced contours that bend are a curved loss. Points outside [0, 1] are not clipped."
-        + (f" Not shown, of other images: {', '.join(left_out)}." if left_out else ""))
-
-
-def blocks_picture(study: Study, results: dict[str, tuple[Run, dict]], view: str) -> Picture:
-    """Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
-    other = {"clean": "noisy", "noisy": "clean"}[view]
-    planes = [robustness_figures.BlockPlanes(
-        study.labels[row],
-        tuple(f"{_block_name(block)} ({channels} channels)" for block, channels in zip(
-            result["blocks"], result["channels"], strict=True)),
-        result[view], result[other], result["label"]) for row, (_, result) in results.items()]
-    names = class_labels(next(iter(results.values()))[1]["class_names"])
-    noise = listed(result["noise_std"] for _, result in results.values())
-    which, number = (("clean test images", 12) if view == "clean" else
-                     (f"test images with Gaussian noise of std {noise} of the pixel range", 13))
-    return Picture(
-        f"blocks_{view}", robustness_figures.blocks_figure(planes, names),
-        f"Outputs of the network’s blocks, by t-SNE: {which} (the paper’s Fig. {number}).",
-        f"Scatter plots coloured by class, a panel for each block of {len(planes)} methods.",
-        "How to read: a point for each test image, its block’s outputs averaged over their "
-        "positions, colour and marker by its true class. Clean and noisy images share one "
-        "embedding of each panel, so the same place in the clean and in the noisy figure is the "
-        "same feature. Directions, distances between clusters and sizes have no meaning in "
-        "t-SNE; the table above holds a number for each panel.")
-
-
 def _panels(study: Study, found: dict[str, list[Counted]], line: Callable
-            ) -> list[robustness_figures.Panel]:
-    return [robustness_figures.Panel(NOISES[noise], measure.title, tuple(
-        robustness_figures.Line(study.labels[row], _style(study, row), *line(row, key, noise))
+            ) -> list[Panel]:
+    return [Panel(NOISES[noise], measure.title, tuple(
+        Line(study.labels[row], _style(study, row), *line(row, key, noise))
         for row in found)) for noise in NOISES for key, measure in _measures(found).items()]
 
 
@@ -433,32 +492,23 @@ def _not_finite(found: dict[str, list[Counted]]) -> str:
     return f" {number} curvatures that are not finite are left out." if number else ""
 
 
-# --- Sections --------------------------------------------------------------------------------
+# --- Section ---------------------------------------------------------------------------------
 
 
-def sections(study: Study) -> list[Section]:
-    """Those whose results are there."""
-    made = []
+def _section(study: Study) -> Section | None:
     found, left_out = _counted_runs(study)
-    if found:
-        tables = [correlation_table(study, found, noise) for noise in NOISES]
-        lead = ("Are images at which the loss curves more the ones that noise turns wrong? By "
-                "each measure of curvature, which are different quantities.")
-        if left_out:
-            lead += (" Not shown, measured with other images or draws: "
-                     f"{'; '.join(left_out)}.")
-        made.append(Section(
-            "robustness", "Curvature and correct predictions under noise", lead,
-            (*tables, sizes_table(study, found)),
-            (kept_share_picture(study, found), groups_picture(study, found))))
-    surfaces = _first_results(study, "surfaces")
-    if surfaces:
-        made.append(Section("surfaces", "Loss around an image", "", (),
-                            (surfaces_picture(study, surfaces),)))
-    blocks = _first_results(study, "blocks")
-    if blocks:
-        made.append(Section(
-            "blocks", "Features of the blocks", "",
-            (neighbours_table(study, blocks),),
-            tuple(blocks_picture(study, blocks, view) for view in ("clean", "noisy"))))
-    return made
+    if not found:
+        return None
+    tables = [correlation_table(study, found, noise) for noise in NOISES]
+    lead = ("Are images at which the loss curves more the ones that noise turns wrong? By "
+            "each measure of curvature, which are different quantities.")
+    if left_out:
+        lead += f" Not shown, measured with other images or draws: {'; '.join(left_out)}."
+    return Section(
+        "robustness", "Curvature and correct predictions under noise", lead,
+        (*tables, sizes_table(study, found)),
+        (kept_share_picture(study, found), groups_picture(study, found)))
+
+
+NOISE_COUNTS = Measurement(
+    "noise_counts", measure=_measure, section=_section, numbers=(numbers,), command="figures")

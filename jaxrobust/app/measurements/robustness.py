@@ -1,52 +1,26 @@
-"""Measures finished runs for the paper's Fig. 8, 9 and 11 to 13.
-
-Each result is a JSON file, written last, beside an npz file in the run's folder:
-
-    noise_counts  which draws of the test noise leave an image correctly classified
-    surfaces      the loss over a plane through a few test images
-    blocks        the outputs of the network's blocks in the plane, clean and noisy
-"""
+"""What the command ``figures`` measures: all that the paper's Fig. 8, 9 and 11 to 13 show."""
 
 import dataclasses
-import functools
-import math
 import pathlib
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxrobust import _validate, curvature, evaluation, perturbations
-from jaxrobust.app import files, provenance, run_folder
+from jaxrobust import _validate
+from jaxrobust.app import run_folder
 from jaxrobust.app.config import CurvatureConfig, InputError, distinct
-from jaxrobust.app.execution import batch_size_of
-from jaxrobust.app.measurements.accuracy import (
-    NOISE_SEED,
-    keep_result,
-    make_test_split,
-    pooled_blocks,
+from jaxrobust.app.measurements.accuracy import make_test_split
+from jaxrobust.app.measurements.blocks import BLOCKS, NEIGHBOURS, BlockSettings
+from jaxrobust.app.measurements.curvature import CURVATURE
+from jaxrobust.app.measurements.noise_counts import NOISE_COUNTS, CountSettings
+from jaxrobust.app.measurements.runner import measure
+from jaxrobust.app.measurements.surfaces import (
+    NUM_SURFACES,
+    SURFACES,
+    SurfaceSettings,
+    first_of_classes,
 )
-from jaxrobust.app.measurements.curvature import losses_of, measure_curvature
-from jaxrobust.app.progress import progress
-from jaxrobust.app.report import figures
-from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.data import Split
-from jaxrobust.images import to_float
-from jaxrobust.statistics import neighbour_accuracy
+from jaxrobust.app.trainer import TrainedRun
 
-NOISES = {"gaussian": perturbations.gaussian, "uniform": perturbations.uniform}
-"""By name; each with the run's training noise as its standard deviation or amplitude."""
-
-COUNT_SEED = 1
-"""Not the seed of the curvature's probes: noise that repeated the probes of Eq. 21 would be
-correlated with it for that reason alone."""
-
-SURFACE_SEED = 0
-NUM_SURFACES = 3
-"""Images whose surface is shown where none are named."""
-
-NEIGHBOURS = 5
-"""Of the classifier that says how well a block's features separate the classes."""
+FIGURES = NOISE_COUNTS, SURFACES, BLOCKS
+"""What is measured, beside the curvature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,141 +79,34 @@ def measure_robustness(
     _validate.in_range("number of test images", there, NEIGHBOURS + 1)
     for number in settings.surface_images or ():
         _validate.in_range("surface image", number, 0, there)
-    facts = _measure_curvature(run, settings, folder, label, name)
+    given = run, _curvature_settings(run, settings, folder, name)
+    facts = measure(CURVATURE, *given, folder, label, name)
     test_size = facts["settings"]["test_size"]
-    split = make_test_split(run.dataset, test_size)
+    labels = make_test_split(run.dataset, test_size).labels
     shared = {"test_size": test_size, "noise_std": run.config.noise_std}
-    counts, surfaces, blocks = (run_folder.facts_path(folder, kind, name) for kind in (
-        "noise_counts", "surfaces", "blocks"))
-    _count_correct(run, split, {"num_draws": settings.num_draws,
-                                "num_images": facts["num_images"], **shared}, counts, label)
-    chosen = settings.surface_images or first_of_classes(split.labels, NUM_SURFACES)
-    _measure_surfaces(run, split, {"images": list(chosen),
-                                   "resolution": settings.surface_resolution, **shared},
-                      surfaces, label)
-    _embed_blocks(run, split, {"num_images": min(settings.tsne_images, len(split.labels)),
-                               **shared}, blocks, label)
+    for measurement, asked in (
+        (NOISE_COUNTS, CountSettings(settings.num_draws, facts["num_images"], **shared)),
+        (SURFACES, SurfaceSettings(
+            settings.surface_images or tuple(first_of_classes(labels, NUM_SURFACES)),
+            settings.surface_resolution, **shared)),
+        (BLOCKS, BlockSettings(min(settings.tsne_images, len(labels)), **shared)),
+    ):
+        measure(measurement, run, asked, folder, label, name)
 
 
-def first_of_classes(labels: np.ndarray, count: int) -> list[int]:
-    """The first image of each of the ``count`` classes that come first."""
-    return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
-
-
-def _measure_curvature(run, settings, folder, label, name) -> dict:
-    """The facts of the run's curvature, which is measured first where there is none."""
+def _curvature_settings(run, settings, folder, name) -> CurvatureConfig:
+    """Those of the run's curvature that is there or, if none is, of its evaluation, where the
+    settings do not say."""
     asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
              "test_size": settings.test_size}
     asked = {setting: value for setting, value in asked.items() if value is not None}
-    path = run_folder.facts_path(folder, "curvature", name)
-    if path.is_file():
-        keep_result(path, files.read_json(path)["settings"] | asked)
-    else:
-        if (folder / "evaluation.json").is_file():
-            there = files.read_json(folder / "evaluation.json")["settings"]
-            asked = {"test_size": there["test_size"]} | asked
-        test_size = asked.pop("test_size", None)
-        num_test = len(make_test_split(run.dataset, test_size).labels)
-        if settings.curvature_images is None:
-            asked["num_images"] = min(CurvatureConfig().num_images, num_test)
-        _validate.in_range("curvature_images", asked["num_images"], 1, num_test, open_high=False)
-        measure_curvature(
-            run, CurvatureConfig(**asked), folder, label, test_size=test_size, name=name)
-    return files.read_json(path)
-
-
-def _count_correct(run, split: Split, asked: dict, path, label) -> None:
-    """Writes ``noise_counts``: for each draw of each noise, which images are still correct."""
-    if keep_result(path, asked):
-        return
-    images, labels = (values[: asked["num_images"]] for values in (split.images, split.labels))
-    draws = {}
-    with progress(f"{label}, noise", len(NOISES) * asked["num_draws"]) as shown:
-        for number, (name, noise) in enumerate(NOISES.items()):
-            correct = []
-            for draw in evaluation.evaluate(
-                run.model, variables_of(run.state), images, labels,
-                perturb=noise(asked["noise_std"]),
-                key=jax.random.fold_in(jax.random.key(COUNT_SEED), number),
-                num_draws=asked["num_draws"], batch_size=batch_size_of(split.images),
-                layout=run.layout,
-            ):
-                correct.append(draw)
-                shown.advance(**{f"accuracy, {name}": float(draw.mean())})
-            draws[name] = np.stack(correct)  # [draws, images]
-    files.write_arrays(path.with_suffix(".npz"),
-                      {"index": np.arange(len(labels)), "label": labels, **draws})
-    _write_facts(path, asked)
-
-
-def _measure_surfaces(run, split: Split, asked: dict, path, label) -> None:
-    """Writes ``surfaces``: the loss of each image over the plane of Fig. 11."""
-    if keep_result(path, asked):
-        return
-    for number in asked["images"]:
-        _validate.in_range("surface image", number, 0, len(split.labels))
-    chosen = np.array(asked["images"])
-    images, labels = split.images[chosen], split.labels[chosen]
-    # The length of a typical noise vector: the plane reaches as far as the noise does.
-    extent = asked["noise_std"] * math.sqrt(images[0].size)
-    with progress(f"{label}, loss surfaces", len(chosen)) as shown:
-        surface = _surface(
-            run.model, variables_of(run.state), to_float(jnp.asarray(images)),
-            jnp.asarray(labels), jnp.asarray(chosen), extent, asked["resolution"])
-        values = np.asarray(surface.values)
-        shown.advance(len(chosen), **{"largest loss": float(values.max())})
-    files.write_arrays(path.with_suffix(".npz"), {
-        "index": chosen, "image": images, "label": labels,
-        "offsets": np.asarray(surface.offsets), "values": values})
-    _write_facts(path, asked, extent=extent, class_names=list(run.dataset.class_names))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "extent", "resolution"))
-def _surface(model, variables, images, labels, indices, extent, resolution):
-    loss, _ = losses_of(model, variables, labels)
-    return curvature.loss_surface(
-        loss, images, jax.random.key(SURFACE_SEED), extent=extent, resolution=resolution,
-        indices=indices)
-
-
-def _embed_blocks(run, split: Split, asked: dict, path, label) -> None:
-    """Writes ``blocks``: each block's pooled outputs in the plane, clean and noisy together."""
-    if keep_result(path, asked):
-        return
-    images, labels = (values[: asked["num_images"]] for values in (split.images, split.labels))
-    noise = perturbations.gaussian(asked["noise_std"])
-    variables = variables_of(run.state)
-    views = evaluation.map_batches(
-        lambda *rows: _pooled_blocks(run.model, variables, noise, *rows),
-        images, np.arange(len(images)), batch_size=batch_size_of(images))
-    names = list(views["clean"])
-    planes, accuracies = {view: [] for view in views}, {view: [] for view in views}
-    with progress(f"{label}, t-SNE of the blocks", len(names)) as shown:
-        for name in names:
-            joint = figures.joint_tsne(views["clean"][name], views["noisy"][name])
-            for number, (view, features) in enumerate(views.items()):
-                planes[view].append(
-                    np.full((len(labels), 2), np.nan) if joint is None else joint[number])
-                accuracies[view].append(neighbour_accuracy(
-                    features[name], labels, num_neighbours=NEIGHBOURS))
-            shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
-    files.write_arrays(path.with_suffix(".npz"), {
-        "label": labels, **{view: np.stack(values) for view, values in planes.items()},
-        **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()}})
-    _write_facts(path, asked, blocks=names, class_names=list(run.dataset.class_names),
-                 channels=[features.shape[1] for features in views["clean"].values()])
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _pooled_blocks(model, variables, noise, images, indices):
-    """Global average pooling of each block's outputs, for either view: each [B, channels]."""
-    clean = to_float(images)
-    # The noise of the figure of the penultimate features.
-    noisy = perturbations.per_example(noise, jax.random.key(NOISE_SEED), clean, indices)
-    return {view: pooled_blocks(model.apply(variables, inputs, train=False))
-            for view, inputs in (("clean", clean), ("noisy", noisy))}
-
-
-def _write_facts(path: pathlib.Path, asked: dict, **facts) -> None:
-    files.write_json(path, {**asked, **facts, "settings": asked,
-                           "provenance": provenance.describe()})
+    there = run_folder.read_facts(folder, "curvature", name)
+    if there is not None:
+        return CurvatureConfig(**there["settings"] | asked)
+    evaluated = run_folder.read_facts(folder, "evaluation")
+    if evaluated is not None:
+        asked = {"test_size": evaluated["settings"]["test_size"]} | asked
+    num_test = len(make_test_split(run.dataset, asked.get("test_size")).labels)
+    asked = {"num_images": min(CurvatureConfig().num_images, num_test)} | asked
+    _validate.in_range("curvature_images", asked["num_images"], 1, num_test, open_high=False)
+    return CurvatureConfig(**asked)

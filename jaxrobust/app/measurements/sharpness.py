@@ -15,14 +15,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxrobust import _validate, data, training
-from jaxrobust.app import files, provenance, run_folder
-from jaxrobust.app.config import InputError, RunConfig, training_perturbation
-from jaxrobust.app.measurements.accuracy import keep_result, settings_asked
+from jaxrobust.app import run_folder
+from jaxrobust.app.config import InputError, training_perturbation
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.program import (
     class_weights_of,
     initial_state,
     method_of,
-    model_of,
     start_from,
 )
 from jaxrobust.app.progress import progress
@@ -37,8 +36,7 @@ from jaxrobust.app.report.page import (
     significant,
 )
 from jaxrobust.app.study.read import Run, Study
-from jaxrobust.app.trainer import load_run, make_splits
-from jaxrobust.data import Dataset
+from jaxrobust.app.trainer import TrainedRun, load_run, make_splits
 from jaxrobust.parallel import make_layout
 from jaxrobust.statistics import largest_eigenvalue, largest_stable_rate
 
@@ -62,36 +60,28 @@ class SharpnessSettings:
             _validate.in_range("num_images", self.num_images, 1)
 
 
-def measure_sharpness(
-    config: RunConfig, dataset: Dataset, settings: SharpnessSettings, folder: pathlib.Path,
-    label: str, name: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Writes ``sharpness.json``: the largest Hessian eigenvalue of each term, in the parameters;
-    with a name, ``sharpness-NAME.json``.
+def _asked(run: TrainedRun, settings: SharpnessSettings, folder: pathlib.Path) -> dict:
+    if run.config.optimizer.name != "sgd":
+        raise InputError(f"Expected optimizer.name=sgd of {folder}, whose limit of the rate is "
+                         f"known, got {run.config.optimizer.name}.")
+    return {"num_images": settings.num_images or run.config.batch_size,
+            "finished": run_folder.is_done(folder)}
 
-    Of the terms of the run's method, each at weight 1, and of the whole loss with the run's
-    weights, at a batch of training images without augmentation, with batch norm in training mode;
-    before training and, if the run is finished, in its best epoch. Exact products with the
-    Hessian (``jax.jvp`` of ``jax.grad``). Does nothing if it is there already, with the same
-    settings.
 
-    Returns:
-      By state (``initial``, ``best``) and term; ``loss`` is the whole.
+def _measure(run: TrainedRun, settings: SharpnessSettings, work: Work) -> Measured:
+    """The largest Hessian eigenvalue, in the parameters, by state (``initial``, ``best``) and term;
+    ``loss`` is the whole.
+
+    Each term of the run's method is taken at weight 1, and the whole loss with the run's weights,
+    at a batch of training images without augmentation, with batch norm in training mode; before
+    training and, if the run is finished, in its best epoch. Exact products with the Hessian
+    (``jax.jvp`` of ``jax.grad``).
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings, the run is not
-        trained by SGD, of which alone the limit of the rate is, or the file of weights that it
-        starts from cannot be read.
+      InputError: (a ValueError) if the run is not trained by SGD, of which alone the limit of the
+        rate is, or the file of weights that it starts from cannot be read.
     """
-    if config.optimizer.name != "sgd":
-        raise InputError(f"Expected optimizer.name=sgd of {folder}, whose limit of the rate is "
-                         f"known, got {config.optimizer.name}.")
-    count = config.batch_size if settings.num_images is None else settings.num_images
-    finished = (folder / "done.json").is_file()
-    asked = settings_asked(SharpnessSettings(count)) | {"finished": finished}
-    path = run_folder.facts_path(folder, "sharpness", name)
-    if keep_result(path, asked):
-        return files.read_json(path)["eigenvalues"]
+    config, dataset, count = run.config, run.dataset, work.asked["num_images"]
     train = make_splits(dataset, config).train
     _validate.in_range("num_images", count, 2, len(train.labels), open_high=False)
     batch = jax.jit(functools.partial(
@@ -102,13 +92,13 @@ def measure_sharpness(
     if config.init_from is not None:
         states["initial"], _ = start_from(
             config.init_from, states["initial"], config, dataset, layout)
-    if finished:
-        states["best"] = load_run(folder, config, dataset).state
-    model = model_of(config, dataset)
+    if work.asked["finished"]:
+        states["best"] = load_run(work.folder, config, dataset).state
+    model = run.model
     weights = class_weights_of(config, dataset)
     terms = _terms(model, config, weights, states["initial"], batch)
     eigenvalues: dict[str, dict[str, float]] = {}
-    with progress(f"{label}, sharpness", len(states) * len(terms)) as shown:
+    with progress(f"{work.label}, sharpness", len(states) * len(terms)) as shown:
         for name, state in states.items():
             start = np.random.default_rng(SEED).normal(size=ravel_pytree(state.params)[0].size)
             for term in terms:
@@ -123,11 +113,9 @@ def measure_sharpness(
                 value = largest_eigenvalue(product, start)
                 eigenvalues.setdefault(name, {})[term] = value
                 shown.advance(**{term: value})
-    files.write_json(path, {
+    return Measured({
         "eigenvalues": eigenvalues, "learning_rate": config.optimizer.learning_rate,
-        "momentum": config.optimizer.momentum, "settings": asked,
-        "provenance": provenance.describe()})
-    return eigenvalues
+        "momentum": config.optimizer.momentum})
 
 
 def _values(model, config, class_weights, params, state, batch) -> dict[str, jax.Array]:
@@ -171,8 +159,7 @@ def numbers(run: Run) -> Iterator[Number]:
         yield Number(RATE, STATES[state], result["learning_rate"], "")
 
 
-def section(study: Study) -> Section | None:
-    """Of the report; None if no run was measured."""
+def _section(study: Study) -> Section | None:
     found = values_of(frame(study, numbers))
     if not found:
         return None
@@ -196,9 +183,18 @@ def section(study: Study) -> Section | None:
                "moves to flatter places."),))
 
 
-def table_text(eigenvalues: dict[str, dict[str, float]], momentum: float) -> str:
+def table_text(facts: dict) -> str:
     """The result as plain text, a line for each state and term."""
     return "\n".join(
         f"{STATES[state]}: {term}: {significant(value)}; stable below a rate of "
-        f"{significant(largest_stable_rate(value, momentum))}"
-        for state, values in eigenvalues.items() for term, value in values.items())
+        f"{significant(largest_stable_rate(value, facts['momentum']))}"
+        for state, values in facts["eigenvalues"].items() for term, value in values.items())
+
+
+SHARPNESS = Measurement(
+    "sharpness", SharpnessSettings(), _measure, _asked, section=_section, numbers=(numbers,),
+    text=table_text, trained=False,
+    about="""Measure how sharply the loss and its terms bend in the parameters.
+
+    And the largest stable learning rate: before training and, of finished runs, in the best epoch.
+    Takes runs that diverged, too.""")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,15 +11,15 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from jaxrobust import _validate, curvature
-from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import check_length, distinct
-from jaxrobust.app.measurements.accuracy import keep_result, make_test_split, settings_asked
+from jaxrobust.app.measurements.accuracy import make_test_split
 from jaxrobust.app.measurements.curvature import (
     PROBE_SEED,
     PROBES_AT_ONCE,
     losses_of,
     require_piecewise_linear,
 )
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Number
@@ -58,32 +57,22 @@ class StepSettings:
             _validate.in_range("test_size", self.test_size, 1)
 
 
-def study_steps(
-    run: TrainedRun, settings: StepSettings, folder: pathlib.Path, label: str,
-    name: str | None = None,
-) -> None:
-    """Writes ``steps.npz``, a row for each precision, step and image, and ``steps.json``; both with
-    ``-NAME`` if there is a name.
+def _measure(run: TrainedRun, settings: StepSettings, work: Work) -> Measured:
+    """A table with a row for each precision, step and image.
 
     In float32 and float64, with respect to pixels in [0, 1]: Eq. 21 with each step t, the
     smoothed curvature with noise of standard deviation t, and the exact squared Frobenius norm.
-    Does nothing if they are there already, with the same settings.
 
     Raises:
-      InputError: (a ValueError) if there is a study with other settings, or the network is not
-        made of affine pieces.
+      InputError: (a ValueError) if the network is not made of affine pieces.
     """
-    asked = settings_asked(settings)
-    path = run_folder.facts_path(folder, "steps", name)
-    if keep_result(path, asked):
-        return
     split = make_test_split(run.dataset, settings.test_size)
     count = settings.num_images
     _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
     first = slice(min(count, BATCH_SIZE))
     require_piecewise_linear(run, split.images[first], split.labels[first], "steps")
     parts: list[dict[str, np.ndarray]] = []
-    with progress(f"{label}, steps",
+    with progress(f"{work.label}, steps",
                   len(PRECISIONS) * len(settings.steps) * -(-count // BATCH_SIZE)) as shown:
         for precision in PRECISIONS:
             with jax.enable_x64(precision == "float64"):
@@ -98,7 +87,7 @@ def study_steps(
                              jnp.asarray(rows))
                     exact = np.asarray(_exact(*batch[:3]))
                     for step in settings.steps:
-                        measured = _measure(*batch, step, settings.num_probes)
+                        measured = _measure_batch(*batch, step, settings.num_probes)
                         shown.advance(**{f"Eq. 21 at {step:g}": float(
                             np.median(measured["finite_difference"]))})
                         parts.append({
@@ -106,9 +95,7 @@ def study_steps(
                             "step": np.full(len(rows), step), "index": rows, "exact": exact,
                             **{name: np.asarray(value) for name, value in measured.items()}})
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    files.write_arrays(path.with_suffix(".npz"), table)
-    files.write_json(path, {"with_respect_to": "pixels in [0, 1]", "settings": asked,
-                           "provenance": provenance.describe()})
+    return Measured({"with_respect_to": "pixels in [0, 1]"}, table)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -119,7 +106,7 @@ def _exact(model, variables, images):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_probes"))
-def _measure(model, variables, images, labels, indices, step, num_probes):
+def _measure_batch(model, variables, images, labels, indices, step, num_probes):
     loss, _ = losses_of(model, variables, labels)
     key = jax.random.key(PROBE_SEED)
     step = jnp.asarray(step, images.dtype)
@@ -212,10 +199,9 @@ def numbers(run: Run) -> Iterator[Number]:
             yield Number(name, what.format(step), float(value), "1/pixel⁴")
 
 
-def section(study: Study) -> Section | None:
-    """Of the report; None if no run was studied."""
-    found = [(study.labels[row], result) for row in study.labels
-             for run in study.runs[row][:1] if (result := run.result("steps"))]
+def _section(study: Study) -> Section | None:
+    found = [(study.labels[row], result) for row, (_, result) in
+             study.first_results("steps").items()]
     if not found:
         return None
     curves = [step_curves(label, result) for label, result in found]
@@ -248,3 +234,8 @@ def section(study: Study) -> Section | None:
                  "averages the jumps first, so that those to and fro cancel. Where float32 leaves "
                  "float64, rounding has taken over. Median values of zero or less are left out."),
          ))
+
+
+STEPS = Measurement(
+    "steps", StepSettings(), _measure, section=_section, numbers=(numbers,),
+    about="Study how Eq. 21 depends on its step, in float32 and float64.")

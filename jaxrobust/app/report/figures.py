@@ -360,3 +360,9 @@ def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_xlabel("t-SNE 1 (no unit)")
+
+
+def write_across(ax: Axes, words: str) -> None:
+    """Writes words in the place of what cannot be drawn."""
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", style="italic",
+            fontsize=8)

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from jaxrobust.app.measurements import named_results
 from jaxrobust.app.report.page import Cell, Table, TableRow, duration
-from jaxrobust.app.run_folder import named_results
 from jaxrobust.app.study.read import Run, Study
 
 

@@ -17,15 +17,10 @@ import pandas as pd
 
 from jaxrobust.app.config import InputError
 from jaxrobust.app.files import make_folder, write_text
-from jaxrobust.app.measurements import (
-    curvature_report,
-    networks,
-    noise_counts,
-    sharpness,
-    steps,
-)
-from jaxrobust.app.measurements.theory import section as theory_section
-from jaxrobust.app.report import figures, sweep_section
+from jaxrobust.app.measurements import MEASUREMENTS, curvature, networks
+from jaxrobust.app.measurements.robustness import FIGURES
+from jaxrobust.app.measurements.runner import sections as sections_of
+from jaxrobust.app.report import figures
 from jaxrobust.app.report.comparison import (
     FEWEST_SEEDS,
     Difference,
@@ -40,7 +35,6 @@ from jaxrobust.app.report.frame import (
     published_numbers,
     summary,
     to_csv,
-    training_numbers,
 )
 from jaxrobust.app.report.made import (
     common_provenance_table,
@@ -49,30 +43,15 @@ from jaxrobust.app.report.made import (
     run_table,
 )
 from jaxrobust.app.report.page import Section, Table, paragraphs, signed
-from jaxrobust.app.report.pictures import (
-    accuracy_picture,
-    perturbation_picture,
-    training_picture,
-    tsne_picture,
-)
 from jaxrobust.app.report.tables import (
-    accuracy_table,
-    balanced_table,
-    class_table,
     differences,
     levels_of,
-    perturbation_table,
     several_seeds,
 )
 from jaxrobust.app.study.read import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")
 """The methods that the method "robust" is compared with in words."""
-
-NUMBERS = (training_numbers, accuracy_numbers, curvature_report.numbers, steps.numbers,
-           noise_counts.numbers, noise_counts.block_numbers, theory_section.numbers,
-           sharpness.numbers)
-"""What a report shows of a run, in the order of its sections."""
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
@@ -139,7 +118,7 @@ def write_figures(
     written = [write_report(folder) for folder in studies]
     if alone:
         out = out or alone[0].parent / ("figures" if name is None else f"figures-{name}")
-        sections = noise_counts.sections(study_of_runs(alone, name=name))
+        sections = sections_of(study_of_runs(alone, name=name), FIGURES)
         make_folder(out)
         for section in sections:
             for picture in section.pictures:
@@ -176,14 +155,16 @@ def group_by_study(folders: Sequence[pathlib.Path]
 # --- Numbers ---------------------------------------------------------------------------------
 
 
-def numbers_of(study: Study, kinds: Sequence[Callable[[Run], Iterable[Number]]] = NUMBERS
+def numbers_of(study: Study, kinds: Iterable[Callable[[Run], Iterable[Number]]] | None = None
                ) -> pd.DataFrame:
-    """All that the report shows of these kinds, with the paper's accuracies beside those of the
-    runs, and the correlations with their curvature."""
+    """All that the report shows of these kinds, or of all, with the paper's accuracies beside those
+    of the runs, and the correlations with their curvature."""
+    if kinds is None:
+        kinds = [kind for measurement in MEASUREMENTS for kind in measurement.numbers]
     parts = [frame(study, *kinds)]
     if accuracy_numbers in kinds:
         parts.append(published_numbers(study))
-        if curvature_report.numbers in kinds:
+        if curvature.numbers in kinds:
             parts.append(networks.numbers(study))
     return pd.concat(parts, ignore_index=True)
 
@@ -277,27 +258,10 @@ def lead(study: Study) -> str:
 
 
 def _sections(study: Study) -> list[Section]:
-    tables = filter(None, (accuracy_table(study), balanced_table(study),
-                           perturbation_table(study), class_table(study)))
-    pictures = filter(None, (accuracy_picture(study), perturbation_picture(study)))
-    sections = [Section("accuracy", "Accuracy", "", tuple(tables), tuple(pictures))]
-    swept = sweep_section.section(study)
-    sections += [swept] if swept else []
-    training = training_picture(study)
-    if training:
-        sections.append(Section("training", "Training", "", (), (training,)))
-    sections += filter(None, [curvature_report.section(study), networks.section(study),
-                              steps.section(study)])
-    sections += noise_counts.sections(study)
-    tsne = tsne_picture(study)
-    if tsne:
-        sections.append(Section("features", "Features", "", (), (tsne,)))
-    sections += filter(None, [theory_section.section(study), sharpness.section(study)])
     tables = (common_provenance_table(study), run_table(study), other_measurements_table(study),
               *configuration_tables(study))
-    sections.append(Section(
-        "provenance", "How these numbers were made", "", tuple(filter(None, tables))))
-    return sections
+    return [*sections_of(study, MEASUREMENTS), Section(
+        "provenance", "How these numbers were made", "", tuple(filter(None, tables)))]
 
 
 def _warning(study: Study) -> str:

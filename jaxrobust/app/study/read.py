@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from jaxrobust.app import provenance, published, run_folder
-from jaxrobust.app.config import InputError, RunConfig, read_config
+from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.files import read_json
 from jaxrobust.data import FOLDER_PREFIX
 
@@ -81,6 +81,15 @@ class Study:
         """The evaluated runs of all rows."""
         return [run for row in self.labels for run in self.finished(row)]
 
+    def first_results(self, kind: str) -> dict[str, tuple[Run, dict]]:
+        """The first of a row's runs with a kind of measurement, and what was measured, by row."""
+        found: dict[str, tuple[Run, dict]] = {}
+        for row, runs in self.runs.items():
+            for run in runs:
+                if row not in found and (result := run.result(kind)):
+                    found[row] = run, result
+        return found
+
 
 def load_study(folder: pathlib.Path) -> Study:
     """Reads a study folder, whatever of its runs is there.
@@ -146,7 +155,7 @@ def study_of_runs(
     check_same_data(folders)
     rows: dict[str | RunConfig, list[Run]] = {}
     for folder in folders:
-        run = _load_run(folder, read_config(folder).seed, name)
+        run = _load_run(folder, run_folder.read_config(folder).seed, name)
         row = dataclasses.replace(run.config, seed=0) if together else str(folder)
         for other in rows.get(row, ()):
             if other.seed == run.seed:
@@ -179,7 +188,7 @@ def check_same_data(folders: Sequence[pathlib.Path]) -> None:
     """
     first: tuple[str, int] | None = None
     for folder in folders:
-        config = read_config(folder)
+        config = run_folder.read_config(folder)
         # Data sets of their own splits know no seed.
         seed = config.split_seed if config.dataset.startswith(FOLDER_PREFIX) else 0
         first = first or (config.dataset, seed)
@@ -214,7 +223,7 @@ def _load_run(folder: pathlib.Path, seed: int, name: str | None = None) -> Run:
         folder=folder,
         seed=seed,
         name=name,
-        config=read_config(folder) if run_folder.is_run(folder) else None,
+        config=run_folder.read_config(folder) if run_folder.is_run(folder) else None,
         provenance=run_folder.read_facts(folder, "provenance") or {},
         epochs=run_folder.read_epochs(folder),
         evaluation=run_folder.read_facts(folder, "evaluation"),

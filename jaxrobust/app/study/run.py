@@ -20,7 +20,8 @@ from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
 from jaxrobust.app.measurements import robustness
 from jaxrobust.app.measurements.accuracy import evaluate_run, make_test_split
-from jaxrobust.app.measurements.curvature import measure_curvature
+from jaxrobust.app.measurements.curvature import CURVATURE
+from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.study.plan import StudyPlan, claim_study
 from jaxrobust.app.trainer import load_run, make_splits, train_together
@@ -113,8 +114,9 @@ def _run_group(recipe, dataset, configs, *, layout, **options):
             run = load_run(place, config, dataset, layout)
             evaluate_run(run, recipe.evaluation, place, place.name)
             if recipe.curvature is not None:
-                measure_curvature(run, recipe.curvature, place, place.name,
-                                  test_size=recipe.evaluation.test_size)
+                settings = dataclasses.replace(
+                    recipe.curvature, test_size=recipe.evaluation.test_size)
+                measure(CURVATURE, run, settings, place, place.name)
     return failures
 
 

@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,15 +23,11 @@ from jaxrobust import (
     probes,
     theory,
 )
-from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, distinct
-from jaxrobust.app.measurements.accuracy import (
-    keep_result,
-    make_test_split,
-    pooled_blocks,
-    settings_asked,
-)
+from jaxrobust.app.measurements.accuracy import make_test_split, pooled_blocks
 from jaxrobust.app.measurements.curvature import losses_of, require_piecewise_linear
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work
+from jaxrobust.app.measurements.theory.section import numbers, section_of
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import significant
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
@@ -118,24 +113,15 @@ class Layers(NamedTuple):
     labels: jax.Array  # [N]
 
 
-def measure_theory(
-    run: TrainedRun, settings: TheorySettings, folder: pathlib.Path, label: str,
-    name: str | None = None,
-) -> list[Claim]:
-    """Writes ``theory.npz``, image by image, and ``theory.json``, both with ``-NAME`` if there is a
-    name; returns the table's lines.
+def _measure(run: TrainedRun, settings: TheorySettings, work: Work) -> Measured:
+    """A table image by image, and for each claim what was found.
 
-    What is measured, and how to read it, is in ``docs/theory.md``. Only reads what is there
-    already, with the same settings.
+    What is measured, and how to read it, is in ``docs/theory.md``.
 
     Raises:
-      InputError: (a ValueError) if there is a measurement with other settings, the run was
-        trained without noise, the network is not made of affine pieces, or logits are not finite.
+      InputError: (a ValueError) if the run was trained without noise, the network is not made of
+        affine pieces, or logits are not finite.
     """
-    asked = settings_asked(settings)
-    path = run_folder.facts_path(folder, "theory", name)
-    if keep_result(path, asked):
-        return [Claim(**line) for line in files.read_json(path)["claims"]]
     sigma = run.config.noise_std
     _validate.in_range("noise_std of the run", sigma, 0, open_low=True)
     test_split = make_test_split(run.dataset, settings.test_size)
@@ -150,7 +136,7 @@ def measure_theory(
     first = slice(min(settings.num_images, BATCH_SIZE))
     require_piecewise_linear(run, test_split.images[first], test_split.labels[first], "theory")
     batches = -(-settings.num_images // BATCH_SIZE)
-    with progress(f"{label}, theory", batches * (
+    with progress(f"{work.label}, theory", batches * (
             settings.num_draws + settings.smoothed_draws + 1) + 5) as shown:
         train, test = _layers_of(run, train_split), _layers_of(run, test_split)
         shown.advance()
@@ -173,19 +159,16 @@ def measure_theory(
         columns, draws = _curvature_columns(run, test_split, settings, shown)
     columns, facts["curvature"], lines = _check_curvature(run, columns, draws)
     claims = _in_the_papers_order([*claims, *lines])
-    files.write_arrays(path.with_suffix(".npz"), {
-        "index": np.arange(settings.num_images),
-        "label": test_split.labels[: settings.num_images], **columns})
-    files.write_json(path, _without_nan({
-        **facts, "claims": [line._asdict() for line in claims],
-        "settings": asked, "provenance": provenance.describe()}))
-    return claims
+    return Measured(
+        _without_nan({**facts, "claims": [line._asdict() for line in claims]}),
+        {"index": np.arange(settings.num_images),
+         "label": test_split.labels[: settings.num_images], **columns})
 
 
-def table_text(claims: Iterable[Claim]) -> str:
-    """The table as plain text, a claim on two lines."""
+def table_text(facts: dict) -> str:
+    """The claims as plain text, each on two lines."""
     lines = []
-    for line in claims:
+    for line in (Claim(**values) for values in facts["claims"]):
         holds = "" if line.holds is None else f"holds {100 * line.holds:.1f} %"
         loose = "" if line.looseness is None else f"bound/value {significant(line.looseness)}"
         lines += [f"{line.claim}", "    " + "; ".join(
@@ -738,3 +721,8 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+THEORY = Measurement(
+    "theory", TheorySettings(), _measure, section=section_of, numbers=(numbers,), text=table_text,
+    about="Check the paper's propositions and theorems on finished runs, and print what was found.")

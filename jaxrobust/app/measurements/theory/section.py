@@ -46,7 +46,7 @@ SEPARATION = {
 DIVERGENCE = "divergence, median over the pairs"
 
 
-def section(study: Study) -> Section | None:
+def section_of(study: Study) -> Section | None:
     """The section; None if no run of the study was checked."""
     found = {row: [result for run in runs if (result := run.result("theory"))]
              for row, runs in study.runs.items()}

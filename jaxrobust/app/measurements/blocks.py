@@ -1,0 +1,193 @@
+"""The outputs of the network's blocks in the plane, clean and noisy: the paper's Fig. 12 and 13."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxrobust import evaluation, perturbations
+from jaxrobust.app.execution import batch_size_of
+from jaxrobust.app.measurements.accuracy import NOISE_SEED, make_test_split, pooled_blocks
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work
+from jaxrobust.app.progress import progress
+from jaxrobust.app.report.figures import (
+    add_legend,
+    class_handles,
+    joint_tsne,
+    new_figure,
+    scatter,
+    wrap,
+    write_across,
+)
+from jaxrobust.app.report.frame import Number, frame, values_of
+from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, count, listed
+from jaxrobust.app.study.read import Run, Study, class_labels
+from jaxrobust.app.trainer import TrainedRun, variables_of
+from jaxrobust.data.augment import to_float
+from jaxrobust.statistics import neighbour_accuracy
+
+NEIGHBOURS = 5
+"""Of the classifier that says how well a block's features separate the classes."""
+SEPARATED = "accuracy of the 5 nearest neighbours"
+VIEWS = ("clean", "noisy")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """Which features are shown."""
+
+    num_images: int
+    """Test images: the first so many."""
+    test_size: int | None
+    """Test images, drawn by class at random with seed 0; none for all."""
+    noise_std: float
+    """Of the Gaussian noise on the noisy images."""
+
+
+def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:
+    """Each block's pooled outputs in the plane, clean and noisy together."""
+    split = make_test_split(run.dataset, settings.test_size)
+    images, labels = (values[: settings.num_images] for values in (split.images, split.labels))
+    noise = perturbations.gaussian(settings.noise_std)
+    variables = variables_of(run.state)
+    views = evaluation.map_batches(
+        lambda *rows: _pooled_blocks(run.model, variables, noise, *rows),
+        images, np.arange(len(images)), batch_size=batch_size_of(images))
+    names = list(views["clean"])
+    planes, accuracies = {view: [] for view in views}, {view: [] for view in views}
+    with progress(f"{work.label}, t-SNE of the blocks", len(names)) as shown:
+        for name in names:
+            joint = joint_tsne(views["clean"][name], views["noisy"][name])
+            for number, (view, features) in enumerate(views.items()):
+                planes[view].append(
+                    np.full((len(labels), 2), np.nan) if joint is None else joint[number])
+                accuracies[view].append(neighbour_accuracy(
+                    features[name], labels, num_neighbours=NEIGHBOURS))
+            shown.advance(**{"neighbours, noisy": accuracies["noisy"][-1]})
+    return Measured(
+        {**work.asked, "blocks": names, "class_names": list(run.dataset.class_names),
+         "channels": [features.shape[1] for features in views["clean"].values()]},
+        {"label": labels, **{view: np.stack(values) for view, values in planes.items()},
+         **{f"{view}_neighbours": np.array(values) for view, values in accuracies.items()}})
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _pooled_blocks(model, variables, noise, images, indices):
+    """Global average pooling of each block's outputs, for either view: each [B, channels]."""
+    clean = to_float(images)
+    # The noise of the figure of the penultimate features.
+    noisy = perturbations.per_example(noise, jax.random.key(NOISE_SEED), clean, indices)
+    return {view: pooled_blocks(model.apply(variables, inputs, train=False))
+            for view, inputs in (("clean", clean), ("noisy", noisy))}
+
+
+class BlockPlanes(NamedTuple):
+    """Features of one run's blocks in the plane."""
+
+    label: str
+    blocks: tuple[str, ...]  # K titles
+    points: np.ndarray  # [K, n, 2]; NaN for a block that could not be embedded
+    other: np.ndarray  # [K, n, 2]; the other view in the same planes, which sets the limits too
+    classes: np.ndarray  # [n], integers
+
+
+def blocks_figure(planes: Sequence[BlockPlanes], class_names: dict[int, str]) -> Figure:
+    """Fig. 12 and 13: the outputs of each block, a line of panels for each row of the table."""
+    columns = max(len(plane.blocks) for plane in planes)
+    figure = new_figure(max(7.5, 0.6 + 2.5 * columns), 1.2 + 2.0 * len(planes))
+    grid = figure.subplots(len(planes), columns, squeeze=False)
+    for line, plane in zip(grid, planes, strict=True):
+        for ax in line[len(plane.blocks):]:
+            ax.set_axis_off()
+        for ax, title, points, other in zip(
+                line, plane.blocks, plane.points, plane.other, strict=False):
+            scatter(ax, points, plane.classes, size=5, numbers=False)
+            ax.set_xlabel("")
+            ax.set_title(title, fontsize=9)
+            both = np.concatenate([points, other])
+            if np.isfinite(both).all():
+                margin = 0.04 * np.ptp(both, axis=0)
+                (left, bottom), (right, top) = both.min(axis=0) - margin, both.max(axis=0) + margin
+                ax.set(xlim=(left, right), ylim=(bottom, top))
+            else:
+                write_across(ax, "not finite, or all alike")
+        line[0].set_ylabel(wrap(plane.label, 22), fontsize=9)
+    add_legend(figure, class_handles((int(c) for plane in planes for c in plane.classes),
+                                     class_names), columns=5)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(True)
+    return figure
+
+
+def _section(study: Study) -> Section | None:
+    results = study.first_results("blocks")
+    if not results:
+        return None
+    return Section("blocks", "Features of the blocks", "", (neighbours_table(study, results),),
+                   tuple(blocks_picture(study, results, view) for view in VIEWS))
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """How well the features of each block separate the classes."""
+    blocks = run.result("blocks")
+    for index, block in enumerate(blocks["blocks"] if blocks else ()):
+        for view in VIEWS:
+            yield Number(SEPARATED, f"{block}, {view}",
+                         100 * float(blocks[f"{view}_neighbours"][index]), "%")
+
+
+def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Table:
+    """How well the features of each block separate the classes, in numbers."""
+    blocks = list(dict.fromkeys(name for _, result in results.values()
+                                for name in result["blocks"]))
+    values = values_of(frame(study, numbers))
+    rows = [TableRow(study.labels[row], tuple(
+        Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
+        for block in blocks for view in VIEWS
+        for of_first in (values.get((row, SEPARATED, f"{block}, {view}")),))) for row in results]
+    columns = [name for block in blocks for name in (f"{_block_name(block)}: clean", "noisy")]
+    return Table(
+        "How well each block’s features separate the classes: accuracy in % of the 5 nearest "
+        "neighbours.", ("Method", *columns), tuple(rows),
+        f"{listed(count(result['num_images']) for _, result in results.values())} test images; "
+        f"first seed of each method.",
+        "How to read: the share of images whose class is the commonest among the five other "
+        "images with the nearest features (averaged over the positions of the block’s outputs), "
+        "clean among clean, noisy among noisy. Unlike the t-SNE pictures below, a number of the "
+        "features themselves.")
+
+
+def blocks_picture(study: Study, results: dict[str, tuple[Run, dict]], view: str) -> Picture:
+    """Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
+    other = {"clean": "noisy", "noisy": "clean"}[view]
+    planes = [BlockPlanes(
+        study.labels[row],
+        tuple(f"{_block_name(block)} ({channels} channels)" for block, channels in zip(
+            result["blocks"], result["channels"], strict=True)),
+        result[view], result[other], result["label"]) for row, (_, result) in results.items()]
+    names = class_labels(next(iter(results.values()))[1]["class_names"])
+    noise = listed(result["noise_std"] for _, result in results.values())
+    which, number = (("clean test images", 12) if view == "clean" else
+                     (f"test images with Gaussian noise of std {noise} of the pixel range", 13))
+    return Picture(
+        f"blocks_{view}", blocks_figure(planes, names),
+        f"Outputs of the network’s blocks, by t-SNE: {which} (the paper’s Fig. {number}).",
+        f"Scatter plots coloured by class, a panel for each block of {len(planes)} methods.",
+        "How to read: a point for each test image, its block’s outputs averaged over their "
+        "positions, colour and marker by its true class. Clean and noisy images share one "
+        "embedding of each panel, so the same place in the clean and in the noisy figure is the "
+        "same feature. Directions, distances between clusters and sizes have no meaning in "
+        "t-SNE; the table above holds a number for each panel.")
+
+
+def _block_name(block: str) -> str:
+    return block.replace("block", "Block ")
+
+
+BLOCKS = Measurement("blocks", measure=_measure, section=_section, numbers=(numbers,),
+                     command="figures")
