@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from jaxrobust import InputError, _validate
 from jaxrobust.app.files import write_text
 from jaxrobust.app.measurements import networks, noise_counts, sharpness
+from jaxrobust.app.measurements.blocks import SEPARATED
 from jaxrobust.app.measurements.curvature import CURVATURES, MEDIAN
 from jaxrobust.app.measurements.theory import section as theory_section
 from jaxrobust.app.report import frame, tables
@@ -133,13 +134,13 @@ def curvature(numbers: Numbers, *, noise: str) -> Lines:
 
 def medians(numbers: Numbers, *, rows: Sequence[str]) -> Lines:
     """Median curvature by measure: mean over the seeds [lowest–highest]."""
-    return _by_row(numbers, rows, [(curvature_report.MEDIAN, name)
+    return _by_row(numbers, rows, [(MEDIAN, name)
                                    for name in networks.CURVATURES.values()])
 
 
 def neighbours(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
     """Accuracy of the nearest neighbours in the features of blocks, such as "block4, clean"."""
-    return _by_row(numbers, numbers.rows, [(noise_counts.NEIGHBOURS, test) for test in tests])
+    return _by_row(numbers, numbers.rows, [(SEPARATED, test) for test in tests])
 
 
 def _by_row(numbers: Numbers, rows: Sequence[str], columns: Sequence[tuple[str, str]]) -> Lines:
