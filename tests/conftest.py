@@ -8,9 +8,9 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept for this session only: for the tests that make the same ones anew, the
-# other workers, which inherit these settings, and the processes that tests start.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Compiled programs are kept for this session, unless a folder is named: for the tests that make
+# the same ones anew, the workers, which inherit these settings, and the processes of tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="jaxrobust-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

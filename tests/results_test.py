@@ -7,6 +7,7 @@ import re
 import markdown
 import pytest
 
+import experiments.paper  # noqa: F401  Its tables, which studies are compared with.
 from jaxrobust.app.report import frame, report, tables
 from jaxrobust.app.study.read import load_study, with_rows
 
