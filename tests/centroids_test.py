@@ -194,20 +194,22 @@ def test_int64_labels_of_numpy_are_taken_without_a_warning():
                                 update_centroids(example_state(), features, jnp.array(labels)))
 
 
+update_share = functools.partial(update_centroids, axis_name="devices")
+pmapped = jax.pmap(update_share, "devices", in_axes=(None, 0, 0))
+
+
 def over_pmap(state, features, labels):
-    result = jax.pmap(functools.partial(update_centroids, axis_name="devices"), "devices",
-                      in_axes=(None, 0, 0))(
-        state, features.reshape(8, 2, DIM), labels.reshape(8, 2))
+    result = pmapped(state, features.reshape(8, 2, DIM), labels.reshape(8, 2))
     for leaf in jax.tree.leaves(result):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
     return jax.tree.map(lambda leaf: leaf[0], result)
 
 
+@jax.jit
 def over_shard_map(state, features, labels):
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.shard_map(
-        functools.partial(update_centroids, axis_name="devices"), mesh=mesh,
-        in_specs=(P(), P("devices"), P("devices")), out_specs=P())(state, features, labels)
+    return jax.shard_map(update_share, mesh=mesh, in_specs=(P(), P("devices"), P("devices")),
+                         out_specs=P())(state, features, labels)
 
 
 @pytest.mark.parametrize("parallel", [over_pmap, over_shard_map])
