@@ -17,18 +17,18 @@ from jaxrobust.app.recipe import RECIPES
 class Reproduce(Compare):
     """Make a table or figure of the paper, or run a whole recipe: train, test, measure, report.
 
-    Leaves finished runs as they are, and resumes interrupted ones.
+    Leaves finished runs as they are and resumes interrupted ones.
     """
 
     recipe: Positional[str]
     """A table, figure or question, such as table1, figure9 or centroids; "paper", "questions" or
-    "all" of them; or a recipe, such as digits, cifar10_small or road."""
+    "all" for several; or a recipe, such as digits, cifar10_small or road."""
     scale: str | None = None
-    """Of tables, figures and questions: "full", the paper's, for GPUs; "small", for CPUs; "tiny",
-    which shows that everything runs; "full" if none is given. A recipe has its own."""
+    """Scale of tables, figures and questions: "full", the paper's, for GPUs; "small", for CPUs;
+    "tiny", to see that everything runs. "full" by default; a recipe has its own."""
     studies: tuple[str, ...] | None = None
-    """Of tables and figures made from several data sets, such as "cifar10" and "svhn", those to be
-    made; all if none is given."""
+    """Studies to use for tables and figures made from several, such as "cifar10" and "svhn"; all by
+    default."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,10 +66,10 @@ class Reproduce(Compare):
 
 @dataclasses.dataclass(frozen=True)
 class Readme:
-    """Write the tables of the README and the docs anew, from the numbers under results/."""
+    """Rewrite the tables of the README and the docs from the numbers under results/."""
 
     check: bool = False
-    """Write nothing, and fail if a table is stale."""
+    """Write nothing, but fail if a table is stale."""
 
     def __call__(self) -> None:
         for path in readme.update(self.check):
@@ -84,11 +84,11 @@ class Bench:
     """"train": the losses, a training step and the programs of runs; "curvature";
     "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
-    """Sections by letter, to be measured anew; if not given, those not measured yet."""
+    """Letters of the sections to measure again; by default those not measured yet."""
     out: pathlib.Path | None = None
-    """Folder of the results; runs/bench-BENCHMARK if none is given."""
+    """Folder of the results; runs/bench-BENCHMARK by default."""
     quick: bool = False
-    """Only show that it works: tiny networks and two rounds, whose numbers say nothing."""
+    """Check that everything runs, with tiny networks and two rounds; the numbers mean nothing."""
 
     def __call__(self) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # Compiling is measured too.

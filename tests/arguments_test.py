@@ -114,7 +114,7 @@ def test_a_warmup_that_would_not_end_keeps_its_share_of_the_epochs(capsys):
     # digits warms up for 2 of 60 epochs: of 2 epochs that is 2 * 2 / 60.
     run = parse(["train", "--epochs", "2", "digits/both"]).run
     assert run.epochs == 2 and run.optimizer.warmup_epochs == pytest.approx(1 / 15)
-    assert "Warm-up of 0.067 epochs, not 2" in capsys.readouterr().out
+    assert "Warm-up of 0.067 epochs instead of 2" in capsys.readouterr().out
     # What fits stays, and what is asked for is done.
     assert parse(["train", "digits/both", "--epochs", "3"]).run.optimizer.warmup_epochs == 2
     run = parse(["train", "digits", "--epochs", "2", "--optimizer.warmup-epochs", "1"]).run

@@ -71,7 +71,7 @@ def test_a_program_that_cannot_be_read_is_made_anew(enabled, capsys, monkeypatch
         assert jax.jit(treble)(values).tolist() == [0, 3, 6]
         warnings.warn("another", stacklevel=1)
     said, = capsys.readouterr().err.splitlines()
-    assert said == f"A compiled jit_treble in {folder} cannot be read, and is made anew."
+    assert said == f"Cannot read a compiled jit_treble in {folder}; compiling it again."
     assert shown == ["another"]
     assert len(path.read_bytes()) > 100
 
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(enabled, capsys):
     before = jax.config.jax_compilation_cache_dir
     execution.keep_compilations()
     said, = capsys.readouterr().err.splitlines()
-    assert said.startswith("Compiled programs are not kept: cannot write ")
+    assert said.startswith("Compiled programs are not cached: cannot write ")
     assert jax.config.jax_compilation_cache_dir == before
 
 

@@ -59,24 +59,24 @@ def say(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnStudies:
-    """What the commands that train and compare several runs have in common."""
+    """The options shared by the commands that train and compare several runs."""
 
     dry_run: bool = False
-    """Only say what would be done, and what it takes."""
+    """Print the plan and its expected cost, and run nothing."""
     out: pathlib.Path | None = None
-    """Folder of the results, under runs/ if none is given."""
+    """Folder of the results; under runs/ by default."""
     seeds: Seeds | None = None
-    """Training seeds; the recipe's if none is given."""
+    """Training seeds; the recipe's by default."""
     jobs: int = 1
-    """Runs at a time, each a process on its share of the CPU cores."""
+    """Number of runs at a time, each in a process on its share of the CPU cores."""
     at_once: int | None = None
-    """The most runs trained as one vmapped program, of those that differ in the seed and in swept
-    settings alone; if not given, all on accelerators, where the memory may ask for fewer, and 1 on
-    CPUs, where that is faster but for runs of seconds, which are then compiled once."""
+    """Largest number of runs trained as one vmapped program; they may differ only in the seed and
+    in swept settings. By default all on accelerators, whose memory may require fewer, and 1 on
+    CPUs, where more pays off only for runs that take seconds."""
     report: bool = True
-    """Whether to write the report at the end."""
+    """Write the report at the end."""
     tensorboard: bool = True
-    """Whether to write event files for TensorBoard."""
+    """Write event files for TensorBoard."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
@@ -94,7 +94,7 @@ class OnStudies:
         check_seeds(self.seeds)
 
     def run_and_report(self, plan: StudyPlan) -> None:
-        """Runs a study, and writes its report.
+        """Runs a study and writes its report.
 
         Raises:
           InputError: (a ValueError) at the end, if runs failed; before, if it cannot be run.
@@ -111,11 +111,11 @@ class OnStudies:
             raise InputError("; ".join(failures))
 
     def run_plans(self, plans: Sequence[StudyPlan], text: str) -> list[str]:
-        """Runs studies, all of whose data sets are loaded before the first of them begins.
+        """Loads the data sets of all studies, then runs the studies.
 
         Args:
-          plans: of the studies.
-          text: what to say first.
+          plans: the studies.
+          text: printed first.
 
         Returns:
           A line for each run that failed.
@@ -127,8 +127,8 @@ class OnStudies:
             files.require_writable(plan.folder)
         layout = self.execution.start()
         if any(plan.measured for plan in plans) and jax.process_count() > 1:
-            raise InputError("Expected one process to measure what figures show, got "
-                             f"{jax.process_count()}. The studies alone can be run by several.")
+            raise InputError("Expected one process for the measurements of figures, got "
+                             f"{jax.process_count()}. Several can run the studies alone.")
         say(text)
         for plan in plans:
             for row in plan.rows:
@@ -156,21 +156,21 @@ class OnStudies:
 
 @dataclasses.dataclass(frozen=True)
 class Compare(OnStudies):
-    """Train and test several methods: all rows of a recipe, over some seeds, with a report.
+    """Train and test several methods, the rows of a recipe, with several seeds, and write a report.
 
-    Leaves finished runs as they are, and resumes interrupted ones.
+    Leaves finished runs as they are and resumes interrupted ones.
     """
 
     recipe: Positional[str]
-    """Such as photos or digits."""
+    """Name of a recipe, such as photos or digits."""
     rows: tuple[str, ...] | None = None
-    """Rows of the recipe to run; all if none is given."""
+    """Rows of the recipe to run; all by default."""
     data: str | None = None
-    """Data set instead of the recipe's, such as folder:PATH."""
+    """Data set to use instead of the recipe's, such as folder:PATH."""
     init_from: str | None = None
-    """File of PyTorch weights that all rows start from."""
+    """File of PyTorch weights that initialises all rows."""
     skip_bad: bool = False
-    """Whether to go on without those images of a folder that cannot be used."""
+    """Skip images of a folder that cannot be used, instead of stopping."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,28 +188,28 @@ class Compare(OnStudies):
 @dataclasses.dataclass(frozen=True)
 class Demo:
     """Train five methods on scikit-learn's digits with three seeds each, test them under noise,
-    and write a report: all that there is, in some minutes on a CPU."""
+    and write a report. Takes some minutes on a CPU."""
 
     out: pathlib.Path = pathlib.Path("runs/digits")
     """Folder of the results."""
     seeds: Seeds | None = None
-    """Training seeds; 0, 1 and 2 if none is given."""
+    """Training seeds; 0, 1 and 2 by default."""
     jobs: int = 1
-    """Runs at a time, each a process on its share of the CPU cores."""
+    """Number of runs at a time, each in a process on its share of the CPU cores."""
 
     def __call__(self) -> None:
         Compare("digits", out=self.out, seeds=self.seeds, jobs=self.jobs)()
 
 
 class OfRecipe:
-    """What the commands that train with a recipe's settings have in common."""
+    """The defaults shared by the commands that train with a recipe's settings."""
 
     @classmethod
     def default_of(cls, options: Sequence[str], called: str):
-        """The command with the settings of the recipe that its options name, wherever among them.
+        """The command with the settings of the recipe that its options name, in any position.
 
-        Where so few epochs are asked for that the recipe's warm-up would not end within them, it
-        is the same share of them as in the recipe, and a line says so.
+        If ``epochs`` is too small for the recipe's warm-up, the warm-up takes the same share of the
+        epochs as in the recipe, and a line says so.
 
         Raises:
           InputError: (a ValueError) for no or an unknown recipe or row.
@@ -233,34 +233,32 @@ class OfRecipe:
             run = with_settings(dataclasses.replace(run, optimizer=dataclasses.replace(
                 run.optimizer, warmup_epochs=fitting)), {"epochs": epochs})
             if not helping:
-                print(f"Warm-up of {fitting:.2g} epochs, not {warmup:g}: the same share of "
-                      f"--epochs {epochs} as in the recipe. --optimizer.warmup-epochs sets "
-                      "another.", flush=True)
+                print(f"Warm-up of {fitting:.2g} epochs instead of {warmup:g}: the same share of "
+                      f"--epochs {epochs} as in the recipe. Change it with "
+                      "--optimizer.warmup-epochs.", flush=True)
         return cls(recipe=asked.recipe, run=run)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train(OfRecipe):
-    """Train one run: `train RECIPE/ROW`, with any of its settings changed, or one for each of
-    several seeds.
+    """Train one run, `train RECIPE/ROW`, or one for each of several seeds; options change settings.
 
-    The defaults shown are those of the recipe's row that the command line names; of digits/robust
-    where it names none.
+    The help shows the defaults of the row that the command line names, or else of digits/robust.
     """
 
     recipe: Positional[str]
-    """RECIPE/ROW, such as cifar10/both, anywhere among the words; the row is "robust" if none is
-    given."""
+    """RECIPE/ROW, such as cifar10/both, before or after the options; the row is "robust" by
+    default."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: pathlib.Path | None = None
-    """Folder of the run, or with several seeds above the runs; runs/RECIPE-ROW-seedSEED if none
-    is given."""
+    """Folder of the run, runs/RECIPE-ROW-seedSEED by default; with --seeds the folder that holds
+    the runs, runs by default."""
     seeds: Seeds | None = None
-    """Seeds of several runs, trained as one vmapped program on one device; instead of --seed."""
+    """Seeds of several runs, trained as one vmapped program on one device; replaces --seed."""
     resume: bool = False
-    """Go on with a run begun before."""
+    """Resume an interrupted run."""
     tensorboard: bool = True
-    """Whether to write event files for TensorBoard."""
+    """Write event files for TensorBoard."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
@@ -283,8 +281,8 @@ class Train(OfRecipe):
         check_perturbations(self.run, ())
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
-            say("Note: the epoch is chosen on the test images, as in the paper. The accuracy "
-                "on them is then too high.")
+            say("Note: the epoch is chosen on the test images, as in the paper. This makes the "
+                "test accuracy too high.")
         failures = trainer.train_together(
             configs, dataset, folders, resume=self.resume, tensorboard=self.tensorboard, label=name,
             layout=layout, feed=self.feed)
@@ -295,19 +293,19 @@ class Train(OfRecipe):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(OfRecipe, OnStudies):
-    """Compare the values of some settings of `sweep RECIPE/ROW`: train and test all combinations.
+    """Train and test all combinations of some settings' values, `sweep RECIPE/ROW --over ...`.
 
-    Any setting that all share can be changed as in `train`. Leaves finished runs as they are, and
-    resumes interrupted ones; values and seeds are added to a sweep over the same settings, which
-    then holds all their combinations. The best setting is that of the best validation accuracy.
+    Other options change the settings that all runs share, as in `train`. Leaves finished runs as
+    they are and resumes interrupted ones. New values and seeds extend an existing sweep over the
+    same settings to all combinations. The best setting has the highest validation accuracy.
     """
 
     recipe: Positional[str]
-    """RECIPE/ROW, such as cifar10_small/robust, anywhere among the words; the row is "robust" if
-    none is given."""
+    """RECIPE/ROW, such as cifar10_small/robust, before or after the options; the row is "robust"
+    by default."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; once for each setting."""
+    """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; repeat it for each setting."""
 
     def __call__(self) -> None:
         name, _, row = self.recipe.partition("/")
@@ -319,18 +317,18 @@ class Sweep(OfRecipe, OnStudies):
 
 @dataclasses.dataclass(frozen=True)
 class OnRuns:
-    """What the commands on finished runs have in common."""
+    """The options shared by the commands on finished runs."""
 
     runs: Positional[tuple[pathlib.Path, ...]]
     """Folders of finished runs."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
     name: str | None = None
-    """Of this measurement, kept in files of its own (evaluation-NAME.json) beside those with other
-    settings; none for the one that reports show."""
+    """Name of this measurement, which gets files of its own, such as evaluation-NAME.json. Reports
+    show the measurements without a name."""
 
     def configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
-        """Of all runs before the first is measured, which takes long."""
+        """Reads and checks all runs before the first is measured, which takes long."""
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         configs = [(folder, read_config(folder)) for folder in self.runs]
@@ -389,16 +387,16 @@ class Evaluate(OnRuns):
 
 @dataclasses.dataclass(frozen=True)
 class Figures(OnRuns):
-    """Make the paper's Fig. 8 to 13 of finished runs: curvature and robustness, loss surfaces,
+    """Make the paper's Fig. 8 to 13 for finished runs: curvature and robustness, loss surfaces,
     features of the blocks.
 
-    Measures what is missing, then writes the report of the study that the runs belong to anew.
+    Measures what is missing, then rewrites the report of the study that the runs belong to.
     """
 
     settings: Annotated[FigureSettings, tyro.conf.arg(name="")] = FigureSettings()
     out: pathlib.Path | None = None
-    """Folder of the figures of runs that belong to no study; "figures" beside the first of them
-    if none is given."""
+    """Folder of the figures of runs that belong to no study; by default "figures" beside the first
+    run."""
 
     def __call__(self) -> None:
         # Says what is wrong before hours of work.
@@ -413,17 +411,16 @@ class Figures(OnRuns):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the report of a folder that `reproduce` made, or of any finished runs."""
+    """Write the report of a study's folder, or of any finished runs."""
 
     folders: Positional[tuple[pathlib.Path, ...]]
-    """Folder of the study; or folders of runs, of which those that differ in the seed alone are one
-    row."""
+    """Folder of a study, or folders of runs; runs that differ only in the seed form one row."""
     out: pathlib.Path | None = None
-    """Folder of a report of runs; "report" beside the first if none is given."""
+    """Folder of the report of runs; by default "report" beside the first run."""
 
     def __call__(self) -> None:
         if not self.folders:
-            raise InputError("Expected a folder of a study, or folders of runs, got none.")
+            raise InputError("Expected the folder of a study, or folders of runs, got none.")
         first = self.folders[0]
         if self.out is not None:
             files.require_writable(self.out)
@@ -439,11 +436,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify image files with a finished run, and say how doubtful each prediction is.
+    """Classify image files with a finished run, and show how doubtful each prediction is.
 
-    A line for each image, and one on the score of doubt: which it is, how well it told wrong
-    predictions from right ones on held-out images, and above which threshold an image is marked
-    as doubtful. It is measured when a run is tested or, if it was not, at first use.
+    Prints a line for each image and one on the doubt score: which it is, how well it separates
+    wrong from right predictions on held-out images, and the threshold above which an image is
+    marked as doubtful. The score is measured when the run is tested, or else at first use.
     """
 
     run: Positional[pathlib.Path]
@@ -465,8 +462,9 @@ class Export:
     run: Positional[pathlib.Path]
     """Folder of the run."""
     out: pathlib.Path | None = None
-    """FILE.stablehlo: the whole classifier, normalisation inside, for jax.export; FILE.safetensors
-    or FILE.pth: the weights, in PyTorch's names; RUN/model.stablehlo if none is given."""
+    """FILE.stablehlo for the whole classifier with its normalisation, for jax.export;
+    FILE.safetensors or FILE.pth for the weights under PyTorch's names. RUN/model.stablehlo by
+    default."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 
@@ -484,12 +482,12 @@ class Perturb:
     image: Positional[pathlib.Path]
     """Image file."""
     perturb: tuple[str, ...] = perturb_figure.EVERY
-    """Perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; if not
-    given, all there are, in the paper's strengths."""
+    """Perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; all, in the
+    paper's strengths, by default."""
     image_size: tuple[int, int] = (400, 500)
-    """Height and width to which the image is resized."""
+    """Height and width to which the image is resized, in pixels."""
     out: pathlib.Path = pathlib.Path("perturbations.png")
-    """Where the picture goes: a .png, .jpg, .webp or .svg file."""
+    """Picture to write: a .png, .jpg, .webp or .svg file."""
 
     def __post_init__(self):
         check_image_size(self.image_size)
@@ -506,7 +504,7 @@ class Prepare:
     """Download and prepare a data set."""
 
     dataset: Positional[str]
-    """"cifar10" or "svhn_cropped"; "digits" needs none."""
+    """"cifar10" or "svhn_cropped"; "digits" needs no preparation."""
     data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
     """Folder of TensorFlow Datasets."""
 

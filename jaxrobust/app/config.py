@@ -1,4 +1,4 @@
-"""What a run is: its configuration as a frozen dataclass, and as JSON."""
+"""The configuration of a run, as a frozen dataclass and as JSON."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
 
 SEEDS = 2**32
-"""Seeds are below: JAX takes the last 32 bits of them, so that this one would be 0 again."""
+"""Upper limit of seeds, itself excluded: JAX takes their last 32 bits, so this one equals 0."""
 
 MOST_CHANNELS, MOST_EPOCHS, MOST_PIXELS = 2**16, 2**20, 2**14
-"""Bounds of what no machine holds or ends, far beyond any use: of the widths of layers, of epochs,
-of the sides of an image."""
+"""Upper limits, far beyond any use, of the widths of layers, of epochs and of the sides of an
+image."""
 
 MAX_NOISE_LEVEL = 255
 MIN_NOISE_LEVEL = 0.25
-"""Bounds of noise levels other than 0, in units of 1/255: the whole range of the pixels, and less
+"""Limits of noise levels other than 0, in units of 1/255: the whole range of the pixels, and less
 than what rounding to 8 bits adds (0.29)."""
 
 
@@ -52,7 +52,7 @@ def check_seeds(seeds: Sequence[int] | None) -> None:
 
 def check_length(name: str, value: float, inputs: str = "pixels") -> None:
     """Raises InputError unless a step or a standard deviation is within the range of the inputs,
-    which for normalised ones is not known."""
+    which is unknown for normalised ones."""
     _validate.in_range(name, value, 0, open_low=True)
     if inputs == "pixels" and value > 1:
         raise InputError(f"Expected {name}={value:g} in (0, 1], in pixel values of [0, 1].")
@@ -67,27 +67,27 @@ def check_image_size(size: Sequence[int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with Nesterov momentum as in Appendix H.1 of the paper, whose values are the defaults, or
-    Adam as in Appendix H.2."""
+    """SGD with Nesterov momentum as in Appendix H.1 of the paper (the defaults), or Adam as in
+    Appendix H.2."""
 
     name: str = "sgd"
     """"sgd" or "adam", both as PyTorch defines them."""
     learning_rate: float = 1e-3
-    """Initial (after warm-up) learning rate."""
+    """Initial learning rate, reached after warm-up."""
     schedule: str = "piecewise"
-    """"piecewise": multiplied by decay_factor after each of decay_epochs; "cosine": to 0."""
+    """"piecewise": multiply by decay_factor after each of decay_epochs; "cosine": decay to 0."""
     decay_epochs: tuple[int, ...] = (60, 120, 160)
-    """Of the piecewise schedule."""
+    """Epochs after which the piecewise schedule lowers the rate."""
     decay_factor: float = 0.2
-    """Of the piecewise schedule."""
+    """Factor by which the piecewise schedule multiplies the rate each time."""
     warmup_epochs: float = 0.0
-    """Epochs of linear growth from 0, before a cosine schedule."""
+    """Epochs over which the rate grows linearly from 0, before a cosine schedule."""
     momentum: float = 0.9
-    """Nesterov momentum of "sgd", in [0, 1); "adam" has its usual 0.9 and 0.999."""
+    """Nesterov momentum of "sgd", in [0, 1); "adam" uses its standard 0.9 and 0.999."""
     weight_decay: float = 5e-4
-    """L2 penalty in the gradient of every parameter."""
+    """Weight of the L2 penalty, added to the gradient of every parameter."""
     clip_norm: float | None = None
-    """Largest global norm of the gradient; none in the paper."""
+    """Clip gradients to this global norm; the paper does not clip."""
 
     def __post_init__(self):
         _validate.one_of("optimizer", self.name, ("sgd", "adam"))
@@ -110,89 +110,92 @@ class OptimizerConfig:
 @hyperparameters("noise_std", "stability_weight", "robust")
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training: a data set, a model, a method, a seed. Decides the result to the bit.
+    """One training run: data set, model, method and seed. Determines the result to the bit.
 
-    A pytree of the numbers in which runs of one compiled program may differ, see :data:`SWEPT`.
+    As a pytree, it holds the numbers in which runs of one compiled program may differ: see
+    :data:`SWEPT`.
     """
 
     dataset: Annotated[str, tyro.conf.arg(name="data")] = "digits"
     """"digits", "cifar10", "svhn_cropped", or "folder:PATH": a folder with a sub-folder of images
-    for each class, or a CSV file with the columns path and label. Four fifths of these, by class,
-    are for training, the rest is the test set, unless the split is given: by folders "train",
-    "test" and "val" with the classes in each, or by the column split."""
+    for each class, or a CSV file with the columns path and label. Four fifths of each class are
+    for training and the rest for the test, unless folders "train", "test" and "val" with the
+    classes in each, or a column split, say otherwise."""
     image_size: tuple[int, int] = (400, 500)
-    """Height and width to which the images of a folder are resized."""
+    """Height and width to which the images of a folder are resized, in pixels."""
     split_seed: int = 0
-    """Of the division of a folder's images into training and test images."""
+    """Seed that divides a folder's images into training and test images."""
     skip_bad: bool = False
-    """Whether to go on without those images of a folder that cannot be used."""
+    """Skip images of a folder that cannot be used, instead of stopping."""
     train_size: int | None = None
-    """Training images, drawn by class at random with seed 0; none for all that are left."""
+    """Number of training images, drawn at random by class with seed 0; none to use all that are not
+    held out."""
     validation_size: int | float = 0
-    """Images held out of the training split, by class at random with seed 0: their number or, if
-    it is below 1, their share. None are where the data set has validation images of its own."""
+    """Number of training images to hold out for validation, at random by class with seed 0, or
+    their share if below 1. Ignored if the data set has its own validation images."""
     select: str = "validation"
-    """Which epoch is kept: the best on the "validation" images, the "last", or the best on the
-    "test" images. The last of these is the paper's protocol; it leaks the test set."""
+    """Epoch to keep: the best on the "validation" images, the "last", or the best on the "test"
+    images, which is the paper's protocol and leaks the test set."""
     model: str = "resnet18"
     """"resnet18" (for small images), "resnet18_imagenet", "mobilenet_v3_small",
     "mobilenet_v3_large" or "small_cnn"."""
     init_from: str | None = None
-    """File of PyTorch weights, .safetensors or .pth, to start from; nothing is frozen."""
+    """File of PyTorch weights, .safetensors or .pth, to start from. No layer is frozen."""
     width: int = 64
-    """Channels of the model's first stage; 16 for the usual MobileNetV3."""
+    """Channels of the model's first stage; the standard MobileNetV3 has 16."""
     num_features: int = 128
-    """Dimension of the penultimate layer."""
+    """Dimension of the features, the output of the penultimate layer."""
     feature_layer: str = "dense"
-    """What the penultimate layer of a ResNet18 is: "dense", a fully connected one, as in the paper;
-    "dense_relu", followed by ReLU; "pooled", the pooled output of the last stage, of dimension 8
-    times the width."""
+    """Penultimate layer of a ResNet18: "dense", fully connected as in the paper; "dense_relu", the
+    same with a ReLU; "pooled", the pooled output of the last stage, of dimension 8 x width."""
     dtype: str = "float32"
-    """Of the network's computation: "float32" or "bfloat16". Parameters, batch statistics,
-    features, centroids and losses are float32 in both."""
+    """Precision of the network's layers: "float32" or "bfloat16". Parameters, batch statistics,
+    features, centroids and losses are always float32."""
     batch_norm: str = "synchronised"
-    """Over several devices, batch statistics of the whole batch, "synchronised", or of each
-    device's share, "per_device"; the result then depends on how many there are."""
+    """Batch statistics on several devices: of the whole batch, "synchronised", or of each device's
+    share, "per_device", which makes the result depend on the number of devices."""
     batch_norm_statistics: str = "recomputed"
-    """What batch norm evaluates with: statistics "recomputed" from training images with the
-    parameters of that epoch, or the "running" averages of training, as in the paper, which in a
-    short training lag behind."""
+    """Batch-norm statistics for evaluation: "recomputed" from training images with the parameters
+    of that epoch, or the "running" averages of training, as in the paper, which lag behind in a
+    short training."""
     method: str = "robust"
-    """"normal", "noisy", "both", "stability", "robust", or "robust_clean": the constraints on clean
-    images alone, as in the paper's ablation."""
+    """Training method: "normal", "noisy", "both", "stability", "robust", or "robust_clean", which
+    constrains clean images alone, as in the paper's ablation."""
     robust: RobustLossConfig = RobustLossConfig()
-    """Of the method "robust"."""
+    """Settings of the loss of "robust" and "robust_clean"."""
     stability_weight: float = 1.0
-    """Of the method "stability"."""
+    """Weight of the stability term in the method "stability"."""
     class_weights: str = "none"
-    """Of the softmax losses of every method: "none", all images alike, or "balanced", an image of
-    class c with the weight N / (C n_c), n_c being its training images of N in C classes; a batch's
-    loss is the weighted mean over its images."""
+    """Weights of the classes in every softmax loss: "none" for equal weights, or "balanced" for
+    N / (C n_c), where class c has n_c of the N training images in C classes. The loss of a batch is
+    the weighted mean over its images."""
     one_pass: bool = False
-    """Of "stability" and "robust": whether clean and noisy images share a forward pass, and with
-    it batch norm's statistics, as they always do in "both"."""
+    """Send clean and noisy images through one forward pass in "stability" and "robust", so that
+    they share batch statistics, as "both" always does."""
     constraint_warmup_epochs: float = 0.0
-    """Epochs over which the terms beside the softmax loss grow linearly to their weight."""
+    """Epochs over which the weights of the terms beside the softmax loss grow linearly from 0."""
     noise_std: float = 0.06
-    """Standard deviation of the training noise, in pixel values of [0, 1], so that 40/255 is 0.157;
-    also the scale at which curvature and theory look at the loss."""
+    """Standard deviation of the training noise, in pixel values of [0, 1]: 40/255 is 0.157. It is
+    also the scale at which curvature and theory examine the loss."""
     perturb: str | None = None
-    """What makes the noisy view, such as "laplace(0.06)" or "gaussian(40/255)+occlusion(20,70)";
-    none for Gaussian noise of noise_std."""
+    """Perturbation that makes the noisy view, such as "laplace(0.06)" or
+    "gaussian(40/255)+occlusion(20,70)"; none for Gaussian noise of noise_std."""
     augmentation: str = "crop"
     """"crop": random crop and flip, as in Appendix H.1; "photo": colour jitter, rotation,
     perspective and flip, as in Appendix H.2."""
     crop_padding: int = 4
     """Padding of the random crop, in pixels."""
     independent_views: bool = False
-    """Whether the noisy view has a crop and flip of its own, as in the authors' release."""
+    """Give the noisy view its own crop and flip, as in the authors' release."""
     epochs: int = 200
+    """Passes over the training images."""
     batch_size: int = 64
+    """Images in each update, on all devices together."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: int = 1
-    """Epochs between checkpoints; at each the run is validated."""
+    """Epochs between checkpoints; the run is validated at each checkpoint."""
     seed: int = 0
-    """Of the initial parameters, the order, the augmentation and the noise."""
+    """Seed of the initial parameters, the order of the images, the augmentation and the noise."""
 
     def __post_init__(self):
         if not self.dataset.startswith(FOLDER_PREFIX):
@@ -214,7 +217,7 @@ class RunConfig:
             hint = (f" Did you mean {self.noise_std:g}/255, which is {self.noise_std / 255:.3g}?"
                     if 1 < self.noise_std <= 255 else "")
             raise InputError(f"{str(error)[:-1]}, in pixel values of [0, 1].{hint}") from error
-        training_perturbation(self)  # Says what is wrong with it.
+        training_perturbation(self)  # Raises for an invalid one.
         for name, most in (("width", MOST_CHANNELS), ("num_features", MOST_CHANNELS),
                            ("epochs", MOST_EPOCHS),
                            ("checkpoint_every", MOST_EPOCHS)):
@@ -240,10 +243,10 @@ class RunConfig:
 
 
 def training_perturbation(config: RunConfig) -> Perturbation:
-    """What makes the noisy view of a run's training images.
+    """The perturbation that makes the noisy view of a run's training images.
 
     Raises:
-      InputError: (a ValueError) if it is not what :func:`parse_perturbation` reads.
+      InputError: (a ValueError) if :func:`parse_perturbation` cannot read it.
     """
     return gaussian(config.noise_std) if config.perturb is None else parse_perturbation(
         config.perturb)
@@ -251,26 +254,25 @@ def training_perturbation(config: RunConfig) -> Perturbation:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-    """What of the curvature of a run's loss is measured, and how."""
+    """Which curvature of a run's loss is measured, and how."""
 
     num_images: int = 256
-    """Test images: the first so many."""
+    """Number of test images, taken from the first on."""
     num_probes: int = 20
-    """Random directions for each image: K of Eq. 21, and of the exact products where the network
-    is not piecewise linear."""
+    """Random directions for each image: K in Eq. 21, and the number of exact Hessian-vector
+    products if the network is not piecewise linear."""
     step: float = 1e-2
-    """t of Eq. 21, in units of the inputs: pixel values of [0, 1], unlike noise levels."""
+    """Step t of Eq. 21, in units of the inputs: pixel values of [0, 1], unlike noise levels."""
     smoothing: float | None = None
     """Standard deviation of the noise that the smoothed curvature averages over, in units of the
-    inputs; none for that of the training noise (with normalised inputs, over the largest of the
-    channels' std)."""
+    inputs; none for that of the training noise (divided by the largest of the channels' standard
+    deviations if inputs are normalised)."""
     smoothing_draws: int = 32
-    """Pairs of noisy images, for each image."""
+    """Pairs of noisy images drawn for each image."""
     inputs: str = "pixels"
-    """What the derivatives are with respect to: "pixels" in [0, 1], or "normalised" images, as
-    in the paper."""
+    """Inputs of the derivatives: "pixels" in [0, 1], or "normalised" images, as in the paper."""
     batch_size: int = 32
-    """Images at once. It changes the memory and the time, not the values."""
+    """Images processed at once. Changes the memory and the time, not the values."""
     test_size: int | None = None
     """Test images, drawn by class at random with seed 0, of which the first are taken; none for
     all, in their order."""
@@ -289,20 +291,20 @@ class CurvatureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How the runs of a recipe are tested."""
+    """How runs are tested."""
 
     noise_levels: tuple[float, ...]
-    """Standard deviations of the Gaussian noise, in units of 1/255, unlike noise_std: 15.3 here is
-    0.06 there. 0 is the clean image."""
+    """Standard deviations of the Gaussian noise, in units of 1/255: 15.3 here is 0.06 in noise_std.
+    0 is the clean image."""
     num_draws: int = 10
     """Independent draws of the noise at each level."""
     perturb: tuple[str, ...] = ()
-    """Other perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)"; those
-    without randomness are drawn once."""
+    """Other perturbations, such as "occlusion(20,70)" or "gaussian(40/255)+occlusion(20,70)".
+    Deterministic ones are applied once."""
     test_size: int | None = None
-    """Test images, drawn by class at random with seed 0; none for all."""
+    """Number of test images, drawn at random by class with seed 0; none for all."""
     tsne_images: int = 1000
-    """Of these, the first so many are shown in the t-SNE figure."""
+    """Number of test images shown in the t-SNE figure, taken from the first on."""
 
     def __post_init__(self):
         _validate.in_range("number of noise levels", len(self.noise_levels), 1)
@@ -372,4 +374,4 @@ def from_dict(cls, values: dict):
 
 
 BEFORE_CHOICES = {"batch_norm_statistics": "running", "class_weights": "none"}
-"""What runs had of settings that their files do not name, since they were no choice then."""
+"""Values of settings that older runs' files do not name, because there was no choice yet."""

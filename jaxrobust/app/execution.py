@@ -1,4 +1,4 @@
-"""How a command runs: on which devices and processes. It changes the time, not the result."""
+"""How a command runs: its devices and processes. Changes the time, not the result."""
 
 import contextlib
 import ctypes
@@ -30,15 +30,15 @@ class Execution:
     """Devices and processes of a command."""
 
     parallel: str = "auto"
-    """"jit": one device; "mesh": all devices, of all processes; "pmap": the devices of one
+    """"jit": one device; "mesh": all devices of all processes; "pmap": the devices of a single
     process; "auto": "mesh" with several accelerators or processes, else "jit"."""
     coordinator: str | None = None
-    """HOST:PORT of the first process of a job of several, or "auto" to ask the cluster, as on TPU
-    pods; steps of Slurm and Open MPI, and TPU hosts on Kubernetes, are recognised without."""
+    """HOST:PORT of the first of several processes, or "auto" to ask the cluster, as on TPU pods.
+    Slurm steps, Open MPI, and TPU hosts on Kubernetes are detected without this option."""
     num_processes: int | None = None
-    """Of the job; with a coordinator that is not "auto"."""
+    """Number of processes of the job; required with HOST:PORT as the coordinator."""
     process_id: int | None = None
-    """Of this process, from 0; with a coordinator that is not "auto"."""
+    """Number of this process, from 0; required with HOST:PORT as the coordinator."""
 
     def __post_init__(self):
         _validate.one_of("parallel", self.parallel, ("auto", *FORMS))
@@ -60,10 +60,10 @@ class Execution:
     def start(self) -> Layout:
         """Joins the job, if there is one, and lays out the devices.
 
-        To be called before anything else touches JAX.
+        Call it before anything else uses JAX.
 
         Raises:
-          InputError: (a ValueError) if the job cannot be joined, or the form is not possible.
+          InputError: (a ValueError) if the job cannot be joined, or the form is unavailable.
         """
         asked = self.coordinator is not None or _is_one_of_several()
         if asked and not jax.distributed.is_initialized():
@@ -74,29 +74,29 @@ class Execution:
                 raise InputError(
                     f"Cannot join the job with coordinator={self.coordinator!r}: "
                     f"{str(error).splitlines()[0]}") from error
-            # Their collectives wait but 30 seconds for a process that is late: met now, while all
-            # have just come, they are connected before the loading of data sets sets them apart.
+            # Collectives wait only 30 seconds for a late process. A barrier now, while all have
+            # just started, connects them before loading data sets sets them apart.
             multihost_utils.sync_global_devices("start")
         return make_layout(None if self.parallel == "auto" else self.parallel)
 
 
 STEPS_PER_CALL = 100
-"""On accelerators: few enough to see the progress, enough for the host not to matter."""
+"""Default on accelerators: small enough to show progress, large enough to hide the host's time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """How the images reach the devices in training, and how often it is interrupted."""
+    """How training feeds images to the devices, and how often it stops to save."""
 
     input: str = "auto"
-    """"resident": all of them are on every device; "stream": each batch is read, every process
-    its share, while the one before is trained on; "auto": resident if a single process trains
-    and they fit in a quarter of a device's memory."""
+    """"resident": keep all training images on every device; "stream": read batches ahead while
+    training, each process its share; "auto": resident if one process trains and the images take
+    at most a quarter of a device's memory."""
     steps_per_call: int | None = None
-    """Updates that the host starts at once, if the images are resident; none for 100 on
+    """Updates in one call of the compiled program, with resident images; by default 100 on
     accelerators and 1 on CPUs."""
     checkpoint_steps: int | None = None
-    """Updates after which a run is saved within an epoch too; none for at its end alone."""
+    """Updates between checkpoints within an epoch; by default runs are saved only after epochs."""
 
     def __post_init__(self):
         _validate.one_of("input", self.input, ("auto", "resident", "stream"))
@@ -105,14 +105,15 @@ class Feed:
                 _validate.in_range(name, getattr(self, name), 1)
 
     def in_memory(self) -> bool:
-        """Whether a prepared data set is to be read into memory before training."""
+        """Whether to read a prepared data set into memory before training."""
         return self.input == "resident" or self.input == "auto" and jax.process_count() == 1
 
     def resolve(self, layout: Layout, split: Split, num_runs: int) -> "Feed":
-        """The feed with what was left open decided.
+        """The feed with every "auto" and None replaced by its choice.
 
         Raises:
-          InputError: (a ValueError) for a stream of several runs, each of which would need its own.
+          InputError: (a ValueError) to stream for several runs together, or with several steps in a
+            call.
         """
         device = layout.mesh.local_devices[0]
         chosen = self.input
@@ -134,51 +135,51 @@ class Feed:
 
 
 def batch_size_of(images) -> int:
-    """Images [N, H, W, channels] to test at once: 250 small ones, of large ones what four million
-    pixels are, so that a network's working memory stays the same."""
+    """Number of images [N, H, W, channels] to test at once: at most 250, and at most four million
+    pixels in all, so that a network's working memory is bounded."""
     _, height, width, _ = images.shape
     return max(1, min(250, 2**22 // (height * width)))
 
 
 def _host_memory() -> float:
-    """Bytes that this machine has, if the system tells."""
+    """Bytes of memory of this machine; infinite if the system does not tell."""
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def start_process() -> None:
-    """Makes this process one of a command's: to be called before it computes anything."""
-    # TFDS warns of a data set that is not there, Orbax logs each error with a traceback before it
-    # raises it: both are errors of one line here.
+    """Prepares this process for a command; call it before anything is computed."""
+    # TFDS warns of a missing data set, and Orbax logs each error with a traceback before raising
+    # it; the commands report both in one line.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_freed_memory()
     keep_compilations()
 
 
 KEPT_BYTES = 2**31
-"""Of compiled programs that are kept, at a command's start."""
+"""Size limit of the cache of compiled programs, enforced when a command starts."""
 
 
 def compilations_folder() -> pathlib.Path:
-    """Where compiled programs are kept: in JAX_COMPILATION_CACHE_DIR, or in ``jaxrobust/xla`` in
-    the user's folder of caches."""
+    """The cache of compiled programs: JAX_COMPILATION_CACHE_DIR, or ``jaxrobust/xla`` in the user's
+    cache folder."""
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return pathlib.Path(named) if named else caches / "jaxrobust" / "xla"
 
 
 def keep_compilations() -> None:
-    """Keeps what takes a second or more to compile for the commands to come.
+    """Caches programs that take a second or more to compile, for later commands.
 
-    In :func:`compilations_folder`, from which the programs not used for longest are removed where
-    there is more than :data:`KEPT_BYTES`; a folder named by the environment is left to its owner.
-    With JAX_ENABLE_COMPILATION_CACHE=false nothing is kept or looked for. Where the folder cannot
-    be written, a line says so.
+    Programs are cached in :func:`compilations_folder`. If it exceeds :data:`KEPT_BYTES`, the least
+    recently used are removed, unless the environment names the folder.
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. If the folder cannot be written, a line
+    says so.
 
-    JAX names a program by what it computes, the versions of JAX and XLA, flags, devices, and on
-    CPUs the processor's instructions, so that no other machine's is taken. Any number of processes
-    may use the folder. A file that is not whole, as a full disk leaves it, is removed.
+    JAX keys a program by its computation, the versions of JAX and XLA, flags, devices, and on CPUs
+    the processor's instructions, so that no other machine's program is used. Any number of
+    processes may share the folder. Incomplete files, as a full disk leaves them, are removed.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -188,7 +189,7 @@ def keep_compilations() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass  # Permissions do not tell: a file system may be read-only.
     except OSError as error:
-        print(f"Compiled programs are not kept: cannot write {folder} ({error.strerror}).",
+        print(f"Compiled programs are not cached: cannot write {folder} ({error.strerror}).",
               file=sys.stderr, flush=True)
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -199,24 +200,24 @@ def keep_compilations() -> None:
 
 def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message: Warning,
                        *arguments) -> None:
-    """As ``warnings.showwarning``: JAX warns of a file that it cannot read, but leaves it, and
-    writes none in its place, so that the program would be compiled anew for ever."""
+    """Replaces ``warnings.showwarning``: JAX warns of an unreadable cache file but never replaces
+    it, so that the program would be recompiled every time."""
     unreadable = re.match(
         r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if unreadable is None:
         show(message, *arguments)
         return
-    print(f"A compiled {unreadable[1]} in {folder} cannot be read, and is made anew.",
+    print(f"Cannot read a compiled {unreadable[1]} in {folder}; compiling it again.",
           file=sys.stderr, flush=True)
-    for path in folder.glob(f"{unreadable[1]}-*"):  # The message does not say which of the name.
+    for path in folder.glob(f"{unreadable[1]}-*"):  # The message does not say which of them.
         path.unlink(missing_ok=True)
 
 
 def _remove_oldest(folder: pathlib.Path, limit: int) -> None:
-    """Removes the files in a folder that were not used for longest, until ``limit`` bytes stay."""
+    """Removes the least recently used files of a folder until at most ``limit`` bytes remain."""
     found = []
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # Another process does the same.
+        with contextlib.suppress(FileNotFoundError):  # Another process may remove them too.
             facts = path.stat()
             if stat.S_ISREG(facts.st_mode):
                 found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
@@ -229,21 +230,21 @@ def _remove_oldest(folder: pathlib.Path, limit: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, instead of giving it back to the system, on glibc.
+    """Lets this process keep freed memory instead of returning it to the system, on glibc.
 
-    XLA allocates a training step's working memory anew for each step; on CPUs the system then
-    clears hundreds of megabytes, page by page, a tenth to a fifth of the step's time.
+    XLA allocates working memory anew for each training step. On CPUs the system then clears
+    hundreds of megabytes, page by page, which takes a tenth to a fifth of the step's time.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # In the words of malloc.h: one arena, whose memory is never mapped apart and never trimmed.
+    # By malloc.h: one arena, never using mmap, never trimmed.
     for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
         mallopt(option, value)
 
 
 def _is_one_of_several() -> bool:
-    """Whether the launcher says that this process is one of several."""
+    """Whether the launcher reports several processes."""
     counts = [int(os.environ.get(count, 1))
               for count in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")

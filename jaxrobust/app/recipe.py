@@ -1,4 +1,4 @@
-"""What a comparison of methods is, and those that anyone can run on data of their own."""
+"""Recipes: comparisons of methods, and those that anyone can run on their own data."""
 
 import dataclasses
 
@@ -10,19 +10,19 @@ from jaxrobust.losses import RobustLossConfig
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What all rows of a recipe take for one seed, training and tests."""
+    """Expected cost of all rows of a recipe for one seed, training and tests."""
 
     cpu_hours: float
-    """On two CPU cores, with --jobs 2."""
+    """Hours on two CPU cores, with --jobs 2."""
     cpu_gigabytes: float
-    """Memory of the processes together."""
+    """Memory of all processes together, in gigabytes."""
     gpu_hours: float
-    """On one GPU."""
+    """Hours on one GPU."""
     basis: str
     """Where the numbers come from."""
     images: int | None = None
-    """Images in the folder that the hours are for, in proportion to which they grow; none where the
-    recipe has a data set of its own."""
+    """Images in the folder that the hours are for; the hours grow in proportion. None if the recipe
+    has a data set of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +32,33 @@ class Recipe:
     name: str
     title: str
     rows: dict[str, RunConfig]
-    """By a name fit for a folder. The order is that of the tables."""
+    """Configurations by row name, which is part of a folder's name; in the order of the tables."""
     labels: dict[str, str]
-    """Of the rows, as shown."""
+    """Label of each row in tables."""
     evaluation: Evaluation
     curvature: CurvatureConfig | None = CurvatureConfig()
-    """None where it is not measured."""
+    """None to leave it out."""
     seeds: tuple[int, ...] = (0,)
     paper_table: str | None = None
-    """Key of :data:`jaxrobust.app.published.TABLES`, with which the report compares."""
+    """Key in :data:`jaxrobust.app.published.TABLES` that the report compares with."""
     paper_rows: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By row, the row of that table to be shown beside it."""
+    """For each row, the row of that table to show beside it."""
     paper_perturbations: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By perturbation of the evaluation, the row of the paper's Table 4 to be shown beside it."""
+    """For each perturbation of the evaluation, the row of the paper's Table 4 to show beside it."""
     note: str = ""
-    """What a reader of the report must know, such as what differs from the paper."""
+    """Note to readers of the report, such as differences from the paper."""
     cost: Cost | None = None
-    """Expected; none if it is not known."""
+    """Expected cost; None if unknown."""
     swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    """By setting, the values whose combinations are the rows, where these are generated so."""
+    """For each setting, the values whose combinations make the rows of a sweep."""
     may_diverge: bool = False
-    """Whether a run that diverges is a result, as in a study of learning rates, and no failure."""
+    """Whether divergence is a result, as in a study of learning rates, instead of a failure."""
 
     def run(self, row: str, seed: int) -> RunConfig:
         """The configuration of one run.
 
         Raises:
-          InputError: (a ValueError) for an unknown row; it names the nearest.
+          InputError: (a ValueError) for an unknown row; the message names the nearest.
         """
         _validate.one_of("row", row, self.rows)
         return dataclasses.replace(self.rows[row], seed=seed)
@@ -75,23 +75,23 @@ METHOD_LABELS = {
 
 
 def method_rows(base: RunConfig) -> dict[str, RunConfig]:
-    """A row for each of the five methods, alike in all else."""
+    """A row for each of the five methods, which differ in nothing else."""
     return {method: dataclasses.replace(base, method=method) for method in METHOD_LABELS}
 
 
 SHORT_SCHEDULE_LABELS = {**METHOD_LABELS, "robust": "Robust, short-schedule settings"}
-"""For recipes in which the paper's method does not have the paper's settings."""
+"""Labels for recipes that run the paper's method with other settings than the paper's."""
 
 METHOD_PAPER_ROWS = {method: method for method in METHOD_LABELS}
-"""Each method beside its own row of the paper's table."""
+"""Maps each method to its own row of the paper's table."""
 
 
 RECIPES: dict[str, Recipe] = {}
-"""By name; see :func:`register`."""
+"""All recipes by name; see :func:`register`."""
 
 
 def register(*recipes: Recipe) -> None:
-    """Makes recipes known to all commands, by their names."""
+    """Adds recipes to those that commands know by name."""
     RECIPES.update({recipe.name: recipe for recipe in recipes})
 
 
@@ -99,7 +99,7 @@ def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-      InputError: (a ValueError) for an unknown name; it names the nearest.
+      InputError: (a ValueError) for an unknown name; the message names the nearest.
     """
     _validate.one_of("recipe", name, RECIPES)
     return RECIPES[name]
@@ -124,22 +124,22 @@ DIGITS = Recipe(
          "one forward pass for both views. Noise of 0.15 (38/255) in training: 48/255 and 64/255 "
          "are beyond it.",
 )
-"""Real 8 x 8 digits on a small network: the demonstration, in some minutes on a CPU.
+"""Real 8 x 8 digits on a small network: the demonstration, which takes minutes on a CPU.
 
 1,200 training images of scikit-learn's digits and 237 held out to choose the epoch, 360 test
 images, a network of two convolutions, 60 epochs, three training seeds. Noise of 0.15 in pixel
-values: digits bear more than photographs. Crops by one pixel, no flips. `both` and `stability` run
-the paper's objectives, `robust` the paper's loss with its weights scaled down; the settings were
-found on the held-out images.
+values: digits tolerate more than photographs. Crops by one pixel, no flips. `both` and `stability`
+run the paper's objectives, `robust` the paper's loss with its weights scaled down; the settings
+were found on the held-out images.
 """
 
 NOISE_LEVELS = (0, 10, 30, 40, 60)
-"""For photographs, in units of 1/255: those of the paper's Table 3."""
+"""Noise levels for photographs, in units of 1/255: those of the paper's Table 3."""
 
 
 def photo_perturbations(patch: int, thickness: int) -> dict[str, str]:
-    """Perturbations of photographs other than noise, each with its name: those of the paper's
-    Table 4, in the order of the authors' release, for patches and stripes of some pixels."""
+    """Labels of the perturbations in the paper's Table 4, in the order of the authors' release, for
+    patches and stripes of the given size in pixels."""
     occlusion, down_up, stripes = f"occlusion(20,{patch})", "down_up(3)", f"stripes(10,{thickness})"
     return {
         occlusion: "Occlusion",
@@ -171,7 +171,7 @@ PHOTOS = Recipe(
     cost=Cost(cpu_hours=0.7, cpu_gigabytes=6, gpu_hours=0.1, images=1000,
               basis="projected, on CPUs from what a thousand images took"),
 )
-"""A folder with a sub-folder of photographs for each class, in three quarters of an hour on two CPU
-cores for a thousand of them: the paper's road experiment at 64 x 80 from random weights."""
+"""A folder with a sub-folder of photographs for each class: the paper's road experiment at 64 x 80
+from random weights. A thousand photographs take three quarters of an hour on two CPU cores."""
 
 register(DIGITS, PHOTOS)

@@ -30,19 +30,19 @@ class FigureSettings:
     num_draws: int = 10
     """Independent draws of each noise, as in the paper's Fig. 9."""
     curvature_images: int | None = None
-    """The first so many test images; as many as the run's curvature has, if none is given."""
+    """Number of test images, from the first on, for curvature; by default the run's own number."""
     curvature_probes: int | None = None
-    """Random directions for each image; those of the run's curvature, if none is given."""
+    """Random directions for each image; by default the number in the run's curvature."""
     test_size: int | None = None
-    """Test images, drawn by class at random with seed 0; those of the run's other results, if
-    none is given, or all."""
+    """Number of test images, drawn at random by class with seed 0; by default the number in the
+    run's other results, or all."""
     surface_images: tuple[int, ...] | None = None
-    """Numbers of the test images whose loss surface is shown; the first of three different
-    classes if none is given."""
+    """Indices of the test images whose loss surface is shown; by default the first of three
+    different classes."""
     surface_resolution: int = 31
     """Points along each direction of a surface; odd, so that the image is among them."""
     tsne_images: int = 1000
-    """Of the test images, the first so many are shown in the figures of the blocks."""
+    """Number of test images, from the first on, shown in the figures of the blocks."""
 
     def __post_init__(self):
         _validate.in_range("num_draws", self.num_draws, 1)

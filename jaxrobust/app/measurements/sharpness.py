@@ -1,4 +1,4 @@
-"""Sharpness: how strongly the terms of a loss curve in the parameters, and the rate that bears it.
+"""Sharpness: the curvature of a loss's terms in the parameters, and the largest stable rate.
 
 The curvature of all else here is that in the image. That in the parameters bounds the learning
 rate: gradient descent leaves a quadratic valley that curves more than its rate allows.
@@ -52,8 +52,8 @@ class SharpnessSettings:
     """What the command ``sharpness`` measures."""
 
     num_images: int | None = None
-    """Of the training images, the first so many, as one batch; the run's batch size if none is
-    given."""
+    """Number of training images, taken from the first on, as one batch; the run's batch size by
+    default."""
 
     def __post_init__(self):
         if self.num_images is not None:
@@ -194,7 +194,7 @@ def table_text(facts: dict) -> str:
 SHARPNESS = Measurement(
     "sharpness", SharpnessSettings(), _measure, _asked, section=_section, numbers=(numbers,),
     text=table_text, trained=False,
-    about="""Measure how sharply the loss and its terms bend in the parameters.
+    about="""Measure the sharpness of the loss and its terms, and the largest stable learning rate.
 
-    And the largest stable learning rate: before training and, of finished runs, in the best epoch.
-    Takes runs that diverged, too.""")
+    Sharpness is the largest Hessian eigenvalue in the parameters, before training and, for finished
+    runs, in the best epoch. Accepts runs that diverged.""")

@@ -37,14 +37,14 @@ class StepSettings:
     """What the command ``steps`` measures."""
 
     steps: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    """t of Eq. 21, and the standard deviation of the smoothed curvature, in pixel values."""
+    """Steps t of Eq. 21, also standard deviations of the smoothed curvature, in pixel values."""
     num_images: int = 64
-    """Test images: the first so many."""
+    """Number of test images, taken from the first on."""
     num_probes: int = 20
-    """Random directions of Eq. 21, and pairs of noisy images of the smoothed curvature."""
+    """Random directions in Eq. 21, also pairs of noisy images for the smoothed curvature."""
     test_size: int | None = None
-    """Test images, drawn by class at random with seed 0, of which the first are taken; none for
-    all, in their order."""
+    """Draw so many test images at random by class, with seed 0, and measure the first of them;
+    none to take the first of all test images."""
 
     def __post_init__(self):
         for step in self.steps:

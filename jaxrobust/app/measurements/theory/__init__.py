@@ -51,27 +51,27 @@ class TheorySettings:
     """How the theorems are checked; noise and radii come from the run's own configuration."""
 
     num_images: int = 256
-    """Of the test images, the first so many have Theorem 6.1 checked, image by image."""
+    """Number of test images, from the first on, at which Theorem 6.1 is checked."""
     num_draws: int = 100
-    """Draws of the noise for each image: eta, l_out and the change of the loss."""
+    """Draws of the noise for each image, for eta, l_out and the change of the loss."""
     smoothed_draws: int = 64
-    """Pairs of draws for each image, a multiple of 8: curvature of the noise-averaged loss."""
+    """Pairs of draws for each image, a multiple of 8, for the noise-averaged loss's curvature."""
     test_size: int | None = None
-    """Test images, drawn by class at random with seed 0; none for all."""
+    """Number of test images, drawn at random by class with seed 0; none for all."""
     train_size: int | None = 5000
-    """Training images, drawn by class at random with seed 0; none for all."""
+    """Number of training images, drawn at random by class with seed 0; none for all."""
     nus: tuple[float, ...] = (0.25, 2.0, 10.0)
-    """The factors of T_nu, Proposition 5.3."""
+    """Factors nu of T_nu in Proposition 5.3."""
     radii: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     """Radii of Theorem 6.2, over the median distance of a class's training images to their
     centroid."""
     rho_shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.95)
     """Confidence margins rho of Theorem 6.2, over the radius squared, in (0, 1)."""
     centre_share: float = 0.1
-    """Of the held-out bound around the training centroid: the largest distance of a centre from
-    it, over the radius."""
+    """Largest distance of a centre from the training centroid in the held-out bound, over the
+    radius."""
     failure_probability: float = 0.05
-    """Of each bound at each radius; divided among the values of rho."""
+    """Failure probability of each bound at each radius, divided among the values of rho."""
 
     def __post_init__(self):
         _validate.in_range("num_images", self.num_images, 1)
@@ -725,4 +725,4 @@ def _without_nan(value: Any) -> Any:
 
 THEORY = Measurement(
     "theory", TheorySettings(), _measure, section=section_of, numbers=(numbers,), text=table_text,
-    about="Check the paper's propositions and theorems on finished runs, and print what was found.")
+    about="Check the paper's propositions and theorems on finished runs, and print the results.")
