@@ -43,7 +43,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [
+    pytest.param(way, marks=[pytest.mark.slow] if way in ("mesh", "pmap, streamed") else [])
+    for way in WAYS])
 def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
         way, plain, digits, tmp_path, monkeypatch):
     form, devices, feed = WAYS[way]
