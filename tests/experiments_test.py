@@ -216,7 +216,7 @@ def test_a_data_set_that_cannot_be_downloaded_is_one_line(capsys, tmp_path, monk
 
 def test_a_folder_of_another_run_is_left_alone(finished, digits, capsys):
     before = metrics_of(finished)
-    with pytest.raises(InputError, match="holds a run already. Add --resume"):
+    with pytest.raises(InputError, match="already holds a run. Add --resume"):
         trainer.train(TINY, digits, finished)
     other = dataclasses.replace(TINY, seed=1)
     with pytest.raises(InputError, match="holds another configuration"):

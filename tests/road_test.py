@@ -228,7 +228,7 @@ def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
         (run / "network.json").rename(tmp_path / "network.json")
         assert call("predict", run, *paths, "--data-dir", data_dir) == 2
         said = one_line(capsys)
-        assert "is from before network.json" in said and f"at {folder}, got nothing" in said
+        assert "has no network.json" in said and f"at {folder}, got nothing" in said
     finally:
         hidden.rename(folder)
         datasets._load_folder.cache_clear()

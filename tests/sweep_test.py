@@ -214,10 +214,10 @@ def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
     ("robust", ("--over", "robust.lam=1,2", "--at-once", "2", "--input", "stream"),
      "Expected input='resident' for 2 runs together, got 'stream'."),
     ("robust", ("--over", "stability_weight=1"), "method 'robust' uses, got 'stability_weight'"),
-    ("both", ("--over", "robust.lam=1"), "the method 'both' uses, got 'robust.lam', which is of: "
-                                         "robust."),
-    ("normal", ("--over", "noise_std=0.1"), "the method 'normal' uses, got 'noise_std', which is "
-                                            "of: noisy, both, stability, robust."),
+    ("both", ("--over", "robust.lam=1"), "the method 'both' uses, got 'robust.lam', which belongs "
+                                         "to: robust."),
+    ("normal", ("--over", "noise_std=0.1"), "the method 'normal' uses, got 'noise_std', which "
+                                            "belongs to: noisy, both, stability, robust."),
     ("robst", ("--over", "robust.lam=1"), "Unknown row 'robst'. Did you mean 'robust'?"),
 ])
 def test_bad_input_is_one_line_and_status_2(row, arguments, expected, capsys, tmp_path):

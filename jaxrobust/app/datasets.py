@@ -1,4 +1,4 @@
-"""The data set of a run, and the record of its files beside the run."""
+"""Opens the data set of a run, and keeps the record of its files beside the run."""
 
 import contextlib
 import functools
@@ -16,15 +16,15 @@ from jaxrobust.data import Dataset
 from jaxrobust.perturbations import parse_perturbation
 
 SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3)}
-"""Of the images of a data set by name: height, width, channels."""
+"""Height, width and channels of the images, by name of the data set."""
 
 
 def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
     """Checks that a run's images are large enough for its own perturbation and those of its tests,
-    before the data set is opened, which may take minutes.
+    before opening the data set, which may take minutes.
 
     Raises:
-      InputError: (a ValueError) if one cannot be applied; it names it.
+      InputError: (a ValueError) naming the first perturbation that cannot be applied.
     """
     shape = SHAPES.get(config.dataset, (*config.image_size, 3))
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -37,11 +37,11 @@ def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
 
 
 def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:
-    """The data set that a configuration names; runs that share it share what is in memory.
+    """Opens the data set that a configuration names; runs that share it share its memory.
 
-    The images of a folder stay in the file of those decoded, which the system keeps in memory as
-    far as there is room: ``in_memory`` is of the other data sets. Says which files of a folder are
-    left out, and what else is to be known of it.
+    The images of a folder stay in the file of decoded images, which the system keeps in memory as
+    far as there is room; ``in_memory`` applies to the other data sets. Prints which files of a
+    folder are skipped, and other notes on it.
 
     Raises:
       InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
@@ -68,7 +68,7 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
     with contextlib.ExitStack() as stack:
 
         def decoded(done, total):
-            if not shown:  # Nothing is shown where all images are decoded already.
+            if not shown:  # Shows nothing if all images are decoded already.
                 shown.append(stack.enter_context(progress("decode", total)))
             shown[0].advance()
 
@@ -86,10 +86,10 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
 
 
 def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
-    """Checks that a run's folder is of a data set whose files are still the same.
+    """Checks that the files of a run's data set have not changed.
 
     Raises:
-      InputError: (a ValueError) if images have come, gone or moved since.
+      InputError: (a ValueError) if images were added, removed or moved.
     """
     there = run_folder.read_split(folder)
     if dataset.files is not None and there is not None:

@@ -30,16 +30,16 @@ from jaxrobust.images import to_float
 from jaxrobust.models import pytorch
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-"""That an exported network runs on."""
+"""Platforms that an exported network runs on."""
 
 
 def load_classifier(
     folder: pathlib.Path, data_dir: pathlib.Path
 ) -> tuple[TrainedRun, Doubt]:
-    """A finished run, to be used, and its score of doubt.
+    """Loads a finished run for use, and its doubt score.
 
-    The data set it was trained on is needed only by a run from before ``network.json`` was written,
-    and for a score that is not measured yet. If that cannot be had it is said why, and the score is
+    Needs the run's data set only for a run without ``network.json``, and to measure a score that is
+    not measured yet. If that measurement is impossible, prints why, and the score is
     :data:`jaxrobust.app.doubt.UNMEASURED`.
 
     Raises:
@@ -52,14 +52,14 @@ def load_classifier(
         try:
             dataset = open_dataset(config, data_dir, in_memory=False)
         except InputError as error:
-            raise InputError(f"{folder} is from before network.json was written, and needs its "
-                             f"data set: {error}") from error
+            raise InputError(f"{folder} has no network.json, as it is older, and needs its data "
+                             f"set: {error}") from error
         run = load_run(folder, config, dataset)
     if load_doubt(folder).facts is None:
         try:
             measure_doubt(_with_dataset(run, folder, data_dir), folder)
         except InputError as error:
-            print(f"The score of doubt cannot be measured: {error}", file=sys.stderr)
+            print(f"Cannot measure the doubt score: {error}", file=sys.stderr)
     return run, load_doubt(folder)
 
 
@@ -70,17 +70,17 @@ def _with_dataset(run, folder, data_dir):
 
 
 class Prediction(NamedTuple):
-    """Of one image."""
+    """The prediction for one image."""
 
     path: pathlib.Path
     label: str
     probability: float  # of that class
-    doubt: float  # the run's score of doubt, larger for more doubtful
-    doubtful: bool  # whether the score is beyond its threshold; False if it has none
+    doubt: float  # the run's doubt score, larger for more doubtful
+    doubtful: bool  # whether the score exceeds its threshold; False if it has none
 
 
 def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.Array]:
-    r"""What a run says of images [B, H, W, channels], uint8 or in [0, 1].
+    r"""Applies a run to images [B, H, W, channels], uint8 or in [0, 1].
 
     Returns:
       ``probabilities`` [B, C]; ``doubt`` [B], the run's score, larger for more doubtful; and
@@ -98,10 +98,10 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
 def predict_files(
     run: TrainedRun, doubt: Doubt, paths: Sequence[pathlib.Path]
 ) -> list[Prediction]:
-    """The class of each image file; it is resized to the size that the run was trained with.
+    """Classifies image files, resized to the size that the run was trained with.
 
     Raises:
-      InputError: (a ValueError) if there is no file, one cannot be read, or the network's logits
+      InputError: (a ValueError) if no file is given, one cannot be read, or the network's logits
         for one are not finite.
     """
     _validate.in_range("number of images", len(paths), 1)
@@ -122,7 +122,7 @@ def predict_files(
 
 
 def table_text(predictions: Sequence[Prediction], doubt: Doubt) -> str:
-    """Predictions as lines: path, class, probability, doubt; and what the doubt is worth."""
+    """Predictions as lines with path, class, probability and doubt; then how good the doubt is."""
     rows = [("image", "class", "probability", "doubt", "")]
     rows += [(str(one.path), one.label, f"{one.probability:.4f}", f"{one.doubt:.4g}",
               "doubtful" if one.doubtful else "") for one in predictions]
@@ -142,13 +142,13 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     """Writes a run's network for use without this package.
 
     ``.stablehlo``: a serialised ``jax.export`` artefact of :func:`classify`, normalisation and
-    weights inside, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json`` with
-    the names of the classes and what goes in and out. ``.safetensors``, ``.pth``: the weights, in
-    PyTorch's names and layout.
+    weights included, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json``
+    with the names of the classes and the inputs and outputs. ``.safetensors``, ``.pth``: the
+    weights, in PyTorch's names and layout.
 
     Raises:
       InputError: (a ValueError) for another suffix, a file that cannot be written, or a network
-        of which PyTorch's names are not known.
+        without known PyTorch names.
     """
     require_exportable(path)
     if path.suffix in pytorch.SUFFIXES:

@@ -97,21 +97,21 @@ def train_together(
     Each has the result, up to rounding, that it has alone, and the same files:
     ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
     folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints`` (the latest
-    two) and, last, ``done.json``, or ``diverged.json`` if the loss was no longer finite. A run that
-    is done or has diverged, which it would do again, is left as it is; one that is not goes on from
-    its latest checkpoint, to the same result as if it had never stopped.
+    two) and, last, ``done.json``, or ``diverged.json`` if the loss was no longer finite. Leaves
+    finished runs as they are, and those that diverged, which would do so again. Resumes other runs
+    from their latest checkpoint, to the same result as if they had never stopped.
 
-    A checkpoint has the number of updates done for its step and holds all that a run goes on from:
-    the state after them, the state of the best epoch so far, the log of the epochs done, and the
-    metrics of the updates done of the next one. ``metrics.jsonl`` follows from it.
+    A checkpoint has the number of updates done for its step and holds all that a run needs to
+    resume: the state after them, the state of the best epoch so far, the log of the epochs done,
+    and the metrics of the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
 
     Args:
-      configs: of the runs; several may differ in nothing but the seed and :data:`config.SWEPT`.
-      dataset: named by the configurations.
-      folders: of the runs.
-      resume: whether runs begun before may go on.
+      configs: one for each run; they may differ only in the seed and :data:`config.SWEPT`.
+      dataset: the one that the configurations name.
+      folders: one for each run.
+      resume: whether to resume interrupted runs.
       tensorboard: whether to write event files for TensorBoard too.
-      label: of the progress bar.
+      label: text of the progress bar.
       layout: the devices; one if none is given.
       feed: how the images reach them.
 
@@ -120,16 +120,16 @@ def train_together(
 
     Raises:
       InputError: (a ValueError) if a folder holds another run, a begun one without ``resume``, or
-        one with checkpoints of an earlier version, which cannot go on; or if the runs cannot be
-        trained together, or not on these devices.
+        one with checkpoints of an earlier version, which cannot be resumed; or if the runs cannot
+        be trained together, or not on these devices.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
         if run_folder.is_begun(folder) and not resume:
-            raise InputError(f"{folder} holds a run already. Add --resume to go on with it.")
+            raise InputError(f"{folder} already holds a run. Add --resume to resume it.")
         if run_folder.is_of_earlier_version(folder) and not run_folder.is_trained(folder):
-            raise InputError(f"{folder} was begun by an earlier version, from whose checkpoints "
-                             "this one cannot go on. Train it anew in another folder.")
+            raise InputError(f"{folder} was begun by an earlier version, whose checkpoints "
+                             "cannot be resumed. Train it again in another folder.")
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
@@ -163,34 +163,34 @@ def train_together(
 
 def _say_if_one_is_left_out(num_train: int, batch_size: int) -> None:
     if sum(data.batch_sizes(num_train, batch_size)) < num_train and files.is_writer():
-        print(f"Note: each epoch leaves out one of the {num_train} training images, another each "
-              f"time: it would be the last batch of {batch_size} by itself.", flush=True)
+        print(f"Note: each epoch leaves out one of the {num_train} training images, a "
+              "different one each time: it would be a last batch of one image.", flush=True)
 
 
 LAG = 0.01
-"""Share of batch norm's initial statistics in the running ones from which a run is warned."""
+"""Warn of a larger share of the initial values in batch norm's running statistics."""
 
 
 def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
-    """Says if running statistics will not have come near the network's before training ends."""
+    """Says if running statistics will still lag behind the network's when training ends."""
     left = model.batch_norm_momentum**updates
     if config.batch_norm_statistics == "running" and left > LAG and files.is_writer():
-        print(f"Note: after {updates} updates batch norm's running statistics still hold "
-              f"{left:.0%} of what they began with, and tests may be far worse than training. "
-              "--batch-norm-statistics recomputed avoids that.", flush=True)
+        print(f"Note: after {updates} updates batch norm's running statistics still contain "
+              f"{left:.0%} of their initial values, and tests may be far worse than training. "
+              "Use --batch-norm-statistics recomputed to avoid this.", flush=True)
 
 
 def _first_state(config, folder, dataset, layout):
-    """The state before the first update, and what its provenance is to say of it."""
+    """The state before the first update, and facts about it for the provenance."""
     state = initial_state(config, dataset, layout)
-    # A run with a checkpoint no longer needs the file that it began with.
+    # A run with a checkpoint no longer needs its file of initial weights.
     if config.init_from is None or run_folder.has_checkpoint(folder):
         return state, {}
     state, facts = start_from(config.init_from, state, config, dataset, layout)
     layers = ", ".join(facts["init_from"]["initialised_anew"])
     if layers and files.is_writer():
-        print(f"{config.init_from} has no weights that fit: {layers}. These start anew.",
-              flush=True)
+        print(f"{config.init_from} has no matching weights for {layers}, which start from random "
+              "values.", flush=True)
     return state, facts
 
 
@@ -201,7 +201,7 @@ class _Running:
         self.config, self.folder = config, folder
         self._checkpoints = checkpoints.open_checkpoints(
             run_folder.checkpoints_path(folder), keep=2)
-        # Until an epoch is the best, the state before the first stands for it.
+        # Until an epoch is the best, the initial state takes its place.
         self.state, self._best = state, checkpoints.to_host(state)
         self._history, self.before = [], {}
         self._restore()
@@ -210,7 +210,7 @@ class _Running:
             raise InputError(
                 f"Expected {self.done} epochs of {steps_per_epoch} updates, and "
                 f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
-                "all: it was trained on other images, or by another version.")
+                "all. It was trained on other images, or by another version.")
         # What was logged after the checkpoint is trained again.
         files.barrier("history")
         run_folder.write_epochs(folder, self._history)
@@ -221,7 +221,7 @@ class _Running:
             self._events = _event_writer(folder, purge_step=self.done + 1)
 
     def _restore(self):
-        """Takes all that the run goes on from from its newest checkpoint that can be read."""
+        """Restores all that the run needs to resume from its newest readable checkpoint."""
         skipped: list[str] = []
         found = checkpoints.restore_checkpoint(
             self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
@@ -244,10 +244,10 @@ class _Running:
                  "updates": {name: value.tolist() for name, value in values.items()}})
 
     def record(self, row, state, ready, selection_accuracy):
-        """Logs an epoch and, if it is time for it, saves the state.
+        """Logs an epoch and, if a checkpoint is due, saves the state.
 
-        ``ready(state)`` is the state as it is evaluated, ``selection_accuracy(ready state)`` what
-        the epoch is chosen by, if there is such a choice; both are called only where needed.
+        ``ready(state)`` is the state as evaluated, and ``selection_accuracy(ready state)`` the
+        accuracy that chooses the epoch, or None; both are called only where needed.
         """
         epoch = row["epoch"]
         checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
@@ -265,7 +265,7 @@ class _Running:
             self.save(state, {})
 
     def finish(self, how):
-        """Says how the run was trained, and that it is done."""
+        """Records how the run was trained, and that it is finished."""
         run_folder.write_facts(self.folder, "provenance", {
             **run_folder.read_facts(self.folder, "provenance"), **how,
             "seconds": sum(row["seconds"] for row in self._history)})
@@ -280,12 +280,12 @@ class _Running:
 
 
 def _updates_in(metrics) -> int:
-    """The number of updates that metrics [T] are of; 0 if there are none."""
+    """The number T of updates in metrics [T]; 0 if there are none."""
     return len(next(iter(metrics.values()), ()))
 
 
 def _train_group(group, dataset, splits, layout, feed, label):
-    """Trains runs that stand at the same epoch; a line for each that diverged."""
+    """Trains runs that are at the same update; returns a line for each that diverged."""
     configs = [running.config for running in group]
     program = program_of(configs, dataset, layout)
     run = parallel.replicate(layout, stack_configs(configs))
@@ -332,21 +332,21 @@ def _train_group(group, dataset, splits, layout, feed, label):
 
 
 def _record(running, row, state, ready, selection_accuracy) -> str | None:
-    """Logs an epoch unless something in it is not finite, and then says what."""
+    """Logs an epoch, or returns what in it is not finite."""
     if not np.isfinite(row["loss"]):
         return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
     try:
         running.record(row, state, ready, selection_accuracy)
     except _validate.NotFiniteError as error:  # Of a state that the last update spoilt.
         reason = str(error).removesuffix(".")
-        return f"The validation of {running.folder} ends in epoch {row['epoch']}: {reason}"
+        return f"The validation of {running.folder} fails in epoch {row['epoch']}: {reason}"
     return None
 
 
 def _as_evaluated(
     program: Program, config: RunConfig, state: TrainState, split: Split
 ) -> TrainState:
-    """The state that validation, and later all other commands, see of one in training."""
+    """A training state in the form that validation and all later commands use."""
     if config.batch_norm_statistics == "running":
         return state
     return recompute_statistics(program, config, state, split)
@@ -368,17 +368,17 @@ class _Epochs:
                 size: self._place(self._positions_of(size), size) for size in set(self._batches)}
 
     def _positions_of(self, size):
-        """Of this process's rows, in a batch of so many."""
+        """Positions of this process's rows in a batch of ``size`` images."""
         return np.arange(size, dtype=np.int32)[self._program.layout.rows_of(size)]
 
     def _place(self, rows, size):
         return parallel.place_batch(self._program.layout, rows, size)
 
     def train(self, state, epoch, before, save, shown):
-        """One epoch, or what is left of it: the new state, and for each run its mean metrics.
+        """Trains one epoch, or the rest of it; returns the new state and each run's mean metrics.
 
         ``before`` has, for each run, the metrics [T] of the first T updates if they are done
-        already. ``save(state, metrics so far)`` is called within the epoch when it is time.
+        already. ``save(state, metrics so far)`` is called within the epoch for each checkpoint.
         """
         start = time.monotonic()
         first = _updates_in(before[0])
@@ -388,7 +388,7 @@ class _Epochs:
         for after, metrics, num_steps in calls(state, epoch, first):
             state, done = after, done + num_steps
             collected.append(metrics)
-            # The call before the last: to wait for it leaves the devices one to work on.
+            # Waiting for the call before the last leaves the devices one to work on.
             if len(collected) > 1:
                 jax.block_until_ready(collected[-2])
             if len(collected) % 20 == 1 and len(collected) > 1:
@@ -405,7 +405,7 @@ class _Epochs:
             for values in _by_run(collected, before)]
 
     def _call(self, num_steps, size, step, *arguments):
-        """Some updates with batches of a size; their first call compiles them."""
+        """Runs updates with batches of one size; the first call of a kind compiles them."""
         if (num_steps, size) in self._compiled:
             return step(*arguments)
         self._compiled.add((num_steps, size))
@@ -424,7 +424,7 @@ class _Epochs:
             yield state, metrics, num_steps
 
     def _streamed(self, state, epoch, first):
-        """The calls of an epoch with images that are read meanwhile, ahead into the next one."""
+        """The calls of an epoch with images that are read ahead, into the next epoch too."""
         if self._stream is None:
             self._stream = data.stream_batches(
                 self._split, state.key, batch_size=self._config.batch_size,
@@ -444,7 +444,7 @@ class _Epochs:
 
 
 def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
-    """For each run, its metrics [T] over all updates of some calls, after those of ``before``."""
+    """For each run, its metrics [T]: those of ``before``, then those of the collected calls."""
     fetched = jax.device_get(collected)
     values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
               .reshape(len(before), -1) for name in fetched[0]}
@@ -517,7 +517,7 @@ def open_run(
 
     Raises:
       InputError: (a ValueError) if the images of its data set are no longer those it was trained
-        with, or no data set is given though the run is from before ``network.json``.
+        with, or no data set is given for a run without ``network.json``.
     """
     if dataset is not None:
         check_files(dataset, folder)
@@ -532,13 +532,13 @@ def open_run(
 def load_run(
     folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
 ) -> TrainedRun:
-    """The best state of a finished run, on the devices of a layout; on one if none is given.
+    """Loads the best state of a finished run onto the devices of a layout, one by default.
 
     Args:
-      folder: of the run.
-      config: of the run.
-      dataset: that it was trained with, to test it; None to use its network alone, which then
-        need not be there any more.
+      folder: the run's folder.
+      config: the run's configuration.
+      dataset: the one that it was trained with, to test it; None to use the network alone, which
+        does not need the data set.
       layout: the devices.
 
     Raises:
@@ -546,7 +546,7 @@ def load_run(
         weights are not finite.
     """
     if not run_folder.is_done(folder):
-        raise InputError(f"Expected a finished run in {folder}. Train it, with --resume.")
+        raise InputError(f"Expected a finished run in {folder}. Finish its training with --resume.")
     run = open_run(folder, config, dataset, layout)
     epoch = run_folder.read_facts(folder, "done")["best_epoch"]
     state = _best_state(folder, epoch, initial_state(config, run.network, run.layout))

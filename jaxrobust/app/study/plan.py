@@ -1,4 +1,4 @@
-"""What a study is to hold: a recipe's rows and seeds, fitted to a data set, in a folder."""
+"""The plan of a study: a recipe's rows and seeds, fitted to a data set, in a folder."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from jaxrobust.data.listing import list_images
 
 
 def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
-    """Where a run of a study is."""
+    """The folder of a run in a study."""
     return study / f"{row}-seed{seed}"
 
 
@@ -34,13 +34,13 @@ def require_data(recipe: Recipe, asked: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StudyPlan:
-    """What is to be run of one study."""
+    """What to run of one study."""
 
     recipe: Recipe
     folder: pathlib.Path
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
-    measured: tuple[str, ...] = ()  # rows of which ``figures`` is to measure what it shows
+    measured: tuple[str, ...] = ()  # rows for which to measure what figures show
 
     def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
         """The folders of the runs, of all rows or of some."""
@@ -53,10 +53,10 @@ class StudyPlan:
                 for seed in self.seeds for row in self.rows}
 
     def text(self) -> str:
-        """Some lines on its runs, its settings, and what it takes.
+        """Lines on its runs, its settings and its cost.
 
         Raises:
-          InputError: (a ValueError) if it is of a folder that is not there or holds no classes.
+          InputError: (a ValueError) if its folder of images is missing or holds no classes.
         """
         places = self.places()
         last = "evaluation" if self.recipe.curvature is None else "curvature"
@@ -81,8 +81,8 @@ class StudyPlan:
             share = larger * (len(places) - done) / len(self.recipe.rows)
             cpu, gpu = (duration(3600 * share * hours) for hours in (
                 cost.cpu_hours, cost.gpu_hours))
-            lines.append(f"  left, on two CPU cores with --jobs 2: {cpu}, {cost.cpu_gigabytes:g} "
-                         f"GB; on one GPU: {gpu} ({cost.basis})")
+            lines.append(f"  remaining, on two CPU cores with --jobs 2: {cpu}, "
+                         f"{cost.cpu_gigabytes:g} GB; on one GPU: {gpu} ({cost.basis})")
         return "\n".join(lines)
 
 
@@ -90,10 +90,10 @@ def plan_study(
     recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> StudyPlan:
-    """The plan of a recipe: of all its rows and seeds, or of some.
+    """Plans a recipe with all its rows and seeds, or some of them.
 
     Raises:
-      InputError: (a ValueError) for an unknown row, or a recipe of a folder without one.
+      InputError: (a ValueError) for an unknown row, or a recipe that needs a folder and names none.
     """
     require_data(recipe, recipe.name)
     rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
@@ -103,9 +103,9 @@ def plan_study(
 
 
 def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
-    """Makes the folder of a plan the place of its study, or adds seeds and rows to the study there.
+    """Claims a folder for the study of a plan, or adds seeds and rows to the study there.
 
-    ``study.json`` holds all that the report needs beside the runs.
+    ``study.json`` holds all that the report needs apart from the runs.
 
     Raises:
       InputError: (a ValueError) if the folder belongs to something else, or a run in it has another
@@ -130,7 +130,7 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
         files.claim(plan.folder, "study.json", json.dumps(asked, indent=2) + "\n")
         return
     there = files.read_json(path)
-    # Words may be bettered; the command and commit stay those that began the study.
+    # Texts may be improved; the command and commit stay those that began the study.
     signed = ("command", "commit")
     same = all(there[name] == asked[name] for name in ("name", "paper_table", "class_names"))
     kept = all(there[name].items() <= asked[name].items()
@@ -146,8 +146,8 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
 
 def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
                  skip_bad: bool = False) -> Recipe:
-    """A recipe on another data set, without its bad images, or from other initial weights, where
-    they are given."""
+    """A recipe with another data set, without bad images, or with other initial weights, as given.
+    """
     changes: dict[str, Any] = {
         name: value for name, value in (("dataset", dataset), ("init_from", init_from))
         if value is not None}
@@ -157,13 +157,13 @@ def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
 
 
 def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
-    """The recipe with what the data set is too small for made smaller, and a line for each change.
+    """Reduces the settings that the data set is too small for; adds a line for each change.
 
-    That is what is held out for validation, the training images, the batch, the test images and
-    those at which the curvature is measured.
+    These are the numbers of validation, training and test images, the batch size, and the number
+    of images at which the curvature is measured.
 
     Raises:
-      InputError: (a ValueError) if no image of each class can be held out.
+      InputError: (a ValueError) if an image of each class cannot be held out.
     """
     fitted = {row: _fit_run(config, dataset) for row, config in recipe.rows.items()}
     evaluation, num_test = recipe.evaluation, len(dataset.test.labels)
@@ -184,7 +184,7 @@ def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
 
 
 def _fit_run(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration of a run with what the data set is too small for made smaller."""
+    """Reduces the settings of a run that the data set is too small for."""
     num_train, num_classes = len(dataset.train.labels), len(dataset.class_names)
     if config.validation_size and dataset.validation is None:
         size = config.validation_size
@@ -196,7 +196,7 @@ def _fit_run(config: RunConfig, dataset: Dataset) -> RunConfig:
         if wide_enough is None:
             raise InputError(
                 f"Expected more images in {dataset.name}: of {num_train} training images of "
-                f"{num_classes} classes none of each can be held out to choose the epoch.")
+                f"{num_classes} classes, one of each class cannot be held out to choose the epoch.")
         share = config.validation_size < 1 and wide_enough == size
         config = dataclasses.replace(
             config, validation_size=config.validation_size if share else wide_enough)

@@ -14,7 +14,7 @@ from jaxrobust.data import FOLDER_PREFIX
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is there of one training; None or empty where it is not (yet)."""
+    """The results of one run that exist; None or empty for those that do not."""
 
     folder: pathlib.Path
     seed: int
@@ -22,31 +22,31 @@ class Run:
     provenance: dict
     epochs: tuple[dict, ...]
     evaluation: dict | None
-    diverged: int | None = None  # epoch in which the loss was no longer finite
-    name: str | None = None  # of the measurements, beside the evaluation, that are read
+    diverged: int | None = None  # epoch in which the loss became infinite or NaN
+    name: str | None = None  # name of the measurements to read beside the evaluation
 
     @functools.cached_property
     def curvature(self) -> dict | None:
-        """What the command ``curvature`` measured, image by image."""
+        """The results of the command ``curvature``, image by image."""
         return self.result("curvature")
 
     @property
     def medians(self) -> dict | None:
-        """By measure of curvature, the median over the images."""
+        """For each measure of curvature, the median over the images."""
         facts = self.facts("curvature")
         return facts["median"] if facts else None
 
     @functools.cached_property
     def features(self) -> dict | None:
-        """Penultimate features of the first test images."""
+        """Penultimate-layer features of the first test images."""
         return run_folder.read_arrays(self.folder, "features") if self.evaluation else None
 
     def facts(self, kind: str) -> dict | None:
-        """The JSON file of a kind of measurement, if it is there."""
+        """The JSON file of a kind of measurement, if it exists."""
         return run_folder.read_facts(self.folder, kind, self.name)
 
     def result(self, kind: str) -> dict | None:
-        """The facts and the arrays of a kind of measurement together, if they are there."""
+        """The facts and arrays of a kind of measurement together, if they exist."""
         facts = self.facts(kind)
         arrays = run_folder.read_arrays(self.folder, kind, self.name) if facts else None
         return facts | arrays if arrays else None
@@ -71,7 +71,7 @@ class Study:
     class_names: dict[int, str]
     runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
     swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    """By setting, the values whose combinations are the rows, where these were generated so."""
+    """For each setting of a sweep, the values whose combinations are the rows."""
 
     def finished(self, row: str) -> list[Run]:
         """The evaluated runs of a row."""
@@ -92,19 +92,19 @@ class Study:
 
 
 def load_study(folder: pathlib.Path) -> Study:
-    """Reads a study folder, whatever of its runs is there.
+    """Reads a study folder, with all runs in it.
 
     Raises:
-      InputError: (a ValueError) if the folder holds no study, or no finished run, or the study is
-        compared with published numbers that are not known here.
+      InputError: (a ValueError) if the folder holds no study or no finished run, or the study is
+        compared with published numbers that are unavailable here.
     """
     if not (folder / "study.json").is_file():
         raise InputError(f"Expected a study in {folder}, found no study.json there.")
     values = read_json(folder / "study.json")
     names, key = values.get("class_names") or [], values["paper_table"]
     if key is not None and key not in published.TABLES:
-        raise InputError(f"{folder} is compared with the paper's {key}: `python -m experiments "
-                         "report` shows both.")
+        raise InputError(f"{folder} is compared with the paper's {key}. Use `python -m "
+                         "experiments report`, which shows both.")
     study = Study(
         name=values["name"], title=values["title"], note=values["note"],
         command=values["command"], commit=values["commit"], labels=values["rows"],
@@ -122,7 +122,7 @@ def load_study(folder: pathlib.Path) -> Study:
 
 
 def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
-    """The study with some of its rows alone, or with all.
+    """The study with only some of its rows, or with all if None.
 
     Raises:
       InputError: (a ValueError) if none of their runs is finished.
@@ -142,11 +142,11 @@ def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
 def study_of_runs(
     folders: Sequence[pathlib.Path], *, together: bool = False, name: str | None = None
 ) -> Study:
-    """Runs that belong to no study, each a row of its own with its folder's name.
+    """A study made of runs that belong to none, each a row named after its folder.
 
-    Where two have the same name, that of the folder above is before it. With ``together`` runs
-    that differ in nothing but the seed are one row, with the name of the first but for its seed.
-    With a ``name``, measurements beside the evaluation are those under that name.
+    Equal names are prefixed with the name of the folder above. With ``together``, runs that differ
+    only in the seed form one row, named after the first without its seed. With a ``name``, reads
+    the measurements of that name beside the evaluation.
 
     Raises:
       InputError: (a ValueError) if a folder holds no run, or two are of different data sets; or,
@@ -179,8 +179,7 @@ def study_of_runs(
 
 
 def check_same_data(folders: Sequence[pathlib.Path]) -> None:
-    """Checks that runs were tested on images of one test set: side by side, numbers of different
-    ones would look as if they could be compared.
+    """Checks that runs share one test set: numbers on different ones cannot be compared.
 
     Raises:
       InputError: (a ValueError) if a folder holds no run, or two are of different data sets or of
@@ -189,19 +188,19 @@ def check_same_data(folders: Sequence[pathlib.Path]) -> None:
     first: tuple[str, int] | None = None
     for folder in folders:
         config = run_folder.read_config(folder)
-        # Data sets of their own splits know no seed.
+        # Data sets with their own split have no split seed.
         seed = config.split_seed if config.dataset.startswith(FOLDER_PREFIX) else 0
         first = first or (config.dataset, seed)
         if (config.dataset, seed) != first:
             what = "dataset" if config.dataset != first[0] else "split_seed"
             values = (first[0], config.dataset) if what == "dataset" else (first[1], seed)
             raise InputError(f"Expected runs with one test set, got {folders[0]} with "
-                             f"{what}={values[0]} and {folder} with {what}={values[1]}. Ask for "
-                             "each apart.")
+                             f"{what}={values[0]} and {folder} with {what}={values[1]}. Use one "
+                             "command for each.")
 
 
 def _class_names(runs: Iterable[Run]) -> Sequence[str]:
-    """As the first of the runs, or the study that it is in, says; none if none does."""
+    """Class names from the first run, or its study, that has any; else empty."""
     for run in runs:
         path = run.folder.parent / "study.json"
         study = read_json(path) if path.is_file() else {}
@@ -213,7 +212,7 @@ def _class_names(runs: Iterable[Run]) -> Sequence[str]:
 
 
 def class_labels(names: Sequence[str]) -> dict[int, str]:
-    """Number and name of each class; the number alone where it is the name."""
+    """Number and name of each class; the number alone if it is the name."""
     return {index: name if name == str(index) else f"{index} {name}"
             for index, name in enumerate(names)}
 

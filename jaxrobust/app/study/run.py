@@ -39,28 +39,28 @@ def run_study(
     interrupted ones.
 
     Args:
-      plan: of a recipe that fits the data set.
-      dataset: of the recipe.
-      at_once: the most runs trained as one vmapped program, of those that differ in nothing but the
-        seed and the settings that can be swept. None for all of them on accelerators and one on
-        CPUs, where vmapped convolutions, which are grouped ones, are slower than one run after the
-        other; and for one where images are streamed, as each run would need a stream of its own.
+      plan: its recipe fits the data set.
+      dataset: the recipe's.
+      at_once: the largest number of runs trained as one vmapped program; they may differ only in
+        the seed and the settings that can be swept. None for all of them on accelerators; for one
+        on CPUs, where vmapped convolutions, which are grouped, are slower than one run after the
+        other; and for one where images are streamed, as each run would need its own stream.
       tensorboard: whether to write event files for TensorBoard too.
       layout: the devices; one if none is given.
       feed: how the images reach them.
 
     Returns:
-      A line for each run that diverged, unless the recipe says that they may.
+      A line for each run that diverged, unless the recipe allows divergence.
 
     Raises:
       InputError: (a ValueError) if the folder belongs to something else, or the runs cannot be
-        trained so.
+        trained in this way.
     """
     layout = make_layout("jit") if layout is None else layout
     configs = plan.configs()
     trained = {place: config for place, config in configs.items() if run_folder.is_trained(place)}
     left = {place: config for place, config in configs.items() if place not in trained}
-    # Says what cannot be, before anything is written.
+    # Raises for what is impossible, before anything is written.
     make_test_split(dataset, plan.recipe.evaluation.test_size)
     for config in left.values():
         program.program_of([config], dataset, layout)
@@ -88,7 +88,7 @@ def _choose_at_once(asked: int | None, configs: Sequence[RunConfig], dataset: Da
 
 def _groups(configs: dict[pathlib.Path, RunConfig], at_once: int) -> list[
         dict[pathlib.Path, RunConfig]]:
-    """The runs that are trained together: ``at_once`` of those that can be, in their order."""
+    """Groups of runs to train together: up to ``at_once`` compatible ones each, in order."""
     alike: dict[Any, list[pathlib.Path]] = {}
     for place, config in configs.items():
         alike.setdefault(place if at_once == 1 else program.without_swept(config), []).append(place)
@@ -97,7 +97,7 @@ def _groups(configs: dict[pathlib.Path, RunConfig], at_once: int) -> list[
 
 
 def _run_group(recipe, dataset, configs, *, layout, **options):
-    """Trains runs as one program, unless they are, and tests what came of them."""
+    """Trains those runs that are not, as one program, then tests them."""
     first, *others = (place.name for place in configs)
     if all(map(run_folder.is_trained, configs)):  # They need not be alike.
         failures = [facts["message"] for place in configs
@@ -121,7 +121,7 @@ def _run_group(recipe, dataset, configs, *, layout, **options):
 
 
 def _measure(plan: StudyPlan, dataset: Dataset) -> None:
-    """Measures what the figures show of the rows that the plan says so of."""
+    """Measures what figures show, for the rows that the plan names."""
     for place in plan.places(plan.measured):
         if run_folder.is_done(place):
             run = load_run(place, run_folder.read_config(place), dataset)
@@ -132,11 +132,11 @@ def run_study_in_parallel(
     plan: StudyPlan, dataset: Dataset, *, jobs: int, data_dir: pathlib.Path, tensorboard: bool,
     feed: Feed,
 ) -> list[str]:
-    """As :func:`run_study`, ``jobs`` runs at a time, each in a process on cores of its own.
+    """Like :func:`run_study`, with ``jobs`` runs at a time, each in a process on its own cores.
 
-    On a CPU two processes of one core each do half as much again as one process of two. Each opens
-    the data set for itself, which it finds in ``data_dir``. A process that dies fails its run
-    alone: another takes the next one.
+    On a CPU, two processes of one core each do half as much again as one process of two. Each
+    opens the data set in ``data_dir`` itself. If a process dies, only its run fails, and another
+    process takes the next one.
 
     Raises:
       InputError: (a ValueError) for more jobs than cores, or if the folder belongs to something
@@ -176,7 +176,7 @@ def run_study_in_parallel(
 
 
 class _Worker:
-    """A process that runs one run of a study after the other."""
+    """A process that executes runs of a study one after the other."""
 
     def __init__(self, cores: set[int], *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -187,7 +187,7 @@ class _Worker:
         os.sched_setaffinity(self._process.pid, cores)
 
     def run(self, row: str, seed: int) -> list[str]:
-        """A line for what went wrong; raises EOFError if the process dies."""
+        """Returns a line for each failure; raises EOFError if the process dies."""
         try:
             self._connection.send((row, seed))
             return self._connection.recv()
@@ -202,7 +202,7 @@ class _Worker:
 
 
 def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
-    """Runs what comes through a connection, and sends a line for what went wrong, until it ends."""
+    """Executes runs from a connection until it closes, and sends back a line for each failure."""
     start_process()
     dataset = None
     with contextlib.suppress(EOFError):
@@ -222,6 +222,6 @@ def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
 def load_recipe_dataset(
     recipe: Recipe, data_dir: pathlib.Path, *, in_memory: bool = True
 ) -> Dataset:
-    """The data set of a recipe; all its rows are of one."""
+    """Loads the data set of a recipe, which all its rows share."""
     config, *_ = recipe.rows.values()
     return open_dataset(config, data_dir, in_memory=in_memory)

@@ -25,7 +25,7 @@ USERS = {
     **{name: ("robust", "robust_clean") for name in SWEPT if name.startswith("robust.")},
     "robust.lam": ("robust",),
 }
-"""By setting that can be swept, the methods that it makes a difference to."""
+"""For each setting that can be swept, the methods that use it."""
 
 
 def plan_sweep(
@@ -37,16 +37,16 @@ def plan_sweep(
     Where the folder holds a sweep over the same settings, its values and seeds are added.
 
     Args:
-      recipe: whose evaluation the runs have.
-      row: of the recipe.
-      run: the row, with changes to what the runs share.
+      recipe: gives the evaluation.
+      row: a row of the recipe.
+      run: the row's configuration, with changes that all runs share.
       over: each ``SETTING=VALUE,VALUE,...``, the setting one of :data:`config.SWEPT`.
-      seeds: of each setting; that of ``run`` if None.
-      folder: of the study.
+      seeds: the seeds of each setting; that of ``run`` if None.
+      folder: the study's folder.
 
     Raises:
       InputError: (a ValueError) for no setting, one that is unknown or that the method ignores, a
-        value that is no number or out of range, for what is given twice, or if the folder holds
+        value that is not a number or out of range, anything given twice, or if the folder holds
         another sweep.
     """
     unchanged = recipe.run(row, seed=0)
@@ -62,7 +62,7 @@ def plan_sweep(
         _validate.one_of("setting", name, SWEPT)
         if run.method not in USERS[name]:
             raise InputError(f"Expected a setting that the method {run.method!r} uses, got "
-                             f"{name!r}, which is of: {', '.join(USERS[name])}.")
+                             f"{name!r}, which belongs to: {', '.join(USERS[name])}.")
         if name in values:
             raise InputError(f"Expected each setting in one --over, got {name!r} in two.")
         if get_setting(run, name) != get_setting(unchanged, name):
@@ -76,7 +76,7 @@ def plan_sweep(
         if there.get("swept", {}).keys() != values.keys():
             raise InputError(f"{folder} holds another study (see study.json there). "
                              "Choose another folder with --out, or remove that one.")
-        # In the order of the settings there, which the folders' names have.
+        # Keep the order of the settings there, which the folders' names show.
         values = {name: tuple(sorted({*swept, *values[name]}))
                   for name, swept in there["swept"].items()}
         seeds = tuple(sorted({*there["seeds"], *seeds}))
@@ -106,12 +106,12 @@ def _sorted_once(name: str, values: Sequence) -> tuple:
 
 
 def number_text(value: float) -> str:
-    """The shortest text of a number that gives it back, without a ``.0``."""
+    """The shortest text that reads back as the number, without a ``.0``."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
 def setting_name(values: dict[str, float]) -> str:
-    """Such as ``lam=0.5,noise_std=0.03``; the last parts of the settings' names all differ."""
+    """A row's name, such as ``lam=0.5,noise_std=0.03``: the last parts of settings are unique."""
     return ",".join(f"{name.rpartition('.')[2]}={number_text(value)}"
                     for name, value in values.items())
