@@ -424,7 +424,7 @@ class Report:
         first = self.folders[0]
         if self.out is not None:
             files.require_writable(self.out)
-        if len(self.folders) == 1 and not (first / "config.json").is_file():
+        if len(self.folders) == 1 and not run_folder.is_run(first):
             if self.out is not None:
                 raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
                                  f"report. Got {self.out}.")

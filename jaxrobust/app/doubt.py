@@ -22,7 +22,7 @@ SCORES = {
     "distance": "distance to the class centroid, over the class's typical one",
     "mahalanobis": "Mahalanobis distance to the class centroid",
 }
-"""The candidates, in words. Of equals the first is chosen."""
+"""The candidates, in words; the first of equals is chosen."""
 _OF_FEATURES = ("distance", "mahalanobis")
 
 COVERAGE = 0.9
@@ -114,7 +114,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
 
 
 def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
-    """Of the rows of each group as many as make :data:`MOST_IMAGES` of all groups, in order."""
+    """Takes as many rows of each group as make :data:`MOST_IMAGES` of all groups, in order."""
     random, most = np.random.default_rng(0), -(-MOST_IMAGES // len(groups))
     rows = np.sort(np.concatenate([random.permutation(group)[:most] for group in groups]))
     take = split.images.take if isinstance(split.images, StoredImages) else split.images.__getitem__

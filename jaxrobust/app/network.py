@@ -25,7 +25,7 @@ class Network(NamedTuple):
 
 
 def network_of(dataset: Dataset) -> Network:
-    """Of the networks that are trained on a data set."""
+    """What the networks take and give that are trained on a data set."""
     return Network(*(tuple(getattr(dataset, name)) for name in Network._fields))
 
 

@@ -337,7 +337,7 @@ def _record(running, row, state, ready, selection_accuracy) -> str | None:
         return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
     try:
         running.record(row, state, ready, selection_accuracy)
-    except _validate.NotFiniteError as error:  # Of a state that the last update spoilt.
+    except _validate.NotFiniteError as error:  # The last update spoilt the state.
         reason = str(error).removesuffix(".")
         return f"The validation of {running.folder} fails in epoch {row['epoch']}: {reason}"
     return None

@@ -24,7 +24,7 @@ from jaxrobust.images import to_float
 from jaxrobust.models import Outputs
 
 NOISE_SEED = 0
-"""Of the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
+"""Seeds the test noise: the same for all runs, which makes their accuracies comparable in pairs."""
 
 
 def make_test_split(dataset: Dataset, test_size: int | None) -> Split:

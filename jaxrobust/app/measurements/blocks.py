@@ -32,7 +32,7 @@ from jaxrobust.data.augment import to_float
 from jaxrobust.statistics import neighbour_accuracy
 
 NEIGHBOURS = 5
-"""Of the classifier that says how well a block's features separate the classes."""
+"""That vote in the classifier whose accuracy says how well features separate the classes."""
 SEPARATED = "accuracy of the 5 nearest neighbours"
 VIEWS = ("clean", "noisy")
 
@@ -46,7 +46,7 @@ class BlockSettings:
     test_size: int | None
     """Test images, drawn by class at random with seed 0; none for all."""
     noise_std: float
-    """Of the Gaussian noise on the noisy images."""
+    """Standard deviation of the Gaussian noise on the noisy images."""
 
 
 def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:

@@ -39,7 +39,7 @@ from jaxrobust.models.common import normalise
 from jaxrobust.parallel import make_layout
 
 PROBE_SEED = 0
-"""Of all random directions."""
+"""Seeds all random directions."""
 
 PIECEWISE_LINEAR_GAP = 1e-2
 """Median of :func:`jaxrobust.curvature.gauss_newton_gap` below which the network is taken to be

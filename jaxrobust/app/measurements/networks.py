@@ -23,11 +23,11 @@ FEWEST = 8
 """Networks without which there is no section."""
 
 CONFIDENCE = 0.95
-"""Of the interval of a correlation."""
+"""That a correlation is within its interval."""
 
 COEFFICIENT = "rank correlation with the median curvature"
 ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interval")
-"""Of a coefficient, in the table of numbers."""
+"""Tell a coefficient and the ends of its interval apart, in the table of numbers."""
 
 
 def section(study: Study) -> Section | None:

@@ -118,7 +118,7 @@ MEASURES = {
 
 
 COEFFICIENTS = ("Pearson, groups", "Spearman, images", "Spearman, right when clean")
-"""Of :class:`~jaxrobust.statistics.CountCorrelation`, as shown."""
+"""Names of the fields of :class:`~jaxrobust.statistics.CountCorrelation`, as shown."""
 
 SIZES = "images by correct predictions"
 
@@ -321,7 +321,7 @@ def _counted_details(found: dict[str, list[Counted]]) -> str:
 
 
 class Line(NamedTuple):
-    """Of one row of the table, in one panel."""
+    """One row of the table in one panel."""
 
     label: str
     style: Style

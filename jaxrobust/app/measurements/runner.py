@@ -44,7 +44,7 @@ class Measurement:
     measured."""
 
     kind: str
-    """Of its files: KIND.json and KIND.npz."""
+    """Names its files: KIND.json and KIND.npz."""
     settings: Any = None
     """A dataclass instance, the defaults of the command."""
     measure: Callable[[TrainedRun, Any, "Work"], Measured] | None = None
@@ -55,7 +55,7 @@ class Measurement:
     arrays: str | None = None
     """The kind of the file of its arrays, if it is another."""
     section: Callable[[Study], Section | None] | None = None
-    """Of the report; None where there is nothing to show."""
+    """Makes its section of the report; None where there is nothing to show."""
     numbers: tuple[Callable[[Run], Iterable[Number]], ...] = ()
     """What the report's table of all numbers holds of a run."""
     command: str | None = None

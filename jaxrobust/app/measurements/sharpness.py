@@ -41,7 +41,7 @@ from jaxrobust.parallel import make_layout
 from jaxrobust.statistics import largest_eigenvalue, largest_stable_rate
 
 SEED = 0
-"""Of the noise of the noisy views, and of Lanczos' first vector."""
+"""Seeds the noise of the noisy views, and Lanczos' first vector."""
 
 STATES = {"initial": "before training", "best": "trained"}
 """The states measured, in words."""

@@ -40,7 +40,7 @@ class SurfaceSettings:
     test_size: int | None
     """Test images, drawn by class at random with seed 0; none for all."""
     noise_std: float
-    """Of the noise as far as whose typical vector the plane reaches."""
+    """Standard deviation of the noise: the plane reaches as far as its typical vector."""
 
 
 def first_of_classes(labels: np.ndarray, count: int) -> list[int]:

@@ -37,9 +37,9 @@ from jaxrobust.models import head_parameters
 from jaxrobust.statistics import share_upper_bound
 
 SEED = 0
-"""Of the noise and of the choice of training images: the same for all runs."""
+"""Seeds the noise and the choice of training images: the same for all runs."""
 BATCH_SIZE = 32
-"""Of what takes derivatives."""
+"""Images at once where derivatives are taken."""
 FORWARD_BATCH_SIZE = 250
 _SMOOTHED_GROUP = 8
 _SMOOTHED_CHUNK = 4
@@ -607,7 +607,7 @@ def _check_separation(run, train, test):
     at_delta_v, widest = taus(delta_v), taus(apart.min() / 2)
     disjoint = bool(apart.min() > 2 * delta_v)
     pair_tau = np.array([min(taus(d / 2)[[a, b]]) for (a, b), d in zip(pairs, apart, strict=True)])
-    # Of each pair's classes, the share on the first one's side of their decision hyperplane.
+    # For each pair's classes, the share on the first one's side of their decision hyperplane.
     sides = np.array([[np.mean(logits[labels == c, a] > logits[labels == c, b]) for c in (a, b)]
                       for a, b in pairs])
     layers = {**test.pooled, "features": np.asarray(test.features)}

@@ -21,7 +21,7 @@ class BoundSample(NamedTuple):
 
 
 class MappingCurves(NamedTuple):
-    """Of one row, means over classes and seeds."""
+    """One row's means over classes and seeds."""
 
     label: str
     radii: np.ndarray  # [r]; over the median distance to the centroid
