@@ -173,15 +173,15 @@ def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_pat
 def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypatch):
     class Worker(running._Worker):
         def run(self, row, seed):
-            if row == "normal":
+            if row == "robust":
                 os.kill(self._process.pid, signal.SIGKILL)
             return super().run(row, seed)
 
     monkeypatch.setattr(running, "_Worker", Worker)
-    plan = plan_study(RECIPE, tmp_path, ["normal", "both"])
+    plan = plan_study(RECIPE, tmp_path, ["robust", "both"])
     assert running.run_study_in_parallel(
         plan, digits, jobs=1, data_dir=tmp_path, tensorboard=False, feed=Feed()) == [
-            "normal, seed 0: exit status -9"]
+            "robust, seed 0: exit status -9"]
     assert (tmp_path / "both-seed0" / "evaluation.json").is_file()
 
 
