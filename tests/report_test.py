@@ -11,6 +11,7 @@ import statistics
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from command_line import call, one_line
@@ -181,11 +182,14 @@ def test_every_number_is_a_line_of_the_csv_file(three_seeds):
         folder / "report.csv").read_text()
 
 
-def test_what_is_not_finite_is_in_no_summary():
+def test_what_is_not_known_is_read_as_it_was_and_in_no_summary(tmp_path):
     lines = [("toy", "both", seed, what, "", value, "", None) for what, values in (
         ("gone", (float("nan"),)), ("one gone", (1.0, float("nan"), 3.0)))
         for seed, value in enumerate(values)]
-    found, = frame.summary(frame.table(lines))
+    table = frame.table(lines)
+    (tmp_path / "report.csv").write_text(frame.to_csv(table))
+    pd.testing.assert_frame_equal(frame.read_csv(tmp_path / "report.csv"), table)
+    found, = frame.summary(table)
     assert found["measurement"] == "one gone" and found["by_seed"] == (1, 3)
     assert json.loads(json.dumps(found, allow_nan=False))["mean"] == 2
 

@@ -188,4 +188,4 @@ def to_csv(table: pd.DataFrame) -> str:
 def read_csv(path: pathlib.Path) -> pd.DataFrame:
     """The table in a file that :func:`to_csv` made."""
     return pd.read_csv(path, dtype=COLUMNS, keep_default_na=False,
-                       na_values={"seed": [""], "draw": [""], "value": ["nan"]})
+                       na_values=dict.fromkeys(("seed", "draw", "value"), [""]))
