@@ -74,6 +74,11 @@ def arrays_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pat
     return facts_path(folder, kind, name).with_suffix(".npz")
 
 
+def partial_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pathlib.Path:
+    """The file of what there is of an interrupted measurement."""
+    return facts_path(folder, kind, name).with_suffix(".partial.npz")
+
+
 def read_facts(folder: pathlib.Path, kind: str, name: str | None = None) -> dict | None:
     """The content of such a JSON file; None if it is not there."""
     path = facts_path(folder, kind, name)

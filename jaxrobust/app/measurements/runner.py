@@ -76,7 +76,7 @@ class Work:
     def __init__(self, folder: pathlib.Path, label: str, path: pathlib.Path, asked: dict,
                  command: str):
         self.folder, self.label, self.asked = folder, label, asked
-        self._path = path.with_suffix(".partial.npz")
+        self._path = path
         self.table: Arrays = {}
         """Columns so far."""
         self.facts: dict[str, Any] = {}
@@ -135,7 +135,8 @@ def measure(
     if there is not None:
         _refuse_others(path, "made", there.get("settings", {}), asked, command)
         return there
-    work = Work(folder, label, path, asked, command)
+    work = Work(folder, label, run_folder.partial_path(folder, measurement.kind, name), asked,
+                command)
     measured = measurement.measure(run, settings, work)
     if measured.arrays is not None:
         run_folder.write_arrays(
