@@ -489,7 +489,7 @@ def test_finite_differences_converge_to_the_exact_value_on_a_smooth_network():
 
 def test_finite_differences_are_another_thing_on_a_network_with_kinks():
     with jax.enable_x64(True):
-        loss, images = make_loss(jax.nn.relu)
+        loss, images = make_loss(jax.nn.relu, make_logits=make_convolutional_logits)
         key = jax.random.key(3)
         exact = jax.jit(functools.partial(
             curvature.squared_frobenius, loss, chunk_size=20))(images, key).value
