@@ -15,7 +15,7 @@ COMMANDS = {
     "sharpness": cli.Command(
         f"{cli.MEASUREMENTS}.sharpness", "SHARPNESS",
         "Measure how sharply the loss bends in the parameters."),
-    "readme": cli.Command(_COMMANDS, "Readme", "Write the tables of the README and docs anew."),
+    "readme": cli.Command(_COMMANDS, "Readme", "Rewrite the tables of the README and docs."),
     "bench": cli.Command(_COMMANDS, "Bench", "Measure the library's speed and memory."),
 }
 

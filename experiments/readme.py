@@ -261,7 +261,7 @@ def update(check: bool) -> list[pathlib.Path]:
     if check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         raise InputError(f"Expected the tables of the results, found others in {names}. "
-                         "`python -m experiments readme` writes them anew.")
+                         "`python -m experiments readme` rewrites them.")
     for path, new in stale.items():
         write_text(path, new)
     return list(stale)

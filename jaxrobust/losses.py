@@ -438,14 +438,14 @@ class RobustLossConfig:
     momentum: float = 0.9
     """gamma of Section 4.4: the share of the stored centroid, in [0, 1)."""
     compact_squared: bool = True
-    """Whether the hinge of compactness and alignment is squared (Appendix A.1)."""
+    """Square the hinge of compactness and alignment (Appendix A.1)."""
     compact_linear_beyond: float | None = None
-    """Hinge of compactness and alignment from which its square goes on linearly, in the units of
-    the features, > 0; none, as in the paper, for never."""
+    """Value of the hinge of compactness and alignment above which its square continues linearly, in
+    the units of the features, > 0; none, as in the paper, to keep the square."""
     margin_squared: bool = False
-    """Whether the hinge of the margin is squared (Appendix A.1)."""
+    """Square the hinge of the margin (Appendix A.1)."""
     boundaries: str = "max"
-    """Over the boundaries of a class, the "max" or the "mean" of the hinge."""
+    """Reduction of the hinge over the boundaries of a class: "max" or "mean"."""
     compact_centroids: str = "momentum"
     """Centroids of Eq. 8 and 12: "momentum" or "naive"."""
     margin_centroids: str = "naive"

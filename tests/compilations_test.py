@@ -116,7 +116,7 @@ def test_the_folder_is_that_of_the_system(monkeypatch):
 
 
 @pytest.mark.parametrize("folder, said", [
-    (None, "not kept for the next time."), ("/caches", "kept in /caches for the next time.")])
+    (None, "not cached."), ("/caches", "cached in /caches.")])
 def test_a_long_compilation_is_told_of_and_a_short_one_is_not(
         folder, said, enabled, monkeypatch, capsys):
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -124,7 +124,8 @@ def test_a_long_compilation_is_told_of_and_a_short_one_is_not(
     with progress.compiling("the step of a network"):
         time.sleep(0.5)
     assert capsys.readouterr().out == (
-        f"Compiling the step of a network. Of large networks it takes minutes; it is {said}\n")
+        "Compiling the step of a network. This takes minutes for large networks; the result is "
+        f"{said}\n")
     monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.3)
     with progress.compiling("the step of a network"):
         pass

@@ -37,8 +37,8 @@ def test_the_score_that_tells_best_is_chosen_with_its_threshold():
     text = doubt.doubt_text(doubt.Doubt("energy", None, {**found, "held_out": "test"}))
     assert text == (
         "Doubt is energy: on 20 test images, 5 of them classified wrongly, its AUROC is 1.00 (0.5 "
-        "is chance, 1 perfect). Above 83 it is doubtful: 90.0 % of them are not, and of these "
-        "83.3 % are right, of all 75.0 %.")
+        "is chance, 1 perfect). Above 83 a prediction is doubtful: 90.0 % of them are not, and "
+        "83.3 % of these are right, against 75.0 % of all.")
 
 
 @pytest.mark.parametrize("num_wrong", [0, 4, 16, 20])
@@ -48,7 +48,7 @@ def test_too_few_wrong_or_right_ones_leave_the_probability_and_say_so(num_wrong)
         {"probability": np.zeros(20), "energy": 1. - correct}, correct)
     assert found["score"] == "probability" and found["auroc"] is None
     text = doubt.doubt_text(doubt.Doubt("probability", None, {**found, "held_out": "test"}))
-    assert "fewer than 5 wrong or right ones are too few for an AUROC" in text
+    assert "fewer than 5 wrong or right predictions are too few for an AUROC" in text
 
 
 def test_so_many_images_are_drawn_that_no_class_is_left_out(monkeypatch):
@@ -120,8 +120,8 @@ def test_a_run_whose_data_set_is_gone_is_used_unmeasured_and_says_why(
 
     monkeypatch.setattr(predict, "open_dataset", gone)
     assert predict.load_classifier(folder, tmp_path)[1] == doubt.UNMEASURED
-    assert "cannot be measured: The data set is gone." in capsys.readouterr().err
-    assert "is not known" in doubt.doubt_text(doubt.UNMEASURED)
+    assert "Cannot measure the doubt score: The data set is gone." in capsys.readouterr().err
+    assert "is unknown" in doubt.doubt_text(doubt.UNMEASURED)
 
 
 def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path, capsys):

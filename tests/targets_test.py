@@ -281,7 +281,7 @@ def test_all_of_a_recipe_runs_on_a_few_photographs(tmp_path, capsys):
     assert call(*words) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("b/9.png: ") and said[-1].endswith(
-        "Add --skip-bad to go on without them.")
+        "Add --skip-bad to skip them.")
     assert not (tmp_path / "study").exists()
     assert call(*words, "--skip-bad") == 0
     said = capsys.readouterr().out

@@ -2,7 +2,7 @@
 
     python -m experiments reproduce svhn_small --jobs 2
 
-The settings were found on CIFAR-10 and are untried on SVHN, which was not at hand.
+The settings were found on CIFAR-10 and are untried on SVHN, which was unavailable.
 """
 
 import dataclasses

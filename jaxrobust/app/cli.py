@@ -63,7 +63,7 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         lines = getattr(error, "lines", ())  # Of images that cannot be used.
         for line in lines:
             print(line, file=sys.stderr)
-        hint = " Add --skip-bad to go on without them." if lines and hasattr(
+        hint = " Add --skip-bad to skip them." if lines and hasattr(
             command, "skip_bad") else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)

@@ -48,7 +48,7 @@ Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
         int(seed) for word in words for seed in word.split(",") if seed),
     is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda seeds: [
         str(seed) for seed in seeds])]
-"""As ``0 1 2`` or ``0,1,2``."""
+"""Seeds, written as ``0 1 2`` or ``0,1,2``."""
 
 
 def say(text: str) -> None:

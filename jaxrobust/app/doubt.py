@@ -157,16 +157,16 @@ def load_doubt(folder: pathlib.Path) -> Doubt:
 
 
 def doubt_text(doubt: Doubt) -> str:
-    """What a user must know of the score, in a line."""
+    """A line on the score and how good it is."""
     facts, name = doubt.facts, SCORES[doubt.score]
     if facts is None:
-        return f"Doubt is {name}; how well it tells wrong predictions from right is not known."
+        return f"Doubt is {name}; how well it separates wrong from right predictions is unknown."
     told = (f"its AUROC is {facts['auroc'][doubt.score]:.2f} (0.5 is chance, 1 perfect)"
             if facts["auroc"] else
-            f"fewer than {LEAST} wrong or right ones are too few for an AUROC")
+            f"fewer than {LEAST} wrong or right predictions are too few for an AUROC")
     accepted, right, every = (100 * facts[key] for key in (
         "accepted", "accuracy_of_accepted", "accuracy"))
     return (f"Doubt is {name}: on {facts['num_images']} {facts['held_out']} images, "
             f"{facts['num_wrong']} of them classified wrongly, {told}. Above "
-            f"{facts['threshold']:.4g} it is doubtful: {accepted:.1f} % of them are not, and of "
-            f"these {right:.1f} % are right, of all {every:.1f} %.")
+            f"{facts['threshold']:.4g} a prediction is doubtful: {accepted:.1f} % of them are not, "
+            f"and {right:.1f} % of these are right, against {every:.1f} % of all.")

@@ -11,17 +11,17 @@ import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_OF_SILENCE = 5.0
-"""After which it is said what is waited for."""
+"""Delay after which a line says what the command waits for."""
 
 
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Says, if it takes long, that ``what`` is compiled meanwhile."""
+    """Prints that ``what`` is being compiled, if it takes long."""
     kept = (jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else
             None)
-    later = f"kept in {kept} for the next time" if kept else "not kept for the next time"
+    later = f"cached in {kept}" if kept else "not cached"
     timer = threading.Timer(SECONDS_OF_SILENCE, tqdm.tqdm.write, [
-        f"Compiling {what}. Of large networks it takes minutes; it is {later}."])
+        f"Compiling {what}. This takes minutes for large networks; the result is {later}."])
     timer.daemon = True
     if jax.process_index() == 0:
         timer.start()

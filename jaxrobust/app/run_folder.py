@@ -117,7 +117,7 @@ def named_facts(folder: pathlib.Path, kind: str) -> list[str]:
 def read_config(folder: pathlib.Path) -> RunConfig:
     """The configuration of the run in a folder.
 
-    A setting that is not written there is from before there was the choice: see
+    A setting missing from the file takes its value from
     :data:`jaxrobust.app.config.BEFORE_CHOICES`.
 
     Raises:

@@ -159,4 +159,4 @@ def _refuse_others(path: pathlib.Path, how: str, there: dict, asked: dict, comma
         if value != asked.get(name):
             raise InputError(f"{path} was {how} with {name}={value}, not {asked.get(name)}. Keep "
                              f"both with `{command} --name NAME`, or remove that file to measure "
-                             "anew.")
+                             "again.")

@@ -39,12 +39,12 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval over trainings and test images does not hold 0."""
+        """Whether the interval over trainings and test images excludes 0."""
         return self.seeds is not None and abs(self.points) > self.half
 
     @property
     def beyond_seeds(self) -> bool:
-        """Whether the interval over trainings alone, on these test images, does not hold 0."""
+        """Whether the interval over trainings alone, on these test images, excludes 0."""
         return self.seeds is not None and abs(self.points) > self.seeds
 
 

@@ -246,7 +246,7 @@ def lead(study: Study) -> str:
     """The summary's opening paragraph: what is best, and what the comparisons rest on."""
     if several_seeds(study):
         basis = ("Below, a difference between the means over the training seeds is called clear "
-                 "if its 95 % interval (±), over trainings and test images, does not hold 0; of "
+                 "if its 95 % interval (±), over trainings and test images, excludes 0; of "
                  "many such differences one in twenty does so by chance.")
     else:
         basis = ("Each method was trained once, so the spread over trainings is unknown: a small "

@@ -241,7 +241,7 @@ def difference_cells(found: dict[str, Difference], tests: Iterable[str]) -> tupl
 def _difference_note(study: Study, found: dict[str, dict[str, Difference]]) -> str:
     images = max(one.images for ones in found.values() for one in ones.values())
     spread = ("; ± half of the 95 % interval over trainings, on these test images (Student’s t, "
-              "from the seeds of the two rows). Bold: the interval does not hold 0. With many "
+              "from the seeds of the two rows). Bold: the interval excludes 0. With many "
               "differences one in twenty does so by chance" if several_seeds(study) else
               "; each was trained once, so that the spread over trainings is unknown")
     return (f"How to read: above 0 is better{spread}. Other test images may move a difference by "
