@@ -385,7 +385,7 @@ def test_a_report_of_what_are_no_runs_or_the_same_is_one_line(tmp_path, capsys):
     run = tmp_path / "study" / "both-seed0"
     shutil.copytree(run, tmp_path / "copy")
     for arguments, expected in (
-            ((), "Expected a folder of a study, or folders of runs, got none."),
+            ((), "Expected the folder of a study, or folders of runs, got none."),
             ((run, tmp_path / "copy"), "Expected different runs, got "),
             ((run, tmp_path), f"Expected a run in {tmp_path}, found no config.json"),
             ((tmp_path / "study", "--out", tmp_path / "out"), "Expected out only with runs")):

@@ -119,7 +119,7 @@ def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir,
 
 
 def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
-    found = files.read_json(run / "accuracy.json")
+    found = files.read_json(run / "evaluation.json")
     assert [(one["perturb"], len(one["accuracies"])) for one in found["perturbations"]] == [
         (PERTURB[0], 2), (PERTURB[1], 1), (PERTURB[2], 2)]
     # Image by image, with the image's own key: what the table says can be had without the command.
@@ -313,7 +313,8 @@ def test_the_recipe_is_reproduced_on_a_folder_with_both_tables(
         assert report._md(title) in page
     assert "94.05 ± 0.75" in page and "93.65 ± 0.49" in page
     lines = (study / "report.csv").read_text().splitlines()
-    assert sum("stripes(10,1)" in line for line in lines) == 4
+    # Two rows, two draws.
+    assert sum(',accuracy,"stripes(10,1)",' in line for line in lines) == 4
 
 
 def test_table_4_is_beside_the_perturbations_of_both_recipes():

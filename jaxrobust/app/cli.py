@@ -63,8 +63,10 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         lines = getattr(error, "lines", ())  # Of images that cannot be used.
         for line in lines:
             print(line, file=sys.stderr)
-        hint = " Add --skip-bad to skip them." if lines and hasattr(
-            command, "skip_bad") else ""
+        # An option of the command itself, or of the run that it trains.
+        skips = lines and any(hasattr(options, "skip_bad") for options in (
+            command, getattr(command, "run", None)))
+        hint = " Add --skip-bad to skip them." if skips else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
