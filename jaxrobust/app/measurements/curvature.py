@@ -254,9 +254,10 @@ def numbers(run: Run) -> Iterator[Number]:
     for key, name in CURVATURES.items():
         if run.curvature and key in run.curvature:
             values = run.curvature[key]
-            finite = values[np.isfinite(values)].astype(np.float64)
-            median, mean = ((np.median(finite), np.mean(finite)) if len(finite) else
-                            (math.nan, math.nan))
+            finite = values[np.isfinite(values)]
+            # The median as in the JSON file, in the precision of the values.
+            median, mean = ((np.median(finite), np.mean(finite, dtype=np.float64))
+                            if len(finite) else (math.nan, math.nan))
             yield Number(MEDIAN, name, float(median), "1/pixel⁴")
             yield Number(MEAN, name, float(mean), "1/pixel⁴")
             yield Number(HIDDEN, name, values.size - int((finite > 0).sum()), "images")
