@@ -102,10 +102,9 @@ def test_pytorch_is_compared_with_where_it_is_and_named_where_it_is_not(measured
                 row["not_measured"] in page)
 
 
+@pytest.mark.parametrize("measured", ["train"], indirect=True)
 def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
-    name, _, result = measured
-    if name != "train":
-        pytest.skip("has none")
+    _, _, result = measured
     rows = result["sections"]["f"]["result"]["rows"]
     found = [row for row in result["ratios"] if row["numerator"] == "the host's part"]
     assert [row.get("target") for row in found] == [0.02, None, None]
@@ -120,18 +119,16 @@ def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
         row["tera_per_second"] for row in products))
 
 
+@pytest.mark.parametrize("measured", ["train"], indirect=True)
 def test_a_filled_cache_spares_the_compilation(measured):
-    name, _, result = measured
-    if name != "train":
-        pytest.skip("starts no process")
+    _, _, result = measured
     cold, warm = result["sections"]["h"]["result"]["rows"]
     assert warm["compile_s"] < cold["compile_s"] / 2
 
 
+@pytest.mark.parametrize("measured", ["folder"], indirect=True)
 def test_photographs_are_a_share_of_the_update(measured):
-    name, _, result = measured
-    if name != "folder":
-        pytest.skip("has no photographs")
+    _, _, result = measured
     medians = {row["contender"]: row["ms"]["median"]
                for row in result["sections"]["a"]["result"]["rows"]}
     update = medians.pop("an update of `normal`")
