@@ -20,7 +20,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 TESTS = {
-    "losses": ("validate", "softmax", "class_weights", "losses", "geometry"),
+    "losses": ("validate", "softmax", "losses", "geometry"),
     "centroids": ("validate", "centroids", "losses"),
     "geometry": ("validate", "geometry"),
     "curvature": ("curvature", "eager"),
@@ -34,7 +34,7 @@ def prepare(module: str, folder: pathlib.Path) -> None:
     archive = subprocess.run(["git", "-C", ROOT, "archive", "HEAD"], check=True,
                              stdout=subprocess.PIPE)
     subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
-    tests = [f"tests/{name}_test.py" for name in TESTS[module]]
+    tests = [f"tests/core/{name}_test.py" for name in TESTS[module]]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", "not slow", "--tb=line",
                "-p", "no:cacheprovider", *tests, f"jaxrobust/{module}.py"]
     shutil.copy(folder / "jaxrobust" / f"{module}.py", folder / "original.py")

@@ -19,7 +19,7 @@ from experiments.recipes.scales import SCALES
 from jaxrobust import data
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError, get_setting
-from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
 from jaxrobust.app.report import frame
 from jaxrobust.app.report.page import duration
 from jaxrobust.app.study import run
@@ -173,7 +173,7 @@ def test_what_is_done_is_not_done_again(place, capsys):
 @pytest.mark.slow
 def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monkeypatch):
     # The processes find the package where this one did.
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(run.os, "sched_setaffinity", lambda *_: None, raising=False)
     assert call("reproduce", "cifar10_tiny", "--rows", "normal", "noisy", "--jobs", "2",
@@ -392,6 +392,27 @@ def test_a_study_with_some_rows_has_those_alone(place):
     empty = dataclasses.replace(study, runs={**study.runs, "both": ()})
     with pytest.raises(InputError, match="a finished run of cifar10_tiny in both, found none"):
         with_rows(empty, ("both",))
+
+
+def test_the_papers_recipes_are_those_of_appendix_h1():
+    for name, dataset, noise, table in (
+            ("cifar10", "cifar10", 0.06, "table1"), ("svhn", "svhn_cropped", 0.15, "table2")):
+        recipe = get_recipe(name)
+        assert tuple(recipe.rows) == tuple(METHOD_LABELS)
+        assert recipe.evaluation.noise_levels == paper.TABLES[table].levels
+        assert recipe.evaluation.num_draws == 10
+        for method, config in recipe.rows.items():
+            assert (config.method, config.dataset, config.noise_std) == (method, dataset, noise)
+            assert (config.model, config.width, config.num_features) == ("resnet18", 64, 128)
+            assert (config.epochs, config.batch_size, config.crop_padding) == (200, 64, 4)
+            optimizer = config.optimizer
+            assert (optimizer.learning_rate, optimizer.momentum) == (1e-3, 0.9)
+            assert (optimizer.weight_decay, optimizer.clip_norm) == (5e-4, None)
+            assert (optimizer.decay_epochs, optimizer.decay_factor) == ((60, 120, 160), 0.2)
+            loss = config.robust
+            assert (loss.alpha, loss.beta, loss.gamma_reg, loss.lam) == (1, 1, 1e-3, 1)
+            assert (loss.delta_v, loss.delta_d, loss.momentum) == (0.5, 5, 0.9)
+            assert config.constraint_warmup_epochs == 0 and config.stability_weight == 1
 
 
 def test_the_papers_numbers_are_those_of_its_tables():

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from command_line import call, metrics_of, one_line
 
-from experiments import paper
 from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
@@ -284,27 +283,6 @@ def test_every_kind_of_measurement_takes_a_name(measure_it, kind, study, digits,
 def test_a_name_is_one_for_a_file(name, finished, capsys):
     assert call("evaluate", finished, f"--name={name}") == 2
     assert f"Expected name={name!r} of letters" in one_line(capsys)
-
-
-def test_the_papers_recipes_are_those_of_appendix_h1():
-    for name, dataset, noise, table in (
-            ("cifar10", "cifar10", 0.06, "table1"), ("svhn", "svhn_cropped", 0.15, "table2")):
-        recipe = get_recipe(name)
-        assert tuple(recipe.rows) == tuple(METHOD_LABELS)
-        assert recipe.evaluation.noise_levels == paper.TABLES[table].levels
-        assert recipe.evaluation.num_draws == 10
-        for method, run in recipe.rows.items():
-            assert (run.method, run.dataset, run.noise_std) == (method, dataset, noise)
-            assert (run.model, run.width, run.num_features) == ("resnet18", 64, 128)
-            assert (run.epochs, run.batch_size, run.crop_padding) == (200, 64, 4)
-            optimizer = run.optimizer
-            assert (optimizer.learning_rate, optimizer.momentum) == (1e-3, 0.9)
-            assert (optimizer.weight_decay, optimizer.clip_norm) == (5e-4, None)
-            assert (optimizer.decay_epochs, optimizer.decay_factor) == ((60, 120, 160), 0.2)
-            loss = run.robust
-            assert (loss.alpha, loss.beta, loss.gamma_reg, loss.lam) == (1, 1, 1e-3, 1)
-            assert (loss.delta_v, loss.delta_d, loss.momentum) == (0.5, 5, 0.9)
-            assert run.constraint_warmup_epochs == 0 and run.stability_weight == 1
 
 
 def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "centroids", "curvature", "geometry",
         "images", "losses", "methods", "parallel", "perturbations", "probes",
         "statistics", "theory")
@@ -56,6 +56,12 @@ def test_the_library_knows_nothing_of_the_application_nor_that_of_the_paper(impo
     upward = [(module, other) for module, found in imports.items() for other in found
               if layer_of(other) > layer_of(module) and module != "jaxrobust.__main__"]
     assert not upward
+
+
+def test_tests_of_the_library_need_nothing_of_the_application_nor_of_the_paper():
+    assert not [path.name for path in (ROOT / "tests" / "core").glob("*.py")
+                if re.search(r"^ *(import|from) (jaxrobust\.app|experiments)\b",
+                             path.read_text(), re.M)]
 
 
 def test_no_modules_import_each_other(imports):

@@ -11,7 +11,7 @@ import experiments.paper  # noqa: F401  Its tables, which studies are compared w
 from jaxrobust.app.report import frame, report, tables
 from jaxrobust.app.study.read import load_study, with_rows
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for pattern in ("*/report.csv", "small/*/*.csv")
                  for path in (ROOT / "results").glob(pattern))
 

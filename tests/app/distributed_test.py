@@ -20,7 +20,7 @@ from jaxrobust.app import files, run_folder, trainer
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
               pytest.mark.usefixtures("quick_compilation")]
 
-HERE = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 TRAIN = ("train", "digits", "--train-size", "150", "--epochs", "3", "--width", "2",
          "--num-features", "4", "--batch-size", "16", "--checkpoint-every", "1",
          "--optimizer.warmup-epochs", "0", "--batch-norm-statistics", "recomputed",
@@ -49,9 +49,9 @@ def job(processes, devices, *commands, last_epoch=0, environment=lambda process:
                 "--process-id", process)
             words += [*(["+"] if words else []), *command, *joining]
         return subprocess.Popen(
-            [sys.executable, str(HERE / "processes.py"), str(devices), str(last_epoch),
+            [sys.executable, str(TESTS / "processes.py"), str(devices), str(last_epoch),
              *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), **environment(process)})
+            env={**os.environ, "PYTHONPATH": str(TESTS.parent), **environment(process)})
 
     started = [start(process) for process in range(processes)]
     try:

@@ -15,7 +15,7 @@ from jaxrobust.app.report import report
 from jaxrobust.app.report.frame import Number
 from jaxrobust.app.report.page import Cell, Section, Table, TableRow
 
-RUN = pathlib.Path(__file__).parent.parent / "results" / "digits" / "robust-seed0"
+RUN = pathlib.Path(__file__).parents[2] / "results" / "digits" / "robust-seed0"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.__main__ import COMMANDS
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md",
          *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from sklearn import datasets
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
