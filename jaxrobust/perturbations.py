@@ -1,12 +1,13 @@
 r"""Perturbations of images: pure functions ``(key, images) -> images``, pixels in [0, 1].
 
-Images are of any floating dtype, which the result keeps. Draws are float32 in all of them, and so
-is what they are added to or multiplied with: in bfloat16, whose uniform draws are multiples of
-2^-7, a share of 0.004 would be 0 or 0.0078.
+Images are of any floating dtype, which the result keeps. Noise is drawn and applied in float32: in
+bfloat16, whose uniform draws are multiples of 2^-7, a probability of 0.004 would be 0 or 0.0078.
 
 Each is made by a function of its strength, is registered in :data:`PERTURBATIONS` by that
 function's name, and can be written as text: ``gaussian(40/255)+occlusion(20, 70)`` adds Gaussian
-noise and then masks patches (:func:`parse_perturbation`).
+noise and then masks patches (:func:`parse_perturbation`). These functions raise InputError (a
+ValueError) if an argument is out of its range, and so do the perturbations if images are not of a
+floating dtype or too small.
 """
 
 import ast
@@ -26,9 +27,7 @@ from jaxrobust import _validate
 Perturbation = Callable[[jax.Array, jax.Array], jax.Array]
 """``(key, images [B, H, W, channels]) -> images``. Those made here are pytrees. The strength of
 noise is a leaf, so that a jitted function takes them as an argument and is compiled once for all
-strengths; sizes and numbers of patches are part of the structure.
-
-Applied to images that are not of a floating dtype, such as uint8, they raise InputError."""
+strengths; sizes and numbers of patches are part of the structure."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 _MOST_MASKS = 10_000
@@ -36,98 +35,77 @@ _SHOWN = 80  # Characters of a text that a message repeats.
 
 
 def identity() -> Perturbation:
-    """The images as they are."""
+    """Leaves the images as they are."""
     return jax.tree_util.Partial(_identity)
 
 
 def gaussian(std: float, *, clip: bool = True) -> Perturbation:
-    r"""Additive Gaussian noise, :math:`x + \varepsilon`, :math:`\varepsilon \sim N(0, std^2 I)`.
+    r"""Adds Gaussian noise, :math:`x + \varepsilon`, :math:`\varepsilon \sim N(0, std^2 I)`.
 
     Args:
       std: standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
       clip: whether the result is clipped back to [0, 1], as the authors' release does.
-
-    Raises:
-      InputError: (a ValueError) if std is negative or no float32.
     """
-    std = _strength("std", std)
-    return jax.tree_util.Partial(_clipped_gaussian if clip else _gaussian, std)
+    return jax.tree_util.Partial(_Noise(jax.random.normal, clip=clip), _strength("std", std))
 
 
 def uniform(amplitude: float, *, clip: bool = True) -> Perturbation:
-    """Additive noise, uniform in [-amplitude, amplitude], in pixel values of [0, 1].
+    """Adds noise, uniform in [-amplitude, amplitude], in pixel values of [0, 1].
 
     Args:
       amplitude: >= 0; 0 gives the image itself.
       clip: whether the result is clipped back to [0, 1], as the authors' release does.
-
-    Raises:
-      InputError: (a ValueError) if amplitude is negative or no float32.
     """
-    amplitude = _strength("amplitude", amplitude)
-    return jax.tree_util.Partial(_clipped_uniform if clip else _uniform, amplitude)
+    return jax.tree_util.Partial(
+        _Noise(_uniform_draw, clip=clip), _strength("amplitude", amplitude))
 
 
 def laplace(std: float) -> Perturbation:
-    r"""Additive Laplace noise, of density :math:`\exp(-\sqrt2 |t| / std) / (\sqrt2\, std)`.
+    r"""Adds Laplace noise, of density :math:`\exp(-\sqrt2 |t| / std) / (\sqrt2\, std)`.
 
-    Named by its standard deviation, as Gaussian noise is, so that equal numbers are equal power.
-    The result is clipped to [0, 1].
+    It is given by its standard deviation, as Gaussian noise is, so that equal numbers mean equal
+    power. The result is clipped to [0, 1].
 
     Args:
       std: standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if std is negative or no float32.
     """
-    std = _strength("std", std)
-    return jax.tree_util.Partial(_laplace, std)
+    return jax.tree_util.Partial(_Noise(_laplace_draw), _strength("std", std))
 
 
 def speckle(std: float) -> Perturbation:
-    r"""Multiplicative noise, :math:`x (1 + \varepsilon)`, :math:`\varepsilon \sim N(0, std^2)`.
+    r"""Scales pixels at random, :math:`x (1 + \varepsilon)`, :math:`\varepsilon \sim N(0, std^2)`.
 
-    As the speckle noise of scikit-image and ImageNet-C; the result is clipped to [0, 1].
+    This is the speckle noise of scikit-image and ImageNet-C; the result is clipped to [0, 1].
 
     Args:
       std: relative standard deviation, >= 0; 0 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if std is negative or no float32.
     """
-    std = _strength("std", std)
-    return jax.tree_util.Partial(_speckle, std)
+    return jax.tree_util.Partial(
+        _Noise(jax.random.normal, relative=True), _strength("std", std))
 
 
 def salt_and_pepper(amount: float) -> Perturbation:
-    """Every value becomes, with probability ``amount``, 0 or 1, which are equally likely.
+    """Replaces every value, with probability ``amount``, by 0 or 1, which are equally likely.
 
-    The channels of a pixel are struck independently, as in scikit-image and ImageNet-C.
+    The channels of a pixel are replaced independently, as in scikit-image and ImageNet-C.
 
     Args:
       amount: probability in [0, 1]; 0 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if amount is not in [0, 1].
     """
     _validate.in_range("amount", amount, 0, 1, open_high=False)
     return jax.tree_util.Partial(_salt_and_pepper, _strength("amount", amount))
 
 
 def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
-    """Square patches at random places are masked with 0 (black); they may overlap.
+    """Masks square patches at random places with 0 (black); they may overlap.
 
     Every patch lies within the image, each place equally likely. The defaults are those of
-    Section 7.2. The authors' release leaves images smaller than the patch as they are; here that
-    is an error.
+    Section 7.2. The authors' release leaves images smaller than a patch as they are; here they are
+    an error.
 
     Args:
-      patches: of each image, in [1, 10000].
-      size: of a patch's side, in pixels, >= 1.
-
-    Raises:
-      InputError: (a ValueError) if an argument is out of range; when it is applied, if an image
-        is smaller than a patch.
+      patches: number of patches in each image, in [1, 10000].
+      size: side of a patch, in pixels, >= 1.
     """
     _validate.integer("patches", patches, 1)
     _validate.in_range("patches", patches, 1, _MOST_MASKS, open_high=False)
@@ -136,18 +114,14 @@ def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
 
 
 def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
-    """Vertical stripes of the image's height are masked with 0 (black); they may overlap.
+    """Masks vertical stripes of the image's height with 0 (black); they may overlap.
 
     Every stripe lies within the image, each place equally likely. The defaults are those of
     Section 7.2.
 
     Args:
       number: of stripes in each image, in [1, 10000].
-      thickness: in pixels, >= 1.
-
-    Raises:
-      InputError: (a ValueError) if an argument is out of range; when it is applied, if an image
-        is narrower than a stripe.
+      thickness: in pixels, in [1, W].
     """
     _validate.integer("number", number, 1)
     _validate.in_range("number", number, 1, _MOST_MASKS, open_high=False)
@@ -156,36 +130,27 @@ def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
 
 
 def down_up(factor: int = 3) -> Perturbation:
-    """Down-up sampling: a smaller image, and that image at the old size again.
+    """Samples images down to ``floor(H / factor)`` by ``floor(W / factor)`` pixels, and up again.
 
-    Both bilinear, with half-pixel centres and without antialiasing, as
-    ``torch.nn.functional.interpolate(align_corners=False)``. The small image has
-    ``floor(H / factor)`` by ``floor(W / factor)`` pixels. Nothing is random in it.
+    Both are bilinear, with half-pixel centres and without antialiasing, as
+    ``torch.nn.functional.interpolate(align_corners=False)``. The key is not used.
 
     Args:
-      factor: >= 1; 3 in Section 7.2.
-
-    Raises:
-      InputError: (a ValueError) if factor < 1; when it is applied, if an image has fewer pixels
-        than ``factor`` on a side.
+      factor: in [1, min(H, W)]; 3 in Section 7.2.
     """
     _validate.in_range("factor", factor, 1)
     return jax.tree_util.Partial(_DownUp(factor))
 
 
 def _strength(name: str, value: float) -> float:
-    """A strength >= 0 that float32 holds; a number as a float, so that jit takes all alike."""
+    """Checks a strength >= 0 that float32 holds; makes numbers floats, of one type for jit."""
     _validate.in_range(name, value, 0)
     _validate.in_range(name, value, 0, _LARGEST, open_high=False)
     return float(value) if isinstance(value, numbers.Real) else value
 
 
 def compose(*perturbations: Perturbation) -> Perturbation:
-    """One perturbation after the other, the first one first, each with a key of its own.
-
-    Raises:
-      InputError: (a ValueError) if there is none.
-    """
+    """Applies at least one perturbation, from left to right, each with a key of its own."""
     if not perturbations:
         raise _validate.InputError("Expected at least one perturbation to compose, got none.")
     if len(perturbations) == 1:
@@ -197,20 +162,21 @@ PERTURBATIONS: dict[str, Callable[..., Perturbation]] = {
     make.__name__: make for make in (
         identity, gaussian, uniform, laplace, speckle, salt_and_pepper, occlusion, down_up, stripes)
 }
-"""What makes each perturbation, by the name it has in :func:`parse_perturbation`."""
+"""The functions that make perturbations, by their names in :func:`parse_perturbation`."""
 
 
 def parse_perturbation(text: str) -> Perturbation:
-    """The perturbation that a text names.
+    """Makes the perturbation that a text names.
 
-    ``NAME(NUMBER, ...)``, with a name of :data:`PERTURBATIONS`; several, joined by ``+``, are
-    applied from left to right. A number may be a fraction, such as ``40/255``; arguments may be
-    named, and those with a default left out, as ``stripes(10, thickness=6)`` or ``down_up()``.
+    The text is ``NAME(NUMBER, ...)``, with a name of :data:`PERTURBATIONS`, or several joined by
+    ``+``, which are applied from left to right. A number may be a fraction, such as ``40/255``;
+    arguments may be named, and those with a default omitted, as in ``stripes(10, thickness=6)`` or
+    ``down_up()``.
 
     Raises:
       InputError: (a ValueError) if the text is not of that form, a name is unknown, an argument
-        does not fit, or the strength of noise is above 1, the whole range of the pixels, which a
-        text means in units of 1/255.
+        does not fit, or the strength of noise is above 1, which was probably meant in units of
+        1/255.
 
     >>> perturb = parse_perturbation("gaussian(40/255)+occlusion(2, 3)")
     >>> images = jnp.ones((1, 8, 8, 3))
@@ -245,7 +211,7 @@ def _terms(node):
 
 def _read_call(node):
     """The name, the numbers and the named numbers of a call; SyntaxError for anything else."""
-    # A name alone is a call without arguments.
+    # A bare name is a call without arguments.
     call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
             and all(keyword.arg for keyword in call.keywords)):
@@ -255,7 +221,7 @@ def _read_call(node):
 
 
 def _number(node):
-    """A number, or numbers with arithmetic between them."""
+    """The value of a number or of an arithmetic expression of numbers."""
     operations = {ast.Div: operator.truediv, ast.Mult: operator.mul, ast.USub: operator.neg}
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # A bool is an int.
         number = node.value
@@ -276,7 +242,7 @@ def _make(text, name, values, named):
     try:
         names = [argument for argument, _ in named]
         for argument in names:
-            if names.count(argument) > 1:  # Which the parser lets pass.
+            if names.count(argument) > 1:  # The parser accepts this.
                 raise TypeError(f"{argument} is given {names.count(argument)} times")
         arguments = signature.bind(*values, **dict(named)).arguments
     except TypeError as error:
@@ -295,7 +261,7 @@ def _make(text, name, values, named):
 
 
 def is_random(perturb: Perturbation) -> bool:
-    """Whether the key takes part in a perturbation made here: not in down-up sampling alone."""
+    """Whether a perturbation made here depends on the key, unlike down-up sampling."""
     function = perturb.func
     if function is _composed:
         return any(is_random(part) for part in perturb.args[0])
@@ -303,7 +269,7 @@ def is_random(perturb: Perturbation) -> bool:
 
 
 def _check_images(images, spec):
-    """The sizes of images of a floating dtype, by the names in ``spec``."""
+    """Checks images; returns their sizes by the names in ``spec``."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise _validate.InputError(
             f"Expected images of a floating dtype, pixels in [0, 1], got {images.dtype}.")
@@ -315,17 +281,21 @@ def _widened(images):
     return images.astype(jnp.float64 if images.dtype == jnp.float64 else jnp.float32)
 
 
-def _noised(change, strength, key, images, draw, *, clip=True):
-    """``change(images, strength * draw(key, shape, float32))``, rounded to the dtype last."""
-    _check_images(images, "B ...")
-    wide = _widened(images)
-    noise = jnp.asarray(strength, jnp.float32) * draw(key, images.shape, jnp.float32)
-    changed = change(wide, noise.astype(wide.dtype))
-    return (jnp.clip(changed, 0, 1) if clip else changed).astype(images.dtype)
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """Adds noise to images, or scales them by 1 + noise; compared by value, as jit needs it."""
 
+    draw: Callable[..., jax.Array]  # (key, shape, dtype) -> noise of strength 1
+    relative: bool = False
+    clip: bool = True
 
-def _scaled(images, noise):
-    return images * (1 + noise)
+    def __call__(self, strength, key, images):
+        _check_images(images, "B ...")
+        wide = _widened(images)
+        noise = jnp.asarray(strength, jnp.float32) * self.draw(key, images.shape, jnp.float32)
+        noise = noise.astype(wide.dtype)
+        noisy = wide * (1 + noise) if self.relative else wide + noise
+        return (jnp.clip(noisy, 0, 1) if self.clip else noisy).astype(images.dtype)
 
 
 def _uniform_draw(key, shape, dtype):
@@ -340,30 +310,6 @@ def _identity(key, images):
     del key
     _check_images(images, "B ...")
     return images
-
-
-def _gaussian(std, key, images):
-    return _noised(jnp.add, std, key, images, jax.random.normal, clip=False)
-
-
-def _uniform(amplitude, key, images):
-    return _noised(jnp.add, amplitude, key, images, _uniform_draw, clip=False)
-
-
-def _clipped_gaussian(std, key, images):
-    return _noised(jnp.add, std, key, images, jax.random.normal)
-
-
-def _clipped_uniform(amplitude, key, images):
-    return _noised(jnp.add, amplitude, key, images, _uniform_draw)
-
-
-def _laplace(std, key, images):
-    return _noised(jnp.add, std, key, images, _laplace_draw)
-
-
-def _speckle(std, key, images):
-    return _noised(_scaled, std, key, images, jax.random.normal)
 
 
 def _salt_and_pepper(amount, key, images):
@@ -388,7 +334,7 @@ class _Masks:
         for name, size, side in (("height", height, rows), ("width", self.width, columns)):
             if size > side:
                 raise _validate.InputError(
-                    f"Expected images of {name} {side} to hold what masks {size} pixels of it.")
+                    f"Expected images of {name} >= {size}, that of a mask, got {side}.")
         top_key, left_key = jax.random.split(key)
 
         def covered(key, side, size):
@@ -418,7 +364,7 @@ class _DownUp:
         resize = functools.partial(jax.image.resize, method="bilinear", antialias=False)
         small = resize(_widened(images), (
             batch, int(height / self.factor), int(width / self.factor), channels))
-        # Rounding may leave [0, 1] by a last digit.
+        # Rounding may leave [0, 1] by the last digit.
         return jnp.clip(resize(small, images.shape), 0, 1).astype(images.dtype)
 
 
@@ -433,17 +379,14 @@ def per_example(
 ) -> jax.Array:
     """Perturbs each image with a key of its own, ``fold_in(key, index)``.
 
-    What happens to an image then depends on ``key`` and its index alone, not on the batch
-    it comes in or the device it is on.
+    The result for an image then depends on ``key`` and its index only, not on the batch it comes in
+    or the device it is on.
 
     Args:
       perturb: the perturbation.
       key: a PRNG key.
       images: [B, ...] in [0, 1].
       indices: [B] integers that name the images, such as their positions in the data set.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match.
     """
     _validate.shapes(images=(images, "B ..."), indices=(indices, "B"))
 

@@ -138,7 +138,7 @@ def test_the_sizes_of_images_are_known_beforehand(digits):
     assert digits.train.images.shape[1:] == SHAPES["digits"]
     config = RECIPES["cifar10"].rows["both"]
     check_perturbations(config, ("occlusion(1,32)",))
-    with pytest.raises(InputError, match="height 32 to hold what masks 33 pixels"):
+    with pytest.raises(InputError, match="height >= 33, that of a mask, got 32"):
         check_perturbations(config, ("occlusion(1,33)",))
 
 

@@ -427,8 +427,8 @@ def test_a_bad_expression_is_refused_in_one_line(text, message):
 
 
 @pytest.mark.parametrize("perturb, message", [
-    (occlusion(1, 9), "Expected images of height 8 to hold what masks 9 pixels of it."),
-    (stripes(1, 9), "Expected images of width 8 to hold what masks 9 pixels of it."),
+    (occlusion(1, 9), "Expected images of height >= 9, that of a mask, got 8."),
+    (stripes(1, 9), "Expected images of width >= 9, that of a mask, got 8."),
     (down_up(9), "Expected images of 8 x 8 pixels to have at least factor=9 on each side."),
 ])
 def test_an_image_too_small_for_a_perturbation_is_refused(perturb, message):
