@@ -1,26 +1,33 @@
 """Curvature of a loss in input space: Hessian-vector products and what is built on them.
 
-A ``loss`` here is a function ``images [B, ...] -> [B]`` whose row i depends on image i alone
-(batch norm in evaluation mode). Its Hessian is then block diagonal, and one product treats all
-images at once. A loss that returns a scalar, such as the mean over the batch, is refused: its
-curvature would be that of the mean. Of softmax losses take
-:func:`~jaxrobust.losses.softmax_cross_entropy`: logsumexp(z) - z_y loses the digits of confident
-images in float32, and their curvature with them.
+**Common arguments**, which the functions' own docstrings do not repeat:
 
-Curvature is per unit of whatever ``images`` is measured in: pixels in [0, 1] for the models here,
-which normalise by themselves; :func:`normalised_inputs` changes that to normalised images, as in
-the paper.
+- ``loss``: images [B, ...] -> [B], where row i depends on image i alone (batch norm in evaluation
+  mode). Its Hessian is then block diagonal, and one product treats all images at once. A loss that
+  returns a scalar, such as the mean over the batch, is refused: its curvature would be that of the
+  mean. Use :func:`~jaxrobust.losses.softmax_cross_entropy` for the softmax loss: in float32
+  logsumexp(z) - z_y loses the digits of confident images, and their curvature with them.
+- ``logits_fn``: images [B, ...] -> logits [B, C], where row i depends on image i alone.
+- ``x``: images [B, ...], floats. Curvature is per unit of x: pixels in [0, 1] for the models here,
+  which normalise their input; :func:`normalised_inputs` changes that to normalised images, as in
+  the paper. n is the number of values in an image.
+- ``key``: a PRNG key. Each estimator first folds a salt of its own into it, so that two estimators
+  given the same key are independent. Probe k of image i is then drawn with
+  ``fold_in(fold_in(salted_key, k), indices[i])``.
+- ``indices``: [B] integers that name the images; by default their positions in x. With them an
+  image's result does not depend on the batch it comes in.
+- ``chunk_size``: probes evaluated at once. Memory grows with it and with B, not with the number of
+  probes; the result does not depend on it.
 
-Memory is bounded by the images and probes at once: ``chunk_size`` sets the probes, the caller's
-batch the images. With ``indices`` an image's result is the same in whatever batch it comes.
+All raise InputError (a ValueError) if an argument is out of its range, the loss or the indices are
+not [B], or the logits are not [B, C].
 
-Results have the range of their dtype and no less: what is beyond it, such as a squared norm of
-1e-50 in float32, is 0 or inf. Every estimator draws numbers of its own: two of them that are given
-the same key are independent.
+Results have the range of their dtype: what is beyond it, such as a squared norm of 1e-50 in
+float32, is 0 or inf.
 
-An eager call is traced and compiled as a whole; a second one with the same shapes and options runs
-the same program, with the numbers that the loss closes over as they are then. Under ``jax.jit`` the
-call is a part of the caller's program.
+An eager call is traced and compiled as a whole. A second call with the same shapes and options runs
+the same program with the current values of whatever the loss closes over. Under ``jax.jit`` the
+call is part of the caller's program.
 """
 
 import math
@@ -45,9 +52,9 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
       \tilde H = \mathrm{diag}(s) \, H \, \mathrm{diag}(s)
 
     with s repeated over the pixels of a channel. If all channels have the same std s, eigenvalues
-    are :math:`s^2` and the squared Frobenius norm :math:`s^4` times those for pixels; with
-    different ones no single factor converts them. A step t or a noise level of a normalised
-    image is s t of a pixel.
+    are :math:`s^2` and the squared Frobenius norm :math:`s^4` times those for pixels; if they
+    differ, no single factor converts them. A step or noise level t of a normalised image is s t
+    in pixels.
 
     Args:
       function: a loss or logits, of images [B, ..., channels] in [0, 1].
@@ -80,7 +87,7 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
 
 @as_one_program
 def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
-    r"""Exact Hessian-vector products, of all images at once.
+    r"""Multiplies a vector for each image by that image's Hessian, exactly.
 
     .. math:: H(x) v = \frac{d}{dt} \nabla l(x + t v) |_{t=0}
 
@@ -88,15 +95,10 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     no step size, no truncation error.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
       v: like x; row i is multiplied by the Hessian at row i.
 
     Returns:
       Like x.
-
-    Raises:
-      InputError: (a ValueError) if x and v differ in shape, or the loss is not [B].
 
     >>> loss = lambda x: jnp.sum(x**3, axis=-1)  # its Hessian is diag(6 x)
     >>> hvp(loss, jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 1.0]])).tolist()
@@ -122,42 +124,29 @@ def squared_frobenius(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> Estimate:
-    r"""Squared Frobenius norm of each image's Hessian, the sum of its squared eigenvalues.
+    r"""Estimates the squared Frobenius norm of each image's Hessian from exact products.
 
     .. math:: \sum_i \lambda_i^2 = \|H\|_F^2 = E_{\varepsilon} \|H \varepsilon\|^2, \qquad
       E[\varepsilon \varepsilon^T] = I
 
-    estimated with exact products (Hutchinson). The gradient is linearised once for all probes.
+    (Hutchinson). The gradient is linearised once for all probes. For a ReLU network this is the
+    curvature of the softmax alone at that point; kinks do not contribute.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; probe k of image i is drawn with ``fold_in(fold_in(own, k), indices[i])``,
-        ``own`` being the key with the salt of this function folded in.
       num_probes: K >= 1; with ``rtol``, the most that are drawn.
       distribution: of the probes, "normal" or "rademacher" (random signs: a somewhat smaller
         variance where H is near diagonal).
-      rtol: draw, for each image, until its standard error is at most ``rtol`` times its value,
-        but at least 8 probes. The choice of when to stop looks at the values, which biases the
-        mean by a fraction of ``rtol`` and favours those whose error is taken for too small: the
-        standard error is therefore widened by 1 + 8 / probes.
-      chunk_size: probes at once. Memory grows with it and with B, not with ``num_probes``; the
-        result does not depend on it.
-      indices: [B] integers that name the images; their positions in x if none are given. With
-        them an image's probes, and so its result, are the same in whatever batch it comes.
+      rtol: > 0; for each image, draw until its standard error is at most ``rtol`` times its value
+        (:func:`~jaxrobust.probes.mean_until`). Stopping by the values biases the mean by a
+        fraction of ``rtol``.
 
     Returns:
-      Value and standard error, each [B]; unbiased (without ``rtol``). Two standard errors cover
-      the truth in 95 of 100 cases if many eigenvalues are of one size. If one dominates, the
-      samples are as skewed as a squared normal number: it is 88 with 20 probes, 93 with 64 and 94
-      with 200; with ``rtol`` 94 or more.
+      Value and standard error, each [B]; unbiased without ``rtol``. Two standard errors cover the
+      truth in 95 of 100 cases if many eigenvalues are of similar size. If one dominates, the
+      samples are as skewed as a squared normal number, and they cover it in 88 cases with 20
+      probes, 93 with 64 and 94 with 200; with ``rtol`` in 94 or more.
 
-    Raises:
-      InputError: (a ValueError) if num_probes < 1, chunk_size < 1, rtol <= 0, the distribution is
-        unknown, or the loss or the indices are not [B].
-
-    Source: Section 7.1, without its finite differences. For a ReLU network this is the
-    curvature of the softmax alone at that point; kinks have no share in it.
+    Source: Section 7.1, without its finite differences.
     """
     check_images(x, indices, loss=loss)
     key = probes.salted(key, "squared_frobenius")
@@ -183,7 +172,7 @@ def finite_difference_curvature(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> Estimate:
-    r"""The paper's estimate of the curvature, by finite differences of the gradient (Eq. 21).
+    r"""Estimates the curvature as the paper does, by finite differences of the gradient.
 
     .. math::
       \Lambda(x) = \frac{1}{K} \sum_{j=1}^K
@@ -191,27 +180,17 @@ def finite_difference_curvature(
       \qquad \varepsilon_j \sim N(0, I)
 
     On a network with kinks (ReLU) this is not :func:`squared_frobenius`: a step of norm
-    about :math:`t \sqrt{dim}` crosses many kinks, whose jumps the pointwise Hessian does not
+    about :math:`t \sqrt n` crosses many kinks, whose jumps the pointwise Hessian does not
     see, and the two differ by orders of magnitude. On a smooth network they agree as t -> 0.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; probe k of image i is drawn as in :func:`squared_frobenius`, with the salt
-        of this function: the two are independent.
       step: t > 0, in the units of x; 1e-2 of a *normalised* image in the paper
         (:func:`normalised_inputs`).
       num_probes: K >= 1.
-      chunk_size: probes at once.
-      indices: [B] integers that name the images.
 
     Returns:
-      Value and standard error over the probes, each [B]; the latter as honest as that of
-      :func:`squared_frobenius`.
-
-    Raises:
-      InputError: (a ValueError) if step <= 0, num_probes < 1, chunk_size < 1, or the loss or the
-        indices are not [B].
+      Value and standard error over the probes, each [B]; the error covers the truth as often as
+      that of :func:`squared_frobenius`.
 
     Source: Eq. 21.
     """
@@ -229,7 +208,7 @@ def finite_difference_curvature(
 
 
 class SmoothedCurvature(NamedTuple):
-    """Curvature of the noise-averaged loss, for each image."""
+    """Squared Frobenius norm and trace of the Hessian of each image's noise-averaged loss."""
 
     squared_frobenius: Estimate
     trace: Estimate
@@ -246,7 +225,7 @@ def smoothed_curvature(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> SmoothedCurvature:
-    r"""Curvature of the noise-averaged loss, which networks with kinks have at every scale.
+    r"""Estimates the curvature of the noise-averaged loss, which exists for networks with kinks.
 
     .. math:: l_\sigma(x) = E_{e \sim N(0, I)}[l(x + \sigma e)], \qquad
       H_\sigma = \nabla^2 l_\sigma(x) = \frac{1}{\sigma} E[\nabla l(x + \sigma e) \, e^T]
@@ -259,28 +238,18 @@ def smoothed_curvature(
       \mathrm{tr} H_\sigma = E[d_i \cdot e_i],
 
     the first as the mean over all pairs of draws (a U-statistic). Unlike Eq. 21 it averages
-    before it squares: a gradient that jumps to and fro adds nothing.
+    before it squares: a gradient that jumps back and forth adds nothing.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; draw k of image i uses ``fold_in(fold_in(own, k), indices[i])``, ``own``
-        being the key with the salt of this function folded in.
       sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
       num_draws: pairs x + sigma e, x - sigma e; at least 3. Memory grows with num_draws times B.
-      chunk_size: draws at once.
-      indices: [B] integers that name the images.
 
     Returns:
-      Unbiased values, of which those of the squared norm may be negative, with their standard
-      errors (the squared norm's by the jackknife), each [B]. If many eigenvalues are of one size,
-      two standard errors of the squared norm cover the truth in 95 of 100 cases. If one dominates
-      it is about the fourth power of a normal number, and they cover 82 with 20 draws, 85 with 32,
-      89 with 64 and 92 with 100.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0, num_draws < 3, or the loss or the indices are not
-        [B].
+      Unbiased values (the squared norm may be negative) with their standard errors (the squared
+      norm's by the jackknife), each [B]. If many eigenvalues are of similar size, two standard
+      errors of the squared norm cover the truth in 95 of 100 cases. If one dominates, the samples
+      are about the fourth power of a normal number, and they cover it in 82 cases with 20 draws,
+      85 with 32, 89 with 64 and 92 with 100.
 
     Source: Stein (1981); Eq. 14 at the scale of the noise.
     """
@@ -307,7 +276,7 @@ def smoothed_curvature(
 
 @as_one_program
 def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
-    r"""All non-zero eigenvalues of each image's Hessian of the softmax loss, without sampling.
+    r"""Computes all non-zero eigenvalues of the Hessian of the softmax loss, without sampling.
 
     Where the logits are affine in x around a point (ReLU, max-pooling, batch norm in
     evaluation) the Hessian of the softmax loss there is exactly
@@ -322,16 +291,9 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     The squared Frobenius norm is the sum of the squared eigenvalues, the trace their sum, the
     spectral norm the largest. Costs C - 1 vector-Jacobian products, one after the other.
 
-    Args:
-      logits_fn: images [B, ...] -> logits [B, C], row i depending on image i alone.
-      x: [B, ...].
-
     Returns:
       [B, C], increasing, at least one of them 0; all non-negative up to rounding. The large ones
       keep their digits however confident the image is.
-
-    Raises:
-      InputError: (a ValueError) if the logits are not [B, C].
 
     >>> kernel = jnp.array([[1.0, -1.0]])  # two classes, one pixel: p = 1/2 at 0
     >>> spectrum = piecewise_linear_spectrum(lambda x: x @ kernel, jnp.zeros((1, 1)))
@@ -352,18 +314,18 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     def row(c):
         return pullback(jnp.broadcast_to(differences[c], logits.shape))[0].reshape(batch, -1)
 
-    # No more side by side than it takes for the loop to be written out on CPUs; in any order, which
-    # is faster, as long as the memory of a few is at stake.
+    # As few at once as keep the loop short enough to be unrolled on CPUs. In any order, which is
+    # faster, while only the memory of a few is at stake.
     jacobian = probes.map_in_chunks(
         row, num_classes - 1, math.ceil((num_classes - 1) / probes.LONGEST_WRITTEN_OUT),
         in_order=num_classes > 16)
-    # J, and A below, in units of their largest: their squares may be beyond float32.
+    # J, and A below, in units of their largest entries: their squares may be beyond float32.
     unit = probes.unit_of(jacobian, axis=(0, 2))
     jacobian = jacobian / unit[None, :, None]
     gram = jnp.einsum("cbk,dbk->bcd", jacobian, jacobian, precision=jax.lax.Precision.HIGHEST)
     gram = jnp.pad(gram, ((0, 0), (0, 1), (0, 1)))
 
-    # The root of the softmax as one of half the logits: p itself may be beyond float32.
+    # The root of the softmax as a softmax of half the logits: p itself may be beyond float32.
     u = jnp.exp((logits - jnp.max(logits, axis=1, keepdims=True)) / 2)
     u = u / jnp.sqrt(jnp.sum(jnp.square(u), axis=1, keepdims=True))
     # 1 - p_i as the sum of the others: exact also where p_i rounds to 1.
@@ -384,28 +346,21 @@ def gauss_newton_gap(
     loss: Loss, logits_fn: LogitsFn, x: jax.Array, key: jax.Array, *,
     indices: jax.Array | None = None,
 ) -> jax.Array:
-    r"""How much of the softmax loss's Hessian its Gauss-Newton part misses, for each image.
+    r"""Measures how much of the softmax loss's Hessian its Gauss-Newton part misses.
 
     .. math:: \frac{\|(H - J^T S J) v\|}{\|H v\|}, \qquad v \sim N(0, I)
 
-    Zero up to rounding where the logits are affine around x, so that
-    :func:`piecewise_linear_spectrum` is that of the Hessian; of the size of one for a smooth
-    network (GELU, hard-swish), where it is only the Gauss-Newton part's.
+    It is 0 up to rounding where the logits are affine around x, so that
+    :func:`piecewise_linear_spectrum` is the spectrum of the Hessian. It is about 1 for a smooth
+    network (GELU, hard-swish), where that spectrum is the Gauss-Newton part's only, and for a loss
+    that rounds confident images away.
 
     Args:
-      loss: images [B, ...] -> [B], the softmax loss of ``logits_fn`` and the images' labels,
-        :func:`~jaxrobust.losses.softmax_cross_entropy`. Of one that rounds away confident images
-        the gap is about 1 there.
-      logits_fn: images [B, ...] -> logits [B, C].
-      x: [B, ...].
-      key: a PRNG key.
-      indices: [B] integers that name the images.
+      loss: the softmax loss of ``logits_fn`` and the images' labels,
+        :func:`~jaxrobust.losses.softmax_cross_entropy`.
 
     Returns:
-      [B]; 0 where both products are 0, inf where only that with the Hessian is.
-
-    Raises:
-      InputError: (a ValueError) if the loss or the indices are not [B] or the logits not [B, C].
+      [B]; 0 where both products are 0, inf where only the product with the Hessian is.
 
     Source: the Gauss-Newton decomposition (Schraudolph, 2002).
     """
@@ -413,8 +368,8 @@ def gauss_newton_gap(
     v = probes.draw(probes.salted(key, "gauss_newton_gap"), 0, x, indices)
     exact = hvp(loss, x, v)
     logits, along = jax.jvp(logits_fn, (x,), (v,))
-    # S u = p (u - p.u), u less its mean under p. With the u of the likeliest class as 0 no digits
-    # are lost where p is nearly 1; exactly 0, which a difference need not be once it is compiled.
+    # S u = p (u - p.u), u less its mean under p. Shifting the likeliest class's u to 0 loses no
+    # digits where p is nearly 1. Set to exactly 0, which a compiled difference need not be.
     top = jnp.argmax(logits, axis=1, keepdims=True)
     along = jnp.where(jnp.arange(logits.shape[1], dtype=top.dtype)[None] == top, 0,
                       along - jnp.take_along_axis(along, top, axis=1))
@@ -429,8 +384,8 @@ class RitzValues(NamedTuple):
     """What Lanczos finds of each image's spectrum with m products."""
 
     value: jax.Array  # shape=[B, m], increasing
-    weight: jax.Array  # shape=[B, m]; of the spectral density, sum 1
-    residual: jax.Array  # shape=[B, m]; there is an eigenvalue within it of the value
+    weight: jax.Array  # shape=[B, m]; in the spectral density, sum 1
+    residual: jax.Array  # shape=[B, m]; an eigenvalue lies within this distance of the value
 
 
 @as_one_program
@@ -442,7 +397,7 @@ def ritz_values(
     num_products: int,
     indices: jax.Array | None = None,
 ) -> RitzValues:
-    r"""Approximate eigenvalues of each image's Hessian, each with a rigorous error bar.
+    r"""Approximates eigenvalues of each image's Hessian, each with a rigorous error bar.
 
     Lanczos' iteration with full reorthogonalisation from a random vector v: with
     :math:`H \approx Q T Q^T` on the Krylov space and :math:`T = U \Theta U^T`, the Ritz value
@@ -450,25 +405,15 @@ def ritz_values(
 
     .. math:: |\lambda - \theta_j| \le \|H y_j - \theta_j y_j\|.
 
-    The ends of the spectrum come first. :math:`\sum_j u_{1j}^2 \delta(\theta_j)` is the Gauss
-    quadrature of the spectral density as v sees it. An eigenvalue that occurs more than once may
-    be found once only.
+    The ends of the spectrum converge first. :math:`\sum_j u_{1j}^2 \delta(\theta_j)` is the Gauss
+    quadrature of the spectral density as v sees it. A multiple eigenvalue may be found only once.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...], with n numbers in each image.
-      key: a PRNG key; the vector of image i is drawn with
-        ``fold_in(fold_in(own, 0), indices[i])``, ``own`` being the key with the salt of this
-        function folded in.
-      num_products: m, between 1 and n; another m products measure the residuals.
-      indices: [B] integers that name the images.
+      key: draws the vector v as probe 0.
+      num_products: m, in [1, n]; another m products measure the residuals.
 
     Returns:
       m values for each image. A value whose residual is not small has not converged.
-
-    Raises:
-      InputError: (a ValueError) if num_products is not in [1, n], or the loss or the indices are
-        not [B].
 
     Source: Lanczos (1950), as in ``matfree.decomp.tridiag_sym``; Saad (2011), Section 3.
     """
@@ -478,8 +423,8 @@ def ritz_values(
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
 
     def one(product, start):
-        # Where the Krylov space ends early, Lanczos goes on with vectors that are rounding, or
-        # NaN. An orthonormal basis of what it found, and H on that, is right in any case.
+        # Where the Krylov space ends early, Lanczos continues with vectors of rounding errors, or
+        # NaN. Projecting H on an orthonormal basis of what it found is right in any case.
         basis, _ = jnp.linalg.qr(jnp.nan_to_num(tridiagonalise(product, start)[0]).T)
         image = jax.vmap(product, in_axes=1, out_axes=1)(basis)
         projected = basis.T @ image
@@ -503,25 +448,17 @@ def top_eigenvalues(
     num_products: int | None = None,
     indices: jax.Array | None = None,
 ) -> jax.Array:
-    r"""The k eigenvalues of largest magnitude of each image's Hessian, for any network.
+    r"""Approximates the k eigenvalues of largest magnitude of each image's Hessian.
+
+    They are among those of :func:`ritz_values` for the same key, which has error bars too. For a
+    piecewise linear network :func:`piecewise_linear_spectrum` gives all of them at less cost.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...], with n numbers in each image.
-      key: a PRNG key, used as by :func:`ritz_values`, whose values these are.
-      k: at least 1, at most ``num_products``.
-      num_products: of Lanczos' iteration; 2 k + 20 if not given, at most n. :func:`ritz_values`
-        returns the error bars as well.
-      indices: [B] integers that name the images.
+      k: in [1, num_products].
+      num_products: of Lanczos' iteration, in [1, n]; by default 2 k + 20, at most n.
 
     Returns:
       [B, k], decreasing in magnitude, with their signs.
-
-    Raises:
-      InputError: (a ValueError) if k is not in [1, num_products], or num_products not in [1, n].
-
-    Source: :func:`ritz_values`. For a network of affine pieces
-    :func:`piecewise_linear_spectrum` gives all of them, at less cost.
     """
     check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
@@ -552,7 +489,7 @@ def spectral_density(
     num_points: int = 200,
     indices: jax.Array | None = None,
 ) -> SpectralDensity:
-    r"""The distribution of all n eigenvalues of each image's Hessian.
+    r"""Estimates the distribution of all n eigenvalues of each image's Hessian.
 
     .. math:: \phi(\lambda) = \frac{1}{n} \sum_i g(\lambda - \lambda_i), \qquad
       g = N(0, (w R)^2)
@@ -561,21 +498,14 @@ def spectral_density(
     Lanczos quadrature: the mean over the probes of :math:`\sum_j u_{1j}^2 g(\lambda - \theta_j)`.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; probe j uses ``fold_in(own, j)`` as :func:`ritz_values` does its key, ``own``
-        being the key with the salt of this function folded in.
-      num_products: Lanczos' steps for each probe; 30 if not given, at most n.
+      key: probe j is :func:`ritz_values` for the key ``fold_in(salted_key, j)``.
+      num_products: Lanczos' steps for each probe, in [1, n]; by default 30, at most n.
       num_probes: random vectors, >= 2.
       relative_width: w > 0.
       num_points: G >= 2.
-      indices: [B] integers that name the images.
 
     Returns:
       Grid, density and its standard error. A Hessian that is 0 has R = 1 by convention.
-
-    Raises:
-      InputError: (a ValueError) for an argument out of its range.
 
     Source: Lin, Saad, Yang (2016); Ghorbani et al. (2019).
     """
@@ -613,29 +543,22 @@ def hessian_trace(
     num_probes: int | None = None,
     indices: jax.Array | None = None,
 ) -> Estimate:
-    r"""Trace of each image's Hessian, the sum of its eigenvalues, by XTrace.
+    r"""Estimates the trace of each image's Hessian, the sum of its eigenvalues, by XTrace.
 
     Variance-reduced: half of the products find the space in which most of H lives, and only
-    what is left is sampled. Exact up to rounding if the rank is below ``num_probes``, or
+    the rest is sampled. Exact up to rounding if the rank is below ``num_probes``, or
     ``num_probes`` at least n / 2.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...], with n numbers in each image. On CPUs B is at most 32: XLA's threads may wait
-        for each other forever beyond about 48.
-      key: a PRNG key; the probes of image i are drawn from ``fold_in(own, indices[i])``, ``own``
-        being the key with the salt of this function folded in.
-      num_probes: m, between 2 and n; 16 if not given, at most n. Costs 2 m products, m of them at
-        once: memory grows with m times B. With n = 1 one product tells all.
-      indices: [B] integers that name the images.
+      x: as described in the module; on CPUs B is at most 32, since XLA's threads may deadlock
+        beyond about 48.
+      key: the probes of image i are drawn from ``fold_in(salted_key, indices[i])``.
+      num_probes: m, in [2, n]; by default 16, at most n. Costs 2 m products, m of them at once:
+        memory grows with m times B. With n = 1 a single product is exact.
 
     Returns:
       Value and standard error, each [B]. The error includes the rounding of the algorithm, not
       that of the loss's own derivatives.
-
-    Raises:
-      InputError: (a ValueError) if num_probes is not in [2, n], B is too large, or the loss or the
-        indices are not [B].
 
     Source: Epperly, Tropp, Webber (2024), as in ``matfree.stochtrace.leave_one_out_xtrace``.
     """
@@ -653,28 +576,14 @@ def leave_one_out_squared_frobenius(
     num_probes: int | None = None,
     indices: jax.Array | None = None,
 ) -> Estimate:
-    r"""Squared Frobenius norm of each image's Hessian, variance-reduced.
+    r"""Estimates the squared Frobenius norm of each image's Hessian, variance-reduced.
 
     .. math:: \|H\|_F^2 = \sum_i \|H_{i \cdot}\|^2
 
-    with leave-one-out estimates of the squared row norms: as :func:`hessian_trace` for the trace.
-    Where the spectrum decays quickly, as at most images, it is closer by orders of magnitude than
-    :func:`squared_frobenius` at the same cost; where it is flat, somewhat worse.
-
-    Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...], with n numbers in each image; on CPUs B is at most 32.
-      key: a PRNG key; the probes of image i are drawn from ``fold_in(own, indices[i])``, ``own``
-        being the key with the salt of this function folded in.
-      num_probes: m, as for :func:`hessian_trace`.
-      indices: [B] integers that name the images.
-
-    Returns:
-      Value and standard error, each [B].
-
-    Raises:
-      InputError: (a ValueError) if num_probes is not in [2, n], B is too large, or the loss or the
-        indices are not [B].
+    with leave-one-out estimates of the squared row norms; arguments and result are as those of
+    :func:`hessian_trace`. Where the spectrum decays quickly, as at most images, it is closer by
+    orders of magnitude than :func:`squared_frobenius` at the same cost; where it is flat, somewhat
+    worse.
 
     Source: Epperly (2025), as in ``matfree.stochtrace.leave_one_out_xsymrownorms_squared``.
     """
@@ -687,7 +596,7 @@ class Surface(NamedTuple):
     """The loss of each image over a plane through it."""
 
     offsets: jax.Array  # shape=[R]; in the units of the images, from -extent to extent
-    values: jax.Array  # shape=[B, R, R]; first axis along the gradient, second the other one
+    values: jax.Array  # shape=[B, R, R]; rows along the gradient, columns orthogonal to it
     gradient_direction: jax.Array  # like the images; of norm 1, or 0 where the gradient is 0
     orthogonal_direction: jax.Array  # like the images; of norm 1
 
@@ -702,27 +611,19 @@ def loss_surface(
     resolution: int = 21,
     indices: jax.Array | None = None,
 ) -> Surface:
-    r"""The loss over the plane of its gradient and a random direction orthogonal to it.
+    r"""Evaluates the loss over the plane of its gradient and a random orthogonal direction.
 
     .. math:: S_{ij} = l(x + a_i u + a_j w), \qquad u = \nabla l / \|\nabla l\|, \quad
       w \perp u, \|w\| = 1
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; the random direction of image i is drawn with
-        ``fold_in(fold_in(own, 0), indices[i])``, ``own`` being the key with the salt of this
-        function folded in.
+      x: as described in the module, with n >= 2, so that there is an orthogonal direction.
+      key: draws the random direction as probe 0.
       extent: the largest offset, > 0, in the units of x (Euclidean norm over the image).
       resolution: R >= 2, points along each direction; with an odd one x itself is among them.
-      indices: [B] integers that name the images.
 
     Returns:
       The surface. Points outside [0, 1] are not clipped.
-
-    Raises:
-      InputError: (a ValueError) if extent <= 0, resolution < 2, an image is a single number, which
-        leaves no orthogonal direction, or the loss or the indices are not [B].
 
     Source: Fig. 11, which shows its negative.
     """
@@ -742,7 +643,7 @@ def loss_surface(
 
     u = unit(probes.gradient_of(loss)(x))
     w = probes.draw(key, 0, x, indices)
-    # Twice: once leaves a part along u of the size of the rounding of w.
+    # Twice, because once leaves a part along u as large as the rounding of w.
     for _ in range(2):
         along = jnp.sum(w * u, axis=axes).reshape(shape)
         w = unit(w - along * u)
@@ -755,27 +656,22 @@ def loss_surface(
     return Surface(offsets, jnp.moveaxis(values, -1, 0), u, w)
 
 
-_IMAGES = "images"
-"""Axis over which :func:`_image_by_image` treats the images."""
-
-_MOST_IMAGES = 32
-"""At once, on CPUs, for the leave-one-out estimators."""
-
-_LEAVE_ONE_OUT_PROBES = 16
-"""Where no number is given and an image has as many numbers."""
+_IMAGES = "images"  # The axis over which :func:`_image_by_image` maps.
+_MOST_IMAGES = 32  # At once, on CPUs, for the leave-one-out estimators.
+_LEAVE_ONE_OUT_PROBES = 16  # By default, for images of at least as many numbers.
 
 
 def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
     """Runs an algorithm for one matrix on the Hessian of each image, divided by its scale.
 
-    The algorithm is given ``product``, from vectors [n] to the Hessian's product with them, and
-    the image's rows of ``arrays``. A loss takes the whole batch only, so under the map over the
-    images each product gathers the vectors of all and keeps the image's own row.
+    The algorithm is given ``product``, which multiplies a vector [n] by the Hessian, and the
+    image's rows of ``arrays``. A loss takes the whole batch only, so under the map over the images
+    each product gathers the vectors of all images and keeps the image's own row.
 
     Returns:
-      The results, stacked, and the scales [B]: norms of H v / |v| for a random-like v, the first
-      array's rows; 0 where H is. Thresholds inside the algorithms are absolute, and so is the range
-      of a dtype; this makes both relative.
+      The results, stacked, and the scales [B]: norms of H v / |v|, v from the image's rows of the
+      first array; 0 where H is. Dividing by them makes the absolute thresholds inside the
+      algorithms, and the range of a dtype, relative.
     """
     _, linear = jax.linearize(probes.gradient_of(loss), x)
 
@@ -796,7 +692,7 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
 
 
 def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> Estimate:
-    """The estimate for H of a leave-one-out estimator that is homogeneous of degree ``power``."""
+    """Applies a leave-one-out estimator that is homogeneous of degree ``power`` to each Hessian."""
     check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
     rounding = 16 * jnp.finfo(x.dtype).eps
@@ -815,9 +711,9 @@ def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> 
     samples = jnp.where(scale[:, None] == 0, 0, jnp.sum(samples.reshape(*samples.shape[:2], -1), 2))
     mean, error = probes.mean_estimate(samples.T)
     # Each leave-one-out sample shares all probes but one with the others: their spread is 0.7 to
-    # 1.0 times the error of their mean, by the spectrum. With the root of 2 it is never too small.
-    # Where the samples agree, what is left is the rounding of sums of the size of H.
+    # 1.0 times the error of their mean, depending on the spectrum. The root of 2 makes it never too
+    # small. Where the samples agree, the rounding of sums of the size of H remains.
     error = jnp.hypot(2**0.5 * error, jnp.where(scale > 0, rounding, 0))
-    for _ in range(power):  # A power of the scale alone may be beyond the range.
+    for _ in range(power):  # One by one: a power of the scale may be beyond the range.
         mean, error = mean * scale, error * scale
     return Estimate(mean, error)

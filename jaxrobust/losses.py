@@ -1,13 +1,21 @@
 """The softmax loss, the discriminative loss of the paper, and the term of stability training.
 
-The latter two act on features q, [B, d], of the penultimate layer. Under ``pmap`` or
-``shard_map`` give ``axis_name``: every term is then that of the whole batch, the same on
-every device, and gradients are to be averaged over the devices once.
+The latter two act on features q, [B, d], of the penultimate layer, whose units are those of every
+distance here.
 
-Examples whose label is outside [0, C), such as -1, do not count: value and gradients of every
-term are as without them, whatever their features are, NaN too. A batch in which none counts has
-loss 0. All is computed in float32, or in the dtype of the centroids if that is wider; features
-are cast to it.
+**Devices.** Under ``pmap`` or ``shard_map``, ``axis_name`` names the device axis over which the
+batch is split: every term is then that of the whole batch, the same on every device, and gradients
+are to be averaged over the devices once.
+
+**Labels** are integers, [B]. Examples whose label is outside [0, C), such as -1, do not count:
+value and gradients of every term are as without them, whatever their logits and features are, NaN
+included. The loss is 0 where no example counts.
+
+**Dtypes.** Everything is computed in float32, or in the dtype of the centroids if that is wider;
+features are cast to it.
+
+All raise InputError (a ValueError) if shapes do not match, a dtype is wrong, or a number is out of
+its range.
 """
 
 import dataclasses
@@ -34,16 +42,7 @@ from jaxrobust.geometry import class_rows_of, distances_to_all, distances_to_one
 def mean_over_batch(
     values: jax.Array, axis_name: str | None = None, *, counts: jax.Array | None = None
 ) -> jax.Array:
-    """Mean of per-example values [B] over the examples that count, of all devices of ``axis_name``.
-
-    Args:
-      values: [B]; added up in float32 if narrower.
-      axis_name: the device axis over which the batch is split, if any.
-      counts: [B] bool, the examples that count; all of them if it is None.
-
-    Returns:
-      [], float32 or wider; 0 if no example counts.
-    """
+    """Averages per-example values [B] over the examples that count, [B] bool; all if None."""
     values = _validate.floats("values", values)
     counts = jnp.ones(values.shape, bool) if counts is None else counts
     total = jnp.sum(jnp.where(counts, values, 0))
@@ -54,13 +53,13 @@ def mean_over_batch(
 
 
 def _mean_over_present(values: jax.Array, present: jax.Array) -> jax.Array:
-    """Mean of per-class values [C] over the classes present; 0 if there are none."""
+    """Averages per-class values [C] over the classes present; 0 if there are none."""
     present = present.astype(values.dtype)
     return jnp.sum(values * present) / jnp.maximum(jnp.sum(present), 1)
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""The softmax loss of each example, with derivatives that keep their digits.
+    r"""Computes the softmax loss of each example, with derivatives that keep their digits.
 
     .. math::
       l = -\log \sigma(z)_y = (z_k - z_y) + \log\Big(1 + \sum_{i \ne k} e^{z_i - z_k}\Big),
@@ -68,20 +67,16 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     The usual form, logsumexp(z) - z_y, subtracts two numbers that agree in all digits where the
     network is confident: in float32 the loss and its derivatives are lost from a logit gap of about
-    17 on. Here no differences are taken but those of logits, so that value, gradient and second
-    derivative keep their relative accuracy at any gap, for right and for wrong predictions.
+    17 on. Here only logits are subtracted, so that value, gradient and second derivative keep their
+    relative accuracy at any gap, for right and for wrong predictions.
 
     Args:
-      logits: [B, C], floats.
-      labels: [B], integers. A label outside [0, C), such as -1, marks an example that does not
-        count: its loss is 0 without a gradient, whatever its logits are.
+      logits: [B, C], floats, C >= 2.
+      labels: [B].
 
     Returns:
-      [B], in nats, of the dtype of ``logits``; NaN where a logit of an example that counts is NaN.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, there are fewer than two classes, or
-        the labels are not integers.
+      [B], in nats, of the dtype of ``logits``; 0 for an example that does not count, NaN where a
+      logit of one that counts is NaN.
 
     >>> logits = jnp.array([[20.0, 0.0, -1.0], [1.0, 1.0, 1.0]])
     >>> [f"{loss:.3e}" for loss in softmax_cross_entropy(logits, jnp.array([0, -1])).tolist()]
@@ -94,7 +89,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     # One logit of two classes would have loss 0 for every label.
     _validate.in_range("number of classes", num_classes, 2)
     counts = counted(labels, num_classes)
-    # Masked before anything is computed, because a NaN times a cotangent of 0 is NaN.
+    # Masked before anything is computed, since NaN times a cotangent of 0 is NaN.
     logits = jnp.where(counts[:, None], logits, 0)
     labels = jnp.where(counts, labels, 0)
     largest = jnp.argmax(jax.lax.stop_gradient(logits), axis=1).astype(labels.dtype)
@@ -115,9 +110,9 @@ def softmax_loss(
     logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    r"""Mean of :func:`softmax_cross_entropy` over the examples that count.
+    r"""Averages :func:`softmax_cross_entropy` over the examples that count.
 
-    With weights of the classes it is the weighted mean over the whole batch,
+    With class weights it is the weighted mean over the whole batch,
 
     .. math:: \frac{\sum_n w_{y_n} (-\log \sigma(z_n)_{y_n})}{\sum_n w_{y_n}},
 
@@ -125,16 +120,11 @@ def softmax_loss(
 
     Args:
       logits: [B, C]; cast to float32 if narrower.
-      labels: [B], integers; an example with one outside [0, C) does not count.
+      labels: [B].
       class_weights: [C], >= 0; None for 1 each.
-      axis_name: the device axis over which the batch is split, if any.
 
     Returns:
-      The loss, [], in nats; 0 if no example counts.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, there are fewer than two classes,
-        logits are not floats or labels not integers.
+      The loss, [], in nats.
 
     Source: Eq. 3 and 4.
     """
@@ -146,7 +136,7 @@ def softmax_loss(
         return mean_over_batch(losses, axis_name, counts=counts)
     weights = jnp.asarray(class_weights, losses.dtype)
     _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
-    # Both means are over the same number of examples, which drops out.
+    # Both means are over the same number of examples, which cancels.
     own = class_rows(weights, labels)
     total, mean = (mean_over_batch(values, axis_name, counts=counts)
                    for values in (own * losses, own))
@@ -173,22 +163,17 @@ def compactness_loss(
     L_noisy (Eq. 12).
 
     Args:
-      features: [B, d]; cast to the dtype of ``centroids``, or float32 if that is narrower.
-      labels: [B], integers in [0, C); examples with others do not count.
+      features: [B, d].
+      labels: [B].
       centroids: [C, d], with momentum in the paper. The gradient flows into them.
-      delta_v: radius of the ball, in the units of the features, >= 0.
+      delta_v: radius of the ball, >= 0.
       squared: whether the hinge is squared, as in the paper (Appendix A.1 discusses both).
-      linear_beyond: the hinge k, > 0, from which its square goes on as its tangent, 2 k h - k^2,
-        so that no example's gradient is longer than 2 k (Huber, 1964); None, as in the paper, for
-        never.
-      axis_name: the device axis over which the batch is split, if any.
+      linear_beyond: the hinge k, > 0, above which its square continues as its tangent,
+        2 k h - k^2, so that no example's gradient is longer than 2 k (Huber, 1964); None, as in
+        the paper, for never. Only with ``squared``.
 
     Returns:
-      The loss, []; 0 for a batch in which no label counts.
-
-    Raises:
-      InputError: (a ValueError) if shapes do not match, delta_v < 0, or ``linear_beyond`` is not
-        above 0 or comes without ``squared``.
+      The loss, [].
 
     >>> centroids = jnp.array([[0.0, 0.0]])
     >>> compactness_loss(jnp.array([[3.0, 4.0]]), jnp.array([0]), centroids, delta_v=2.0).item()
@@ -217,8 +202,9 @@ def _check_linear_beyond(name: str, value: float | None, squared: bool) -> None:
 
 
 def _own_centroids(centroids, labels, axis_name):
-    """The centroid of each example's class, [B, d], and the example's share in a mean over the
-    classes present of means over their examples, [B]; 0 and 0 for a label that counts for none.
+    """The centroid of each example's class, [B, d], and the example's weight in the mean over the
+    classes present of the means over their examples, [B]; both 0 for an example that does not
+    count.
     """
     counts = class_counts(labels, centroids.shape[0], centroids.dtype, axis_name)
     present = (counts > 0).astype(counts.dtype)
@@ -227,7 +213,7 @@ def _own_centroids(centroids, labels, axis_name):
 
 
 def _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name):
-    """Eq. 8 or 12, from what :func:`_own_centroids` returns; features that do not count are 0."""
+    """Eq. 8 or 12 from what :func:`_own_centroids` returns; features that do not count are 0."""
     delta_v = jnp.asarray(delta_v, own.dtype)
     hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
     if linear_beyond is not None:
@@ -260,26 +246,21 @@ def margin_loss(
     :math:`[\delta_d - s_{ci}]_+`. The two differ only for a centroid exactly on a boundary,
     where the paper's sign(0) = 0 has no gradient and this one points to the right side.
     Where several boundaries are equally bad, the gradient is that of one of them. Two classes
-    whose rows of W are the same, up to rounding, have no boundary, and are left out of the maximum
-    or the mean; a class that has none has hinge 0. Memory is O(C d): at most 2^22 distances, and
-    one class's, are in memory together.
+    whose rows of W are the same up to rounding have no boundary, and are left out of the maximum
+    or the mean; a class that has none has hinge 0. Memory is O(C d): at most 2^22 distances, or
+    those of one class, are in memory together.
 
     Args:
-      centroids: [C, d]; of the batch alone ("naive") in the paper. All is computed in their
-        dtype, or float32 if that is narrower.
+      centroids: [C, d]; those of the batch alone ("naive") in the paper.
       present: [C] bool, the classes the loss runs over.
       kernel: [d, C], the softmax layer's, :math:`W^T`; it receives gradient, as does bias.
-      bias: [C].
-      delta_d: wanted distance, in the units of the features, >= 0.
+      bias: [C], C >= 2.
+      delta_d: the distance to reach, >= 0.
       squared: whether the hinge is squared; not in the paper (Appendix A.1).
       boundaries: ``"max"`` for the worst boundary, as in the paper, or ``"mean"`` over all.
 
     Returns:
       The loss, []; 0 if no class is present.
-
-    Raises:
-      InputError: (a ValueError) if shapes do not match, there are fewer than two classes,
-        delta_d < 0, or ``boundaries`` is unknown.
 
     >>> kernel, bias = jnp.array([[1.0, -1.0]]), jnp.zeros(2)  # the boundary is q = 0
     >>> present = jnp.array([True, True])
@@ -294,7 +275,7 @@ def margin_loss(
 
 def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, boundaries,
                          at_most=None, table_size=TABLE_SIZE):
-    """:func:`margin_loss`, for at most ``at_most`` classes that are present, if that is known."""
+    """:func:`margin_loss` where at most ``at_most`` classes are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
     centroids, kernel, bias = (_validate.floats(name, value) for name, value in (
@@ -308,7 +289,7 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
     every = class_rows_of(kernel.astype(centroids.dtype), bias.astype(centroids.dtype))
     labels, own = numbers, every
     if at_most is not None and at_most < num_classes:
-        # These labels are all different: no gradients are added up, in whichever order.
+        # These labels are all different, so that no gradients are added up in a random order.
         present, labels = jax.lax.top_k(present.astype(centroids.dtype), at_most)
         centroids, own = jax.tree.map(
             lambda table: table.at[labels].get(unique_indices=True), (centroids, every))
@@ -318,23 +299,23 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
         return jnp.square(hinge) if squared else hinge
 
     def distances(example, every):
-        """Of one centroid to the boundaries with all classes, [C]."""
+        """Distances of one centroid to the boundaries with all classes, [C]."""
         label, centroid, own = jax.tree.map(lambda value: value[None], example)
         return jnp.where(numbers == label, jnp.inf, distances_to_all(centroid, own, every)[0])
 
     def mean_hinge(example):
         to_all = distances(example, every)
-        # Those that are +inf have hinge 0, and are no boundaries.
+        # Distances of +inf belong to no boundary, and have hinge 0.
         number = jnp.sum((to_all != jnp.inf).astype(to_all.dtype))
         return jnp.sum(hinge(to_all)) / jnp.maximum(number, 1)
 
     examples, batch_size = (labels, centroids, own), max(1, table_size // num_classes)
     if boundaries == "mean":
-        # Computed anew in the backward pass, so that no distances are kept for it.
+        # Recomputed in the backward pass, so that no distances are kept for it.
         means = jax.lax.map(jax.checkpoint(mean_hinge), examples, batch_size=batch_size)
         return _mean_over_present(means, present)
 
-    # Which boundary is the worst is a choice without a gradient; that goes through one distance.
+    # The choice of the worst boundary has no gradient; only its distance has.
     fixed_examples, fixed = jax.lax.stop_gradient((examples, every))
     others, separated = jax.lax.map(
         lambda example: _first_smallest(distances(example, fixed)), fixed_examples,
@@ -347,7 +328,7 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
 def _first_smallest(values):
     """The first index of the smallest value, up to rounding, and whether that is not +inf.
 
-    On CPUs much faster than argmin. A value that is not a number is the smallest.
+    Much faster than argmin on CPUs. NaN counts as the smallest value.
     """
     smallest = jnp.min(values)
     limit = smallest + 4 * jnp.finfo(values.dtype).eps * jnp.abs(smallest)
@@ -365,10 +346,7 @@ def centroid_norm_loss(centroids: jax.Array, present: jax.Array) -> jax.Array:
       present: [C] bool, the classes the loss runs over.
 
     Returns:
-      The loss, [], in the units of the features. Its gradient at a centroid of 0 is 0.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      The loss, []. Its gradient at a centroid of 0 is 0.
 
     Source: Eq. 11.
     """
@@ -381,22 +359,18 @@ def stability_loss(
     features: jax.Array, noisy_features: jax.Array, *, counts: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    r"""Distance between the features of an image and of its noisy version.
+    r"""Averages the distance between the features of an image and of its noisy version.
 
     .. math:: L_{stability} = \frac{1}{B} \sum_x \|f(x) - f(x + \varepsilon)\|
 
     Args:
-      features: [B, d]; cast to float32 if narrower.
-      noisy_features: [B, d], row by row of the same images.
+      features: [B, d].
+      noisy_features: [B, d], of the same images in the same order.
       counts: [B] bool, the examples that count, such as ``(labels >= 0) & (labels < num_classes)``;
-        all of them if it is None.
-      axis_name: the device axis over which the batch is split, if any.
+        all of them if None.
 
     Returns:
-      The loss, []; 0 for a batch in which no example counts.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, or features are not floats.
+      The loss, [].
 
     Source: Zheng et al. (2016), as in Section 7.1: the distance is not squared.
     """
@@ -415,8 +389,8 @@ def stability_loss(
 class RobustLossConfig:
     """Weights and options of :func:`robust_loss`; the defaults are the paper's.
 
-    A pytree of its first seven fields: a function that takes one under ``jax.jit`` is compiled
-    once for all their values, and ``jax.vmap`` maps over those of several.
+    A pytree whose leaves are its first seven fields: a function that takes one under ``jax.jit`` is
+    compiled once for all their values, and ``jax.vmap`` maps over several configurations.
 
     >>> grown = jax.tree.map(lambda weight: 2 * weight, RobustLossConfig(boundaries="mean"))
     >>> grown.delta_v, grown.boundaries
@@ -434,14 +408,14 @@ class RobustLossConfig:
     delta_v: float = 0.5
     """Radius of a class's ball, in the units of the features, >= 0."""
     delta_d: float = 5.0
-    """Distance of a centroid to its boundaries, in the units of the features, >= 0."""
+    """Distance for a centroid to keep from its boundaries, in the same units, >= 0."""
     momentum: float = 0.9
     """gamma of Section 4.4: the share of the stored centroid, in [0, 1)."""
     compact_squared: bool = True
     """Square the hinge of compactness and alignment (Appendix A.1)."""
     compact_linear_beyond: float | None = None
     """Value of the hinge of compactness and alignment above which its square continues linearly, in
-    the units of the features, > 0; none, as in the paper, to keep the square."""
+    the units of the features, > 0; none, as in the paper, for never."""
     margin_squared: bool = False
     """Square the hinge of the margin (Appendix A.1)."""
     boundaries: str = "max"
@@ -489,7 +463,7 @@ def robust_loss(
     *,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, RobustLossTerms, CentroidState]:
-    r"""The paper's loss on the features, without the softmax term that goes with it.
+    r"""Computes the paper's loss on the features, without the softmax term that it is added to.
 
     .. math::
       L = \alpha L_{compact} + \beta L_{margin} + \gamma_{reg} L_{reg} + \lambda L_{noisy}
@@ -500,18 +474,14 @@ def robust_loss(
     Args:
       features: [B, d], of clean images.
       noisy_features: [B, d], of noisy images of the same classes.
-      labels: [B], integers in [0, C); examples with others do not count, in any term.
+      labels: [B].
       kernel: [d, C], of the softmax layer.
       bias: [C], of the softmax layer.
-      state: the centroids so far; its dtype is that of the loss, or float32 if it is narrower.
+      state: the centroids so far.
       config: weights and options.
-      axis_name: the device axis over which the batch is split, if any.
 
     Returns:
       ``(total, terms, new_state)``: the weighted sum, [], its terms, the next centroids.
-
-    Raises:
-      InputError: (a ValueError) if shapes do not match.
 
     Source: Eq. 7 and 13, Section 4.4.
     """

@@ -1,10 +1,4 @@
-"""What Theorems 6.1 to 6.3 bound, and their bounds, a module for each.
-
-A ``loss`` is a function ``images [B, ...] -> [B]`` and a ``features_fn`` one to ``[B, d]``, row i
-depending on image i alone, as in :mod:`jaxrobust.curvature`, which also says what becomes of an
-eager call. Losses and divergences are in nats, sigma in the units of the images, delta and radii in
-those of the features.
-"""
+"""Quantities that Theorems 6.1 to 6.3 bound, and the bounds: a module for each theorem."""
 
 from jaxrobust.theory.mapping import (
     ball_margin,

@@ -1,4 +1,16 @@
-"""The share of inputs that are mapped into a class's ball, and Theorem 6.2's bound on it."""
+r"""The share of inputs that are mapped into a class's ball, and Theorem 6.2's bound on it.
+
+The bounds share their arguments:
+
+- ``empirical_error``: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
+- ``rho``: of the ramp loss, > 0; below the radius squared, and fixed before the sample is drawn.
+- ``feature_bound``: Lambda >= 0, a bound on the norm of the features.
+- ``centre_bound``: R >= 0, the largest norm of a centre.
+- ``num_samples``: N >= 1.
+- ``failure_probability``: delta, in (0, 1).
+
+All raise InputError (a ValueError) if a number is out of its range or the shapes do not match.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +21,7 @@ from jaxrobust._eager import python_scalars
 
 @python_scalars
 def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
-    r"""The rho-margin loss.
+    r"""Computes the rho-margin loss.
 
     .. math:: \Phi_\rho(\tau) = \min(1, \max(0, 1 - \tau / \rho))
 
@@ -19,9 +31,6 @@ def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
 
     Returns:
       Like margin, in [0, 1].
-
-    Raises:
-      InputError: (a ValueError) if rho <= 0.
 
     >>> ramp_loss(jnp.array([-1.0, 0.0, 1.0, 2.0, 3.0]), rho=2.0).tolist()
     [1.0, 1.0, 0.5, 0.0, 0.0]
@@ -34,7 +43,7 @@ def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
 
 @python_scalars
 def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Array:
-    r"""How far inside a ball each point is, :math:`h(x) = r^2 - \|f(x) - m\|^2`.
+    r"""Measures how far inside a ball each point is, :math:`h(x) = r^2 - \|f(x) - m\|^2`.
 
     Args:
       features: [N, d].
@@ -43,9 +52,6 @@ def ball_margin(features: jax.Array, centre: jax.Array, radius: float) -> jax.Ar
 
     Returns:
       [N], in the units of the features squared; negative outside the ball.
-
-    Raises:
-      InputError: (a ValueError) if radius < 0 or the shapes do not match.
 
     Source: Section 6.2, above Eq. 18.
     """
@@ -59,28 +65,20 @@ def generalization_bound(
     empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
     num_samples: int, failure_probability: float,
 ) -> jax.Array:
-    r"""Theorem 6.2's bound on the share of inputs that are mapped outside the ball.
+    r"""Bounds the share of inputs that are mapped outside the ball, by Theorem 6.2.
 
     .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho} (\Lambda^2 + 2 R \Lambda
       + \frac{R^2}{\sqrt N}) + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
 
     It is never informative: it is below 1 only for :math:`\rho > 2 \Lambda^2 + 4 R \Lambda`,
     hence, with :math:`\rho < r^2` and :math:`R \le \Lambda`, only for :math:`r > \Lambda + R`,
-    where the ball holds every possible feature. :func:`held_out_bound` is its repair.
+    where the ball holds every possible feature. :func:`held_out_bound` repairs it.
 
     Args:
-      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
-      rho: > 0, of the ramp loss; below the radius squared.
-      feature_bound: Lambda >= 0, the largest norm of any input's features.
-      centre_bound: R >= 0, the largest norm of a centre.
-      num_samples: N >= 1.
-      failure_probability: delta, in (0, 1).
+      feature_bound: Lambda, the largest norm of any input's features.
 
     Returns:
       Like empirical_error.
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range.
 
     Source: Theorem 6.2, Eq. 19.
     """
@@ -95,29 +93,21 @@ def held_out_bound(
     empirical_error: jax.Array, *, rho: float, feature_bound: float, centre_bound: float,
     num_samples: int, failure_probability: float,
 ) -> jax.Array:
-    r"""The bound of :func:`generalization_bound` for a network that the sample did not train.
+    r"""Bounds the same share for a network that was not trained on the sample.
 
     .. math:: P(h(X) < 0) \le \hat R_{S,\rho}(h) + \frac{2}{\rho}
       \frac{2 R \Lambda + R^2 / 2}{\sqrt N} + 3 \sqrt{\frac{\log (2 / \delta)}{2 N}}
 
     With f fixed only the centre m is free, :math:`\|m\| \le R`, and the complexity of the class
-    goes to 0 with N. It holds for all those centres at once, those chosen on the sample
-    included. Distances do not depend on the origin: norms may be taken from any point that
-    does not depend on the sample, such as the centroid of the training images.
+    goes to 0 as N grows. It holds for all those centres at once, including those chosen on the
+    sample. Distances do not depend on the origin: norms may be taken from any point that does not
+    depend on the sample, such as the centroid of the training images.
 
     Args:
-      empirical_error: the mean :func:`ramp_loss` of :func:`ball_margin` over the sample.
-      rho: > 0, of the ramp loss; below the radius squared, and fixed before the sample.
-      feature_bound: Lambda >= 0; the root mean square norm of the sample's features is enough.
-      centre_bound: R >= 0, the largest norm of a centre.
-      num_samples: N >= 1.
-      failure_probability: delta, in (0, 1).
+      feature_bound: Lambda; the root mean square norm of the sample's features is enough.
 
     Returns:
       Like empirical_error.
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range.
 
     Source: the proof of Theorem 6.2 with f fixed; ``docs/theory.md``.
     """
@@ -131,18 +121,12 @@ def held_out_bound(
 def held_out_complexity(
     *, feature_bound: float, centre_bound: float, num_samples: int
 ) -> float:
-    r"""Bound on the empirical Rademacher complexity of the balls around fixed features.
+    r"""Bounds the empirical Rademacher complexity of the balls around fixed features.
 
     .. math:: \hat R_S(\{r^2 - \|f(\cdot) - m\|^2 : \|m\| \le R\})
       \le \frac{2 R \Lambda + R^2 / 2}{\sqrt N}
 
-    Args:
-      feature_bound: Lambda >= 0, at least the root mean square norm of the features.
-      centre_bound: R >= 0.
-      num_samples: N >= 1.
-
-    Returns:
-      The bound, in the units of the features squared.
+    in the units of the features squared.
 
     Source: ``docs/theory.md``.
     """

@@ -1,4 +1,7 @@
-"""Separation of the classes in the layers before, measured and bounded (Theorem 6.3)."""
+"""Separation of the classes in earlier layers, measured and bounded (Theorem 6.3).
+
+All divergences are Jensen-Shannon divergences in nats.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +12,18 @@ from jaxrobust.probes import Estimate
 
 
 def jensen_shannon_bound(tau: jax.Array) -> jax.Array:
-    r"""Theorem 6.3's lower bound on the Jensen-Shannon divergence of two classes' features.
+    r"""Bounds the divergence of two classes' features from below, by Theorem 6.3.
 
     .. math:: D_{JS} \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
 
-    Needs, beside hypothesis (H), that the two balls are disjoint: centroids more than twice
-    the radius apart. The theorem uses this in its proof and does not state it.
+    Beside hypothesis (H) it needs that the two balls are disjoint: centroids more than twice the
+    radius apart. The theorem uses this in its proof and does not state it.
 
     Args:
       tau: the share of each class's features within the ball around its centroid, in [0, 1].
 
     Returns:
-      Like tau, in nats, at most 1/2; 0 for tau < 1/2.
+      Like tau, at most 1/2; 0 for tau < 1/2.
 
     >>> jensen_shannon_bound(jnp.array([0.25, 0.75, 1.0])).tolist()
     [0.0, 0.125, 0.5]
@@ -31,19 +34,16 @@ def jensen_shannon_bound(tau: jax.Array) -> jax.Array:
 
 
 def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
-    r"""The sharpest bound under the hypotheses of Theorem 6.3.
+    r"""Computes the sharpest bound under the hypotheses of :func:`jensen_shannon_bound`.
 
     .. math:: D_{JS} \ge \log 2 + \tau \log \tau + (1 - \tau) \log(1 - \tau)
       \ge (2 \tau - 1)^2 / 2 \quad (\tau \ge 1/2)
 
-    The proof of the theorem with the data processing inequality, applied to whether a feature
-    is in the first ball, in the place of Pinsker's.
-
-    Args:
-      tau: as for :func:`jensen_shannon_bound`.
+    It replaces Pinsker's inequality in the proof of the theorem by the data processing inequality,
+    applied to whether a feature is in the first ball.
 
     Returns:
-      Like tau, in nats, at most log 2, the largest value of the divergence; 0 for tau < 1/2.
+      Like tau, at most log 2, the largest value of the divergence; 0 for tau < 1/2.
 
     Source: ``docs/theory.md``.
     """
@@ -52,23 +52,23 @@ def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
 
 
 def jensen_shannon_decision_bound(first: jax.Array, second: jax.Array) -> jax.Array:
-    r"""A lower bound on two classes' Jensen-Shannon divergence, from any decision between them.
+    r"""Bounds the divergence of two classes from below, by any decision between them.
 
     .. math:: D_{JS} \ge h\big(\tfrac{p + q}{2}\big) - \tfrac{1}{2} (h(p) + h(q)), \qquad
       h(t) = -t \log t - (1 - t) \log(1 - t)
 
-    p and q are the shares of the first and of the second class on one side of the decision. By the
-    data processing inequality; with equality where nothing but the side tells the classes apart.
-    It holds for the features decided on and, if these are a function of an earlier layer's, for
-    that layer. No balls, and no hypothesis: those of Theorem 6.3 say p >= tau and q <= 1 - tau
-    of the decision "in the first ball", which gives :func:`jensen_shannon_sharp_bound`.
+    by the data processing inequality, with equality where nothing but the side of the decision
+    tells the classes apart. It holds for the features decided on and, if these are a function of an
+    earlier layer's, for that layer. It needs neither balls nor hypotheses: those of Theorem 6.3
+    imply p >= tau and q <= 1 - tau for the decision "in the first ball", which gives
+    :func:`jensen_shannon_sharp_bound`.
 
     Args:
-      first: p, in [0, 1]; any shape.
-      second: q, in [0, 1]; a shape that goes with it.
+      first: p, the share of the first class on one side of the decision, in [0, 1]; any shape.
+      second: q, that of the second class; a shape that goes with it.
 
     Returns:
-      In nats, from 0 (p = q) to log 2 (p = 1, q = 0).
+      From 0 (p = q) to log 2 (p = 1, q = 0).
 
     >>> [round(float(jensen_shannon_decision_bound(p, 0.0)), 3) for p in (0.0, 0.5, 1.0)]
     [0.0, 0.216, 0.693]
@@ -79,36 +79,36 @@ def jensen_shannon_decision_bound(first: jax.Array, second: jax.Array) -> jax.Ar
         return -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(
             1 - share, 1 - share)
 
-    # Rounding alone makes it negative.
+    # Only rounding makes it negative.
     return jnp.maximum(
         entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2, 0)
 
 
 def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimate:
-    r"""A lower bound on a Jensen-Shannon divergence, from a discriminator on held-out examples.
+    r"""Estimates a lower bound on a divergence from a discriminator on held-out examples.
 
     .. math:: D_{JS} = \log 2 - \inf_D CE(D) \ge \log 2 - CE(D), \qquad
       CE(D) = -\frac{1}{2} (E_1[\log D] + E_2[\log (1 - D)])
 
     For any D that does not depend on these examples, the value's expectation is at most the
-    divergence. It can be negative, for a poor D; as the divergence is not, 0 may then be put
-    in its place.
+    divergence. For a poor D it can be negative; the divergence is not, so 0 is then the better
+    bound.
 
     Args:
       log_odds: [N], :math:`\log D / (1 - D)`, D the discriminator's probability of the first.
       is_first: [N] bool, whether the example is of the first distribution; some of each.
 
     Returns:
-      Value and standard error, each [], in nats; the two distributions weigh the same whatever
-      their numbers. The standard error is NaN with a single example of either, and both are NaN
-      if ``is_first`` is traced and there is none of either.
+      Value and standard error, each []; both distributions have the same weight whatever their
+      numbers of examples. The standard error is NaN with a single example of either, and both are
+      NaN if ``is_first`` is traced and there is none of either.
 
     Raises:
       InputError: (a ValueError) if the shapes do not match, ``is_first`` is not bool, or there is
         no example of one of the two.
 
     >>> estimate = jensen_shannon_estimate(jnp.zeros(4), jnp.array([True, False, True, False]))
-    >>> estimate.value.item()  # a discriminator that does not know anything
+    >>> estimate.value.item()  # an uninformed discriminator
     0.0
 
     Source: Lemma G.2; the variational form of Goodfellow et al. (2014).
@@ -132,7 +132,7 @@ def jensen_shannon_estimate(log_odds: jax.Array, is_first: jax.Array) -> Estimat
 
 
 def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""The smallest distance between two examples of different classes.
+    r"""Computes the smallest distance between two examples of different classes.
 
     .. math:: \min_{y_1 \ne y_2} \|q(x_1) - q(x_2)\|
 

@@ -1,15 +1,22 @@
-"""Feature stability (Definition 6.1) and the bounds on the curvature (Theorem 6.1).
+r"""Feature stability (Definition 6.1) and the bounds on the curvature (Theorem 6.1).
 
 The paper proves its bounds on the curvature for the pointwise Hessian H under the assumption that
-the loss is quadratic at the scale of the noise (Eq. 14). For the Hessian :math:`H_\\sigma` of the
-noise-averaged loss the upper one needs no assumption: with the Hermite expansion of
-:math:`e \\mapsto l(x + \\sigma e)`,
+the loss is quadratic at the scale of the noise (Eq. 14). For the Hessian :math:`H_\sigma` of the
+noise-averaged loss the upper bound needs no assumption: with the Hermite expansion of
+:math:`e \mapsto l(x + \sigma e)`,
 
-.. math:: \\mathrm{Var}\\, l(x + \\varepsilon) = \\sigma^2 \\|\\nabla l_\\sigma\\|^2
-  + \\frac{\\sigma^4}{2} \\|H_\\sigma\\|_F^2 + \\text{(terms of order three and more)}
+.. math:: \mathrm{Var}\, l(x + \varepsilon) = \sigma^2 \|\nabla l_\sigma\|^2
+  + \frac{\sigma^4}{2} \|H_\sigma\|_F^2 + \text{(terms of order three and more)}
 
-in which every term is a square. The lower one (Eq. 16) keeps its assumption: it needs those further
-terms to vanish. ``docs/theory.md`` has the proofs.
+in which every term is a square. The lower bound (Eq. 16) keeps its assumption: it needs those
+further terms to vanish. ``docs/theory.md`` has the proofs.
+
+The noise is :math:`\varepsilon \sim N(0, \sigma^2 I)` and never clipped. Losses are in nats, sigma
+in the units of the images x, delta in those of the features, and curvatures in nats^2 per unit of
+the images to the fourth. ``loss``, ``x``, ``key``, ``chunk_size`` and ``indices`` are as in
+:mod:`jaxrobust.curvature`; ``features_fn`` maps images [B, ...] to features [B, d], where row i
+depends on image i alone. All raise InputError (a ValueError) if a number is out of its range or the
+shapes do not match.
 """
 
 from typing import NamedTuple
@@ -29,21 +36,15 @@ def gaussian_noise(
     key: jax.Array, draw: int | jax.Array, x: jax.Array, *, sigma: float,
     indices: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Noise number ``draw`` of each image, :math:`\varepsilon \sim N(0, \sigma^2 I)`.
+    """Draws the noise of each image.
 
     Args:
-      key: a PRNG key; image i's is drawn with ``fold_in(fold_in(own, draw), indices[i])``, ``own``
-        being the key with the salt of this function folded in.
-      draw: its number.
-      x: [B, ...]; its shape and dtype count.
-      sigma: standard deviation, > 0, in the units of x.
-      indices: [B] integers that name the images; their positions in x if none are given.
+      draw: the number of the draw.
+      x: only its shape and dtype are used.
+      sigma: > 0.
 
     Returns:
-      Like x; not clipped.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0 or the indices are not [B].
+      Like x.
     """
     check_images(x, indices)
     _validate.in_range("sigma", sigma, 0, open_low=True)
@@ -51,11 +52,11 @@ def gaussian_noise(
 
 
 class NoiseDraws(NamedTuple):
-    """What became of each image under each draw of the noise."""
+    """What each draw of the noise does to each image."""
 
     displacement: jax.Array  # shape=[K, B]; ||f(x + eps) - f(x)||, in the units of the features
     loss: jax.Array  # shape=[K, B]; l(x + eps), in nats
-    quadratic: jax.Array | None  # shape=[K, B]; the right side of Eq. 14, if it was asked for
+    quadratic: jax.Array | None  # shape=[K, B]; the right side of Eq. 14, if requested
 
 
 @as_one_program
@@ -71,26 +72,14 @@ def noise_draws(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> NoiseDraws:
-    r"""Features' displacements and losses at :math:`x + \varepsilon`, the noise not clipped.
+    r"""Measures displacements of the features, and losses, at :math:`x + \varepsilon`.
 
     Args:
-      features_fn: images [B, ...] -> features [B, d].
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
-      sigma: standard deviation of the noise, > 0, in the units of x.
+      key: draw k is :func:`gaussian_noise` number k.
+      sigma: > 0.
       num_draws: K >= 1. On CPUs, call this with 1 and a key of its own for each draw: XLA's
         convolutions in loops are slow there.
-      with_quadratic: whether to evaluate the quadratic model too, about four times the work.
-      chunk_size: draws at once; the result does not depend on it.
-      indices: [B] integers that name the images.
-
-    Returns:
-      The draws.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0, num_draws < 1, chunk_size < 1, or the loss, the
-        features or the indices are not of their shape.
+      with_quadratic: whether to evaluate :func:`quadratic_model` too, about four times the work.
 
     Source: Definition 6.1.
     """
@@ -111,23 +100,12 @@ def noise_draws(
 
 @as_one_program
 def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
-    r"""The right side of Eq. 14 at :math:`x + v`.
+    r"""Evaluates the right side of Eq. 14 at :math:`x + v`, v like x; [B].
 
     .. math:: l(x) + \nabla l(x)^T v + \frac{1}{2} v^T H(x) v
 
-    by two nested directional derivatives, exact also on a ReLU network (whose kinks have no
-    share in H(x)).
-
-    Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      v: like x.
-
-    Returns:
-      [B], in nats.
-
-    Raises:
-      InputError: (a ValueError) if x and v differ in shape, or the loss is not [B].
+    by two nested directional derivatives, exact also on a ReLU network (whose kinks do not
+    contribute to H(x)).
 
     >>> quadratic_model(lambda x: x[:, 0] ** 3, jnp.array([[1.0]]), jnp.array([[1.0]])).tolist()
     [7.0]
@@ -150,27 +128,24 @@ class FeatureStability(NamedTuple):
 
     eta: jax.Array  # shape=[B]; share of the draws that keep the features within delta
     loss_outside: jax.Array  # shape=[B]; mean loss over the others, l_out; NaN if there are none
-    squared_change: Estimate  # E[(l(x + eps) - l(x))^2]
-    variance: Estimate  # Var(l(x + eps)), unbiased; NaN for a single draw
+    squared_change: Estimate  # E[(l(x + eps) - l(x))^2], each [B]
+    variance: Estimate  # Var(l(x + eps)), unbiased, each [B]; NaN for a single draw
 
 
 @python_scalars
 def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> FeatureStability:
-    r"""What Definition 6.1 and Theorem 6.1 need, from given draws.
+    r"""Computes what Definition 6.1 and Theorem 6.1 need from given draws.
 
     .. math:: \eta = P_\varepsilon(\|f(x + \varepsilon) - f(x)\| \le \delta), \qquad
       l_{out} = E_\varepsilon[l(x + \varepsilon) \mid \|f(x + \varepsilon) - f(x)\| > \delta]
 
     Args:
-      draws: K of them.
+      draws: K >= 1 of them.
       clean_loss: [B], l(x).
-      delta: radius, >= 0, in the units of the features.
+      delta: radius, >= 0; the paper takes 2 delta_v.
 
     Returns:
       The estimates. The standard error of eta is :math:`\sqrt{\eta (1 - \eta) / K}`.
-
-    Raises:
-      InputError: (a ValueError) if delta < 0, there is no draw, or the shapes do not match.
 
     Source: Definition 6.1 and Eq. 22.
     """
@@ -182,7 +157,7 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
     total = jnp.sum(outside * draws.loss, axis=0)
     loss_outside = jnp.where(num_outside > 0, total / jnp.maximum(num_outside, 1), jnp.nan)
     deviations = draws.loss - jnp.mean(draws.loss, axis=0, keepdims=True)
-    # From the mean of the draws themselves, which is too close to them by K - 1 in K.
+    # Bessel's correction: the deviations are from the draws' own mean.
     correction = count / (count - 1) if count > 1 else jnp.nan
     variance = jax.tree.map(lambda value: value * correction, _mean_square(deviations))
     return FeatureStability(
@@ -191,8 +166,7 @@ def stability_of(draws: NoiseDraws, clean_loss: jax.Array, *, delta: float) -> F
 
 
 def _mean_square(values: jax.Array) -> Estimate:
-    """The mean square of independent values [K, B]; right wherever the squares are in the range of
-    the dtype."""
+    """The mean square of independent values [K, B], without overflow in between."""
     unit = probes.unit_of(values, axis=0)
     return Estimate(*(unit * (unit * part) for part in probes.mean_estimate(
         jnp.square(values / unit[None]))))
@@ -211,27 +185,9 @@ def feature_stability(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> FeatureStability:
-    """Definition 6.1: :func:`stability_of` for :func:`noise_draws`.
+    """Estimates what Definition 6.1 and Theorem 6.1 need, at the images x.
 
-    Args:
-      features_fn: images [B, ...] -> features [B, d].
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; draw k is :func:`gaussian_noise` number k.
-      sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
-      delta: radius, >= 0, in the units of the features; the paper takes 2 delta_v.
-      num_draws: K >= 1.
-      chunk_size: draws at once.
-      indices: [B] integers that name the images.
-
-    Returns:
-      The estimates, each [B].
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0, delta < 0, num_draws < 1, chunk_size < 1, or the
-        loss, the features or the indices are not of their shape.
-
-    Source: Definition 6.1.
+    It is :func:`stability_of` for :func:`noise_draws`, which describe the arguments.
     """
     _validate.in_range("delta", delta, 0)
     draws = noise_draws(features_fn, loss, x, key, sigma=sigma, num_draws=num_draws,
@@ -243,7 +199,7 @@ def feature_stability(
 def curvature_upper_bound(
     eta: jax.Array, delta: float, sigma: float, kernel: jax.Array, k_max: float
 ) -> jax.Array:
-    r"""The upper bound on the squared Frobenius norm of the Hessian, Eq. 15.
+    r"""Bounds the squared Frobenius norm of the Hessian from above, Eq. 15.
 
     .. math:: \sum_i \lambda_i^2 \le \frac{8}{\sigma^4}
       (\eta \|W\|_{2,\infty}^2 \delta^2 + 4 (1 - \eta) K_{max}^2)
@@ -254,16 +210,13 @@ def curvature_upper_bound(
 
     Args:
       eta: [B], of :func:`stability_of` with this delta.
-      delta: >= 0, in the units of the features.
-      sigma: > 0, in the units of the images.
+      delta: >= 0.
+      sigma: > 0.
       kernel: [d, C], the softmax layer's, :math:`W^T`.
       k_max: the largest absolute logit at all x and x + eps, >= 0.
 
     Returns:
-      [B], in nats^2 per unit of the images to the fourth.
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range or the shapes do not match.
+      [B].
 
     Source: Theorem 6.1, statement 1.
     """
@@ -280,22 +233,19 @@ def curvature_lower_bound(
     eta: jax.Array, loss_outside: jax.Array, loss: jax.Array, gradient_norm_squared: jax.Array,
     sigma: float,
 ) -> jax.Array:
-    r"""The lower bound on :math:`2 \sum_i \lambda_i^2 + (\sum_i |\lambda_i|)^2`, Eq. 16.
+    r"""Bounds :math:`2 \sum_i \lambda_i^2 + (\sum_i |\lambda_i|)^2` from below, Eq. 16.
 
     .. math:: \frac{4}{\sigma^4} ((1 - \eta)(l_{out} - l(x))^2 - \sigma^2 \|\nabla l(x)\|^2)
 
     Args:
       eta: [B].
-      loss_outside: [B], l_out; where eta is 1 it is not looked at.
+      loss_outside: [B], l_out; ignored where eta is 1.
       loss: [B], l(x).
       gradient_norm_squared: [B], of the loss at x.
-      sigma: > 0, in the units of the images.
+      sigma: > 0.
 
     Returns:
-      [B], in nats^2 per unit of the images to the fourth; says nothing where it is negative.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0 or the shapes do not match.
+      [B]; uninformative where it is negative.
 
     Source: Theorem 6.1, statement 2.
     """
@@ -310,23 +260,20 @@ def curvature_lower_bound(
 def quadratic_squared_change(
     gradient_norm_squared: jax.Array, squared_frobenius: jax.Array, trace: jax.Array, sigma: float
 ) -> jax.Array:
-    r"""What :math:`E[(l(x + \varepsilon) - l(x))^2]` is for a quadratic loss, Eq. 22.
+    r"""Computes :math:`E[(l(x + \varepsilon) - l(x))^2]` of a quadratic loss, Eq. 22.
 
     .. math:: \sigma^2 \|\nabla l\|^2 + \frac{\sigma^4}{4} (2 \|H\|_F^2 + (\mathrm{tr} H)^2)
 
-    Over the measured one it tells how much of the loss's change Eq. 14 can account for.
+    Its ratio to the measured value tells how much of the loss's change Eq. 14 can account for.
 
     Args:
       gradient_norm_squared: [B].
       squared_frobenius: [B].
       trace: [B].
-      sigma: > 0, in the units of the images.
+      sigma: > 0.
 
     Returns:
       [B], in nats^2.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0 or the shapes do not match.
 
     Source: Eq. 22, Lemmas E.2 and E.3.
     """
@@ -338,20 +285,17 @@ def quadratic_squared_change(
 
 
 def quadratic_residual(draws: NoiseDraws, clean_loss: jax.Array) -> jax.Array:
-    r"""How far Eq. 14 is from the loss at the scale of the noise.
+    r"""Measures how far Eq. 14 is from the loss at the scale of the noise.
 
     .. math:: \frac{E[(l(x + \varepsilon) - \text{Eq. 14})^2]}{E[(l(x + \varepsilon) - l(x))^2]}
 
     Args:
-      draws: with their ``quadratic``.
+      draws: made with ``with_quadratic``.
       clean_loss: [B], l(x).
 
     Returns:
       [B]: 0 for a quadratic loss; 1 is no better than taking the loss as constant; NaN where
       no draw changes the loss.
-
-    Raises:
-      InputError: (a ValueError) if the draws have no ``quadratic`` or shapes do not match.
 
     Source: Eq. 14.
     """
@@ -377,7 +321,7 @@ def smoothed_gradient_norm_squared(
     chunk_size: int = 1,
     indices: jax.Array | None = None,
 ) -> Estimate:
-    r"""Squared norm of the gradient of the noise-averaged loss.
+    r"""Estimates the squared norm of the gradient of the noise-averaged loss.
 
     .. math:: \|\nabla l_\sigma(x)\|^2 = E[\nabla l(x + \varepsilon_i) \cdot
       \nabla l(x + \varepsilon_j)] \quad (i \ne j)
@@ -386,22 +330,12 @@ def smoothed_gradient_norm_squared(
     :math:`(\nabla l(x + \varepsilon) + \nabla l(x - \varepsilon)) / 2`.
 
     Args:
-      loss: images [B, ...] -> [B].
-      x: [B, ...].
-      key: a PRNG key; draws are made as by :func:`gaussian_noise`, with the salt of this function:
-        independent of that one's and of :func:`~jaxrobust.curvature.smoothed_curvature`'s.
-      sigma: > 0, in the units of x.
+      sigma: > 0.
       num_draws: pairs x + eps, x - eps; at least 3. Memory grows with num_draws times B.
-      chunk_size: draws at once.
-      indices: [B] integers that name the images.
 
     Returns:
       Unbiased values, which may be negative, and their standard errors by the jackknife, each
       [B], in nats^2 per unit of x squared.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0, num_draws < 3, chunk_size < 1, or the loss or the
-        indices are not [B].
 
     Source: the first order of the Hermite expansion.
     """
@@ -416,7 +350,7 @@ def smoothed_gradient_norm_squared(
         return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
 
     slopes = probes.map_in_chunks(draw, num_draws, chunk_size)  # [K, B, n]
-    # In units of the largest: squares of small ones are beyond the range of float32.
+    # In units of the largest: squares of small slopes are beyond the range of float32.
     unit = probes.unit_of(slopes, axis=(0, 2))
     slopes = slopes / unit[None, :, None]
     found = probes.mean_over_pairs(jnp.einsum(
@@ -428,7 +362,7 @@ def smoothed_gradient_norm_squared(
 def smoothed_curvature_bound(
     variance: jax.Array, sigma: float, gradient_norm_squared: jax.Array | float = 0.0
 ) -> jax.Array:
-    r"""An upper bound on :math:`\|H_\sigma\|_F^2` for any loss, without Eq. 14.
+    r"""Bounds :math:`\|H_\sigma\|_F^2` from above for any loss, without Eq. 14.
 
     .. math:: \|H_\sigma\|_F^2 \le \frac{2}{\sigma^4} (\mathrm{Var}\, l(x + \varepsilon)
       - \sigma^2 \|\nabla l_\sigma(x)\|^2) \le \frac{2}{\sigma^4} E[(l(x + \varepsilon) - l(x))^2]
@@ -437,14 +371,11 @@ def smoothed_curvature_bound(
 
     Args:
       variance: [B], of l(x + eps).
-      sigma: > 0, in the units of the images.
+      sigma: > 0.
       gradient_norm_squared: [B], of the noise-averaged loss; 0 gives a weaker bound.
 
     Returns:
-      [B], in nats^2 per unit of the images to the fourth.
-
-    Raises:
-      InputError: (a ValueError) if sigma <= 0.
+      [B].
 
     >>> # l(x) = x^2 / 2 at 0: Var = sigma^4 / 2 and the Hessian is 1.
     >>> smoothed_curvature_bound(jnp.array([0.5]), sigma=1.0).tolist()
