@@ -2,24 +2,17 @@
 
 import gc
 import os
-import tempfile
+import pathlib
 
-# Before JAX is imported: it reads them at its start.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept for this session, unless a folder is named: for the tests that make
-# the same ones anew, the workers, which inherit these settings, and the processes of tests.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="jaxrobust-tests-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
+import environment  # noqa: F401  Before JAX, which reads it when it is imported.
 import hypothesis
 import jax
 import pytest
 
-from jaxrobust import data
+from jaxrobust import data, parallel, probes
+
+# Each iteration of a loop that is written out is compiled by itself.
+_LONGEST_WRITTEN_OUT, probes.LONGEST_WRITTEN_OUT = probes.LONGEST_WRITTEN_OUT, 1
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -32,13 +25,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("deterministic")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_programs_of_other_modules():
-    """Drops compiled programs after each module: those of all together need more memory mappings
-    than the kernel grants a process, and XLA then dies."""
-    yield
+def _drop_programs():
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _not_too_many_programs():
+    """Drops compiled programs once they are many: those of all modules together need more memory
+    mappings than the kernel grants a process, 65,530, and XLA then dies."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_text().count("\n") > 25_000:
+        _drop_programs()
 
 
 @pytest.fixture
@@ -50,13 +49,51 @@ def enable_x64():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For tests that compile much and compute little: XLA leaves out its costly passes, here and
-    in the processes that they start."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
+    """The default by now."""
+
+
+@pytest.fixture(scope="module")
+def full_compilation():
+    """For tests of last digits: programs are optimised as they are for users."""
     jax.config.update("jax_disable_most_optimizations", False)
+    _drop_programs()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    _drop_programs()
+
+
+@pytest.fixture
+def written_out_loops(monkeypatch):
+    """Loops over probes are written out, as they are for users on CPUs."""
+    monkeypatch.setattr(probes, "LONGEST_WRITTEN_OUT", _LONGEST_WRITTEN_OUT)
+
+
+@pytest.fixture(scope="module")
+def steps_as_users_have_them():
+    """Training steps are compiled by the emitters that other tests do without. By them, what is
+    compared to the bit has the same bits in programs that differ."""
+    from jaxrobust.app import program  # The tests of the core have no need of it.
+
+    as_it_is = parallel.compiler_options
+    with pytest.MonkeyPatch.context() as patch:
+        if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:
+            patch.setattr(parallel, "compiler_options", lambda *arguments: as_it_is(*arguments) | {
+                "xla_cpu_use_fusion_emitters": True})
+        program._program.cache_clear()
+        yield
+    program._program.cache_clear()
+
+
+@pytest.fixture
+def pictures_left_out(monkeypatch):
+    """For tests of what reports say: their pictures are empty files."""
+    from jaxrobust.app.report import figures
+
+    def save(figure, stem):
+        for suffix in (".svg", ".png"):
+            stem.with_suffix(suffix).touch()
+
+    monkeypatch.setattr(figures, "save", save)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
@@ -70,3 +107,14 @@ def either_platform(request, monkeypatch):
 @pytest.fixture(name="digits", scope="session")
 def _digits():
     return data.load_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def shared_study(tmp_path_factory, digits):
+    """The folder of the study in :mod:`studies`, of which nothing may be changed."""
+    import studies  # The application, of which the tests of the core have no need.
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    studies.make(folder, digits)
+    return folder

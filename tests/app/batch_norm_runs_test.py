@@ -20,7 +20,7 @@ from jaxrobust.models import common, small_cnn
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
-              pytest.mark.usefixtures("quick_compilation")]
+              pytest.mark.usefixtures("steps_as_users_have_them")]
 
 # 80 training images in two batches an epoch.
 SHORT = dataclasses.replace(

@@ -14,8 +14,6 @@ from jaxrobust.app.trainer import variables_of
 from jaxrobust.parallel import make_layout
 from jaxrobust.perturbations import gaussian
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_weights_of_an_unknown_name_are_one_line():
     with pytest.raises(InputError) as error:

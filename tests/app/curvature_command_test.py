@@ -1,6 +1,7 @@
 """The commands curvature and steps: what they write, resuming, and bad input."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +9,29 @@ import numpy as np
 import pandas
 import pytest
 from command_line import call, one_line
+from studies import RECIPE
 
 from jaxrobust import curvature as measures
 from jaxrobust import data
-from jaxrobust.app import config, files, trainer
+from jaxrobust.app import files, trainer
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
 from jaxrobust.app.measurements.runner import measure
-from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.images import to_float
 
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
-TINY = dataclasses.replace(
-    RECIPES["digits"].rows["normal"], train_size=150, epochs=1, width=2, num_features=4,
-    optimizer=config.OptimizerConfig(learning_rate=0.02, schedule="cosine", clip_norm=1.0))
+TINY = RECIPE.rows["both"]
 SETTINGS = CurvatureConfig(num_images=10, num_probes=3, smoothing_draws=3, batch_size=4)
 OPTIONS = ("--num-images", "10", "--num-probes", "3", "--smoothing-draws", "3")
 
 
 @pytest.fixture(name="folder", scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    trainer.train(TINY, data.load_dataset("digits"), folder, tensorboard=False)
+def _folder(tmp_path_factory, shared_study):
+    folder = shutil.copytree(shared_study / "both-seed0", tmp_path_factory.mktemp("runs") / "run")
+    for path in folder.glob("curvature.*"):
+        path.unlink()
     return folder
 
 

@@ -17,8 +17,6 @@ from jaxrobust import data, perturbations
 from jaxrobust._validate import InputError
 from jaxrobust.app import cli
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_digits_are_the_1797_real_ones_divided_by_class():
     dataset = data.load_dataset("digits")

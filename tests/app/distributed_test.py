@@ -18,7 +18,7 @@ from jaxrobust import data
 from jaxrobust.app import files, run_folder, trainer
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
-              pytest.mark.usefixtures("quick_compilation")]
+              pytest.mark.usefixtures("steps_as_users_have_them")]
 
 TESTS = pathlib.Path(__file__).parents[1]
 TRAIN = ("train", "digits", "--train-size", "150", "--epochs", "3", "--width", "2",
@@ -117,6 +117,7 @@ def test_a_run_of_several_processes_goes_on_with_one(alone, tmp_path):
     assert_the_same_run(folder, alone)
 
 
+@pytest.mark.slow
 def test_slurm_is_recognised_by_its_environment(tmp_path):
     def environment(process):
         return {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",

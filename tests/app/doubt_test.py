@@ -13,8 +13,7 @@ from jaxrobust._validate import InputError
 from jaxrobust.app import doubt, files, predict, trainer
 from jaxrobust.app.recipe import RECIPES
 
-pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
 
 TINY = dataclasses.replace(
     RECIPES["digits"].rows["both"], train_size=100, validation_size=100, epochs=3,

@@ -17,7 +17,7 @@ from jaxrobust.app.recipe import RECIPES
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
-              pytest.mark.usefixtures("quick_compilation")]
+              pytest.mark.usefixtures("steps_as_users_have_them")]
 
 # 150 images in batches of 16: the last of an epoch has 6.
 TINY = dataclasses.replace(
@@ -104,18 +104,18 @@ def test_a_device_with_one_image_has_no_variance_of_its_own(digits):
     program.program_of([dataclasses.replace(TINY, batch_size=8)], digits, layout)
 
 
-def test_runs_together_have_the_result_of_each_alone(plain, digits, tmp_path):
+def test_runs_together_have_the_result_of_each_alone_though_one_diverges(plain, digits, tmp_path):
     configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
-               dataclasses.replace(TINY, seed=1)]
-    folders = [tmp_path / str(number) for number in range(3)]
-    assert trainer.train_together(configs, digits, folders, tensorboard=False) == []
-    alone = [plain]
-    for number in (1, 2):
-        trainer.train(configs[number], digits, tmp_path / f"alone{number}", tensorboard=False)
-        alone.append(metrics_of(tmp_path / f"alone{number}"))
-    for folder, expected in zip(folders, alone, strict=True):
+               config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})]
+    folders = [tmp_path / name for name in ("plain", "other", "wild")]
+    message, = trainer.train_together(configs, digits, folders, tensorboard=False)
+    assert "has diverged" in message and "wild" in message
+    assert not (folders[2] / "done.json").exists()
+    trainer.train(configs[1], digits, tmp_path / "alone", tensorboard=False)
+    alone = metrics_of(tmp_path / "alone")
+    for folder, expected in zip(folders, (plain, alone), strict=False):
         chex.assert_trees_all_close(metrics_of(folder), expected, rtol=1e-4, atol=1e-5)
-    assert alone[0] != alone[1] and alone[0] != alone[2]
+    assert plain != alone
 
 
 def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits, tmp_path,
@@ -140,15 +140,6 @@ def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits,
     assert trainer.train_together(configs, digits, folders, tensorboard=False, resume=True) == []
     chex.assert_trees_all_close(metrics_of(folders[0]), plain, rtol=1e-4, atol=1e-5)
     assert len(metrics_of(folders[1])) == 2
-
-
-def test_a_diverged_run_does_not_stop_those_beside_it(plain, digits, tmp_path):
-    wild = config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})
-    failures = trainer.train_together(
-        [wild, TINY], digits, [tmp_path / "wild", tmp_path / "tame"], tensorboard=False)
-    assert len(failures) == 1 and "has diverged" in failures[0] and "wild" in failures[0]
-    assert not (tmp_path / "wild" / "done.json").exists()
-    chex.assert_trees_all_close(metrics_of(tmp_path / "tame"), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_runs_that_differ_in_more_are_refused(digits, tmp_path):

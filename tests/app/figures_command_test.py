@@ -1,6 +1,5 @@
 """The command ``figures``, end to end on a small study and on runs of no study."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,27 +7,15 @@ import jax
 import numpy as np
 import pytest
 from command_line import call, one_line
+from studies import RECIPE, TINY
 
 from jaxrobust import data
-from jaxrobust.app import config, files, run_folder, trainer
+from jaxrobust.app import files, run_folder, trainer
 from jaxrobust.app.measurements import accuracy, curvature, noise_counts
-from jaxrobust.app.recipe import RECIPES
-from jaxrobust.app.study.plan import plan_study
-from jaxrobust.app.study.run import run_study
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
-TINY = dataclasses.replace(
-    RECIPES["digits"].rows["robust"], train_size=150, epochs=1, width=2, num_features=4,
-    optimizer=config.OptimizerConfig(learning_rate=0.02, schedule="cosine", clip_norm=1.0))
-RECIPE = dataclasses.replace(
-    RECIPES["digits"], name="tiny", seeds=(0,),
-    rows={row: dataclasses.replace(TINY, method=row) for row in ("normal", "robust")},
-    evaluation=config.Evaluation(noise_levels=(0,), num_draws=1, test_size=50,
-                                 tsne_images=20),
-    curvature=config.CurvatureConfig(num_images=20, num_probes=2, smoothing_draws=3))
 SMALL = ("--num-draws", "3", "--surface-images", "4", "0", "--surface-resolution", "5",
          "--tsne-images", "30")
 PICTURES = ("accuracy_by_curvature", "curvature_by_correct", "loss_surfaces", "blocks_clean",
@@ -37,11 +24,9 @@ RESULTS = ("curvature", "noise_counts", "surfaces", "blocks")
 
 
 @pytest.fixture(name="study", scope="module")
-def _study(tmp_path_factory):
+def _study(tmp_path_factory, shared_study):
     """A study of two rows; the curvature of one is measured already."""
-    folder = tmp_path_factory.mktemp("study")
-    digits = data.load_dataset("digits")
-    assert run_study(plan_study(RECIPE, folder, seeds=[0]), digits, tensorboard=False) == []
+    folder = shutil.copytree(shared_study, tmp_path_factory.mktemp("study") / "study")
     for name in ("curvature.json", "curvature.npz"):
         (folder / "robust-seed0" / name).unlink()
     assert call("figures", *folder.glob("*-seed0"), *SMALL, "--curvature-images", "20",
@@ -152,34 +137,35 @@ def test_folders_that_hold_no_run_are_refused_before_any_work(study, capsys, mon
 
 
 def test_an_image_that_is_not_there_is_refused(study, tmp_path, capsys):
-    shutil.copytree(study / "normal-seed0", tmp_path / "run")
+    shutil.copytree(study / "both-seed0", tmp_path / "run")
     (tmp_path / "run" / "surfaces.json").unlink()
     assert call("figures", tmp_path / "run", *SMALL, "--surface-images", "50") == 2
     assert "surface image=50" in one_line(capsys)
 
 
 def test_runs_of_no_study_have_their_figures_beside_them(study, tmp_path):
-    for name in ("normal-seed0", "robust-seed0"):
+    for name in ("both-seed0", "robust-seed0"):
         shutil.copytree(study / name, tmp_path / name)
-    assert call("figures", tmp_path / "normal-seed0", tmp_path / "robust-seed0", *SMALL) == 0
+    assert call("figures", tmp_path / "both-seed0", tmp_path / "robust-seed0", *SMALL) == 0
     text = (tmp_path / "figures" / "figures.md").read_text()
-    assert "| normal-seed0 |" in text and "| robust-seed0 |" in text
+    assert "| both-seed0 |" in text and "| robust-seed0 |" in text
     assert all((tmp_path / "figures" / f"{name}.{ending}").stat().st_size
                for name in PICTURES for ending in ("png", "svg"))
-    assert call("figures", tmp_path / "normal-seed0", *SMALL, "--out", tmp_path / "out") == 0
+    assert call("figures", tmp_path / "both-seed0", *SMALL, "--out", tmp_path / "out") == 0
     assert "robust-seed0" not in (tmp_path / "out" / "figures.md").read_text()
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_path):
     shutil.copytree(study, tmp_path / "study")
     shutil.copytree(study / "robust-seed0", tmp_path / "study" / "robust-seed1")
     for path, change in ((tmp_path / "study" / "study.json", {"seeds": [0, 1]}),
-                         (tmp_path / "study" / "normal-seed0" / "curvature.json",
+                         (tmp_path / "study" / "both-seed0" / "curvature.json",
                           {"settings": {"num_images": 10, "test_size": 50}})):
         path.write_text(json.dumps(files.read_json(path) | change))
     assert call("report", tmp_path / "study") == 0
     page = (tmp_path / "study" / "report.md").read_text()
-    assert "measured with other images or draws: Normal training, seed 0" in page
+    assert f"measured with other images or draws: {RECIPE.labels['both']}, seed 0" in page
     label = RECIPE.labels["robust"]
     with np.load(study / "robust-seed0" / "noise_counts.npz") as counts:
         sizes = 2 * np.bincount(counts["gaussian"].sum(axis=0), minlength=4)
@@ -191,9 +177,10 @@ def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_pat
     assert all(f"{mean} to {mean}" in spread for mean, spread in zip(means, spreads, strict=True))
 
 
-def test_a_run_without_training_noise_is_refused(tmp_path, capsys):
-    quiet = dataclasses.replace(TINY, noise_std=0.0, method="normal")
-    trainer.train(quiet, data.load_dataset("digits"), tmp_path / "run", tensorboard=False)
+def test_a_run_without_training_noise_is_refused(shared_study, tmp_path, capsys):
+    shutil.copytree(shared_study / "both-seed0", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(files.read_json(path) | {"noise_std": 0.0}))
     capsys.readouterr()
     assert call("figures", tmp_path / "run") == 2
     assert "Expected noise_std=0.0 of" in one_line(capsys)

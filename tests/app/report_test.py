@@ -207,6 +207,7 @@ def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
             in comparison)
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_with_many_test_images_a_difference_beyond_the_trainings_is_called_clear(tmp_path):
     write_study(tmp_path / "study", THREE_SEEDS, seeds=[0, 1, 2], num_images=50_000)
     report.write_report(tmp_path / "study")
@@ -227,6 +228,7 @@ def test_summary_of_one_seed_does_not_claim_a_clear_difference(one_seed):
     assert "clear" not in comparison
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_two_seeds_against_one_are_not_told_in_words(tmp_path):
     # Two that tied, which alone would give an interval of 0, and two that are far apart, which
     # with one degree of freedom would give one of 100 points.
@@ -265,6 +267,7 @@ def test_a_difference_holds_trainings_and_test_images():
     assert two.seeds is None and two.half == two.images and not two.clear
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_uneven_classes_are_told_of(tmp_path):
     classes = {"names": ["cat", "dog", "emu"], "counts": [400, 100, 0]}
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], classes=classes,
@@ -296,6 +299,7 @@ def test_an_evaluation_in_a_line():
         "(balanced 40.00 %), always “often” 99.50 %.")
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_even_classes_are_shown_without_a_warning(tmp_path, one_seed):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], by_class=[0.9, 0.8],
                 classes={"names": ["cat", "dog"], "counts": [255, 245]})
@@ -347,6 +351,7 @@ def test_paper_row_follows_ours_at_the_same_levels(one_seed):
     assert not table_rows(one_seed[1], "paper: Training on both clean and noisy images")
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_a_row_that_diverged_says_so_and_the_others_are_compared(tmp_path):
     write_study(tmp_path / "study", {("both", 0): ([0.9], [0.7])}, seeds=[0])
     gone = tmp_path / "study" / "robust-seed0"
@@ -359,6 +364,7 @@ def test_a_row_that_diverged_says_so_and_the_others_are_compared(tmp_path):
     assert "seed 0: diverged in epoch 3 of 9" in page
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_any_runs_make_a_report_in_which_seeds_are_together(tmp_path, capsys):
     write_study(tmp_path / "study", THREE_SEEDS, seeds=[0, 1, 2])
     folders = [tmp_path / "study" / f"{row}-seed{seed}" for row in ("robust", "both")
@@ -451,6 +457,7 @@ def test_rows_are_told_apart_by_more_than_their_colour():
         assert len({style.marker for style in styles[first : first + 7]}) == 7
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_no_paper_row_without_a_paper_table(tmp_path):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], paper_table=None)
     assert "paper: " not in report.write_report(tmp_path / "study").read_text()
@@ -464,6 +471,7 @@ def test_bold_marks_the_best_of_each_column(one_seed):
     assert "**86.00 ± 1.41**" in (folder / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_missing_runs_are_named(tmp_path):
     folder = tmp_path / "study"
     write_study(folder, {key: THREE_SEEDS[key] for key in THREE_SEEDS if key[1] < 2},
@@ -485,6 +493,7 @@ def test_complete_study_names_no_missing_run(one_seed):
     assert "Missing" not in one_seed[1]
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_an_epoch_chosen_on_the_test_set_is_warned_of(tmp_path, one_seed):
     write_study(tmp_path / "study", ONE_SEED, seeds=[0], selected_on="test")
     warned = report.write_report(tmp_path / "study").read_text()
@@ -570,6 +579,7 @@ def test_features_of_a_diverged_run_are_left_out_and_named(tmp_path):
     assert "Not shown, features not finite or all alike: Training on both." in page
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_without_curvature_and_features_their_sections_are_absent(tmp_path):
     folder = tmp_path / "study"
     write_study(folder, ONE_SEED, seeds=[0])

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import call, metrics_of, one_line
+from studies import RECIPE, TINY
 
 from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
@@ -24,21 +25,10 @@ from jaxrobust.app.study.plan import claim_study, place_of, plan_study
 from jaxrobust.app.study.run import run_study
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
-TINY = dataclasses.replace(
-    RECIPES["digits"].rows["robust"], train_size=150, epochs=4, checkpoint_every=1, width=2,
-    num_features=4, batch_norm_statistics="recomputed", optimizer=config.OptimizerConfig(
-        learning_rate=0.02, schedule="cosine", clip_norm=1.0))
 EVERY_METHOD = dataclasses.replace(
-    RECIPES["digits"], name="tiny", rows=method_rows(TINY), seeds=(0,),
-    evaluation=config.Evaluation(noise_levels=(0, 32), num_draws=3, test_size=50,
-                                 tsne_images=40),
-    curvature=config.CurvatureConfig(num_images=10, num_probes=2, smoothing_draws=3))
-RECIPE = dataclasses.replace(EVERY_METHOD, **{
-    part: {row: getattr(EVERY_METHOD, part)[row] for row in ("both", "robust")}
-    for part in ("rows", "labels")})
+    RECIPE, rows=method_rows(TINY), labels=RECIPES["digits"].labels)
 
 
 def best_state(folder, digits):
@@ -47,10 +37,8 @@ def best_state(folder, digits):
 
 
 @pytest.fixture(name="finished", scope="module")
-def _finished(tmp_path_factory, digits):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    trainer.train(TINY, digits, folder)
-    return folder
+def _finished(shared_study):
+    return shared_study / "robust-seed0"
 
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
@@ -88,11 +76,8 @@ def test_configurations_survive_json():
 
 
 @pytest.fixture(name="study", scope="module")
-def _study(tmp_path_factory, digits):
-    folder = tmp_path_factory.mktemp("study")
-    failures = run_study(plan_study(RECIPE, folder), digits, tensorboard=False)
-    assert failures == []
-    return folder
+def _study(tmp_path_factory, shared_study):
+    return shutil.copytree(shared_study, tmp_path_factory.mktemp("study") / "study")
 
 
 @pytest.mark.slow
@@ -104,11 +89,12 @@ def test_every_method_is_trained_tested_and_measured(digits, tmp_path):
         assert evaluation["num_images"] == 50
         assert [len(level["accuracies"]) for level in evaluation["levels"]] == [1, 3]
         curvature = np.load(folder / "curvature.npz")
-        assert curvature["frobenius_squared"].shape == (10,)
+        assert curvature["frobenius_squared"].shape == (20,)
         assert np.all(curvature["frobenius_squared"] >= 0)
         assert np.load(folder / "features.npz")["noisy"].shape == (40, 4)
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_the_report_is_written(study):
     assert call("report", study) == 0
     page = (study / "report.html").read_text()
@@ -158,16 +144,6 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_seeds_of_a_row_are_trained_together_and_tested_each(digits, tmp_path):
-    assert run_study(plan_study(RECIPE, tmp_path, ["both"], [0, 1]), digits, tensorboard=False,
-                     at_once=2) == []
-    folders = [place_of(tmp_path, "both", seed) for seed in (0, 1)]
-    assert metrics_of(folders[0]) != metrics_of(folders[1])
-    for folder in folders:
-        assert files.read_json(folder / "provenance.json")["runs_together"] == 2
-        assert (folder / "evaluation.json").is_file() and (folder / "curvature.npz").is_file()
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cannot bind processes here")
 def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypatch):
     class Worker(running._Worker):
@@ -236,6 +212,7 @@ def test_results_with_other_settings_are_not_overwritten(study, digits):
         run_study(plan_study(other, study, ["both"]), digits, tensorboard=False)
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(study, digits, capsys):
     folder = study / "both-seed0"
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -253,7 +230,7 @@ def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(stu
     other = ("curvature", folder, "--num-images", "3", "--num-probes", "2",
              "--smoothing-draws", "3", "--test-size", "50")
     assert call(*other) == 2
-    assert "num_images=10, not 3. Keep both with `curvature --name NAME`" in one_line(capsys)
+    assert "num_images=20, not 3. Keep both with `curvature --name NAME`" in one_line(capsys)
     assert call(*other, "--name", "three") == 0
     assert np.load(folder / "curvature-three.npz")["loss"].shape == (3,)
     assert {name: (folder / name).read_bytes() for name in before} == before

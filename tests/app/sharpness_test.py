@@ -25,8 +25,7 @@ from jaxrobust.methods import make_method
 from jaxrobust.parallel import make_layout
 from jaxrobust.statistics import largest_stable_rate
 
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 CONFIG = RunConfig(
     dataset="digits", method="robust", model="small_cnn", feature_layer="dense", width=2,

@@ -22,8 +22,7 @@ from jaxrobust.app.study.read import load_study
 from jaxrobust.parallel import make_layout
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 # One batch an epoch, and so one program to compile. Without a radius and a clip norm a great
 # lambda diverges.

@@ -4,32 +4,27 @@ import dataclasses
 import html
 import itertools
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import studies
 from command_line import call
 
 from jaxrobust import data, models
-from jaxrobust.app import config, files, run_folder, trainer
+from jaxrobust.app import files, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy, theory
 from jaxrobust.app.measurements.runner import measure
-from jaxrobust.app.recipe import RECIPES
 from jaxrobust.app.report import report
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
 from jaxrobust.theory import jensen_shannon_sharp_bound
 
 # TensorBoard's writer and Orbax warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
-TINY = dataclasses.replace(
-    RECIPES["digits"].rows["robust"], train_size=150, epochs=2, width=2, num_features=4,
-    optimizer=config.OptimizerConfig(learning_rate=0.02, schedule="cosine", clip_norm=1.0))
-RECIPE = dataclasses.replace(
-    RECIPES["digits"], name="tiny", rows={"robust": TINY}, seeds=(0,),
-    evaluation=config.Evaluation(noise_levels=(0,), test_size=100, tsne_images=4))
+RECIPE = dataclasses.replace(studies.RECIPE, rows={"robust": studies.TINY})
 SETTINGS = theory.TheorySettings(num_images=10, num_draws=4, smoothed_draws=8, test_size=100,
                                  train_size=100, radii=(0.5, 1.0, 4.0))
 WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--test-size", "100",
@@ -37,14 +32,10 @@ WORDS = ("--num-images", "10", "--num-draws", "4", "--smoothed-draws", "8", "--t
 
 
 @pytest.fixture(name="study", scope="module")
-def _study(tmp_path_factory):
-    digits = data.load_dataset("digits")
+def _study(tmp_path_factory, shared_study):
     folder = tmp_path_factory.mktemp("study")
-    claim_study(plan_study(RECIPE, folder, seeds=[0]), digits.class_names)
-    place = place_of(folder, "robust", 0)
-    trainer.train(TINY, digits, place, tensorboard=False)
-    run = trainer.load_run(place, TINY, digits)
-    accuracy.evaluate_run(run, RECIPE.evaluation, place, "tiny")
+    claim_study(plan_study(RECIPE, folder, seeds=[0]), data.load_dataset("digits").class_names)
+    shutil.copytree(shared_study / "robust-seed0", place_of(folder, "robust", 0))
     return folder
 
 
@@ -185,6 +176,7 @@ def test_the_report_shows_what_was_checked(checked):
     assert report.write_report(checked).read_text(encoding="utf-8") == page
 
 
+@pytest.mark.usefixtures("pictures_left_out")
 def test_a_study_that_was_not_checked_has_no_section(study, tmp_path):
     for path in study.rglob("*.json"):
         there = tmp_path / path.relative_to(study)

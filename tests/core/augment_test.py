@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 
 from jaxrobust.data.augment import (
     make_batch,
@@ -19,8 +18,6 @@ from jaxrobust.data.augment import (
 )
 from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
 from jaxrobust.perturbations import gaussian, identity
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # No two pixels are equal and none is 0, so that a crop tells where it was taken.
 IMAGE = np.arange(1, 5 * 4 * 2 + 1, dtype=np.float32).reshape(5, 4, 2) / 100
@@ -58,40 +55,21 @@ def over_keys(function, image, count, seed=0):
     return np.asarray(jax.jit(jax.vmap(function, in_axes=(0, None)))(keys, jnp.asarray(image)))
 
 
-class AugmentVariantsTest(chex.TestCase):
+def test_bytes_become_numbers_from_0_to_1():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    result = to_float(pixels)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, pixels / 255, rtol=1e-6)
+    assert result.min() == 0 and result.max() == 1
 
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(1, 4)
-    def test_random_crop(self, padding):
-        known = crops(IMAGE, padding)
-        cropped = self.variant(functools.partial(random_crop, padding=padding))
-        for seed in range(4):
-            assert np.asarray(cropped(jax.random.key(seed), IMAGE)).tobytes() in known
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_random_flip(self):
-        flipped = self.variant(random_flip)
-        results = {np.asarray(flipped(jax.random.key(seed), IMAGE)).tobytes()
-                   for seed in range(12)}
-        assert results == {IMAGE.tobytes(), mirrored(IMAGE).tobytes()}
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_to_float(self):
-        pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-        result = self.variant(to_float)(pixels)
-        assert result.dtype == jnp.float32
-        np.testing.assert_allclose(result, pixels / 255, rtol=1e-6)
-        assert result.min() == 0 and result.max() == 1
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_make_batch(self):
-        known = crops(PIXELS[1], 1)
-        batch = self.variant(functools.partial(
-            make_batch, augment=standard_augmentation(padding=1, flip=False), perturb=identity()))(
-            jax.random.key(0), PIXELS, LABELS)
-        assert as_pixels(batch.clean[1]).tobytes() in known
-        np.testing.assert_array_equal(batch.clean, batch.noisy)
-        np.testing.assert_array_equal(batch.labels, LABELS)
+def test_the_images_of_a_batch_are_crops_without_jit_too():
+    known = crops(PIXELS[1], 1)
+    batch = make_batch(jax.random.key(0), PIXELS, LABELS, perturb=identity(),
+                       augment=standard_augmentation(padding=1, flip=False))
+    assert as_pixels(batch.clean[1]).tobytes() in known
+    np.testing.assert_array_equal(batch.clean, batch.noisy)
+    np.testing.assert_array_equal(batch.labels, LABELS)
 
 
 def test_every_place_of_the_crop_is_equally_likely():

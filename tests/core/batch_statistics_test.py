@@ -15,8 +15,6 @@ from jaxrobust.methods import Batch
 from jaxrobust.models import Outputs
 from jaxrobust.parallel import make_layout
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def normalised_statistics(values):
     return {"bn": {"mean": jnp.mean(values, axis=0), "var": jnp.var(values, axis=0)}}

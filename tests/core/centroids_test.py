@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from absl.testing import parameterized
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +21,8 @@ from jaxrobust.centroids import (
     init_centroids,
     update_centroids,
 )
+
+pytestmark = pytest.mark.usefixtures("full_compilation")
 
 NUM_CLASSES, DIM, BATCH = 4, 3, 6
 update = jax.jit(update_centroids, static_argnames=("momentum", "axis_name"))
@@ -62,53 +63,35 @@ def test_centroids_follow_section_4_4_over_any_sequence_of_batches(batches, seed
             np.testing.assert_array_equal(state.seen, [c in stored for c in range(4)])
 
 
-class CentroidsVariantsTest(chex.TestCase):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nothing_is_seen_at_first(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        state = init_centroids(5, 2, dtype=dtype)
+        chex.assert_shape(state, [(5, 2), (5,)])
+        chex.assert_type(state, [dtype, bool])
+        assert not state.mean.any() and not state.seen.any()
 
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(np.float32, np.float64)
-    def test_init_centroids(self, dtype):
-        with jax.enable_x64(dtype == np.float64):
-            # A function without arguments cannot be mapped.
-            state = self.variant(lambda _: init_centroids(5, 2, dtype=dtype))(jnp.zeros(1))
-            chex.assert_shape(state, [(5, 2), (5,)])
-            chex.assert_type(state, [dtype, bool])
-            assert not state.mean.any() and not state.seen.any()
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
-    @parameterized.parameters(0.0, 0.9)
-    def test_update_centroids(self, momentum):
-        features, labels = random_features(0), np.array([0, 2, 2, 0, 3, 0])
-        mean = random_features(1, NUM_CLASSES)
-        state = CentroidState(jnp.asarray(mean, jnp.float32),
-                              jnp.array([True, True, False, True]))
-        centroids, state = self.variant(functools.partial(update_centroids, momentum=momentum))(
-            state, jnp.asarray(features, jnp.float32), jnp.array(labels))
-        previous = {c: mean[c] for c in (0, 1, 3)}
-        stored = reference.stored_centroids(features, labels, NUM_CLASSES, previous, momentum)
-        naive = reference.naive_centroids(features, labels, NUM_CLASSES)
-        np.testing.assert_allclose(
-            centroids.current, as_rows(naive, np.zeros_like(mean)), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(centroids.running, as_rows(stored, mean), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(state.mean, centroids.running)
-        np.testing.assert_array_equal(centroids.present, [True, False, True, True])
-        np.testing.assert_array_equal(state.seen, [True, True, True, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_centroids_are_the_same_without_jit(momentum):
+    features, labels = random_features(0), np.array([0, 2, 2, 0, 3, 0])
+    mean, state = random_features(1, NUM_CLASSES), example_state()
+    centroids, state = update_centroids(
+        state, jnp.asarray(features, jnp.float32), jnp.array(labels), momentum=momentum)
+    previous = {c: mean[c] for c in (0, 1, 3)}
+    stored = reference.stored_centroids(features, labels, NUM_CLASSES, previous, momentum)
+    naive = reference.naive_centroids(features, labels, NUM_CLASSES)
+    np.testing.assert_allclose(
+        centroids.current, as_rows(naive, np.zeros_like(mean)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(centroids.running, as_rows(stored, mean), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(state.mean, centroids.running)
+    np.testing.assert_array_equal(centroids.present, [True, False, True, True])
+    np.testing.assert_array_equal(state.seen, [True, True, True, True])
 
 
 def example_state(dtype=np.float32):
     return CentroidState(jnp.asarray(random_features(1, NUM_CLASSES), dtype),
                          jnp.array([True, True, False, True]))
-
-
-def test_models_side_by_side_are_updated_by_vmap():
-    features = jnp.asarray(np.stack([random_features(seed) for seed in range(3)]), jnp.float32)
-    labels = jnp.array([[0, 1, 2, 3, 0, 1], [1, 1, 1, 1, 1, 1], [-1, 2, 2, 0, 0, 0]])
-    state = example_state()
-    together = jax.vmap(update, in_axes=(None, 0, 0))(state, features, labels)
-    for index in range(3):
-        alone = update(state, features[index], labels[index])
-        chex.assert_trees_all_close(
-            jax.tree.map(lambda value: value[index], together),  # noqa: B023
-            alone, rtol=1e-6)
 
 
 def test_a_class_starts_at_its_first_batch_mean_with_its_whole_gradient():

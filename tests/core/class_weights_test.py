@@ -11,8 +11,6 @@ import reference
 from jaxrobust import InputError
 from jaxrobust.methods import METHODS, make_method, softmax_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WEIGHTS = (0.25, 3.0, 1.5)
 LABELS = methods_test.LABELS
 
@@ -60,7 +58,7 @@ def test_examples_that_do_not_count_have_no_weight_either():
     def loss(logits):
         return softmax_loss(logits, labels, class_weights=WEIGHTS)
 
-    value, gradient = jax.value_and_grad(loss)(logits)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     np.testing.assert_allclose(value, reference.weighted_softmax_loss(
         logits[kept], labels[kept], WEIGHTS), rtol=1e-6)
     shares = np.array(WEIGHTS)[labels[kept]] / np.sum(np.array(WEIGHTS)[labels[kept]])
@@ -83,7 +81,7 @@ def test_a_batch_over_devices_has_the_loss_and_the_gradient_of_the_whole():
         value, gradient = jax.value_and_grad(loss)(params)
         return value, gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)
 
-    whole = value_and_gradient(batch)
+    whole = jax.jit(value_and_gradient)(batch)
     shares = jax.tree.map(lambda leaf: leaf.reshape(8, 2, *leaf.shape[1:]), batch)
     parts = jax.pmap(lambda share: value_and_gradient(share, "devices"), "devices")(shares)
     for device in range(8):

@@ -9,8 +9,6 @@ import pytest
 
 from jaxrobust import _eager, curvature, theory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 X = jnp.array([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
 

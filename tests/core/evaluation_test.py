@@ -1,6 +1,5 @@
 """Accuracy under noise: every image counts once, whatever the batch size."""
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,6 @@ import pytest
 
 from jaxrobust import evaluation, models, parallel, perturbations
 from jaxrobust._validate import InputError
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZE = 23
 
@@ -59,39 +56,27 @@ def test_one_program_serves_all_noise_levels(trained):
     assert evaluation._correct._cache_size() == 1
 
 
-class CorrectPredictions(chex.TestCase):
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_is_argmax_against_label(self):
-        def logits_fn(images):
-            return images.reshape(images.shape[0], -1)
-
-        images = jnp.eye(4).reshape(4, 2, 2, 1)
-        labels = jnp.array([0, 1, 3, 2])
-
-        @self.variant
-        def correct(images, labels, indices):
-            return evaluation.correct_predictions(
-                logits_fn, images, labels, perturb=perturbations.identity(),
-                key=jax.random.key(0), indices=indices)
-
-        np.testing.assert_array_equal(
-            correct(images, labels, jnp.arange(4)), [True, True, False, False])
+def test_a_prediction_is_right_if_its_argmax_is_the_label():
+    images, labels = jnp.eye(4).reshape(4, 2, 2, 1), jnp.array([0, 1, 3, 2])
+    correct = evaluation.correct_predictions(
+        lambda images: images.reshape(images.shape[0], -1), images, labels,
+        perturb=perturbations.identity(), key=jax.random.key(0), indices=jnp.arange(4))
+    np.testing.assert_array_equal(correct, [True, True, False, False])
 
 
-    def test_logits_that_are_not_finite_are_never_class_0(self):
-        images = jnp.eye(4).reshape(4, 2, 2, 1).at[1, 0, 0, 0].set(jnp.nan)
+def test_logits_that_are_not_finite_are_never_class_0():
+    images = jnp.eye(4).reshape(4, 2, 2, 1).at[1, 0, 0, 0].set(jnp.nan)
 
-        def correct(images, labels, indices):
-            return evaluation.correct_predictions(
-                lambda images: images.reshape(images.shape[0], -1), images, labels,
-                perturb=perturbations.identity(), key=jax.random.key(0), indices=indices)
+    def correct(images, labels, indices):
+        return evaluation.correct_predictions(
+            lambda images: images.reshape(images.shape[0], -1), images, labels,
+            perturb=perturbations.identity(), key=jax.random.key(0), indices=indices)
 
-        arguments = images, jnp.zeros(4, int), jnp.arange(4)
-        np.testing.assert_array_equal(jax.jit(correct)(*arguments), [True, False, False, False])
-        with pytest.raises(InputError, match="NaN or infinite ones for 1 of 4 images, the first "
-                                             "at index 1"):
-            correct(*arguments)
+    arguments = images, jnp.zeros(4, int), jnp.arange(4)
+    np.testing.assert_array_equal(jax.jit(correct)(*arguments), [True, False, False, False])
+    with pytest.raises(InputError, match="NaN or infinite ones for 1 of 4 images, the first "
+                                         "at index 1"):
+        correct(*arguments)
 
 
 def corner_pixels(images):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from absl.testing import parameterized
 from hypothesis import strategies as st
 
 from jaxrobust import losses
@@ -22,6 +21,8 @@ from jaxrobust.geometry import (
     signed_boundary_distance,
 )
 from jaxrobust.models import SmallCNN, head_parameters
+
+pytestmark = pytest.mark.usefixtures("full_compilation")
 
 NUM_CLASSES, DIM, SIZE = 4, 3, 7
 LABELS = np.array([0, 2, 2, 0, 3, 2, 0], np.int32)  # class 1 is absent, class 3 has one example
@@ -71,64 +72,34 @@ def test_distances_dispersion_and_margin_are_those_of_the_definitions(seed, labe
         np.testing.assert_allclose(result, wanted, rtol=1e-9, atol=1e-9)
 
 
-class GeometryVariantsTest(chex.TestCase):
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_signed_boundary_distance(self):
-        points, kernel, bias = random_layer(0)
-        result = self.variant(signed_boundary_distance)(points, LABELS, kernel, bias)
-        np.testing.assert_allclose(
-            result, reference_distances(points, LABELS, kernel, bias), rtol=1e-4, atol=1e-5)
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_class_dispersion(self):
-        points, _, _ = random_layer(0)
-        result = self.variant(functools.partial(class_dispersion, num_classes=NUM_CLASSES))(
-            points, LABELS)
-        expected = [reference.dispersion(points, LABELS, c) for c in range(NUM_CLASSES)]
-        assert expected[1] == expected[3] == 0 < expected[0]
-        np.testing.assert_allclose(result, expected, rtol=1e-5)
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_class_margin(self):
-        points, kernel, bias = random_layer(0)
-        result = self.variant(class_margin)(points, LABELS, kernel, bias)
-        expected = [reference.class_margin(points, LABELS, c, kernel.T, bias)
-                    for c in range(NUM_CLASSES)]
-        assert expected[1] == np.inf
-        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
-
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(0.5, 2.0)
-    def test_rescale_head(self, nu):
-        params = {"stem": {"kernel": np.ones((2, 2), np.float32)},
-                  "features": {"kernel": np.full((2, 3), 2, np.float32),
-                               "bias": np.full(3, 3, np.float32)},
-                  "head": {"kernel": np.full((3, 2), 4, np.float32),
-                           "bias": np.full(2, 5, np.float32)}}
-        kept = jax.tree.map(np.copy, params)
-        result = self.variant(functools.partial(rescale_head, nu=nu))(params)
-        expected = {"stem": kept["stem"],
-                    "features": {"kernel": 2 * nu * np.ones((2, 3)), "bias": 3 * nu * np.ones(3)},
-                    "head": {"kernel": kept["head"]["kernel"], "bias": 5 * nu * np.ones(2)}}
-        chex.assert_trees_all_close(result, expected, rtol=1e-7)
-        chex.assert_trees_all_equal(params, kept)
+def test_measures_are_the_same_without_jit():
+    points, kernel, bias = random_layer(0)
+    np.testing.assert_allclose(
+        signed_boundary_distance(points, LABELS, kernel, bias),
+        reference_distances(points, LABELS, kernel, bias), rtol=1e-4, atol=1e-5)
+    expected = [reference.dispersion(points, LABELS, c) for c in range(NUM_CLASSES)]
+    assert expected[1] == expected[3] == 0 < expected[0]
+    np.testing.assert_allclose(class_dispersion(points, LABELS, NUM_CLASSES), expected, rtol=1e-5)
+    expected = [reference.class_margin(points, LABELS, c, kernel.T, bias)
+                for c in range(NUM_CLASSES)]
+    assert expected[1] == np.inf
+    np.testing.assert_allclose(
+        class_margin(points, LABELS, kernel, bias), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_problems_side_by_side_are_mapped_by_vmap():
-    layers = [random_layer(seed) for seed in range(3)]
-    labels = np.array([LABELS, LABELS[::-1], np.zeros(SIZE, int)])
-    points, kernels, biases = (np.stack(values) for values in zip(*layers, strict=True))
-    together = (jax.vmap(distance)(points, labels, kernels, biases),
-                jax.vmap(margin)(points, labels, kernels, biases),
-                jax.vmap(functools.partial(class_dispersion, num_classes=NUM_CLASSES))(
-                    points, labels))
-    for index, (one, kernel, bias) in enumerate(layers):
-        alone = (distance(one, labels[index], kernel, bias),
-                 margin(one, labels[index], kernel, bias),
-                 dispersion(one, labels[index], NUM_CLASSES))
-        for left, right in zip(together, alone, strict=True):
-            np.testing.assert_allclose(left[index], right, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("nu", [0.5, 2.0])
+def test_the_head_is_rescaled_and_the_parameters_given_are_kept(nu):
+    params = {"stem": {"kernel": np.ones((2, 2), np.float32)},
+              "features": {"kernel": np.full((2, 3), 2, np.float32),
+                           "bias": np.full(3, 3, np.float32)},
+              "head": {"kernel": np.full((3, 2), 4, np.float32),
+                       "bias": np.full(2, 5, np.float32)}}
+    kept = jax.tree.map(np.copy, params)
+    expected = {"stem": kept["stem"],
+                "features": {"kernel": 2 * nu * np.ones((2, 3)), "bias": 3 * nu * np.ones(3)},
+                "head": {"kernel": kept["head"]["kernel"], "bias": 5 * nu * np.ones(2)}}
+    chex.assert_trees_all_close(rescale_head(params, nu), expected, rtol=1e-7)
+    chex.assert_trees_all_equal(params, kept)
 
 
 def test_int64_labels_of_numpy_are_taken_without_a_warning():
@@ -293,8 +264,8 @@ def test_examples_that_do_not_count_have_no_distance_and_spoil_nothing():
     np.testing.assert_array_equal(result[0][np.array([1, 3])], np.full((2, NUM_CLASSES), np.inf))
     np.testing.assert_allclose(result[0][kept], expected[0], rtol=1e-6)
     chex.assert_trees_all_close(result[1:], expected[1:], rtol=1e-6)
-    gradient = jax.grad(lambda points: jnp.sum(
-        class_dispersion(points, labels, NUM_CLASSES)))(points)
+    gradient = jax.jit(jax.grad(lambda points: jnp.sum(
+        class_dispersion(points, labels, NUM_CLASSES))))(points)
     np.testing.assert_array_equal(gradient[np.array([1, 3])], np.zeros((2, DIM)))
     chex.assert_tree_all_finite(gradient)
 

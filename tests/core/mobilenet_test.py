@@ -15,8 +15,6 @@ from jaxrobust import curvature, models
 from jaxrobust._validate import InputError
 from jaxrobust.models import common, mobilenet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = {"small": 1024, "large": 1280}
 
 

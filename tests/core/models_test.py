@@ -13,8 +13,6 @@ from weights import random_variables
 from jaxrobust import models
 from jaxrobust._validate import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = {"num_classes": 10, "num_features": 7, "width": 4}
 
 

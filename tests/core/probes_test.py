@@ -9,7 +9,7 @@ import pytest
 
 from jaxrobust import InputError, probes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("written_out_loops")
 
 
 @pytest.mark.parametrize("in_order", [True, False])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from jaxrobust import softmax_cross_entropy
 from jaxrobust._validate import InputError
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 GAPS = (0.0, 17.0, 20.0, 45.0, 80.0)
 
 

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from jaxrobust import curvature, geometry, losses, probes, theory
 from jaxrobust._validate import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KERNEL = np.random.default_rng(0).normal(size=(3, 4))
 
 
@@ -596,15 +594,3 @@ def test_the_smoothed_gradient_is_right_at_every_scale(scale):
         num_draws=4, chunk_size=4)
     np.testing.assert_allclose(found.value, 5 * scale**2, rtol=1e-5)
     chex.assert_tree_all_finite(found)
-
-
-class TheoryVariants(chex.TestCase):
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_feature_stability(self):
-        measure = self.variant(functools.partial(
-            theory.feature_stability, lambda x: x, lambda x: jnp.sum(x, axis=1), sigma=1.0,
-            delta=100.0, num_draws=4))
-        found = measure(jnp.zeros((3, 2)), jax.random.key(0))
-        np.testing.assert_allclose(found.eta, 1)
-        chex.assert_tree_shape_prefix(found, (3,))

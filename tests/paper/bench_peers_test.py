@@ -16,7 +16,7 @@ from jaxrobust import curvature, probes, training
 from jaxrobust.centroids import init_centroids
 from jaxrobust.methods import Batch, make_method
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 CASE = problem.Case(num_classes=3, image_size=8, width=4, batch_size=8)
 STEP = curvature_bench.STEP

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 
 import jax
 import numpy as np
@@ -13,8 +14,6 @@ from experiments.bench import folder as folder_bench
 from experiments.bench import problem, programs, timing
 from jaxrobust import data
 from jaxrobust.app import files
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -35,6 +34,10 @@ def _measured(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # PyTorch's threads wait for each other by spinning, for seconds where cores are shared.
         patch.setattr(timing, "cores", lambda: 1)
+        # The processes that are timed compile as those of users do.
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(
+            "--xla_cpu_use_fusion_emitters=false", ""))
         assert call("bench", request.param, "--quick", "--out", folder) == 0
     return request.param, folder, files.read_json(folder / "bench.json")
 
@@ -102,6 +105,7 @@ def test_pytorch_is_compared_with_where_it_is_and_named_where_it_is_not(measured
                 row["not_measured"] in page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", ["train"], indirect=True)
 def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
     _, _, result = measured
@@ -119,6 +123,7 @@ def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
         row["tera_per_second"] for row in products))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", ["train"], indirect=True)
 def test_a_filled_cache_spares_the_compilation(measured):
     _, _, result = measured
@@ -126,6 +131,7 @@ def test_a_filled_cache_spares_the_compilation(measured):
     assert warm["compile_s"] < cold["compile_s"] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", ["folder"], indirect=True)
 def test_photographs_are_a_share_of_the_update(measured):
     _, _, result = measured

@@ -28,8 +28,7 @@ from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.study.plan import place_of
 from jaxrobust.models import pytorch
 
-pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
 
 SIZES = ("--image-size", "16", "20", "--model", "resnet18", "--width", "2", "--num-features", "8",
          "--batch-size", "8", "--epochs", "2", "--optimizer.warmup-epochs", "0", "--no-tensorboard")

@@ -27,8 +27,7 @@ from jaxrobust.app.study.plan import fit_recipe, place_of
 from jaxrobust.app.study.read import load_study, with_rows
 
 # TensorBoard's writer, Orbax and TFDS warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("default"),
-              pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(name="place", scope="module")
