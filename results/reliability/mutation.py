@@ -20,9 +20,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 TESTS = {
-    "losses": ("validate", "softmax", "losses", "geometry"),
-    "centroids": ("validate", "centroids", "losses"),
-    "geometry": ("validate", "geometry"),
+    "losses": ("losses", "softmax", "geometry", "validate"),
+    "centroids": ("centroids", "losses", "validate"),
+    "geometry": ("geometry", "validate"),
     "curvature": ("curvature", "eager"),
     "probes": ("probes", "curvature"),
 }
