@@ -4,7 +4,6 @@ Written from He et al. (2016) and Howard et al. (2019). Imported only where PyTo
 Images are normalised outside, and there is no dropout.
 """
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", exc_type=ImportError)  # Doctests import every module.
@@ -141,20 +140,3 @@ class ResNet18(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
         features = self.fc_layer[1](self.fc_layer[0](x))
         return self.fc_layer[2](features), features
-
-
-def randomise(module, seed=0):
-    """Random weights and running statistics, of a scale that keeps the signal's."""
-    generator = np.random.default_rng(seed)
-    state = module.state_dict()
-    for name, value in state.items():
-        values = generator.normal(size=value.shape)
-        if name.endswith("running_var"):
-            values = np.exp(0.5 * values)
-        elif value.ndim == 1:  # Scales and biases of batch norm, running means, other biases.
-            values = 0.3 * values + name.endswith("weight")
-        elif value.ndim:
-            values *= np.sqrt(2 / np.prod(value.shape[1:]))
-        if not name.endswith("num_batches_tracked"):
-            value.copy_(torch.from_numpy(np.asarray(values)))
-    return module

@@ -65,7 +65,6 @@ def test_a_value_that_is_a_recipes_name_too_is_not_taken_for_the_recipe():
     (("reproduce", "digits", "--seeds", "-1"), "Expected seed=-1 in [0, 4294967296)."),
     (("reproduce", "digits", "--jobs", "0"), "Expected jobs=0 in [1, inf)."),
     (("reproduce", "digits", "--rows", "both", "both"), "Expected each row once, got both twice."),
-    (("sweep", "digits", "--at-once", "0"), "Expected at_once=0 in [1, inf)."),
     (("train", "digits/both", "--seed", "4294967296"), "Expected seed=4294967296 in [0,"),
     (("train", "digits/both", "--noise-std", "40"), "Expected noise_std=40.0 in [0, 1], in pixel "
      "values of [0, 1]. Did you mean 40/255, which is 0.157?"),

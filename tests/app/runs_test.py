@@ -163,7 +163,6 @@ def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypa
 @pytest.mark.parametrize("arguments, expected", [
     (("reproduce", "cifr10"), "error: Unknown table, figure, question or recipe 'cifr10'. "
      "Did you mean 'cifar10'?"),
-    (("train", "digits/robst"), "error: Unknown row 'robst'. Did you mean 'robust'?"),
     (("train", "digits", "--method", "stabilty"), "Did you mean 'stability'?"),
     (("train", "digits", "--data", "digit"), "Did you mean 'digits'?"),
     (("train", "digits", "--robust.delta-v", "-1"), "error: Expected delta_v=-1.0 in [0, inf)."),

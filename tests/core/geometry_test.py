@@ -102,13 +102,6 @@ def test_the_head_is_rescaled_and_the_parameters_given_are_kept(nu):
     chex.assert_trees_all_equal(params, kept)
 
 
-def test_int64_labels_of_numpy_are_taken_without_a_warning():
-    points, kernel, bias = random_layer(0)
-    chex.assert_trees_all_equal(
-        signed_boundary_distance(points, LABELS.astype(np.int64), kernel, bias),
-        signed_boundary_distance(points, LABELS, kernel, bias))
-
-
 @pytest.mark.usefixtures("enable_x64")
 def test_the_gradient_of_a_distance_is_the_unit_normal_of_its_hyperplane():
     points, kernel, bias = random_layer(1, np.float64)

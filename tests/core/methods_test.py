@@ -19,16 +19,6 @@ CONFIG = RobustLossConfig(alpha=0.7, beta=1.3, gamma_reg=0.2, lam=0.4, delta_d=2
 LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 0, 1, 2, 0, 0, 1, 1, 1], np.int32)
 
 
-def test_the_softmax_loss_is_mapped_by_vmap_and_averaged_over_devices():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, NUM_CLASSES)), jnp.float32)
-    parts = jax.vmap(softmax_loss)(logits.reshape(8, 2, NUM_CLASSES), LABELS.reshape(8, 2))
-    np.testing.assert_allclose(jnp.mean(parts), softmax_loss(logits, LABELS), rtol=1e-6)
-    over_devices = jax.pmap(
-        lambda logits, labels: softmax_loss(logits, labels, axis_name="devices"), "devices")(
-        logits.reshape(8, 2, NUM_CLASSES), LABELS.reshape(8, 2))
-    np.testing.assert_allclose(over_devices, np.full(8, softmax_loss(logits, LABELS)), rtol=1e-6)
-
-
 def test_the_softmax_loss_is_the_mean_over_the_examples_that_count():
     logits = np.random.default_rng(0).normal(size=(6, NUM_CLASSES)).astype(np.float32)
     labels, kept = np.array([0, -1, 2, NUM_CLASSES, 1, 2**31 - 1]), np.array([0, 2, 4])

@@ -33,6 +33,7 @@ def apply(model, variables, images, *, train=False):
 
 # The same shape everywhere: each model is compiled once.
 SHAPE = (4, 16, 16, 3)
+FAMILIES = ("small_cnn", "resnet18", "mobilenet_v3_small")  # The others differ in sizes.
 
 
 def draw(name):
@@ -95,7 +96,7 @@ def test_images_are_normalised_inside():
         outside.apply(variables, normalised, train=False).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_in_evaluation_an_image_does_not_see_its_batch(name):
     model, variables, images = draw(name)
     others = images.at[1:].set(1 - images[1:])
@@ -104,7 +105,7 @@ def test_in_evaluation_an_image_does_not_see_its_batch(name):
     assert np.abs(logits[1:] - changed[1:]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_training_normalises_by_the_batch_and_moves_the_running_statistics(name):
     model, variables, images = draw(name)
     outputs, updated = apply(model, variables, images, train=True)
@@ -114,7 +115,7 @@ def test_training_normalises_by_the_batch_and_moves_the_running_statistics(name)
     assert not np.allclose(outputs.logits, apply(model, variables, images).logits)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_keeps_parameters_features_and_logits_in_float32(name):
     model, variables, images = draw(name)
     half = model.clone(dtype=jnp.bfloat16)

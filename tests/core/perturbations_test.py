@@ -1,6 +1,5 @@
 """Perturbations: their distribution, their range, and what their randomness depends on."""
 
-import functools
 
 import chex
 import hypothesis
@@ -129,15 +128,6 @@ def test_a_jitted_function_is_compiled_once_for_all_strengths(name):
     assert apply._cache_size() == before + 1
 
 
-def test_strengths_side_by_side_are_mapped_by_vmap():
-    images, key = images_of(2, 4, 4, 1), jax.random.key(5)
-    strengths = jnp.array([0.0, 0.1, 0.4])
-    batched = jax.tree.map(lambda _: strengths, gaussian(1.0))
-    together = jax.vmap(lambda perturb: perturb(key, images))(batched)
-    for result, strength in zip(together, strengths, strict=True):
-        np.testing.assert_allclose(result, gaussian(float(strength))(key, images), atol=1e-6)
-
-
 def test_the_gradient_passes_through_noise_and_stops_where_it_is_clipped():
     images, key = images_of(2, 4, 4, 1), jax.random.key(6)
     free, clipped = (gaussian(0.5, clip=clip)(key, images) for clip in (False, True))
@@ -165,21 +155,6 @@ def test_noise_per_example_does_not_depend_on_the_batch(name):
     np.testing.assert_array_equal(jnp.concatenate(parts), whole)
     np.testing.assert_array_equal(
         apply_each(perturb, key, images.at[1:].set(0.5), indices)[0], whole[0])
-
-
-def test_noise_per_example_does_not_depend_on_the_number_of_devices():
-    images, indices, key = images_of(16, 4, 4, 1), jnp.arange(16), jax.random.key(8)
-    whole = per_example(gaussian(0.2), key, images, indices)
-    parts = jax.pmap(functools.partial(per_example, gaussian(0.2)), in_axes=(None, 0, 0))(
-        key, images.reshape(8, 2, 4, 4, 1), indices.reshape(8, 2))
-    np.testing.assert_allclose(parts.reshape(whole.shape), whole, atol=1e-6)
-
-
-def test_examples_of_different_index_have_different_noise():
-    images = jnp.full((3, 4, 4, 1), 0.5)
-    result = per_example(gaussian(0.2), jax.random.key(9), images, jnp.array([0, 1, 0]))
-    np.testing.assert_array_equal(result[0], result[2])
-    assert np.any(result[0] != result[1])
 
 
 def test_laplace_noise_has_the_moments_and_quantiles_of_its_standard_deviation():
@@ -279,17 +254,6 @@ def test_down_up_sampling_is_bilinear_with_half_pixel_centres(factor, height, wi
 
     small = resize(images, height // factor, width // factor)
     np.testing.assert_allclose(result, resize(small, height, width), atol=2e-6)
-
-
-def test_down_up_sampling_is_pytorchs():
-    torch = pytest.importorskip("torch")
-    images = np.array(images_of(2, 20, 25, 3))
-    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2))
-    for size in ((6, 8), (20, 25)):
-        tensor = torch.nn.functional.interpolate(
-            tensor, size=size, mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(down_up(3)(jax.random.key(0), jnp.asarray(images)),
-                               tensor.numpy().transpose(0, 2, 3, 1), atol=2e-6)
 
 
 def test_a_composition_applies_its_parts_in_their_order_with_keys_of_their_own():
