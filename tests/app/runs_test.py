@@ -17,8 +17,6 @@ from studies import RECIPE, TINY
 from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
-from jaxrobust.app.measurements import MEASUREMENTS, robustness
-from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe, method_rows
 from jaxrobust.app.study import run as running
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
@@ -235,24 +233,6 @@ def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(stu
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert call("report", study) == 0
     assert "curvature-three, evaluation-8" in (study / "report.md").read_text().replace("\\", "")
-
-
-@pytest.mark.parametrize("measure_it, kind", [
-    (measure, "steps"), (measure, "theory"), (measure, "sharpness"),
-    (lambda _, run, *rest: robustness.measure_robustness(
-        run, robustness.FigureSettings(), *rest[1:]), "noise_counts"),
-])
-def test_every_kind_of_measurement_takes_a_name(measure_it, kind, study, digits, tmp_path):
-    """Found before anything is computed: what is there under the name has other settings."""
-    folder = study / "both-seed0"
-    run = trainer.load_run(folder, run_folder.read_config(folder), digits)
-    shutil.copy(folder / "curvature.json", tmp_path / "curvature-big.json")
-    path = tmp_path / f"{kind}-big.json"
-    path.write_text('{"settings": {"num_images": -1}}')
-    measurement, = (one for one in MEASUREMENTS if one.kind == kind)
-    command = measurement.command or kind
-    with pytest.raises(InputError, match=f"{kind}-big.json was made .* `{command} --name NAME`"):
-        measure_it(measurement, run, measurement.settings, tmp_path, "", "big")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag"])

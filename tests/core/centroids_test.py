@@ -117,20 +117,6 @@ def test_an_absent_class_keeps_its_state_bit_by_bit():
     assert np.any(new_state.mean[0] != state.mean[0])
 
 
-def test_a_batch_in_which_no_label_counts_changes_nothing():
-    state = example_state()
-    features = jnp.asarray(random_features(2), jnp.float32)
-    _, new_state = update(state, features, jnp.array([-1, NUM_CLASSES] * 3))
-    chex.assert_trees_all_equal(new_state, state)
-
-
-def test_without_momentum_the_running_centroid_is_the_batch_mean():
-    centroids, _ = update(example_state(), jnp.asarray(random_features(2), jnp.float32),
-                          jnp.array([0, 1, 3, 3, 0, 1]), momentum=0.0)
-    present = np.asarray(centroids.present)
-    np.testing.assert_array_equal(centroids.running[present], centroids.current[present])
-
-
 @pytest.mark.usefixtures("enable_x64")
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_the_running_centroid_lets_one_minus_momentum_of_the_gradient_through(momentum):
@@ -168,13 +154,6 @@ def test_features_are_cast_to_the_dtype_of_the_state():
     of_narrow = update(state, narrow, labels)
     chex.assert_trees_all_equal(of_narrow, update(state, narrow.astype(jnp.float32), labels))
     assert of_narrow[0].current.dtype == of_narrow[1].mean.dtype == jnp.float32
-
-
-def test_int64_labels_of_numpy_are_taken_without_a_warning():
-    features, labels = random_features(2).astype(np.float32), np.array([0, 1, 3, 3, 0, 1])
-    assert labels.dtype == np.int64
-    chex.assert_trees_all_equal(update_centroids(example_state(), features, labels),
-                                update_centroids(example_state(), features, jnp.array(labels)))
 
 
 update_share = functools.partial(update_centroids, axis_name="devices")
