@@ -4,6 +4,7 @@ from experiments.recipes import (
     ablations,
     authors_release,
     cifar10,
+    cifar10_narrow,
     cifar10_small,
     road,
     svhn,
@@ -22,5 +23,5 @@ STUDIES: dict[str, dict[str, Recipe]] = {
 }
 """By name, the recipe at each scale."""
 
-register(authors_release.CIFAR10, authors_release.SVHN,
+register(authors_release.CIFAR10, authors_release.SVHN, cifar10_narrow.RECIPE,
          *(recipe for scales in STUDIES.values() for recipe in scales.values()))
