@@ -1,4 +1,4 @@
-"""The words of a command line: what they are before anything is checked, and what is wrong."""
+"""Parses command lines, and describes errors in them in one line."""
 
 import contextlib
 import dataclasses
@@ -20,17 +20,17 @@ COMMON = frozenset({
     "jobs", "method", "model", "noise_levels", "noise_std", "num_draws", "num_images", "out",
     "over", "perturb", "recipe", "resume", "rows", "run", "runs", "scale", "seed", "seeds",
     "skip_bad"})
-"""Names of the options that ``--help`` shows; ``--help-all`` shows all."""
+"""The options that ``--help`` shows; ``--help-all`` shows all."""
 
 
 def parse(kind: type, words: Sequence[str], program: str) -> Any:
-    """The command, an instance of ``kind``, from its words, of which the first is its name.
+    """Makes a command, an instance of ``kind``, from its name and the options that follow.
 
-    A kind with a classmethod ``default_of(options, called)`` gets its defaults from that.
+    If ``kind`` has a classmethod ``default_of(options, called)``, this provides the defaults.
 
     Raises:
-      InputError: (a ValueError) in one line, for words that do not fit the command, or a value
-        that a configuration refuses.
+      InputError: (a ValueError) in one line, for an option that does not fit the command, or a
+        value that a configuration refuses.
       SystemExit: with status 0, after the help.
     """
     name, *options = words
@@ -46,7 +46,8 @@ def parse(kind: type, words: Sequence[str], program: str) -> Any:
 
 @functools.cache
 def common(kind: type) -> type:
-    """A dataclass, and those in it, whose help shows the fields named in :data:`COMMON` alone."""
+    """Derives a dataclass whose help shows only the fields named in :data:`COMMON`, also within
+    nested dataclasses."""
     kept: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
@@ -66,7 +67,7 @@ def common(kind: type) -> type:
 
 
 def _as(kind: type, value: Any) -> Any:
-    """An instance of a class that :func:`common` made, with the fields of one of the original."""
+    """Converts an instance of a class to one of the class that :func:`common` derives."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {name: getattr(value, name) for name in hints if hasattr(value, name)}
     return kind(**{name: _as(_without_marks(hints[name])[0], inner)
@@ -75,16 +76,15 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def _without_marks(hint: Any) -> tuple[Any, ...]:
-    """A type, and its marks for tyro."""
+    """The type of a hint, followed by its marks for tyro."""
     return typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
 
 
 def read(kind: type, options: Sequence[str], called: str, default: Any = None) -> Any:
-    """An instance of ``kind`` from what follows the name of the command that is ``called`` so.
+    """Makes an instance of ``kind`` from options; ``called`` is the command in messages.
 
     Raises:
-      InputError: (a ValueError) in one line, for what tyro draws a box of, or what a configuration
-        within it refuses.
+      InputError: (a ValueError) in one line, instead of tyro's box, or from a configuration.
       SystemExit: with status 0, after the help.
     """
     defaults = {} if default is None else {"default": default}
@@ -105,9 +105,9 @@ def read(kind: type, options: Sequence[str], called: str, default: Any = None) -
 
 
 def unchecked_copy(value: Any) -> Any:
-    """A dataclass instance as one of a class without checks, those in it too; can be changed.
+    """Copies a dataclass instance, and those nested in it, into mutable ones without checks.
 
-    Checks may refuse words only because of defaults that are not theirs: those of another recipe.
+    Checks could refuse valid options because of defaults that belong to another recipe.
     """
     if not dataclasses.is_dataclass(value):
         return value
@@ -118,7 +118,7 @@ def unchecked_copy(value: Any) -> Any:
 
 @functools.cache
 def _unchecked(kind: type) -> type:
-    """The fields of a dataclass, and of those in it, without ``__post_init__``."""
+    """A dataclass with the same fields, also within nested dataclasses, but no checks."""
     fields = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         inner, *marks = _without_marks(hint)
@@ -131,7 +131,7 @@ def _unchecked(kind: type) -> type:
 def _unknown_option(
     kind: type, options: Sequence[str], called: str, defaults: dict[str, Any]
 ) -> str | None:
-    """A sentence on the first word that looks like an option and is none of the command."""
+    """Describes the first option that the command does not have; None if it has all of them."""
     helped = io.StringIO()
     with contextlib.redirect_stdout(helped), contextlib.suppress(SystemExit):
         tyro.cli(kind, args=["--help"], prog=called, **defaults)
@@ -146,8 +146,8 @@ def _unknown_option(
 
 
 def _message(box: str) -> str:
-    """The first paragraph of a box, and how the option in it is written, as one line."""
-    # The border is drawn in ASCII where the output bears no more; rules become empty.
+    """The first paragraph of tyro's box, and the syntax of the option in it, as one line."""
+    # The border is in ASCII if the output allows nothing else; rules become empty lines.
     lines = [re.sub(r"^-+$", "", line.strip(" │╭╮╰╯─|+")) for line in box.splitlines()]
     title, *lines = itertools.dropwhile(lambda line: not line, lines)
     lines = list(itertools.dropwhile(lambda line: not line, lines))

@@ -1,6 +1,6 @@
-"""The command line: which commands there are, and which of them its words name.
+"""The command line: lists the commands, and runs the one that is named.
 
-A command is a dataclass whose fields are its options; what it needs is imported once it is named.
+A command is a dataclass whose fields are its options. Its module is imported only when it is named.
 """
 
 import importlib
@@ -12,10 +12,10 @@ from jaxrobust import InputError, __version__, _errors
 
 
 class Command(NamedTuple):
-    """Where a command is, and what it does, in a line."""
+    """Where a command is defined, and a line that describes it."""
 
     module: str
-    name: str  # in the module: of its class, or of the measurement that it makes
+    name: str  # of its class in the module, or of the measurement that it makes
     summary: str
 
 
@@ -37,11 +37,11 @@ COMMANDS: dict[str, Command] = {
     "perturb": Command(_COMMANDS, "Perturb", "Show what perturbations do to an image."),
     "prepare": Command(_COMMANDS, "Prepare", "Download and prepare a data set."),
 }
-"""By name, in the order of the help."""
+"""The commands by name, in the order of the help."""
 
 
 def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust") -> None:
-    """Runs the command that the command line names; bad input is one line and status 2."""
+    """Runs the command of the command line; prints bad input as one line and exits with 2."""
     words = sys.argv[1:]
     if words[:1] in (["--help"], ["-h"]):
         print(help_text(commands, program))
@@ -53,17 +53,17 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         if not words:
             raise InputError(f"Expected a command, got none. See {program} --help.")
         _errors.one_of("command", words[0], commands)
-        # Imports JAX and all that computes.
+        # Not at the top: it imports JAX, which the help does not need.
         from jaxrobust.app import arguments, execution
 
         execution.start_process()
         command = arguments.parse(find(commands[words[0]]), words, program)
         command()
     except InputError as error:
-        lines = getattr(error, "lines", ())  # Of images that cannot be used.
+        lines = getattr(error, "lines", ())  # One for each image that cannot be used.
         for line in lines:
             print(line, file=sys.stderr)
-        # An option of the command itself, or of the run that it trains.
+        # The option may belong to the command itself, or to the run that it trains.
         skips = lines and any(hasattr(options, "skip_bad") for options in (
             command, getattr(command, "run", None)))
         hint = " Add --skip-bad to skip them." if skips else ""
@@ -74,7 +74,7 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
 
 
 def find(command: Command) -> type:
-    """The class of a command."""
+    """Imports the class of a command."""
     found = getattr(importlib.import_module(command.module), command.name)
     if isinstance(found, type):
         return found
@@ -82,7 +82,7 @@ def find(command: Command) -> type:
 
 
 def help_text(commands: Mapping[str, Command], program: str) -> str:
-    """What ``--help`` prints."""
+    """The text of ``--help``."""
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in commands.items()]
     return "\n".join([

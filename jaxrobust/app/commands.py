@@ -1,4 +1,4 @@
-"""The commands of the application: their options, and what each does with them."""
+"""The commands of the application and their options."""
 
 import dataclasses
 import pathlib
@@ -51,22 +51,37 @@ Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
 """Seeds, written as ``0 1 2`` or ``0,1,2``."""
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes of a job."""
-    if files.is_writer():
-        print(text, flush=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithData:
+    """The option shared by the commands that open a data set."""
+
+    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
+    """Folder of TensorFlow Datasets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnStudies:
+class Training(WithData):
+    """The options shared by the commands that train."""
+
+    out: pathlib.Path | None = None
+    """Folder of the results; under runs/ by default."""
+    seeds: Seeds | None = None
+    """Training seeds, such as 0,1,2; by default those of the recipe, or --seed."""
+    tensorboard: bool = True
+    """Write event files for TensorBoard."""
+    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    def __post_init__(self):
+        check_seeds(self.seeds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnStudies(Training):
     """The options shared by the commands that train and compare several runs."""
 
     dry_run: bool = False
     """Print the plan and its expected cost, and run nothing."""
-    out: pathlib.Path | None = None
-    """Folder of the results; under runs/ by default."""
-    seeds: Seeds | None = None
-    """Training seeds; the recipe's by default."""
     jobs: int = 1
     """Number of runs at a time, each in a process on its share of the CPU cores."""
     at_once: int | None = None
@@ -75,14 +90,9 @@ class OnStudies:
     CPUs, where more pays off only for runs that take seconds."""
     report: bool = True
     """Write the report at the end."""
-    tensorboard: bool = True
-    """Write event files for TensorBoard."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
-    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("jobs", "at_once"):
             if getattr(self, name) is not None:
                 _validate.in_range(name, getattr(self, name), 1)
@@ -91,13 +101,12 @@ class OnStudies:
         if self.jobs > 1 and self.execution != Execution():
             raise InputError(
                 f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
-        check_seeds(self.seeds)
 
     def run_and_report(self, plan: StudyPlan) -> None:
         """Runs a study and writes its report.
 
         Raises:
-          InputError: (a ValueError) at the end, if runs failed; before, if it cannot be run.
+          InputError: (a ValueError) before, if the study cannot be run; after, if runs failed.
         """
         if self.dry_run:
             print(plan.text())
@@ -111,17 +120,13 @@ class OnStudies:
             raise InputError("; ".join(failures))
 
     def run_plans(self, plans: Sequence[StudyPlan], text: str) -> list[str]:
-        """Loads the data sets of all studies, then runs the studies.
-
-        Args:
-          plans: the studies.
-          text: printed first.
+        """Prints a text, loads the data sets of all studies, then runs the studies.
 
         Returns:
           A line for each run that failed.
 
         Raises:
-          InputError: (a ValueError) if they cannot be run.
+          InputError: (a ValueError) if a study cannot be run.
         """
         for plan in plans:
             files.require_writable(plan.folder)
@@ -129,18 +134,17 @@ class OnStudies:
         if any(plan.measured for plan in plans) and jax.process_count() > 1:
             raise InputError("Expected one process for the measurements of figures, got "
                              f"{jax.process_count()}. Several can run the studies alone.")
-        say(text)
+        files.say(text)
         for plan in plans:
             for row in plan.rows:
                 check_perturbations(plan.recipe.rows[row], plan.recipe.evaluation.perturb)
-        datasets = [load_recipe_dataset(
-            plan.recipe, self.data_dir, in_memory=self.feed.in_memory()) for plan in plans]
+        datasets = [load_recipe_dataset(plan.recipe, self.data_dir, self.feed) for plan in plans]
         fitted = []
         for plan, dataset in zip(plans, datasets, strict=True):
             recipe, changes = fit_recipe(plan.recipe, dataset)
             fitted.append(dataclasses.replace(plan, recipe=recipe))
             for change in changes:
-                say(change)
+                files.say(change)
         failures = []
         for plan, dataset in zip(fitted, datasets, strict=True):
             if self.jobs > 1:
@@ -201,25 +205,32 @@ class Demo:
         Compare("digits", out=self.out, seeds=self.seeds, jobs=self.jobs)()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OfRecipe:
-    """The defaults shared by the commands that train with a recipe's settings."""
+    """The options shared by the commands that train with the settings of a recipe."""
+
+    recipe: Positional[str]
+    """RECIPE/ROW, such as cifar10/both, before or after the options; the row is "robust" by
+    default."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
 
     @classmethod
     def default_of(cls, options: Sequence[str], called: str):
-        """The command with the settings of the recipe that its options name, in any position.
+        """Returns the command with the settings of the recipe that its options name.
 
-        If ``epochs`` is too small for the recipe's warm-up, the warm-up takes the same share of the
-        epochs as in the recipe, and a line says so.
+        The recipe may stand anywhere among the options. If ``epochs`` is too small for the recipe's
+        warm-up, the warm-up takes the same share of the epochs as in the recipe, and a line says
+        so.
 
         Raises:
           InputError: (a ValueError) for no or an unknown recipe or row.
         """
         shown = cls(recipe="digits", run=get_recipe("digits").run("robust", seed=0))
-        nothing = arguments.unchecked_copy(shown)
-        nothing.recipe, nothing.run.epochs, nothing.run.optimizer.warmup_epochs = "", -1, -1.0
+        unset = arguments.unchecked_copy(shown)
+        unset.recipe, unset.run.epochs, unset.run.optimizer.warmup_epochs = "", -1, -1.0
         helping = [word for word in options if word in ("-h", "--help")]
-        asked = arguments.read(type(nothing), [word for word in options if word not in helping],
-                               called, nothing)
+        asked = arguments.read(type(unset), [word for word in options if word not in helping],
+                               called, unset)
         if not asked.recipe:
             if helping:
                 return shown
@@ -230,8 +241,7 @@ class OfRecipe:
         warmup, epochs = run.optimizer.warmup_epochs, asked.run.epochs
         if asked.run.optimizer.warmup_epochs == -1 and 0 < epochs <= warmup:
             fitting = warmup * epochs / run.epochs
-            run = with_settings(dataclasses.replace(run, optimizer=dataclasses.replace(
-                run.optimizer, warmup_epochs=fitting)), {"epochs": epochs})
+            run = with_settings(run, {"optimizer.warmup_epochs": fitting, "epochs": epochs})
             if not helping:
                 print(f"Warm-up of {fitting:.2g} epochs instead of {warmup:g}: the same share of "
                       f"--epochs {epochs} as in the recipe. Change it with "
@@ -240,38 +250,22 @@ class OfRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(OfRecipe):
-    """Train one run, `train RECIPE/ROW`, or one for each of several seeds; options change settings.
+class Train(OfRecipe, Training):
+    """Train one run, `train RECIPE/ROW`; options change settings.
 
-    The help shows the defaults of the row that the command line names, or else of digits/robust.
+    Writes runs/RECIPE-ROW-seedSEED, or the folder --out. With --seeds, trains a run for each seed,
+    all as one vmapped program on one device; --out is then the folder that holds the runs. The help
+    shows the defaults of the row that the command line names, or else of digits/robust.
     """
 
-    recipe: Positional[str]
-    """RECIPE/ROW, such as cifar10/both, before or after the options; the row is "robust" by
-    default."""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    out: pathlib.Path | None = None
-    """Folder of the run, runs/RECIPE-ROW-seedSEED by default; with --seeds the folder that holds
-    the runs, runs by default."""
-    seeds: Seeds | None = None
-    """Seeds of several runs, trained as one vmapped program on one device; replaces --seed."""
     resume: bool = False
     """Resume an interrupted run."""
-    tensorboard: bool = True
-    """Write event files for TensorBoard."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
-    feed: Annotated[Feed, tyro.conf.arg(name="")] = Feed()
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
-
-    def __post_init__(self):
-        check_seeds(self.seeds)
 
     def __call__(self) -> None:
         name = self.recipe.replace("/", "-")
         layout = self.execution.start()
-        configs = [self.run] if self.seeds is None else [
-            dataclasses.replace(self.run, seed=seed) for seed in self.seeds]
+        configs = [dataclasses.replace(self.run, seed=seed)
+                   for seed in self.seeds or (self.run.seed,)]
         folders = [(self.out or pathlib.Path("runs")) / f"{name}-seed{config.seed}"
                    for config in configs]
         if self.seeds is None and self.out is not None:
@@ -281,14 +275,14 @@ class Train(OfRecipe):
         check_perturbations(self.run, ())
         dataset = open_dataset(self.run, self.data_dir, in_memory=self.feed.in_memory())
         if self.run.select == "test":
-            say("Note: the epoch is chosen on the test images, as in the paper. This makes the "
-                "test accuracy too high.")
+            files.say("Note: the epoch is chosen on the test images, as in the paper. This makes "
+                      "the test accuracy too high.")
         failures = trainer.train_together(
             configs, dataset, folders, resume=self.resume, tensorboard=self.tensorboard, label=name,
             layout=layout, feed=self.feed)
         if failures:
             raise InputError("; ".join(failures))
-        say(f"Trained: {', '.join(str(folder) for folder in folders)}")
+        files.say(f"Trained: {', '.join(str(folder) for folder in folders)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,10 +294,6 @@ class Sweep(OfRecipe, OnStudies):
     same settings to all combinations. The best setting has the highest validation accuracy.
     """
 
-    recipe: Positional[str]
-    """RECIPE/ROW, such as cifar10_small/robust, before or after the options; the row is "robust"
-    by default."""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
     over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """SETTING=VALUE,VALUE,..., such as robust.lam=0.1,0.5,1; repeat it for each setting."""
 
@@ -316,26 +306,23 @@ class Sweep(OfRecipe, OnStudies):
 
 
 @dataclasses.dataclass(frozen=True)
-class OnRuns:
+class OnRuns(WithData):
     """The options shared by the commands on finished runs."""
 
     runs: Positional[tuple[pathlib.Path, ...]]
     """Folders of finished runs."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
     name: str | None = None
     """Name of this measurement, which gets files of its own, such as evaluation-NAME.json. Reports
     show the measurements without a name."""
 
     def configs(self) -> list[tuple[pathlib.Path, RunConfig]]:
-        """Reads and checks all runs before the first is measured, which takes long."""
+        """Reads and checks all runs, before any is measured."""
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
         configs = [(folder, read_config(folder)) for folder in self.runs]
         for folder, _ in configs:
             files.require_writable(folder)
-            # Says what is wrong with the name.
-            run_folder.facts_path(folder, "evaluation", self.name)
+            run_folder.facts_path(folder, "evaluation", self.name)  # Raises for a bad name.
         return configs
 
     def load(self, layout=None, load=trainer.load_run):
@@ -344,15 +331,15 @@ class OnRuns:
 
 
 def command_of(measurement: Measurement) -> type[OnRuns]:
-    """The command that makes a measurement of runs, with its settings for options."""
+    """Makes the command of a measurement, whose settings are its options."""
     def call(self) -> None:
         layout = self.execution.start() if measurement.parallel else None
         load = trainer.load_run if measurement.trained else trainer.open_run
         for folder, run in self.load(layout, load):
             facts = runner.measure(measurement, run, self.settings, folder, folder.name, self.name)
             if measurement.text is not None:
-                say(f"{folder}\n{measurement.text(facts)}")
-            say(f"Measured: {run_folder.facts_path(folder, measurement.kind, self.name)}")
+                files.say(f"{folder}\n{measurement.text(facts)}")
+            files.say(f"Measured: {run_folder.facts_path(folder, measurement.kind, self.name)}")
 
     groups = {"settings": measurement.settings}
     if measurement.parallel:
@@ -379,10 +366,9 @@ class Evaluate(OnRuns):
         for folder, run in self.load(layout):
             found = accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
             files.barrier("evaluated")
-            if "classes" in found:  # Older ones have none.
-                say(comparison.evaluation_text(found))
-            say(doubt.doubt_text(doubt.load_doubt(folder)))
-            say(f"Measured: {run_folder.facts_path(folder, 'evaluation', self.name)}")
+            files.say(comparison.evaluation_text(found))
+            files.say(doubt.doubt_text(doubt.load_doubt(folder)))
+            files.say(f"Measured: {run_folder.facts_path(folder, 'evaluation', self.name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,10 +385,9 @@ class Figures(OnRuns):
     run."""
 
     def __call__(self) -> None:
-        # Says what is wrong before hours of work.
         if self.out is not None:
             files.require_writable(self.out)
-        report.group_by_study(self.runs)
+        report.group_by_study(self.runs)  # Raises before hours of work, not after.
         for folder, run in self.load():
             robustness.measure_robustness(run, self.settings, folder, folder.name, self.name)
         for path in report.write_figures(self.runs, self.out, self.name):
@@ -435,7 +420,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Predict:
+class Predict(WithData):
     """Classify image files with a finished run, and show how doubtful each prediction is.
 
     Prints a line for each image and one on the doubt score: which it is, how well it separates
@@ -447,8 +432,6 @@ class Predict:
     """Folder of the run."""
     images: Positional[tuple[pathlib.Path, ...]]
     """Image files."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
         run, score = predict.load_classifier(self.run, self.data_dir)
@@ -456,7 +439,7 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(WithData):
     """Write the network of a finished run for use elsewhere."""
 
     run: Positional[pathlib.Path]
@@ -465,8 +448,6 @@ class Export:
     """FILE.stablehlo for the whole classifier with its normalisation, for jax.export;
     FILE.safetensors or FILE.pth for the weights under PyTorch's names. RUN/model.stablehlo by
     default."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
         out = self.out or self.run / "model.stablehlo"
@@ -500,13 +481,11 @@ class Perturb:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepare:
+class Prepare(WithData):
     """Download and prepare a data set."""
 
     dataset: Positional[str]
     """"cifar10" or "svhn_cropped"; "digits" needs no preparation."""
-    data_dir: pathlib.Path = dataclasses.field(default_factory=default_data_dir)
-    """Folder of TensorFlow Datasets."""
 
     def __call__(self) -> None:
         files.require_writable(self.data_dir.expanduser())

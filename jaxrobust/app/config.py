@@ -1,7 +1,8 @@
-"""The configuration of a run, as a frozen dataclass and as JSON."""
+"""The configurations of runs, measurements and tests, as frozen dataclasses and as JSON."""
 
 import dataclasses
 import json
+import operator
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -19,28 +20,27 @@ from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
 
 SEEDS = 2**32
-"""Upper limit of seeds, itself excluded: JAX takes their last 32 bits, so this one equals 0."""
+"""Seeds are below this limit: JAX uses only their last 32 bits."""
 
 MOST_CHANNELS, MOST_EPOCHS, MOST_PIXELS = 2**16, 2**20, 2**14
-"""Upper limits, far beyond any use, of the widths of layers, of epochs and of the sides of an
-image."""
+"""Upper limits, far beyond any use, for the width of a layer, the number of epochs and the height
+or width of an image."""
 
 MAX_NOISE_LEVEL = 255
 MIN_NOISE_LEVEL = 0.25
-"""Limits of noise levels other than 0, in units of 1/255: the whole range of the pixels, and less
-than what rounding to 8 bits adds (0.29)."""
+"""Limits of noise levels other than 0, in units of 1/255: the whole range of pixel values, and less
+than the rounding error of 8 bits (0.29)."""
 
 
 def distinct(name: str, values: Sequence) -> None:
-    """Raises InputError for a value that is given twice."""
+    """Raises InputError for a duplicate."""
     for index, value in enumerate(values):
         if value in values[:index]:
             raise InputError(f"Expected each {name} once, got {value} twice.")
 
 
 def check_seeds(seeds: Sequence[int] | None) -> None:
-    """Raises InputError unless ``seeds``, if given, are at least one, all different and in range.
-    """
+    """Raises InputError unless ``seeds``, if given, are one or more different seeds."""
     if seeds is None:
         return
     if not seeds:
@@ -51,8 +51,8 @@ def check_seeds(seeds: Sequence[int] | None) -> None:
 
 
 def check_length(name: str, value: float, inputs: str = "pixels") -> None:
-    """Raises InputError unless a step or a standard deviation is within the range of the inputs,
-    which is unknown for normalised ones."""
+    """Raises InputError unless a step or a standard deviation fits the range of the inputs, which
+    is known only for pixels."""
     _validate.in_range(name, value, 0, open_low=True)
     if inputs == "pixels" and value > 1:
         raise InputError(f"Expected {name}={value:g} in (0, 1], in pixel values of [0, 1].")
@@ -112,7 +112,7 @@ class OptimizerConfig:
 class RunConfig:
     """One training run: data set, model, method and seed. Determines the result to the bit.
 
-    As a pytree, it holds the numbers in which runs of one compiled program may differ: see
+    As a pytree, its leaves are the settings in which runs of one compiled program may differ; see
     :data:`SWEPT`.
     """
 
@@ -219,8 +219,7 @@ class RunConfig:
             raise InputError(f"{str(error)[:-1]}, in pixel values of [0, 1].{hint}") from error
         training_perturbation(self)  # Raises for an invalid one.
         for name, most in (("width", MOST_CHANNELS), ("num_features", MOST_CHANNELS),
-                           ("epochs", MOST_EPOCHS),
-                           ("checkpoint_every", MOST_EPOCHS)):
+                           ("epochs", MOST_EPOCHS), ("checkpoint_every", MOST_EPOCHS)):
             _validate.in_range(name, getattr(self, name), 1, most)
         # One image has no variance for batch norm.
         _validate.in_range("batch_size", self.batch_size, 2)
@@ -243,7 +242,7 @@ class RunConfig:
 
 
 def training_perturbation(config: RunConfig) -> Perturbation:
-    """The perturbation that makes the noisy view of a run's training images.
+    """Makes the perturbation for the noisy view of a run's training images.
 
     Raises:
       InputError: (a ValueError) if :func:`parse_perturbation` cannot read it.
@@ -254,7 +253,7 @@ def training_perturbation(config: RunConfig) -> Perturbation:
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureConfig:
-    """Which curvature of a run's loss is measured, and how."""
+    """How the curvature of a run's loss is measured."""
 
     num_images: int = 256
     """Number of test images, taken from the first on."""
@@ -330,18 +329,16 @@ class Evaluation:
 
 SWEPT = tuple(jax.tree_util.keystr(path, simple=True, separator=".")
               for path, _ in jax.tree_util.tree_leaves_with_path(RunConfig(select="last")))
-"""Settings, beside the seed, in which runs that are trained together may differ."""
+"""The settings, besides the seed, in which runs that are trained together may differ."""
 
 
 def get_setting(config, name: str):
     """The value of a setting with a dotted name, such as ``"robust.lam"``."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+    return operator.attrgetter(name)(config)
 
 
 def with_settings(config: RunConfig, values: Mapping[str, typing.Any]) -> RunConfig:
-    """The configuration with other values for settings with dotted names."""
+    """Replaces the values of settings with dotted names."""
     for name, value in values.items():
         outer, _, inner = name.rpartition(".")
         if outer:
@@ -351,12 +348,12 @@ def with_settings(config: RunConfig, values: Mapping[str, typing.Any]) -> RunCon
 
 
 def to_json(config) -> str:
-    """A configuration as JSON text, every field written out."""
+    """Writes a configuration, with all its fields, as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_dict(cls, values: dict):
-    """The dataclass ``cls`` from what :func:`to_json` wrote.
+    """Makes an instance of the dataclass ``cls`` from the content that :func:`to_json` wrote.
 
     Raises:
       InputError: (a ValueError) for a field that ``cls`` does not have.
@@ -374,4 +371,4 @@ def from_dict(cls, values: dict):
 
 
 BEFORE_CHOICES = {"batch_norm_statistics": "running", "class_weights": "none"}
-"""Values of settings that older runs' files do not name, because there was no choice yet."""
+"""Values of settings that are missing from files written before these settings existed."""

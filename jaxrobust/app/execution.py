@@ -1,4 +1,4 @@
-"""How a command runs: its devices and processes. Changes the time, not the result."""
+"""Configures devices, processes and the input pipeline, which change the time, not the result."""
 
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ from jaxrobust.parallel import FORMS, Layout, make_layout
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Devices and processes of a command."""
+    """The devices and processes of a command."""
 
     parallel: str = "auto"
     """"jit": one device; "mesh": all devices of all processes; "pmap": the devices of a single
@@ -58,12 +58,12 @@ class Execution:
             _validate.in_range("process_id", self.process_id, 0, self.num_processes)
 
     def start(self) -> Layout:
-        """Joins the job, if there is one, and lays out the devices.
+        """Joins the job, if there is one, and returns the layout of the devices.
 
-        Call it before anything else uses JAX.
+        Must precede every other use of JAX.
 
         Raises:
-          InputError: (a ValueError) if the job cannot be joined, or the form is unavailable.
+          InputError: (a ValueError) if the job cannot be joined, or the layout is unavailable.
         """
         asked = self.coordinator is not None or _is_one_of_several()
         if asked and not jax.distributed.is_initialized():
@@ -74,14 +74,14 @@ class Execution:
                 raise InputError(
                     f"Cannot join the job with coordinator={self.coordinator!r}: "
                     f"{str(error).splitlines()[0]}") from error
-            # Collectives wait only 30 seconds for a late process. A barrier now, while all have
-            # just started, connects them before loading data sets sets them apart.
+            # Collectives wait only 30 seconds for a late process: connect all processes now,
+            # before loading a data set takes some of them longer.
             multihost_utils.sync_global_devices("start")
         return make_layout(None if self.parallel == "auto" else self.parallel)
 
 
 STEPS_PER_CALL = 100
-"""Default on accelerators: small enough to show progress, large enough to hide the host's time."""
+"""Default on accelerators: few enough to show progress, enough to hide the host's time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Feed:
         return self.input == "resident" or self.input == "auto" and jax.process_count() == 1
 
     def resolve(self, layout: Layout, split: Split, num_runs: int) -> "Feed":
-        """The feed with every "auto" and None replaced by its choice.
+        """Replaces every "auto" and None by a choice.
 
         Raises:
-          InputError: (a ValueError) to stream for several runs together, or with several steps in a
+          InputError: (a ValueError) for streaming with several runs, or with several updates in a
             call.
         """
         device = layout.mesh.local_devices[0]
@@ -135,23 +135,22 @@ class Feed:
 
 
 def batch_size_of(images) -> int:
-    """Number of images [N, H, W, channels] to test at once: at most 250, and at most four million
-    pixels in all, so that a network's working memory is bounded."""
+    """Number of images [N, H, W, channels] to test at once: at most 250, with at most four million
+    pixels in all, which bounds the working memory of a network."""
     _, height, width, _ = images.shape
     return max(1, min(250, 2**22 // (height * width)))
 
 
 def _host_memory() -> float:
-    """Bytes of memory of this machine; infinite if the system does not tell."""
+    """Bytes of memory of this machine; infinite if unknown."""
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def start_process() -> None:
-    """Prepares this process for a command; call it before anything is computed."""
-    # TFDS warns of a missing data set, and Orbax logs each error with a traceback before raising
-    # it; the commands report both in one line.
+    """Prepares this process for a command; must precede all computation."""
+    # The commands report in one line what TFDS and Orbax log with a traceback.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_freed_memory()
     keep_compilations()
@@ -162,8 +161,8 @@ KEPT_BYTES = 2**31
 
 
 def compilations_folder() -> pathlib.Path:
-    """The cache of compiled programs: JAX_COMPILATION_CACHE_DIR, or ``jaxrobust/xla`` in the user's
-    cache folder."""
+    """The folder of compiled programs: JAX_COMPILATION_CACHE_DIR, or ``jaxrobust/xla`` in the
+    user's cache folder."""
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return pathlib.Path(named) if named else caches / "jaxrobust" / "xla"
@@ -172,14 +171,14 @@ def compilations_folder() -> pathlib.Path:
 def keep_compilations() -> None:
     """Caches programs that take a second or more to compile, for later commands.
 
-    Programs are cached in :func:`compilations_folder`. If it exceeds :data:`KEPT_BYTES`, the least
-    recently used are removed, unless the environment names the folder.
-    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. If the folder cannot be written, a line
-    says so.
+    They are in :func:`compilations_folder`. If it exceeds :data:`KEPT_BYTES`, the least recently
+    used are removed, unless the environment names the folder. JAX_ENABLE_COMPILATION_CACHE=false
+    turns the cache off. If the folder cannot be written to, a line says so. Damaged files, as a
+    full disk leaves them, are removed.
 
     JAX keys a program by its computation, the versions of JAX and XLA, flags, devices, and on CPUs
-    the processor's instructions, so that no other machine's program is used. Any number of
-    processes may share the folder. Incomplete files, as a full disk leaves them, are removed.
+    the processor's instructions: no machine uses the program of another. Any number of processes
+    may share the folder.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -187,7 +186,7 @@ def keep_compilations() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # Permissions do not tell: a file system may be read-only.
+            pass  # Permissions are not enough: the file system may be read-only.
     except OSError as error:
         print(f"Compiled programs are not cached: cannot write {folder} ({error.strerror}).",
               file=sys.stderr, flush=True)
@@ -200,8 +199,8 @@ def keep_compilations() -> None:
 
 def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message: Warning,
                        *arguments) -> None:
-    """Replaces ``warnings.showwarning``: JAX warns of an unreadable cache file but never replaces
-    it, so that the program would be recompiled every time."""
+    """Replaces ``warnings.showwarning``: removes each file of the cache that JAX warns it cannot
+    read. JAX itself never replaces it, and would compile the program every time."""
     unreadable = re.match(
         r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if unreadable is None:
@@ -209,7 +208,7 @@ def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message:
         return
     print(f"Cannot read a compiled {unreadable[1]} in {folder}; compiling it again.",
           file=sys.stderr, flush=True)
-    for path in folder.glob(f"{unreadable[1]}-*"):  # The message does not say which of them.
+    for path in folder.glob(f"{unreadable[1]}-*"):  # The warning does not say which of them.
         path.unlink(missing_ok=True)
 
 
@@ -217,7 +216,7 @@ def _remove_oldest(folder: pathlib.Path, limit: int) -> None:
     """Removes the least recently used files of a folder until at most ``limit`` bytes remain."""
     found = []
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # Another process may remove them too.
+        with contextlib.suppress(FileNotFoundError):  # Another process may remove it.
             facts = path.stat()
             if stat.S_ISREG(facts.st_mode):
                 found.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
@@ -232,13 +231,13 @@ def _remove_oldest(folder: pathlib.Path, limit: int) -> None:
 def keep_freed_memory() -> None:
     """Lets this process keep freed memory instead of returning it to the system, on glibc.
 
-    XLA allocates working memory anew for each training step. On CPUs the system then clears
-    hundreds of megabytes, page by page, which takes a tenth to a fifth of the step's time.
+    XLA allocates its working memory again for each training step. On CPUs the system then clears
+    hundreds of megabytes, page by page, which takes 10 to 20 % of the step's time.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # By malloc.h: one arena, never using mmap, never trimmed.
+    # The options of malloc.h: use one arena, never mmap, and never trim.
     for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
         mallopt(option, value)
 

@@ -1,4 +1,4 @@
-"""Files of results: who may write them, and replacing them as a whole.
+"""Writes the files of results: atomically, and only into folders that are free for them.
 
 In a job of several processes the first one writes; all must see the same folders.
 """
@@ -19,9 +19,9 @@ from jaxrobust.app.config import InputError
 
 
 def require_writable(folder: pathlib.Path) -> None:
-    """Checks that files can be written into a folder, which need not be there yet.
+    """Checks that files can be written into a folder, which need not exist, and leaves no trace.
 
-    It leaves nothing behind. Commands call it before their work begins.
+    Commands call it before their work begins.
 
     Raises:
       InputError: (a ValueError) if a file is in the way, or the system refuses.
@@ -30,11 +30,11 @@ def require_writable(folder: pathlib.Path) -> None:
     if not nearest.is_dir():
         raise InputError(f"Cannot write {folder}: {nearest} is a file. Choose a folder.")
     with writing(folder), tempfile.TemporaryFile(dir=nearest):
-        pass  # Permissions do not tell: a file system may be read-only, or hold no files at all.
+        pass  # Permissions are not enough: the file system may be read-only.
 
 
 def require_writable_file(path: pathlib.Path) -> None:
-    """As :func:`require_writable`, for a file that is to be written or replaced."""
+    """Checks that a file can be written or replaced, as :func:`require_writable` does."""
     if path.is_dir():
         raise InputError(f"Cannot write {path}: it is a folder. Name a file.")
     require_writable(path.parent)
@@ -42,16 +42,13 @@ def require_writable_file(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the system refuses, such as on a full disk, into InputError that names the path.
-
-    Everything that a command writes is written within it.
-    """
+    """Turns errors of the system, such as a full disk, into an InputError that names the path."""
     try:
         yield
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
     except ValueError as error:
-        # TensorStore, by which Orbax writes, has the system's number in a text alone.
+        # TensorStore, which Orbax uses, gives the error number only in its message.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
@@ -59,39 +56,38 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Makes a folder, and those above it, unless it is there.
+    """Makes a folder and its parents, unless they exist.
 
     Raises:
-      InputError: (a ValueError) if it cannot be made.
+      InputError: (a ValueError) if the system refuses.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def claim(folder: pathlib.Path, name: str, content: str) -> None:
-    """Makes ``folder`` the place of what the file ``name`` describes.
+def claim(path: pathlib.Path, content: str) -> None:
+    """Writes a file that describes what its folder is for, unless it is there already.
 
     Raises:
-      InputError: (a ValueError) if the folder belongs to something else already, or cannot be
-        written into.
+      InputError: (a ValueError) if the folder holds something else, or cannot be written to.
     """
+    folder = path.parent
     require_writable(folder)
-    path = folder / name
     if path.is_file():
         if path.read_text() != content:
-            raise holds_another(folder, name)
+            raise holds_another("configuration", path)
         return
     if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no {name}. Choose another --out.")
-    barrier("claim")  # All have looked before one writes.
+        raise InputError(f"{folder} is not empty and holds no {path.name}. Choose another --out.")
+    barrier("claim")  # All processes look before one writes.
     make_folder(folder)
     write_text(path, content)
     barrier("claimed")
 
 
-def holds_another(folder: pathlib.Path, name: str) -> InputError:
-    """What is raised for a folder whose file ``name`` describes something else."""
-    return InputError(f"{folder} holds another configuration (see {name} there). "
+def holds_another(what: str, path: pathlib.Path) -> InputError:
+    """The error for a folder that belongs to something else, as the file at ``path`` says."""
+    return InputError(f"{path.parent} holds another {what} (see {path.name} there). "
                       "Choose another folder with --out, or remove that one.")
 
 
@@ -100,14 +96,20 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Prints a line, once for all processes of a job."""
+    if is_writer():
+        print(text, flush=True)
+
+
 def barrier(name: str) -> None:
-    """Waits until all processes of a job have come here."""
+    """Waits until all processes of a job arrive here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def append_line(path: pathlib.Path, row: dict) -> None:
-    """Adds an object to a JSON-lines file."""
+    """Appends an object to a JSON-lines file."""
     if is_writer():
         with writing(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -115,9 +117,9 @@ def append_line(path: pathlib.Path, row: dict) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a file to write, which then takes the place of ``path``.
+    """Yields the path of a file to write, which then replaces ``path``.
 
-    A kill, or an error while it is written, leaves the old file or the new one.
+    An interruption leaves either the old file or the new one.
 
     Raises:
       InputError: (a ValueError) if the system refuses.
@@ -132,33 +134,33 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, content: str) -> None:
-    """Replaces a file as a whole, as :func:`replacing` does."""
+    """Replaces a text file atomically."""
     if is_writer():
         with replacing(path) as partial:
             partial.write_text(content, encoding="utf-8", newline="\n")
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """As :func:`write_text`, for an ``.npz`` file."""
+    """Replaces an ``.npz`` file atomically."""
     if is_writer():
         with replacing(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """As :func:`write_text`."""
+    """Replaces a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path):
-    """The content of a JSON file."""
+    """Reads a JSON file."""
     return json.loads(path.read_text())
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The objects of a JSON-lines file; none if it is not there.
+    """Reads the objects of a JSON-lines file; none if there is no file.
 
-    A last line without its end, which a kill may leave, does not count.
+    Ignores an incomplete last line, which an interruption may leave.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Classifies images with a finished run, and exports the run's network."""
+"""Classifies images with a finished run, and exports its network."""
 
 import json
 import pathlib
@@ -23,7 +23,6 @@ from jaxrobust.app.doubt import (
     measure_doubt,
     outputs_of,
 )
-from jaxrobust.app.network import read_network
 from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
 from jaxrobust.images import to_float
@@ -36,37 +35,23 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def load_classifier(
     folder: pathlib.Path, data_dir: pathlib.Path
 ) -> tuple[TrainedRun, Doubt]:
-    """Loads a finished run for use, and its doubt score.
+    """Loads a finished run and its doubt score.
 
-    Needs the run's data set only for a run without ``network.json``, and to measure a score that is
-    not measured yet. If that measurement is impossible, prints why, and the score is
-    :data:`jaxrobust.app.doubt.UNMEASURED`.
+    Needs the run's data set only to measure the score, if it has not been measured. If that is
+    impossible, prints why, and the score is :data:`jaxrobust.app.doubt.UNMEASURED`.
 
     Raises:
       InputError: (a ValueError) as :func:`jaxrobust.app.trainer.load_run` does.
     """
     config = read_config(folder)
-    if read_network(folder) is not None:
-        run = load_run(folder, config, None)
-    else:
-        try:
-            dataset = open_dataset(config, data_dir, in_memory=False)
-        except InputError as error:
-            raise InputError(f"{folder} has no network.json, as it is older, and needs its data "
-                             f"set: {error}") from error
-        run = load_run(folder, config, dataset)
+    run = load_run(folder, config, None)
     if load_doubt(folder).facts is None:
         try:
-            measure_doubt(_with_dataset(run, folder, data_dir), folder)
+            dataset = open_dataset(config, data_dir, in_memory=False)
+            measure_doubt(load_run(folder, config, dataset), folder)
         except InputError as error:
             print(f"Cannot measure the doubt score: {error}", file=sys.stderr)
     return run, load_doubt(folder)
-
-
-def _with_dataset(run, folder, data_dir):
-    if run.dataset is not None:
-        return run
-    return load_run(folder, run.config, open_dataset(run.config, data_dir, in_memory=False))
 
 
 class Prediction(NamedTuple):
@@ -122,7 +107,8 @@ def predict_files(
 
 
 def table_text(predictions: Sequence[Prediction], doubt: Doubt) -> str:
-    """Predictions as lines with path, class, probability and doubt; then how good the doubt is."""
+    """Formats predictions as a table with path, class, probability and doubt; then describes the
+    doubt score."""
     rows = [("image", "class", "probability", "doubt", "")]
     rows += [(str(one.path), one.label, f"{one.probability:.4f}", f"{one.doubt:.4g}",
               "doubtful" if one.doubtful else "") for one in predictions]
@@ -141,10 +127,10 @@ def require_exportable(path: pathlib.Path) -> None:
 def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     """Writes a run's network for use without this package.
 
-    ``.stablehlo``: a serialised ``jax.export`` artefact of :func:`classify`, normalisation and
-    weights included, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json``
-    with the names of the classes and the inputs and outputs. ``.safetensors``, ``.pth``: the
-    weights, in PyTorch's names and layout.
+    ``.stablehlo``: :func:`classify` as serialised by ``jax.export``, with normalisation and
+    weights, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json`` with the
+    inputs, the outputs and the names of the classes. ``.safetensors``, ``.pth``: the weights, in
+    PyTorch's names and layout.
 
     Raises:
       InputError: (a ValueError) for another suffix, a file that cannot be written, or a network

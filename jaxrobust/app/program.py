@@ -1,4 +1,4 @@
-"""What runs execute, compiled once for all runs that differ in their seed alone."""
+"""Compiles what runs execute, once for all runs that differ only in their seed."""
 
 import contextlib
 import dataclasses
@@ -32,15 +32,15 @@ from jaxrobust.training import TrainState
 
 
 def model_of(config: RunConfig, dataset: Dataset | Network) -> nn.Module:
-    """The model of a run."""
+    """Creates the model of a run."""
     return create_model(
         config.model, num_classes=len(dataset.class_names), num_features=config.num_features,
         width=config.width, feature_layer=config.feature_layer, mean=dataset.mean, std=dataset.std,
         dtype=jnp.dtype(config.dtype))
 
 
-def learning_rate_schedule(
-    config: OptimizerConfig, *, epochs: int, steps_per_epoch: int
+def _learning_rate(
+    config: OptimizerConfig, epochs: int, steps_per_epoch: int
 ) -> optax.Schedule:
     """The learning rate by step."""
     if config.schedule == "piecewise":
@@ -54,8 +54,8 @@ def learning_rate_schedule(
         decay_steps=epochs * steps_per_epoch)
 
 
-def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The weight, by step, of the terms beside the softmax loss."""
+def _constraint_weight(config: RunConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The weight of the terms beside the softmax loss, by step."""
     steps = round(config.constraint_warmup_epochs * steps_per_epoch)
     if steps == 0:
         return optax.schedules.constant_schedule(1.0)
@@ -64,10 +64,10 @@ def constraint_schedule(config: RunConfig, steps_per_epoch: int) -> optax.Schedu
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The compiled parts of a run, or of several that are trained together.
+    """The compiled functions of a run, or of several that are trained together.
 
-    ``run`` is their configuration, of :func:`stack_configs`. The state of several has a leading
-    axis of runs, [R], in every leaf, and so have their orders, metrics and ``run``; the images are
+    The argument ``run`` is the result of :func:`stack_configs`. For several runs, the state, the
+    orders, the metrics and ``run`` have a leading axis of runs [R] in every leaf; the images are
     shared.
     """
 
@@ -75,84 +75,80 @@ class Program:
     model: nn.Module
     learning_rate: optax.Schedule
     resident: Callable[[int], parallel.Step]
-    """By the number of updates in a call: ``(state, (images [N, ...] uint8, labels [N], order
-    [N], run), positions [B]) -> (state, metrics [T])``. The images are on the devices."""
+    """For a number T of updates in a call: ``(state, (images [N, ...] uint8, labels [N], order
+    [N], run), positions [B]) -> (state, metrics [T])``, with all images on the devices."""
     streamed: parallel.Step
     """``(state, run, (images [B, ...], labels [B], positions [B])) -> (state, metrics [1])``:
-    one update with images that have just come."""
+    one update with a batch of images that has just been read."""
     order: Callable[[jax.Array, int], jax.Array]
-    """``(key, epoch) -> order [N]`` in which an epoch visits the images."""
+    """``(key, epoch) -> order [N]`` of the images in an epoch."""
     passes: parallel.Step
     """``(statistics, (params, key, index, run), (images [B, ...], labels [B], positions [B])) ->
-    (statistics, ())``, of one run: adds batch number ``index`` to batch norm's statistics."""
+    (statistics, ())``, for one run: adds batch number ``index`` to batch norm's statistics."""
 
 
 SUBSET_SEED = 0
-"""Of the choice of training and validation images: the same for all runs."""
+"""Seed that chooses training and validation images, the same for all runs."""
 
 
 def rows_of(config: RunConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
-    """The rows of the training split that a run is trained on, and of those held out of it.
+    """Divides the training split into rows to train on and rows to hold out for validation.
 
-    The latter are None if none are, as where the data set has images for validation of its own.
-    Copies of one image are held out together.
+    The latter are None if there are none, or the data set has its own validation images. Copies of
+    one image are held out together.
 
     Raises:
       InputError: (a ValueError) if there are fewer images than the configuration asks for.
     """
     labels, held_out = dataset.train.labels, None
-    rows, size = np.arange(len(labels)), config.validation_size
-    if size and dataset.validation is None:
-        size = int(size) if size >= 1 else round(size * len(labels))
-        rows, held_out = _divide(labels, size, "validation_size", dataset.groups)
+    rows = np.arange(len(labels))
+    if config.validation_size and dataset.validation is None:
+        rows, held_out = _divide(labels, num_held_out(config, len(labels)), "validation_size",
+                                 dataset.groups)
     if config.train_size is not None and config.train_size != len(rows):
         rows = rows[_divide(labels[rows], config.train_size, "train_size")[1]]
     return rows, held_out
 
 
+def num_held_out(config: RunConfig, num_images: int) -> int:
+    """The number of images to hold out, which the configuration may give as a share."""
+    size = config.validation_size
+    return int(size) if size >= 1 else round(size * num_images)
+
+
 def _divide(labels, size, name, groups=None):
     if size >= len(labels):
-        raise InputError(f"Expected {name}={size} < {len(labels)}, the images there are.")
+        raise InputError(f"Expected {name}={size} < {len(labels)}, the number of images.")
     return data.split_rows(labels, size, seed=SUBSET_SEED, groups=groups, name=name)
 
 
 def num_train_of(config: RunConfig, dataset: Dataset) -> int:
-    """The number of images a run is trained on."""
+    """The number of images that a run is trained on."""
     return len(rows_of(config, dataset)[0])
 
 
 def class_weights_of(config: RunConfig, dataset: Dataset) -> tuple[float, ...] | None:
-    """The weight of each class in the softmax losses of a run; None for 1 each.
+    """Returns the weight of each class in the softmax losses of a run; None for equal weights.
 
     Balanced weights are :math:`N / (C n_c)`, with :math:`n_c` of the N training images in class c,
-    as scikit-learn's ``class_weight="balanced"``: over an epoch every class has the same weight.
+    as in scikit-learn's ``class_weight="balanced"``: all classes weigh the same over an epoch.
     """
     if config.class_weights == "none":
         return None
     labels = dataset.train.labels[rows_of(config, dataset)[0]]
     counts = np.bincount(labels, minlength=len(dataset.class_names))
-    # A class without an image has no term to be weighted.
+    # A class without images has no term.
     return tuple((len(labels) / (len(counts) * np.maximum(counts, 1))).tolist())
 
 
 def method_of(config: RunConfig, class_weights: tuple[float, ...] | None) -> Method:
-    """The method of a run, with the weights of its classes."""
+    """Makes the method of a run."""
     return make_method(
         config.method, robust=config.robust, stability_weight=config.stability_weight,
         one_pass=config.one_pass, class_weights=class_weights)
 
 
-def optimizer_of(
-    config: RunConfig, num_train: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of a run, and its learning rate by step."""
-    learning_rate = learning_rate_schedule(
-        config.optimizer, epochs=config.epochs,
-        steps_per_epoch=len(data.batch_sizes(num_train, config.batch_size)))
-    return _transformation(config.optimizer, learning_rate), learning_rate
-
-
-def _transformation(
+def _optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
     shared = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm}
@@ -162,10 +158,10 @@ def _transformation(
 
 
 def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
-    """The program of runs that differ in their seed, and in swept settings, alone.
+    """Returns the program of runs that differ only in their seed and in swept settings.
 
     Raises:
-      InputError: (a ValueError) if they differ in more, or the layout cannot run it.
+      InputError: (a ValueError) if they differ in more, or the layout cannot run them.
     """
     config = configs[0]
     if not layout.divides(config.batch_size):
@@ -181,25 +177,25 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
             f"Expected batch_size={config.batch_size} with {num_train} training images to give "
             f"each of {layout.num_devices} devices two images or more with "
             "batch_norm='per_device': one has no variance.")
-    stack_configs(configs)  # Says in what they may not differ.
+    stack_configs(configs)  # Raises if the runs differ in other settings.
     return _program(
         without_swept(config), model_of(config, dataset), num_train,
         class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
 def without_swept(config: RunConfig) -> RunConfig:
-    """What runs have in common that can be trained together, and that one program trains: the
-    configuration with 0 for the seed and for its leaves."""
+    """Sets the seed and all swept settings to 0: runs with the same result can be trained
+    together."""
     return jax.tree.map(lambda _: 0.0, dataclasses.replace(config, seed=0))
 
 
 def stack_configs(configs: Sequence[RunConfig]) -> RunConfig:
-    """The runs' configurations as one, with the seed 0.
+    """Stacks the configurations of runs into one with the seed 0.
 
-    Its leaves, which :data:`jaxrobust.app.config.SWEPT` names, are [R] float32; [] of one run.
+    Its leaves, which :data:`jaxrobust.app.config.SWEPT` names, are [R] float32, or [] for one run.
 
     Raises:
-      InputError: (a ValueError) if they differ in more than these and the seed.
+      InputError: (a ValueError) if the runs differ in other settings.
     """
     if len({without_swept(config) for config in configs}) > 1:
         raise InputError("Expected runs that are trained together to differ in nothing but the "
@@ -214,7 +210,8 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
              class_weights: tuple[float, ...] | None, flip: bool, layout: Layout,
              together: bool) -> Program:
     steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
-    optimizer, learning_rate = optimizer_of(config, num_train)
+    learning_rate = _learning_rate(config.optimizer, config.epochs, steps_per_epoch)
+    optimizer = _optimizer(config.optimizer, learning_rate)
     augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
                "photo": data.photo_augmentation}[config.augmentation](flip=flip)
 
@@ -227,7 +224,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
         train_step = training.make_train_step(
             model, method_of(run, class_weights), optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
-            constraint_weight=constraint_schedule(run, steps_per_epoch))
+            constraint_weight=_constraint_weight(run, steps_per_epoch))
         return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
 
     def passes(axis_name):
@@ -236,10 +233,9 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
             add = batch_statistics.make_pass_step(
                 model, method_of(run, class_weights), axis_name=axis_name,
                 sync_batch_norm=run.batch_norm == "synchronised")
-            # Beyond the steps of any training, whose randomness is another.
+            # Beyond the steps of any training, so that the random numbers differ.
             number = index + jnp.uint32(2**31)
             batch = batch_of(run, key, number, *rows)
-            # The models here have no dropout.
             return add(statistics, params, batch, jax.random.fold_in(key, number)), ()
 
         return step
@@ -253,9 +249,9 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
                 rows = order[first + positions]
                 return update(axis_name, state, images[rows], labels[rows], positions, run)
 
-            if num_steps == 1:  # A loop of one iteration is as slow as any on CPUs.
+            # On CPUs, convolutions are several times slower inside loops.
+            if num_steps == 1:
                 return _with_axis(one(state, None))
-            # On CPUs convolutions are several times slower inside loops.
             return jax.lax.scan(one, state, length=num_steps,
                                 unroll=jax.default_backend() == "cpu")
 
@@ -280,7 +276,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
 
 @functools.lru_cache(maxsize=8)
 def _order_of(layout: Layout, num_train: int, together: bool) -> Callable[..., jax.Array]:
-    """``order`` of a :class:`Program`; compiled once for all runs on as many images."""
+    """Makes ``order`` of a :class:`Program`, once for all runs with as many images."""
     def order(key, epoch):
         return data.epoch_order(key, epoch, num_train)
 
@@ -288,7 +284,7 @@ def _order_of(layout: Layout, num_train: int, together: bool) -> Callable[..., j
 
 
 def _with_axis(state_and_metrics):
-    """The metrics with the axis [T] of the updates in a call."""
+    """Adds the axis [T] of the updates in a call to the metrics."""
     state, metrics = state_and_metrics
     return state, jax.tree.map(lambda value: value[None], metrics)
 
@@ -296,7 +292,7 @@ def _with_axis(state_and_metrics):
 def initial_state(
     config: RunConfig, dataset: Dataset | Network, layout: Layout
 ) -> TrainState:
-    """The state of one run before its first step, on the devices."""
+    """Creates the state of one run before its first update, on the devices."""
     sample = jnp.zeros((1, *dataset.image_shape), jnp.float32)
     create = _state_of(model_of(config, dataset), config.optimizer)
     return parallel.replicate(layout, create(jax.random.key(config.seed), sample))
@@ -304,23 +300,23 @@ def initial_state(
 
 @functools.lru_cache(maxsize=8)
 def _state_of(model: nn.Module, optimizer: OptimizerConfig) -> Callable[..., TrainState]:
-    """``(key, images) -> state`` before the first step; compiled once for all runs of a kind."""
-    # What an optimiser begins with does not depend on its schedule.
-    transformation = _transformation(optimizer, optax.schedules.constant_schedule(0.0))
-    # Compiled as a whole: layer by layer it takes longer than compiling the update.
+    """Makes ``(key, images) -> state``, compiled once for all runs of a kind."""
+    # The initial state of an optimiser does not depend on its schedule.
+    transformation = _optimizer(optimizer, optax.schedules.constant_schedule(0.0))
+    # Layer by layer, it would take longer than compiling the update.
     return jax.jit(functools.partial(training.create_train_state, model, transformation))
 
 
 def start_from(
     path: str, state: TrainState, config: RunConfig, dataset: Dataset, layout: Layout
 ) -> tuple[TrainState, dict[str, Any]]:
-    """A first state with the weights of a PyTorch file, and what is to be known of it.
+    """Puts the weights of a PyTorch file into a first state; returns facts about them too.
 
-    That is the file's SHA-256, and the layers that keep their initial weights since the file has
+    These are the file's SHA-256, and the layers that keep their random weights because the file has
     none of their shape.
 
     Raises:
-      InputError: (a ValueError) if the file cannot be read or is of another network.
+      InputError: (a ValueError) if the file cannot be read or belongs to another network.
     """
     loaded = pytorch.load_torch_weights(
         model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},
@@ -332,24 +328,24 @@ def start_from(
 
 
 STATISTICS_IMAGES = 2048
-"""The most training images that batch norm's statistics are recomputed from, filled up to whole
-batches. Wu & Johnson (2021) find a thousand enough."""
+"""Maximum number of training images from which batch norm's statistics are recomputed, filled up
+to whole batches. Wu & Johnson (2021) find a thousand sufficient."""
 
 
 def recompute_statistics(
     program: Program, config: RunConfig, state: TrainState, split: Split
 ) -> TrainState:
-    """The state of one run with batch norm's statistics recomputed from its training images.
+    """Recomputes batch norm's statistics in the state of one run from its training images.
 
-    Of those, at most :data:`STATISTICS_IMAGES` at random, or all, as batches of the training's
-    size, augmented and perturbed as in training, with a key of their own: the run's key alone
-    determines them, so that they are the same in all epochs, after a resumption, and whatever the
-    input and the devices. Without batch norm the state is as it was.
+    Uses all of them, or :data:`STATISTICS_IMAGES` drawn at random, in batches of the training's
+    size, augmented and perturbed as in training. The run's key alone determines the images and the
+    random numbers: they are the same in all epochs, after a resumption, and on all devices. Without
+    batch norm, returns the state unchanged.
     """
     if not jax.tree.leaves(state.batch_stats):
         return state
     size, layout = config.batch_size, program.layout
-    # The epochs of training begin with 1.
+    # Epoch 0 is none of the training.
     order = data.host_epoch_order(state.key, len(split.labels))(0)
     count = -(-min(len(order), STATISTICS_IMAGES) // size)
     mine = layout.rows_of(size)
@@ -357,13 +353,13 @@ def recompute_statistics(
     run = parallel.replicate(layout, stack_configs([config]))
     statistics = parallel.replicate(
         layout, batch_statistics.init_pass_statistics(jax.device_get(state.batch_stats)))
-    # Where the images do not fill whole batches, the first ones do so.
+    # If the images do not fill whole batches, the first ones are used again.
     for index, rows in enumerate(np.resize(order, (count, size))):
         rows = rows[mine]
         shared = (state.params, state.key, parallel.replicate(layout, np.uint32(index)), run)
         batch = parallel.place_batch(
             layout, (split.images[rows], split.labels[rows], positions), size)
-        # The first call waits for the compilation, and no call for the computation.
+        # Only the first call waits: for the compilation, not for the computation.
         with contextlib.nullcontext() if index else compiling(
                 f"the passes that batch norm's statistics of {config.model} come from"):
             statistics, _ = program.passes(statistics, shared, batch)
@@ -376,14 +372,14 @@ def _combine(layout: Layout) -> Callable[..., Any]:
 
 
 def stack_runs(states: Sequence[TrainState]) -> TrainState:
-    """The states of several runs as one, with a leading axis; that of one run as it is."""
+    """Stacks the states of several runs along a leading axis; leaves that of one run as it is."""
     if len(states) == 1:
         return states[0]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def unstack_runs(tree: Any, num_runs: int) -> list[Any]:
-    """What :func:`stack_runs` put together."""
+    """Undoes :func:`stack_runs`."""
     if num_runs == 1:
         return [tree]
     return [jax.tree.map(lambda leaf, run=run: leaf[run], tree) for run in range(num_runs)]

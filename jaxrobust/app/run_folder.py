@@ -1,24 +1,28 @@
-"""A run's folder: the only room that knows which files are in it, and when it counts as trained.
+"""Defines the files of runs and studies, and when a run counts as begun, trained and measured.
 
-    config.json             what the run is; from when the folder is its own
-    network.json            what its network takes and gives
-    split.csv               the files of a folder of images, with the class and the side of each
-    provenance.json         where it comes from
-    metrics.jsonl           a line for each epoch; from when its training begins
-    checkpoints/            all that training is resumed from
+The folder of a run holds:
+
+    config.json             the configuration; written first
+    network.json            the inputs and outputs of the network
+    split.csv               images of a folder: path, class, and training or test
+    provenance.json         command, commit, hardware and versions
+    metrics.jsonl           a line for each epoch; written when training begins
+    checkpoints/            the state that training resumes from
     tensorboard/            event files
-    done.json               the best epoch; from when its training has ended
-    diverged.json           the epoch and a message, if it ended so instead
-    doubt.json, .npz        how doubtful its predictions are
-    KIND.json, .npz         a measurement; KIND-NAME.json, .npz of one with a name
-    KIND.partial.npz        what there is of one that is not complete
+    done.json               the best epoch; written when training ends
+    diverged.json           instead of done.json: the epoch and a message
+    doubt.json, .npz        the doubt score of predictions
+    KIND.json, .npz         a measurement, or KIND-NAME.json, .npz for one with a name
+    KIND.partial.npz        an interrupted measurement
 
-The JSON file of arrays is written after them: they are whole once it is there.
+The folder of a study holds study.json and a folder for each run, ROW-seedSEED. Arrays are written
+before the JSON file beside them: if that exists, they are complete.
 """
 
 import json
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -27,7 +31,7 @@ from jaxrobust.app.config import BEFORE_CHOICES, InputError, RunConfig, from_dic
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Whether the folder is that of a run."""
+    """Whether the folder belongs to a run."""
     return facts_path(folder, "config").is_file()
 
 
@@ -37,30 +41,39 @@ def is_begun(folder: pathlib.Path) -> bool:
 
 
 def is_done(folder: pathlib.Path) -> bool:
-    """Whether training has ended, with a network to be used."""
+    """Whether training has ended with a usable network."""
     return facts_path(folder, "done").is_file()
 
 
 def is_trained(folder: pathlib.Path) -> bool:
-    """Whether nothing is left to train: the run is done, or has diverged."""
+    """Whether training has ended: the run is done, or has diverged."""
     return is_done(folder) or facts_path(folder, "diverged").is_file()
 
 
 def is_measured(folder: pathlib.Path, last: str) -> bool:
-    """Whether nothing is left of what a study does with a run, of which ``last`` is measured last.
-    """
+    """Whether a study has nothing left to do with the run: it has the measurement ``last``, or has
+    diverged."""
     return any(facts_path(folder, kind).is_file() for kind in (last, "diverged"))
+
+
+def divergences(folders: Iterable[pathlib.Path]) -> list[str]:
+    """Returns the message of each run that has diverged."""
+    return [facts["message"] for folder in folders if (facts := read_facts(folder, "diverged"))]
+
+
+def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
+    """The folder of a run in a study."""
+    return study / f"{row}-seed{seed}"
 
 
 # --- Facts and arrays ------------------------------------------------------------------------
 
 
 def facts_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pathlib.Path:
-    """The JSON file of a kind of facts: ``KIND.json``, or ``KIND-NAME.json`` of a measurement with
-    a name, so that several with other settings each lie side by side.
+    """The path of ``KIND.json``, or of ``KIND-NAME.json`` for a measurement with a name.
 
     Raises:
-      InputError: (a ValueError) for a name that is not fit for a file.
+      InputError: (a ValueError) for a name that cannot be part of a file's name.
     """
     if name is None:
         return folder / f"{kind}.json"
@@ -70,29 +83,29 @@ def facts_path(folder: pathlib.Path, kind: str, name: str | None = None) -> path
 
 
 def arrays_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pathlib.Path:
-    """The file of the arrays beside such facts."""
+    """The path of the arrays beside :func:`facts_path`."""
     return facts_path(folder, kind, name).with_suffix(".npz")
 
 
 def partial_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pathlib.Path:
-    """The file of what there is of an interrupted measurement."""
+    """The path of an interrupted measurement."""
     return facts_path(folder, kind, name).with_suffix(".partial.npz")
 
 
 def read_facts(folder: pathlib.Path, kind: str, name: str | None = None) -> dict | None:
-    """The content of such a JSON file; None if it is not there."""
+    """Reads the file at :func:`facts_path`; None if there is none."""
     path = facts_path(folder, kind, name)
     return files.read_json(path) if path.is_file() else None
 
 
 def write_facts(folder: pathlib.Path, kind: str, facts: dict, name: str | None = None) -> None:
-    """Replaces what :func:`read_facts` reads."""
+    """Replaces the file at :func:`facts_path`."""
     files.write_json(facts_path(folder, kind, name), facts)
 
 
 def read_arrays(folder: pathlib.Path, kind: str, name: str | None = None
                 ) -> dict[str, np.ndarray] | None:
-    """The arrays beside such facts; None if they are not there."""
+    """Reads the arrays at :func:`arrays_path`; None if there are none."""
     path = arrays_path(folder, kind, name)
     if not path.is_file():
         return None
@@ -102,20 +115,20 @@ def read_arrays(folder: pathlib.Path, kind: str, name: str | None = None
 
 def write_arrays(folder: pathlib.Path, kind: str, arrays: dict[str, np.ndarray],
                  name: str | None = None) -> None:
-    """Replaces what :func:`read_arrays` reads."""
+    """Replaces the arrays at :func:`arrays_path`."""
     files.write_arrays(arrays_path(folder, kind, name), arrays)
 
 
 def named_facts(folder: pathlib.Path, kind: str) -> list[str]:
-    """The facts of a kind that have a name, as their files are called without the suffix."""
+    """The files ``KIND-NAME.json`` of a kind, without the suffix."""
     return [path.stem for path in folder.glob(f"{kind}-*.json")]
 
 
-# --- What a run is, and its log --------------------------------------------------------------
+# --- Configuration and log --------------------------------------------------------------------
 
 
 def read_config(folder: pathlib.Path) -> RunConfig:
-    """The configuration of the run in a folder.
+    """Reads the configuration of a run.
 
     A setting missing from the file takes its value from
     :data:`jaxrobust.app.config.BEFORE_CHOICES`.
@@ -130,38 +143,41 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
 
 def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
-    """As :func:`jaxrobust.app.files.claim`, for a run; one from before a setting was there is the
-    same run."""
+    """Makes a folder that of a run, unless it is already.
+
+    Raises:
+      InputError: (a ValueError) as :func:`jaxrobust.app.files.claim` does.
+    """
     if not is_run(folder):
-        files.claim(folder, "config.json", to_json(config))
+        files.claim(facts_path(folder, "config"), to_json(config))
     elif read_config(folder) != config:
-        raise files.holds_another(folder, "config.json")
+        raise files.holds_another("configuration", facts_path(folder, "config"))
 
 
 def read_split(folder: pathlib.Path) -> str | None:
-    """The images that the run is trained and tested on, as CSV; None if none are named."""
+    """Reads the images of the run's folder as CSV; None for other data sets."""
     path = folder / "split.csv"
     return path.read_text() if path.is_file() else None
 
 
 def write_split(folder: pathlib.Path, text: str) -> None:
-    """Replaces what :func:`read_split` reads."""
+    """Replaces the CSV that :func:`read_split` reads."""
     files.write_text(folder / "split.csv", text)
 
 
 def read_epochs(folder: pathlib.Path) -> tuple[dict, ...]:
-    """What was logged of each epoch, in their order."""
+    """Reads the log: an entry for each epoch, in their order."""
     by_epoch = {line["epoch"]: line for line in files.read_lines(_log_path(folder))}
     return tuple(by_epoch[epoch] for epoch in sorted(by_epoch))
 
 
 def write_epochs(folder: pathlib.Path, rows: list[dict]) -> None:
-    """Replaces what :func:`read_epochs` reads."""
+    """Replaces the log."""
     files.write_text(_log_path(folder), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_epoch(folder: pathlib.Path, row: dict) -> None:
-    """Adds an epoch to the log."""
+    """Appends an epoch to the log."""
     files.append_line(_log_path(folder), row)
 
 
@@ -183,17 +199,5 @@ def checkpoints_path(folder: pathlib.Path) -> pathlib.Path:
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether there is a checkpoint that training is resumed from."""
+    """Whether there is a checkpoint to resume from."""
     return any(checkpoints_path(folder).glob("[0-9]*"))
-
-
-def is_of_earlier_version(folder: pathlib.Path) -> bool:
-    """Whether the checkpoints are of a version whose training this one cannot resume."""
-    return (checkpoints_path(folder) / "latest").is_dir()
-
-
-def best_by_itself(folder: pathlib.Path) -> pathlib.Path | None:
-    """Where an earlier version kept the best epoch by itself, with the epoch for its step; None of
-    a later one."""
-    place = checkpoints_path(folder) / "best"
-    return place if place.is_dir() else None

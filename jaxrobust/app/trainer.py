@@ -1,4 +1,4 @@
-"""Trains runs, from their configurations to their best checkpoints."""
+"""Trains runs and loads trained ones."""
 
 import contextlib
 import functools
@@ -43,20 +43,18 @@ from jaxrobust.training import TrainState
 
 
 class Diverged(InputError):
-    """A training whose loss is no longer finite."""
+    """Raised when the loss of a training is no longer finite."""
 
 
 class Splits(NamedTuple):
-    """The images a run is trained on, and those that choose its epoch (None: the last)."""
+    """The images that a run is trained on, and those that choose its epoch (None: the last)."""
 
     train: Split
     selection: Split | None
 
 
 def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
-    """Divides the training split as the configuration says.
-
-    Where the data set has images for validation of its own, none are held out for that.
+    """Divides a data set as the configuration says.
 
     Raises:
       InputError: (a ValueError) if there are fewer images than it asks for.
@@ -76,11 +74,11 @@ def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
 
 
 def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: Any) -> None:
-    """Trains a run in its folder, to the end; arguments are those of :func:`train_together`.
+    """Trains one run as :func:`train_together` does, with its options.
 
     Raises:
       InputError: (a ValueError) as :func:`train_together` does.
-      Diverged: (an InputError) if the loss is no longer finite. The checkpoints stay.
+      Diverged: (an InputError) if the loss is no longer finite. The checkpoints remain.
     """
     failures = train_together([config], dataset, [folder], **options)
     if failures:
@@ -92,46 +90,39 @@ def train_together(
     resume: bool = False, tensorboard: bool = True, label: str = "train",
     layout: Layout | None = None, feed: Feed = Feed(),
 ) -> list[str]:
-    """Trains runs to the end, each in its folder, several of them as one vmapped program.
+    """Trains runs, each in its folder, several of them as one vmapped program.
 
-    Each has the result, up to rounding, that it has alone, and the same files:
-    ``config.json``, ``network.json`` (what the network takes and gives), ``split.csv`` (of an image
-    folder), ``provenance.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoints`` (the latest
-    two) and, last, ``done.json``, or ``diverged.json`` if the loss was no longer finite. Leaves
-    finished runs as they are, and those that diverged, which would do so again. Resumes other runs
-    from their latest checkpoint, to the same result as if they had never stopped.
+    Each has the same result, up to rounding, and the same files as if it were trained alone; see
+    :mod:`jaxrobust.app.run_folder`. Leaves finished and diverged runs as they are. Resumes other
+    runs from their latest checkpoint, with the same result as if they had never stopped.
 
-    A checkpoint has the number of updates done for its step and holds all that a run needs to
-    resume: the state after them, the state of the best epoch so far, the log of the epochs done,
-    and the metrics of the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
+    The step of a checkpoint is the number of updates done. It holds all that a run needs to resume:
+    the state, the state of the best epoch so far, the log of the epochs done, and the metrics of
+    the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
 
     Args:
       configs: one for each run; they may differ only in the seed and :data:`config.SWEPT`.
       dataset: the one that the configurations name.
       folders: one for each run.
       resume: whether to resume interrupted runs.
-      tensorboard: whether to write event files for TensorBoard too.
+      tensorboard: whether to write event files for TensorBoard.
       label: text of the progress bar.
-      layout: the devices; one if none is given.
-      feed: how the images reach them.
+      layout: the devices; one by default.
+      feed: how the images reach the devices.
 
     Returns:
-      A line for each run whose loss is no longer finite. Its checkpoints stay.
+      A line for each run whose loss is no longer finite. Its checkpoints remain.
 
     Raises:
-      InputError: (a ValueError) if a folder holds another run, a begun one without ``resume``, or
-        one with checkpoints of an earlier version, which cannot be resumed; or if the runs cannot
-        be trained together, or not on these devices.
+      InputError: (a ValueError) if a folder holds another run, or a begun one without ``resume``;
+        if the runs cannot be trained together, or not on these devices.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
         if run_folder.is_begun(folder) and not resume:
             raise InputError(f"{folder} already holds a run. Add --resume to resume it.")
-        if run_folder.is_of_earlier_version(folder) and not run_folder.is_trained(folder):
-            raise InputError(f"{folder} was begun by an earlier version, whose checkpoints "
-                             "cannot be resumed. Train it again in another folder.")
     splits = make_splits(dataset, configs[0])
-    program_of(configs, dataset, layout)  # Says what cannot be, before anything is written.
+    program_of(configs, dataset, layout)  # Raises before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
     left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
             if not run_folder.is_trained(folder)]
@@ -141,43 +132,41 @@ def train_together(
         check_files(dataset, folder)
         check_network(dataset, folder)
         run_folder.claim_run(folder, config)
-        save_network(dataset, folder)  # First: a split.csv without it is that of an older run.
+        save_network(dataset, folder)
         save_files(dataset, folder)
-    failures = [facts["message"] for folder in folders
-                if (facts := run_folder.read_facts(folder, "diverged"))]
+    failures = run_folder.divergences(folders)
     with contextlib.ExitStack() as stack:
         begun: dict[int, list[_Running]] = {}
-        steps = len(data.batch_sizes(len(splits.train.labels), configs[0].batch_size))
+        batches = data.batch_sizes(len(splits.train.labels), configs[0].batch_size)
         if left:
-            _say_if_one_is_left_out(len(splits.train.labels), configs[0].batch_size)
-            _warn_of_lag(configs[0], model_of(configs[0], dataset), steps * configs[0].epochs)
+            _say_what_to_expect(configs[0], model_of(configs[0], dataset),
+                                len(splits.train.labels), batches)
         for (config, folder), (state, facts) in zip(left, first, strict=True):
             running = stack.enter_context(contextlib.closing(_Running(
-                config, folder, state, facts, steps, tensorboard)))
+                config, folder, state, facts, len(batches), tensorboard)))
             begun.setdefault(int(running.state.step), []).append(running)
-        # Those that a kill left apart cannot be one program.
+        # One program trains only runs at the same update; a kill may leave them apart.
         for group in begun.values():
             failures += _train_group(group, dataset, splits, layout, feed, label)
     return failures
 
 
-def _say_if_one_is_left_out(num_train: int, batch_size: int) -> None:
-    if sum(data.batch_sizes(num_train, batch_size)) < num_train and files.is_writer():
-        print(f"Note: each epoch leaves out one of the {num_train} training images, a "
-              "different one each time: it would be a last batch of one image.", flush=True)
-
-
 LAG = 0.01
-"""Warn of a larger share of the initial values in batch norm's running statistics."""
+"""Share of the initial values in batch norm's running statistics above which a note warns."""
 
 
-def _warn_of_lag(config: RunConfig, model: nn.Module, updates: int) -> None:
-    """Says if running statistics will still lag behind the network's when training ends."""
+def _say_what_to_expect(config: RunConfig, model: nn.Module, num_train: int,
+                        batches: Sequence[int]) -> None:
+    """Notes an image that is left out, and running statistics that will lag behind."""
+    if sum(batches) < num_train:
+        files.say(f"Note: each epoch leaves out one of the {num_train} training images, a "
+                  "different one each time: it would be a last batch of one image.")
+    updates = config.epochs * len(batches)
     left = model.batch_norm_momentum**updates
-    if config.batch_norm_statistics == "running" and left > LAG and files.is_writer():
-        print(f"Note: after {updates} updates batch norm's running statistics still contain "
-              f"{left:.0%} of their initial values, and tests may be far worse than training. "
-              "Use --batch-norm-statistics recomputed to avoid this.", flush=True)
+    if config.batch_norm_statistics == "running" and left > LAG:
+        files.say(f"Note: after {updates} updates batch norm's running statistics still contain "
+                  f"{left:.0%} of their initial values, and tests may be far worse than training. "
+                  "Use --batch-norm-statistics recomputed to avoid this.")
 
 
 def _first_state(config, folder, dataset, layout):
@@ -188,20 +177,20 @@ def _first_state(config, folder, dataset, layout):
         return state, {}
     state, facts = start_from(config.init_from, state, config, dataset, layout)
     layers = ", ".join(facts["init_from"]["initialised_anew"])
-    if layers and files.is_writer():
-        print(f"{config.init_from} has no matching weights for {layers}, which start from random "
-              "values.", flush=True)
+    if layers:
+        files.say(f"{config.init_from} has no matching weights for {layers}, which start from "
+                  "random values.")
     return state, facts
 
 
 class _Running:
-    """A run in training: its files, from its first update or its latest checkpoint on."""
+    """A run in training and its files."""
 
     def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
         self.config, self.folder = config, folder
         self._checkpoints = checkpoints.open_checkpoints(
             run_folder.checkpoints_path(folder), keep=2)
-        # Until an epoch is the best, the initial state takes its place.
+        # The initial state, until there is a best epoch.
         self.state, self._best = state, checkpoints.to_host(state)
         self._history, self.before = [], {}
         self._restore()
@@ -211,7 +200,7 @@ class _Running:
                 f"Expected {self.done} epochs of {steps_per_epoch} updates, and "
                 f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
                 "all. It was trained on other images, or by another version.")
-        # What was logged after the checkpoint is trained again.
+        # Epochs logged after the checkpoint are trained again.
         files.barrier("history")
         run_folder.write_epochs(folder, self._history)
         if int(self.state.step) == 0:
@@ -221,14 +210,13 @@ class _Running:
             self._events = _event_writer(folder, purge_step=self.done + 1)
 
     def _restore(self):
-        """Restores all that the run needs to resume from its newest readable checkpoint."""
+        """Restores the newest checkpoint that can be read, if there is one."""
         skipped: list[str] = []
         found = checkpoints.restore_checkpoint(
             self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
             need_facts=True)
-        if files.is_writer():
-            for line in skipped:
-                print(f"{self.folder}: {line}", flush=True)
+        for line in skipped:
+            files.say(f"{self.folder}: {line}")
         if found is not None:
             self.state, self._best = found.state["state"], found.state["best"]
             self._history = found.facts["epochs"]
@@ -236,7 +224,7 @@ class _Running:
                            for name, values in found.facts["updates"].items()}
 
     def save(self, state, values):
-        """Saves a state, with the metrics of the updates done of the epoch that is under way."""
+        """Saves a state, with the metrics of the updates done in the current epoch."""
         with files.writing(run_folder.checkpoints_path(self.folder)):
             checkpoints.save_checkpoint(
                 self._checkpoints, int(state.step), {"state": state, "best": self._best},
@@ -244,10 +232,10 @@ class _Running:
                  "updates": {name: value.tolist() for name, value in values.items()}})
 
     def record(self, row, state, ready, selection_accuracy):
-        """Logs an epoch and, if a checkpoint is due, saves the state.
+        """Logs an epoch and, if a checkpoint is due, validates and saves the state.
 
-        ``ready(state)`` is the state as evaluated, and ``selection_accuracy(ready state)`` the
-        accuracy that chooses the epoch, or None; both are called only where needed.
+        ``ready(state)`` is the state to evaluate; ``selection_accuracy(ready state)``, if not None,
+        the accuracy that chooses the epoch.
         """
         epoch = row["epoch"]
         checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
@@ -265,7 +253,7 @@ class _Running:
             self.save(state, {})
 
     def finish(self, how):
-        """Records how the run was trained, and that it is finished."""
+        """Records that the run is finished, and how it was trained."""
         run_folder.write_facts(self.folder, "provenance", {
             **run_folder.read_facts(self.folder, "provenance"), **how,
             "seconds": sum(row["seconds"] for row in self._history)})
@@ -285,7 +273,7 @@ def _updates_in(metrics) -> int:
 
 
 def _train_group(group, dataset, splits, layout, feed, label):
-    """Trains runs that are at the same update; returns a line for each that diverged."""
+    """Trains runs that are at the same update; returns a line for each that diverges."""
     configs = [running.config for running in group]
     program = program_of(configs, dataset, layout)
     run = parallel.replicate(layout, stack_configs(configs))
@@ -332,12 +320,12 @@ def _train_group(group, dataset, splits, layout, feed, label):
 
 
 def _record(running, row, state, ready, selection_accuracy) -> str | None:
-    """Logs an epoch, or returns what in it is not finite."""
+    """Logs an epoch, or says what in it is not finite."""
     if not np.isfinite(row["loss"]):
         return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
     try:
         running.record(row, state, ready, selection_accuracy)
-    except _validate.NotFiniteError as error:  # The last update spoilt the state.
+    except _validate.NotFiniteError as error:  # The last update made the state infinite.
         reason = str(error).removesuffix(".")
         return f"The validation of {running.folder} fails in epoch {row['epoch']}: {reason}"
     return None
@@ -346,7 +334,7 @@ def _record(running, row, state, ready, selection_accuracy) -> str | None:
 def _as_evaluated(
     program: Program, config: RunConfig, state: TrainState, split: Split
 ) -> TrainState:
-    """A training state in the form that validation and all later commands use."""
+    """The training state as validation and all later commands use it."""
     if config.batch_norm_statistics == "running":
         return state
     return recompute_statistics(program, config, state, split)
@@ -377,8 +365,8 @@ class _Epochs:
     def train(self, state, epoch, before, save, shown):
         """Trains one epoch, or the rest of it; returns the new state and each run's mean metrics.
 
-        ``before`` has, for each run, the metrics [T] of the first T updates if they are done
-        already. ``save(state, metrics so far)`` is called within the epoch for each checkpoint.
+        ``before`` has for each run the metrics [T] of the T updates that are already done.
+        ``save(state, metrics so far)`` is called for each checkpoint within the epoch.
         """
         start = time.monotonic()
         first = _updates_in(before[0])
@@ -388,7 +376,7 @@ class _Epochs:
         for after, metrics, num_steps in calls(state, epoch, first):
             state, done = after, done + num_steps
             collected.append(metrics)
-            # Waiting for the call before the last leaves the devices one to work on.
+            # The devices work on the last call while this process waits for the one before.
             if len(collected) > 1:
                 jax.block_until_ready(collected[-2])
             if len(collected) % 20 == 1 and len(collected) > 1:
@@ -405,7 +393,7 @@ class _Epochs:
             for values in _by_run(collected, before)]
 
     def _call(self, num_steps, size, step, *arguments):
-        """Runs updates with batches of one size; the first call of a kind compiles them."""
+        """Calls a step; the first call with these numbers compiles it."""
         if (num_steps, size) in self._compiled:
             return step(*arguments)
         self._compiled.add((num_steps, size))
@@ -413,7 +401,7 @@ class _Epochs:
             return step(*arguments)
 
     def _resident(self, state, epoch, first):
-        """The calls of an epoch from update ``first`` on, with the images on the devices."""
+        """Makes the calls of an epoch from update ``first`` on, with images on the devices."""
         order = self._program.order(state.key, epoch)
         shared = (self._images, self._labels, order, self._run)
         for num_steps, size in data.group_batches(
@@ -424,7 +412,7 @@ class _Epochs:
             yield state, metrics, num_steps
 
     def _streamed(self, state, epoch, first):
-        """The calls of an epoch with images that are read ahead, into the next epoch too."""
+        """Makes the calls of an epoch with images that are read ahead, also for the next epoch."""
         if self._stream is None:
             self._stream = data.stream_batches(
                 self._split, state.key, batch_size=self._config.batch_size,
@@ -438,13 +426,13 @@ class _Epochs:
             yield state, metrics, 1
 
     def close(self):
-        """Ends the reading."""
+        """Stops reading images."""
         if self._stream is not None:
             self._stream.close()
 
 
 def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
-    """For each run, its metrics [T]: those of ``before``, then those of the collected calls."""
+    """The metrics [T] of each run: those of ``before``, then those of the collected calls."""
     fetched = jax.device_get(collected)
     values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
               .reshape(len(before), -1) for name in fetched[0]}
@@ -457,7 +445,7 @@ def _means(metrics) -> dict[str, float]:
 
 
 def _shown(metrics) -> dict[str, float]:
-    """What the progress bar shows of a step's or an epoch's metrics."""
+    """The metrics that the progress bar shows."""
     names = {"loss": "loss", "accuracy_clean": "accuracy", "accuracy_noisy": "noisy accuracy",
              "selection_accuracy": "held-out accuracy"}
     return {shown: float(metrics[name]) for name, shown in names.items() if name in metrics}
@@ -474,19 +462,19 @@ def _event_writer(folder: pathlib.Path, *, purge_step: int):
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """A state's parameters and batch statistics, as Flax takes them."""
+    """The variables of a state for ``model.apply``."""
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def accuracy(model: nn.Module, state: TrainState, split: Split, layout: Layout) -> float:
-    """The share of a split's images, as they are, that are classified correctly."""
+    """Computes the accuracy, as a fraction, on a split's unperturbed images."""
     correct, = evaluation.evaluate(
         model, variables_of(state), split.images, split.labels, key=state.key, layout=layout)
     return float(correct.mean())
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the best selection accuracy, the later of equals; else the last."""
+    """The epoch with the best selection accuracy, the later of equal ones; else the last."""
     validated = [row for row in history if "selection_accuracy" in row]
     if not validated:
         return history[-1]["epoch"]
@@ -494,12 +482,12 @@ def best_epoch(history: list[dict]) -> int:
 
 
 def is_best(history: list[dict]) -> bool:
-    """Whether the last epoch so far is the one to keep."""
+    """Whether the last epoch so far is the best."""
     return best_epoch(history) == history[-1]["epoch"]
 
 
 class TrainedRun(NamedTuple):
-    """A run, as the other commands need it."""
+    """A run as the other commands use it."""
 
     config: RunConfig
     network: Network
@@ -513,18 +501,18 @@ class TrainedRun(NamedTuple):
 def open_run(
     folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
 ) -> TrainedRun:
-    """A run, finished or not, without its state; arguments are those of :func:`load_run`.
+    """Opens a run, finished or not, without its state, with the arguments of :func:`load_run`.
 
     Raises:
-      InputError: (a ValueError) if the images of its data set are no longer those it was trained
-        with, or no data set is given for a run without ``network.json``.
+      InputError: (a ValueError) if the data set is not the one that the run was trained with, or
+        none is given and the run has no ``network.json``.
     """
     if dataset is not None:
         check_files(dataset, folder)
         check_network(dataset, folder)
     network = read_network(folder) if dataset is None else network_of(dataset)
     if network is None:
-        raise InputError(f"Expected the data set of {folder}, which holds no network.json.")
+        raise InputError(f"Expected a run in {folder}, found no network.json there.")
     layout = make_layout("jit") if layout is None else layout
     return TrainedRun(config, network, dataset, model_of(config, network), None, None, layout)
 
@@ -537,8 +525,7 @@ def load_run(
     Args:
       folder: the run's folder.
       config: the run's configuration.
-      dataset: the one that it was trained with, to test it; None to use the network alone, which
-        does not need the data set.
+      dataset: the one that it was trained with; None to use the network without it.
       layout: the devices.
 
     Raises:
@@ -555,28 +542,25 @@ def load_run(
 
 
 def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:
-    """The state of a finished run's best epoch.
+    """Restores the state of a finished run's best epoch.
 
     Raises:
       InputError: (a ValueError) if no checkpoint of it can be read.
     """
-    by_itself = run_folder.best_by_itself(folder)
-    place = by_itself or run_folder.checkpoints_path(folder)
+    place = run_folder.checkpoints_path(folder)
     if not place.is_dir():
         raise InputError(f"Expected checkpoints in {place}, found no such folder.")
     skipped: list[str] = []
     with contextlib.closing(checkpoints.open_checkpoints(place, keep=2)) as manager:
         found = checkpoints.restore_checkpoint(
-            manager, like if by_itself else {"state": like, "best": like}, skipped=skipped,
-            need_facts=not by_itself)
+            manager, {"state": like, "best": like}, skipped=skipped, need_facts=True)
     if found is None:
         raise InputError(f"Expected a checkpoint in {place}, found none.")
-    there = found.step if by_itself else best_epoch(found.facts["epochs"])
-    if there != epoch:
+    best = best_epoch(found.facts["epochs"])
+    if best != epoch:
         reasons = "".join(f" {line}." for line in skipped)
         raise InputError(f"Expected a checkpoint of epoch {epoch}, the best one, in {place}, found "
-                         f"one of epoch {there}.{reasons}")
-    if files.is_writer():
-        for line in skipped:
-            print(f"{folder}: {line}", flush=True)
-    return found.state if by_itself else found.state["best"]
+                         f"one of epoch {best}.{reasons}")
+    for line in skipped:
+        files.say(f"{folder}: {line}")
+    return found.state["best"]

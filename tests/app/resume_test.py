@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 
 import chex
 import pytest
@@ -173,23 +172,3 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
         assert found.epoch == expected.epoch == best
         chex.assert_trees_all_equal(found.state.params, expected.state.params)
         assert f"checkpoint {EPOCHS * STEPS} cannot be read" in capsys.readouterr().out
-
-
-def test_a_run_of_an_earlier_version_is_used_when_done_and_never_continued(digits, tmp_path):
-    folder = tmp_path / "run"
-    trainer.train(TINY, digits, folder, tensorboard=False)
-    expected = trainer.load_run(folder, TINY, digits)
-    best = checkpoints.to_host(expected.state)
-    (folder / "checkpoints").rename(tmp_path / "new")
-    for name in ("latest", "best"):
-        with contextlib.closing(
-                checkpoints.open_checkpoints(folder / "checkpoints" / name, keep=1)) as manager:
-            checkpoints.save_checkpoint(manager, expected.epoch, best)
-    found = trainer.load_run(folder, TINY, digits)
-    assert found.epoch == expected.epoch
-    chex.assert_trees_all_equal(found.state.params, expected.state.params)
-    (folder / "done.json").unlink()
-    before = sorted(pathlib.Path(folder).rglob("*"))
-    with pytest.raises(InputError, match="was begun by an earlier version"):
-        trainer.train(TINY, digits, folder, resume=True)
-    assert sorted(pathlib.Path(folder).rglob("*")) == before

@@ -223,19 +223,9 @@ def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
                                             f"folder:{folder}", "--out", run, "--resume")):
             assert call(*command, "--data-dir", data_dir) == 2
             assert f"at {folder}, got nothing" in one_line(capsys)
-        # A run from before it recorded what it needs of its data set.
-        (run / "network.json").rename(tmp_path / "network.json")
-        assert call("predict", run, *paths, "--data-dir", data_dir) == 2
-        said = one_line(capsys)
-        assert "has no network.json" in said and f"at {folder}, got nothing" in said
     finally:
         hidden.rename(folder)
         datasets._load_folder.cache_clear()
-    try:
-        assert call("predict", run, *paths, "--data-dir", data_dir) == 0
-        assert capsys.readouterr().out == with_folder[0]
-    finally:
-        (tmp_path / "network.json").rename(run / "network.json")
 
 
 def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, data_dir):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jinja2
 import pandas as pd
 
+from jaxrobust.app import run_folder
 from jaxrobust.app.config import InputError
 from jaxrobust.app.files import make_folder, write_text
 from jaxrobust.app.measurements import MEASUREMENTS, curvature, networks
@@ -142,7 +143,7 @@ def group_by_study(folders: Sequence[pathlib.Path]
     folders = [folder.resolve() for folder in folders]
     for folder in folders:
         parent = folder.parent
-        if parent not in studies and (parent / "study.json").is_file():
+        if parent not in studies and run_folder.read_facts(parent, "study"):
             studies[parent] = {run.folder.name for runs in load_study(parent).runs.values()
                                for run in runs}
         if folder.name not in studies.get(parent, ()):

@@ -1,1 +1,1 @@
-"""Comparisons of runs: planned, run, resumed and read."""
+"""Plans, runs, resumes and reads studies: comparisons of runs."""

@@ -1,23 +1,18 @@
-"""The plan of a study: a recipe's rows and seeds, fitted to a data set, in a folder."""
+"""Plans a study: which rows and seeds of a recipe, fitted to a data set, in which folder."""
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig
-from jaxrobust.app.program import rows_of
+from jaxrobust.app.program import num_held_out, rows_of
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.report.page import duration, listed
+from jaxrobust.app.run_folder import place_of
 from jaxrobust.data import FOLDER_PREFIX, Dataset
 from jaxrobust.data.listing import list_images
-
-
-def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
-    """The folder of a run in a study."""
-    return study / f"{row}-seed{seed}"
 
 
 def folder_of(recipe: Recipe) -> str | None:
@@ -27,6 +22,7 @@ def folder_of(recipe: Recipe) -> str | None:
 
 
 def require_data(recipe: Recipe, asked: str) -> None:
+    """Raises InputError if a recipe needs a folder of images and names none."""
     if folder_of(recipe) == "":
         raise InputError(f"Expected data=folder:PATH, a folder of images, for {asked}: "
                          f"{recipe.name} has no data set of its own.")
@@ -34,29 +30,29 @@ def require_data(recipe: Recipe, asked: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StudyPlan:
-    """What to run of one study."""
+    """The runs of a study."""
 
     recipe: Recipe
     folder: pathlib.Path
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
-    measured: tuple[str, ...] = ()  # rows for which to measure what figures show
+    measured: tuple[str, ...] = ()  # rows that get the measurements of the command `figures`
 
     def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
-        """The folders of the runs, of all rows or of some."""
+        """The folders of the runs of some rows, or of all."""
         return [place_of(self.folder, row, seed)
                 for seed in self.seeds for row in (self.rows if rows is None else rows)]
 
     def configs(self) -> dict[pathlib.Path, RunConfig]:
-        """The runs by their folders, the rows of a seed one after the other."""
+        """The configurations by folder, seed by seed."""
         return {place_of(self.folder, row, seed): self.recipe.run(row, seed)
                 for seed in self.seeds for row in self.rows}
 
     def text(self) -> str:
-        """Lines on its runs, its settings and its cost.
+        """Describes the runs, the settings and the cost in a few lines.
 
         Raises:
-          InputError: (a ValueError) if its folder of images is missing or holds no classes.
+          InputError: (a ValueError) if the folder of images is missing or holds no classes.
         """
         places = self.places()
         last = "evaluation" if self.recipe.curvature is None else "curvature"
@@ -64,19 +60,18 @@ class StudyPlan:
         begun = sum(map(run_folder.is_run, places)) - done
         first = self.recipe.rows[self.rows[0]]
         size = "all" if first.train_size is None else f"{first.train_size:,}"
-        folder, larger, there = folder_of(self.recipe), 1.0, ""
+        folder, cost, larger, found = folder_of(self.recipe), self.recipe.cost, 1.0, ""
         if folder is not None:
             num_images = len(list_images(pathlib.Path(folder).expanduser()).entries)
             if not num_images:
                 raise InputError(f"Expected images in {folder}, found none.")
-            there = f" of {num_images:,} images"
-            if self.recipe.cost is not None and self.recipe.cost.images is not None:
-                larger = num_images / self.recipe.cost.images
+            found = f" of {num_images:,} images"
+            if cost is not None and cost.images is not None:
+                larger = num_images / cost.images
         lines = [f"{self.recipe.name}: {len(places)} runs ({len(self.rows)} rows, seeds "
                  f"{listed(self.seeds)}), {done} done, {begun} begun; in {self.folder}",
-                 f"  {first.dataset}{there}, {size} training images, {first.model} of width "
+                 f"  {first.dataset}{found}, {size} training images, {first.model} of width "
                  f"{first.width}, {first.epochs} epochs, batches of {first.batch_size}"]
-        cost = self.recipe.cost
         if cost is not None:
             share = larger * (len(places) - done) / len(self.recipe.rows)
             cpu, gpu = (duration(3600 * share * hours) for hours in (
@@ -90,7 +85,7 @@ def plan_study(
     recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> StudyPlan:
-    """Plans a recipe with all its rows and seeds, or some of them.
+    """Plans all rows and seeds of a recipe, or some of them.
 
     Raises:
       InputError: (a ValueError) for an unknown row, or a recipe that needs a folder and names none.
@@ -103,42 +98,39 @@ def plan_study(
 
 
 def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
-    """Claims a folder for the study of a plan, or adds seeds and rows to the study there.
+    """Writes ``study.json``, or adds seeds and rows to the one in the folder of a plan.
 
-    ``study.json`` holds all that the report needs apart from the runs.
+    It holds everything that the report needs apart from the runs.
 
     Raises:
       InputError: (a ValueError) if the folder belongs to something else, or a run in it has another
         configuration.
     """
-    recipe, path = plan.recipe, plan.folder / "study.json"
+    recipe, path = plan.recipe, run_folder.facts_path(plan.folder, "study")
     asked = {
         "name": recipe.name, "title": recipe.title, "note": recipe.note,
         "paper_table": recipe.paper_table, "seeds": list(plan.seeds),
         "class_names": list(class_names),
         "rows": {row: recipe.labels[row] for row in recipe.rows},
         "methods": {row: config.method for row, config in recipe.rows.items()},
-        "paper_rows": dict(recipe.paper_rows),
-        "paper_perturbations": dict(recipe.paper_perturbations),
+        "paper_rows": recipe.paper_rows, "paper_perturbations": recipe.paper_perturbations,
         **({"swept": recipe.swept} if recipe.swept else {}),
         "command": provenance.command_line(), "commit": provenance.commit(),
     }
     for place, config in plan.configs().items():
         if run_folder.is_run(place):
             run_folder.claim_run(place, config)
-    if not path.is_file():
-        files.claim(plan.folder, "study.json", json.dumps(asked, indent=2) + "\n")
+    there = run_folder.read_facts(plan.folder, "study")
+    if there is None:
+        files.claim(path, json.dumps(asked, indent=2) + "\n")
         return
-    there = files.read_json(path)
-    # Texts may be improved; the command and commit stay those that began the study.
-    signed = ("command", "commit")
     same = all(there[name] == asked[name] for name in ("name", "paper_table", "class_names"))
     kept = all(there[name].items() <= asked[name].items()
                for name in ("rows", "methods", "paper_rows"))
     if not (same and kept):
-        raise InputError(f"{plan.folder} holds another study (see study.json there). "
-                         "Choose another folder with --out, or remove that one.")
-    wanted = {**asked, **{name: there[name] for name in signed},
+        raise files.holds_another("study", path)
+    # Texts may be improved; the command and commit remain those that began the study.
+    wanted = {**asked, "command": there["command"], "commit": there["commit"],
               "seeds": sorted({*there["seeds"], *plan.seeds})}
     if wanted != there:
         files.write_json(path, wanted)
@@ -146,21 +138,18 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
 
 def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
                  skip_bad: bool = False) -> Recipe:
-    """A recipe with another data set, without bad images, or with other initial weights, as given.
-    """
-    changes: dict[str, Any] = {
-        name: value for name, value in (("dataset", dataset), ("init_from", init_from))
-        if value is not None}
-    changes |= {"skip_bad": True} if skip_bad else {}
+    """Replaces the data set and the initial weights of a recipe, if given, and skips bad images."""
+    given = {"dataset": dataset, "init_from": init_from, "skip_bad": skip_bad or None}
+    changes = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(recipe, rows={
         row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
 
 
 def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
-    """Reduces the settings that the data set is too small for; adds a line for each change.
+    """Reduces the settings for which a data set is too small, and returns a line for each change.
 
     These are the numbers of validation, training and test images, the batch size, and the number
-    of images at which the curvature is measured.
+    of images whose curvature is measured.
 
     Raises:
       InputError: (a ValueError) if an image of each class cannot be held out.
@@ -184,12 +173,11 @@ def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
 
 
 def _fit_run(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """Reduces the settings of a run that the data set is too small for."""
+    """Reduces the settings of a run for which a data set is too small."""
     num_train, num_classes = len(dataset.train.labels), len(dataset.class_names)
     if config.validation_size and dataset.validation is None:
-        size = config.validation_size
-        size = int(size) if size >= 1 else round(size * num_train)
-        # One that leaves less than half is for a larger set.
+        size = num_held_out(config, num_train)
+        # A size that leaves less than half was meant for a larger set.
         size = size if size <= num_train // 2 else num_train // 5
         wide_enough = next((count for count in range(max(size, num_classes), num_train)
                             if _can_hold_out(config, count, dataset)), None)

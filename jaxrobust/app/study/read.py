@@ -1,4 +1,4 @@
-"""A study's folder in memory."""
+"""Reads the folder of a study."""
 
 import dataclasses
 import functools
@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from jaxrobust.app import provenance, published, run_folder
 from jaxrobust.app.config import InputError, RunConfig
-from jaxrobust.app.files import read_json
 from jaxrobust.data import FOLDER_PREFIX
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The results of one run that exist; None or empty for those that do not."""
+    """The results of one run; None or empty where there are none."""
 
     folder: pathlib.Path
     seed: int
@@ -54,7 +53,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study folder in memory."""
+    """A study and its runs."""
 
     name: str
     title: str
@@ -67,9 +66,9 @@ class Study:
     paper: published.AccuracyTable | None
     paper_rows: dict[str, str]  # by row, the key in the paper's table
     paper_perturbed: published.PerturbationTable | None
-    paper_perturbations: dict[str, str]  # by perturbation, the row of that table
+    paper_perturbations: dict[str, str]  # by perturbation, the row in that table
     class_names: dict[int, str]
-    runs: dict[str, tuple[Run, ...]]  # by row, one for each of the seeds
+    runs: dict[str, tuple[Run, ...]]  # by row, one for each seed
     swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     """For each setting of a sweep, the values whose combinations are the rows."""
 
@@ -82,7 +81,7 @@ class Study:
         return [run for row in self.labels for run in self.finished(row)]
 
     def first_results(self, kind: str) -> dict[str, tuple[Run, dict]]:
-        """The first of a row's runs with a kind of measurement, and what was measured, by row."""
+        """By row, the first run that has a kind of measurement, and its result."""
         found: dict[str, tuple[Run, dict]] = {}
         for row, runs in self.runs.items():
             for run in runs:
@@ -92,15 +91,15 @@ class Study:
 
 
 def load_study(folder: pathlib.Path) -> Study:
-    """Reads a study folder, with all runs in it.
+    """Reads a study with all its runs.
 
     Raises:
       InputError: (a ValueError) if the folder holds no study or no finished run, or the study is
         compared with published numbers that are unavailable here.
     """
-    if not (folder / "study.json").is_file():
+    values = run_folder.read_facts(folder, "study")
+    if values is None:
         raise InputError(f"Expected a study in {folder}, found no study.json there.")
-    values = read_json(folder / "study.json")
     names, key = values.get("class_names") or [], values["paper_table"]
     if key is not None and key not in published.TABLES:
         raise InputError(f"{folder} is compared with the paper's {key}. Use `python -m "
@@ -114,15 +113,15 @@ def load_study(folder: pathlib.Path) -> Study:
         paper_perturbations=values.get("paper_perturbations", {}),
         class_names=class_labels(names),
         swept={name: tuple(swept) for name, swept in values.get("swept", {}).items()},
-        runs={row: tuple(_load_run(folder / f"{row}-seed{seed}", seed) for seed in values["seeds"])
-              for row in values["rows"]})
+        runs={row: tuple(_load_run(run_folder.place_of(folder, row, seed), seed)
+                         for seed in values["seeds"]) for row in values["rows"]})
     if not study.all_finished():
         raise InputError(f"Expected a finished run in {folder}, found no evaluation.json there.")
     return study
 
 
 def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
-    """The study with only some of its rows, or with all if None.
+    """Returns the study with some of its rows, or with all if None.
 
     Raises:
       InputError: (a ValueError) if none of their runs is finished.
@@ -142,9 +141,9 @@ def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
 def study_of_runs(
     folders: Sequence[pathlib.Path], *, together: bool = False, name: str | None = None
 ) -> Study:
-    """A study made of runs that belong to none, each a row named after its folder.
+    """Makes a study of any runs, each a row named after its folder.
 
-    Equal names are prefixed with the name of the folder above. With ``together``, runs that differ
+    Equal names are prefixed with the name of the parent folder. With ``together``, runs that differ
     only in the seed form one row, named after the first without its seed. With a ``name``, reads
     the measurements of that name beside the evaluation.
 
@@ -179,31 +178,27 @@ def study_of_runs(
 
 
 def check_same_data(folders: Sequence[pathlib.Path]) -> None:
-    """Checks that runs share one test set: numbers on different ones cannot be compared.
+    """Checks that runs share one test set, without which their numbers cannot be compared.
 
     Raises:
-      InputError: (a ValueError) if a folder holds no run, or two are of different data sets or of
+      InputError: (a ValueError) if a folder holds no run, or the runs have different data sets or
         different splits of one.
     """
-    first: tuple[str, int] | None = None
-    for folder in folders:
-        config = run_folder.read_config(folder)
-        # Data sets with their own split have no split seed.
-        seed = config.split_seed if config.dataset.startswith(FOLDER_PREFIX) else 0
-        first = first or (config.dataset, seed)
-        if (config.dataset, seed) != first:
-            what = "dataset" if config.dataset != first[0] else "split_seed"
-            values = (first[0], config.dataset) if what == "dataset" else (first[1], seed)
-            raise InputError(f"Expected runs with one test set, got {folders[0]} with "
-                             f"{what}={values[0]} and {folder} with {what}={values[1]}. Use one "
-                             "command for each.")
+    configs = [run_folder.read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        split = config.dataset.startswith(FOLDER_PREFIX)  # Other data sets have their own split.
+        for name in ("dataset", "split_seed") if split else ("dataset",):
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if first != other:
+                raise InputError(f"Expected runs with one test set, got {folders[0]} with "
+                                 f"{name}={first} and {folder} with {name}={other}. Use one "
+                                 "command for each.")
 
 
 def _class_names(runs: Iterable[Run]) -> Sequence[str]:
     """Class names from the first run, or its study, that has any; else empty."""
     for run in runs:
-        path = run.folder.parent / "study.json"
-        study = read_json(path) if path.is_file() else {}
+        study = run_folder.read_facts(run.folder.parent, "study") or {}
         evaluation = run.evaluation or {}
         names = evaluation.get("classes", {}).get("names") or study.get("class_names")
         if names:
@@ -212,7 +207,7 @@ def _class_names(runs: Iterable[Run]) -> Sequence[str]:
 
 
 def class_labels(names: Sequence[str]) -> dict[int, str]:
-    """Number and name of each class; the number alone if it is the name."""
+    """Labels each class by number and name, or by the number alone if that is the name."""
     return {index: name if name == str(index) else f"{index} {name}"
             for index, name in enumerate(names)}
 

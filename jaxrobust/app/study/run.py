@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -35,19 +35,18 @@ def run_study(
 ) -> list[str]:
     """Trains, tests and measures the runs of a plan.
 
-    Leaves finished runs as they are, and those that diverged, which would do so again; resumes
-    interrupted ones.
+    Leaves finished and diverged runs as they are, and resumes interrupted ones.
 
     Args:
       plan: its recipe fits the data set.
       dataset: the recipe's.
       at_once: the largest number of runs trained as one vmapped program; they may differ only in
-        the seed and the settings that can be swept. None for all of them on accelerators; for one
-        on CPUs, where vmapped convolutions, which are grouped, are slower than one run after the
-        other; and for one where images are streamed, as each run would need its own stream.
-      tensorboard: whether to write event files for TensorBoard too.
-      layout: the devices; one if none is given.
-      feed: how the images reach them.
+        the seed and the settings that can be swept. By default all on accelerators; one on CPUs,
+        where vmapped convolutions, which are grouped, are slower than one run after the other; and
+        one where images are streamed, as each run would need its own stream.
+      tensorboard: whether to write event files for TensorBoard.
+      layout: the devices; one by default.
+      feed: how the images reach the devices.
 
     Returns:
       A line for each run that diverged, unless the recipe allows divergence.
@@ -58,7 +57,7 @@ def run_study(
     """
     layout = make_layout("jit") if layout is None else layout
     configs = plan.configs()
-    trained = {place: config for place, config in configs.items() if run_folder.is_trained(place)}
+    trained = [place for place in configs if run_folder.is_trained(place)]
     left = {place: config for place, config in configs.items() if place not in trained}
     # Raises for what is impossible, before anything is written.
     make_test_split(dataset, plan.recipe.evaluation.test_size)
@@ -66,10 +65,15 @@ def run_study(
         program.program_of([config], dataset, layout)
     at_once = _choose_at_once(at_once, list(left.values()), dataset, layout, feed)
     claim_study(plan, dataset.class_names)
-    failures = []
-    for group in [*([trained] if trained else []), *_groups(left, at_once)]:
-        failures += _run_group(plan.recipe, dataset, group, tensorboard=tensorboard, layout=layout,
-                               feed=feed)
+    failures = run_folder.divergences(trained)
+    _show_and_test(plan.recipe, dataset, trained, failures, layout)
+    for group in _groups(left, at_once):
+        first, *others = (place.name for place in group)
+        new = train_together(
+            list(group.values()), dataset, list(group), resume=True, tensorboard=tensorboard,
+            label=f"{first} and {len(others)} more" if others else first, layout=layout, feed=feed)
+        _show_and_test(plan.recipe, dataset, group, new, layout)
+        failures += new
     _measure(plan, dataset)
     return [] if plan.recipe.may_diverge else failures
 
@@ -82,7 +86,7 @@ def _choose_at_once(asked: int | None, configs: Sequence[RunConfig], dataset: Da
     if asked is None:
         streamed = feed.resolve(layout, split, 1).input == "stream"
         return 1 if streamed or jax.default_backend() == "cpu" else len(configs)
-    feed.resolve(layout, split, min(asked, len(configs)))  # Says what cannot be.
+    feed.resolve(layout, split, min(asked, len(configs)))  # Raises if they cannot be together.
     return asked
 
 
@@ -96,32 +100,23 @@ def _groups(configs: dict[pathlib.Path, RunConfig], at_once: int) -> list[
             for places in alike.values() for start in range(0, len(places), at_once)]
 
 
-def _run_group(recipe, dataset, configs, *, layout, **options):
-    """Trains those runs that are not, as one program, then tests them."""
-    first, *others = (place.name for place in configs)
-    if all(map(run_folder.is_trained, configs)):  # They need not be alike.
-        failures = [facts["message"] for place in configs
-                    if (facts := run_folder.read_facts(place, "diverged")) is not None]
-    else:
-        failures = train_together(
-            list(configs.values()), dataset, list(configs), resume=True, layout=layout,
-            label=f"{first} and {len(others)} more" if others else first, **options)
+def _show_and_test(recipe: Recipe, dataset: Dataset, places: Iterable[pathlib.Path],
+                   failures: Sequence[str], layout: Layout) -> None:
+    """Prints the failures of runs, and tests those that did not fail."""
     for failure in failures:
         print(failure, file=sys.stderr, flush=True)
     files.barrier("trained")
-    for place, config in configs.items():
-        if run_folder.is_done(place):
-            run = load_run(place, config, dataset, layout)
-            evaluate_run(run, recipe.evaluation, place, place.name)
-            if recipe.curvature is not None:
-                settings = dataclasses.replace(
-                    recipe.curvature, test_size=recipe.evaluation.test_size)
-                measure(CURVATURE, run, settings, place, place.name)
-    return failures
+    for place in filter(run_folder.is_done, places):
+        run = load_run(place, run_folder.read_config(place), dataset, layout)
+        evaluate_run(run, recipe.evaluation, place, place.name)
+        if recipe.curvature is not None:
+            settings = dataclasses.replace(
+                recipe.curvature, test_size=recipe.evaluation.test_size)
+            measure(CURVATURE, run, settings, place, place.name)
 
 
 def _measure(plan: StudyPlan, dataset: Dataset) -> None:
-    """Measures what figures show, for the rows that the plan names."""
+    """Makes the measurements of the command ``figures``, for the rows that the plan names."""
     for place in plan.places(plan.measured):
         if run_folder.is_done(place):
             run = load_run(place, run_folder.read_config(place), dataset)
@@ -134,9 +129,9 @@ def run_study_in_parallel(
 ) -> list[str]:
     """Like :func:`run_study`, with ``jobs`` runs at a time, each in a process on its own cores.
 
-    On a CPU, two processes of one core each do half as much again as one process of two. Each
-    opens the data set in ``data_dir`` itself. If a process dies, only its run fails, and another
-    process takes the next one.
+    On CPUs, two processes on one core each are half as fast again as one process on two. Each opens
+    the data set in ``data_dir`` itself. If a process dies, only its run fails, and another process
+    takes the next one.
 
     Raises:
       InputError: (a ValueError) for more jobs than cores, or if the folder belongs to something
@@ -165,7 +160,7 @@ def run_study_in_parallel(
                 set(cores[job * share : (job + 1) * share]), plan, data_dir, tensorboard, feed)
             try:
                 failures += worker.run(*task)
-            except EOFError:  # It was killed.
+            except EOFError:  # The process was killed.
                 failures.append("{}, seed {}: exit status {}".format(*task, worker.close()))
                 worker = None
 
@@ -176,7 +171,7 @@ def run_study_in_parallel(
 
 
 class _Worker:
-    """A process that executes runs of a study one after the other."""
+    """A process that executes runs of a study, one after the other."""
 
     def __init__(self, cores: set[int], *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -202,15 +197,14 @@ class _Worker:
 
 
 def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
-    """Executes runs from a connection until it closes, and sends back a line for each failure."""
+    """Executes the runs received until the connection closes, and sends back their failures."""
     start_process()
     dataset = None
     with contextlib.suppress(EOFError):
         while True:
             row, seed = connection.recv()
             try:
-                dataset = dataset or load_recipe_dataset(
-                    plan.recipe, data_dir, in_memory=feed.in_memory())
+                dataset = dataset or load_recipe_dataset(plan.recipe, data_dir, feed)
                 failures = run_study(
                     dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=()), dataset,
                     tensorboard=tensorboard, feed=feed)
@@ -219,9 +213,7 @@ def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
             connection.send(failures)
 
 
-def load_recipe_dataset(
-    recipe: Recipe, data_dir: pathlib.Path, *, in_memory: bool = True
-) -> Dataset:
+def load_recipe_dataset(recipe: Recipe, data_dir: pathlib.Path, feed: Feed) -> Dataset:
     """Loads the data set of a recipe, which all its rows share."""
     config, *_ = recipe.rows.values()
-    return open_dataset(config, data_dir, in_memory=in_memory)
+    return open_dataset(config, data_dir, in_memory=feed.in_memory())

@@ -1,4 +1,4 @@
-"""Studies whose rows are all combinations of some settings' values."""
+"""Plans sweeps: studies whose rows are all combinations of the values of some settings."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from jaxrobust import _validate
-from jaxrobust.app import files
+from jaxrobust.app import files, run_folder
 from jaxrobust.app.config import (
     SWEPT,
     InputError,
@@ -32,22 +32,22 @@ def plan_sweep(
     recipe: Recipe, row: str, run: RunConfig, over: Sequence[str], seeds: Sequence[int] | None,
     folder: pathlib.Path,
 ) -> StudyPlan:
-    """The study whose rows are all combinations of some settings' values.
+    """Plans a study whose rows are all combinations of the values of some settings.
 
-    Where the folder holds a sweep over the same settings, its values and seeds are added.
+    If the folder holds a sweep over the same settings, adds its values and seeds.
 
     Args:
-      recipe: gives the evaluation.
+      recipe: provides the evaluation.
       row: a row of the recipe.
       run: the row's configuration, with changes that all runs share.
       over: each ``SETTING=VALUE,VALUE,...``, the setting one of :data:`config.SWEPT`.
-      seeds: the seeds of each setting; that of ``run`` if None.
+      seeds: the seeds of each combination; that of ``run`` if None.
       folder: the study's folder.
 
     Raises:
       InputError: (a ValueError) for no setting, one that is unknown or that the method ignores, a
-        value that is not a number or out of range, anything given twice, or if the folder holds
-        another sweep.
+        value that is not a number or out of range, a duplicate, or a folder that holds another
+        study.
     """
     unchanged = recipe.run(row, seed=0)
     if not over:
@@ -71,12 +71,11 @@ def plan_sweep(
     if seeds is not None and run.seed != unchanged.seed:
         raise InputError("Expected --seeds or --seed, got both.")
     seeds = _sorted_once("seed", [run.seed] if seeds is None else seeds)
-    if (folder / "study.json").is_file():
-        there = files.read_json(folder / "study.json")
+    there = run_folder.read_facts(folder, "study")
+    if there is not None:
         if there.get("swept", {}).keys() != values.keys():
-            raise InputError(f"{folder} holds another study (see study.json there). "
-                             "Choose another folder with --out, or remove that one.")
-        # Keep the order of the settings there, which the folders' names show.
+            raise files.holds_another("study", run_folder.facts_path(folder, "study"))
+        # The names of the folders show the settings in their old order.
         values = {name: tuple(sorted({*swept, *values[name]}))
                   for name, swept in there["swept"].items()}
         seeds = tuple(sorted({*there["seeds"], *seeds}))
@@ -89,7 +88,7 @@ def plan_sweep(
 
 
 def combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """The product of the settings' values; those of the last setting change fastest."""
+    """All combinations of the values; those of the last setting vary fastest."""
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
 
 
@@ -112,6 +111,6 @@ def number_text(value: float) -> str:
 
 
 def setting_name(values: dict[str, float]) -> str:
-    """A row's name, such as ``lam=0.5,noise_std=0.03``: the last parts of settings are unique."""
+    """A row's name, such as ``lam=0.5,noise_std=0.03``; the last parts of settings are unique."""
     return ",".join(f"{name.rpartition('.')[2]}={number_text(value)}"
                     for name, value in values.items())
