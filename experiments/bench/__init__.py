@@ -1,8 +1,8 @@
-"""Benchmarks of the library, by name: times and memory as ratios taken in one run on one machine.
+"""Benchmarks of the library: times and memory as ratios, all measured on one machine in one run.
 
     python -m experiments bench [train | curvature | folder]
 
-A benchmark has sections; each is written when it is done, and kept while its settings stay.
+A benchmark has sections; each is written when it ends, and kept as long as its settings are.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import jax
 from experiments.bench import curvature, folder, losses, page, programs, timing, train_step
 from jaxrobust import _validate
 from jaxrobust.app import files, provenance
-from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 
 
@@ -28,15 +27,12 @@ class Section(NamedTuple):
 
     title: str
     note: str  # what was done, and how to read its table
-    measure: Callable[[Any, timing.Done], dict]
-    """``(settings, done) -> {"rows": [...], "ratios": [...]}``, as :mod:`timing` makes them, or
-    ``{"not_measured": reason}``."""
-    settings_for: Callable[[bool], Any]
-    """``quick -> settings``, a dataclass; quick ones only show that everything works."""
+    measure: Callable[[Any], timing.Parts]  # from settings; may raise NotMeasured
+    settings_for: Callable[[bool], Any]  # from whether they are quick; a dataclass
 
 
 class Benchmark(NamedTuple):
-    """Sections by name."""
+    """Sections by letter."""
 
     title: str
     sections: Mapping[str, Section]
@@ -113,9 +109,9 @@ BENCHMARKS = {
 
 def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         only: Sequence[str] | None = None) -> str:
-    """Writes ``bench.json``, ``bench.md`` and figures of a benchmark, after every section.
+    """Runs a benchmark; writes ``bench.json``, ``bench.md`` and figures after every section.
 
-    A section measured before with the same settings is kept, unless ``only`` names it.
+    Keeps a section that was measured before with the same settings, unless ``only`` names it.
 
     Returns:
       The table of ratios.
@@ -127,35 +123,38 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
     check(name, only)
     benchmark = BENCHMARKS[name]
     described = {"benchmark": name, "quick": quick}
-    files.claim(folder, "settings.json", json.dumps(described, indent=2) + "\n")
+    files.claim(folder / "settings.json", json.dumps(described, indent=2) + "\n")
     path = folder / "bench.json"
     done = files.read_json(path)["sections"] if path.is_file() else {}
     wanted = {key: json.loads(json.dumps(dataclasses.asdict(section.settings_for(quick))))
               for key, section in benchmark.sections.items()}
-    missing = [key for key in only or benchmark.sections
-               if only or done.get(key, {}).get("settings") != wanted[key]]
-    with progress(f"bench {name}", len(missing)) as shown:
-        for key in missing:
-            done[key] = _measure(benchmark.sections[key], quick, lambda contender, seconds, key=key:
-                                 shown.show(**{f"({key}) seconds of {contender}": seconds}))
-            done[key]["settings"] = wanted[key]
-            _write(folder, described | {"title": benchmark.title}, {
-                each: done[each] for each in benchmark.sections if each in done})
-            shown.advance()
+    for key in only or benchmark.sections:
+        if not only and done.get(key, {}).get("settings") == wanted[key]:
+            continue
+        print(f"({key}) {benchmark.sections[key].title}", flush=True)
+        done[key] = _measure(benchmark.sections[key], quick) | {"settings": wanted[key]}
+        _write(folder, described | {"title": benchmark.title}, {
+            each: done[each] for each in benchmark.sections if each in done})
     return page.ratio_table(files.read_json(path)["ratios"])
 
 
 def check(name: str, only: Sequence[str] | None = None) -> None:
-    """Raises InputError unless there is a benchmark of that name, with these sections."""
+    """Raises InputError unless there is such a benchmark with these sections."""
     _validate.one_of("benchmark", name, BENCHMARKS)
     for section in only or ():
         _validate.one_of("section", section, BENCHMARKS[name].sections)
 
 
-def _measure(section: Section, quick: bool, done: timing.Done) -> dict:
-    jax.clear_caches()  # What is compiled here does not depend on the sections before.
+def _measure(section: Section, quick: bool) -> dict:
+    jax.clear_caches()  # No section uses what another has compiled.
     made, load, start = provenance.describe(), timing.load_average(), time.perf_counter()
-    measured = section.measure(section.settings_for(quick), done)
+    measured: dict[str, Any] = {"rows": [], "ratios": []}
+    try:
+        for rows, ratios in section.measure(section.settings_for(quick)):
+            measured["rows"] += rows
+            measured["ratios"] += ratios
+    except timing.NotMeasured as error:
+        measured = {"not_measured": str(error)}
     if importlib.util.find_spec("torch") is not None:
         made["versions"]["torch"] = metadata.version("torch")
     return {"title": section.title, "note": section.note, "result": measured, "provenance": made | {
@@ -172,4 +171,4 @@ def _write(folder: pathlib.Path, described: Mapping, sections: Mapping[str, Mapp
         if figure is not None:
             figures.save(figure, folder / key)
     files.write_text(folder / "bench.md", page.page_text(result))
-    files.write_json(folder / "bench.json", result)  # Last: what it holds is not measured again.
+    files.write_json(folder / "bench.json", result)  # Last: its sections are not measured again.

@@ -1,4 +1,4 @@
-"""What photographs cost on their way to the network, beside its update.
+"""Times what happens to photographs before they reach the network, beside an update.
 
 JPEG files are decoded and resized, read from the decoded cache, augmented as in the paper's
 Appendix H.2 and made noisy, each beside an update of MobileNetV3-Small on as many images.
@@ -8,7 +8,6 @@ import dataclasses
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from experiments.bench import programs, timing
+from experiments.bench.timing import Contender
 from jaxrobust import data, perturbations
 from jaxrobust.app.config import RunConfig
 from jaxrobust.app.recipe import get_recipe
@@ -23,7 +23,7 @@ from jaxrobust.data import Dataset, Split
 from jaxrobust.images import to_float
 
 CLASSES = ("china", "flower")
-"""scikit-learn's two sample photographs, of which all files are made."""
+"""scikit-learn's two sample photographs, from which all files are made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +40,34 @@ class Settings:
 
 
 def settings_for(quick: bool) -> Settings:
-    """The full benchmark, or what shows that everything works."""
+    """The full benchmark, or a quick one to see that everything works."""
     return Settings() if not quick else Settings(
         file_size=(60, 80), image_size=(32, 40), num_files=10, batch_size=2, rounds=2,
         model="small_cnn", methods=("normal",))
 
 
-def measure(settings: Settings, done: timing.Done) -> dict:
-    """What is done with a photograph, and its share of an update of the first method."""
-    file_rows, kilobytes = _of_files(settings, done)
+def measure(settings: Settings) -> timing.Parts:
+    """Times what is done with a photograph, as a share of an update of the first method."""
+    file_rows, kilobytes = _of_files(settings)
     shape, to_shape = (f"{high} x {wide}" for high, wide in (
         settings.file_size, settings.image_size))
     rows = [timing.row(f"JPEG of {shape}, {kilobytes:.0f} kB, to {to_shape}", name, seconds)
             for name, seconds in file_rows.items()]
     rows += timing.rows(
         f"{settings.model}, batches of {settings.batch_size} of {to_shape}",
-        _contenders(settings), settings.rounds, done, per=settings.batch_size)
+        _contenders(settings), settings.rounds, per=settings.batch_size)
     update = _update(settings.methods[0])
     medians = {row["contender"]: row["ms"]["median"] for row in rows}
-    return {"rows": rows, "ratios": [
-        timing.judged(timing.Pair(row["contender"], update), row["case"],
-                      ratio=medians[row["contender"]] / medians[update])
-        for row in rows if row["contender"] != update]}
+    yield rows, [timing.judged(timing.Pair(row["contender"], update), row["case"],
+                               ratio=medians[row["contender"]] / medians[update])
+                 for row in rows if row["contender"] != update]
 
 
 def write_photographs(folder: pathlib.Path, num_files: int, size: tuple[int, int]) -> float:
-    """Writes JPEG files of random parts of the sample photographs, and returns their mean kB.
+    """Writes JPEG files of random parts of the sample photographs; returns their mean size in kB.
 
-    Each is scaled to height and width ``size`` and given noise of 6/255, as of a camera's sensor,
-    since what is scaled up is smoother, and quicker to decode, than what a camera writes.
+    Each is scaled to height and width ``size`` and gets noise of 6/255, like that of a camera's
+    sensor: without it, an enlarged image is smoother, and decoded faster, than a photograph.
     """
     draw = np.random.default_rng(0)
     photographs = load_sample_images().images
@@ -87,14 +86,12 @@ def write_photographs(folder: pathlib.Path, num_files: int, size: tuple[int, int
     return float(np.mean([path.stat().st_size for path in folder.rglob("*.jpg")])) / 1e3
 
 
-def _of_files(settings: Settings, done: timing.Done) -> tuple[dict[str, list[float]], float]:
-    """Seconds an image by round, and the mean size of a file in kB."""
+def _of_files(settings: Settings) -> tuple[dict[str, list[float]], float]:
+    """Measures seconds for an image, by round, and the mean size of a file in kB."""
     spent: dict[str, list[float]] = {}
 
     def add(name, start, count):
-        seconds = time.perf_counter() - start
-        spent.setdefault(name, []).append(seconds / count)
-        done(name, seconds)
+        spent.setdefault(name, []).append((time.perf_counter() - start) / count)
 
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
@@ -117,7 +114,7 @@ def _of_files(settings: Settings, done: timing.Done) -> tuple[dict[str, list[flo
     return spent, kilobytes
 
 
-def _contenders(settings: Settings) -> dict[str, Callable[[], object]]:
+def _contenders(settings: Settings) -> dict[str, Contender]:
     """What is done with a batch on the device."""
     shape = (settings.batch_size, *settings.image_size, 3)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
@@ -129,9 +126,10 @@ def _contenders(settings: Settings) -> dict[str, Callable[[], object]]:
     split = Split(images, labels)
     dataset = Dataset("folder", split, split, CLASSES, (0.5,) * 3, (0.25,) * 3, flip=True)
     return {
-        "augment on the device": lambda: jax.block_until_ready(augment(keys, floats)),
-        "add Gaussian noise": lambda: jax.block_until_ready(noise(keys[0], floats)),
-        **{_update(method): programs.Runner([run_config(method, settings)], dataset, 1).call
+        "augment on the device": Contender(lambda: jax.block_until_ready(augment(keys, floats))),
+        "add Gaussian noise": Contender(lambda: jax.block_until_ready(noise(keys[0], floats))),
+        **{_update(method): Contender(
+            programs.Runner([run_config(method, settings)], dataset, 1).call)
            for method in settings.methods}}
 
 
@@ -140,7 +138,7 @@ def _update(method: str) -> str:
 
 
 def run_config(method: str, settings: Settings) -> RunConfig:
-    """The run of the recipe `road` whose update is timed."""
+    """The configuration, from the recipe `road`, whose update is timed."""
     return dataclasses.replace(
         get_recipe("road").run(method, 0), dataset="folder:photographs", validation_size=0,
         model=settings.model, image_size=settings.image_size, batch_size=settings.batch_size,

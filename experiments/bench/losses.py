@@ -1,7 +1,7 @@
-"""The robust loss with its gradients against PyTorch, and how its cost grows.
+"""Times the robust loss with its gradients, also against PyTorch and against its sizes.
 
-Alone, without a network: features, noisy features and the softmax layer are random, and no time
-depends on their values. Every contender computes the same loss and gradients from the same numbers.
+There is no network: features, noisy features and the softmax layer are random, and no time depends
+on their values. All contenders compute the same loss and gradients from the same numbers.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import problem, timing
-from experiments.bench.timing import Pair
+from experiments.bench.timing import Contender, Pair
 from jaxrobust.centroids import CentroidState
 from jaxrobust.losses import RobustLossConfig, robust_loss
 
@@ -21,11 +21,11 @@ FORMS = ("looping", "vectorised")
 """Those of :mod:`experiments.bench.torch_losses`."""
 
 CONFIG = RobustLossConfig()
-"""The paper's, whose options are those of the two forms."""
+"""The paper's, whose options both forms have."""
 
 
 class Size(NamedTuple):
-    """How large a problem is."""
+    """The sizes of a problem."""
 
     batch_size: int
     dim: int
@@ -36,7 +36,7 @@ class Size(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the loss is computed from."""
+    """The arguments of the loss."""
 
     features: np.ndarray  # shape=[B, d]
     noisy_features: np.ndarray  # shape=[B, d]
@@ -54,21 +54,21 @@ class Settings:
     rounds: int = 7
     compared: tuple[tuple[Size, float], ...] = (
         (Size(64, 128, 10), 50), (Size(1024, 512, 1000), 100))  # with the looping form's target
-    usual: Size = Size(256, 128, 100)  # of which one number varies at a time
+    usual: Size = Size(256, 128, 100)  # one number of it varies at a time
     classes: tuple[int, ...] = (10, 100, 1000, 5000, 20_000)
     dims: tuple[int, ...] = (32, 128, 512, 2048)
     batch_sizes: tuple[int, ...] = (16, 64, 256, 1024)
 
 
 def settings_for(quick: bool) -> Settings:
-    """The full benchmark, or what shows that everything works."""
+    """The full benchmark, or a quick one to see that everything works."""
     return Settings() if not quick else Settings(
         rounds=2, compared=((Size(8, 4, 3), 50),), usual=Size(8, 4, 3), classes=(3, 20),
         dims=(4, 8), batch_sizes=(4, 8))
 
 
 def make_problem(size: Size, dtype: Any = np.float32) -> Problem:
-    """A random problem; of ten classes, nine have been seen before."""
+    """Draws a problem; nine out of ten classes have been seen before."""
     draw = np.random.default_rng(0)
 
     def normal(*shape, scale=1.0):
@@ -85,7 +85,7 @@ def make_problem(size: Size, dtype: Any = np.float32) -> Problem:
 
 @jax.jit
 def value_and_gradients(problem: Problem) -> tuple[jax.Array, tuple, CentroidState]:
-    """The loss, its gradients, and the next state.
+    """Computes the loss, its gradients and the next state.
 
     The gradients are with respect to features, noisy features, kernel and bias, in this order.
     """
@@ -100,16 +100,16 @@ def value_and_gradients(problem: Problem) -> tuple[jax.Array, tuple, CentroidSta
     return total, gradients, state
 
 
-def make_call(size: Size) -> tuple[Callable[[], object], dict[str, float]]:
-    """Ours, compiled, and its working memory."""
+def make_contender(size: Size) -> Contender:
+    """Compiles this library's loss for a problem of this size."""
     made = jax.tree.map(jnp.asarray, make_problem(size))
     compiled = value_and_gradients.lower(made).compile()
-    return (lambda: jax.block_until_ready(compiled(made)),
-            {"memory_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20})
+    return Contender(lambda: jax.block_until_ready(compiled(made)),
+                     {"memory_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20})
 
 
 def make_torch_call(problem: Problem, form: str) -> Callable[[], tuple]:
-    """One of :data:`FORMS` on the same device; it returns the total, gradients and state."""
+    """Makes a call of one of :data:`FORMS`, which returns the total, gradients and state."""
     import torch
 
     from experiments.bench import torch_losses
@@ -123,36 +123,28 @@ def make_torch_call(problem: Problem, form: str) -> Callable[[], tuple]:
         getattr(torch_losses, form), *tensors, CONFIG)
 
 
-def measure_losses(settings: Settings, done: timing.Done) -> dict:
-    """Ours and PyTorch's two forms."""
+def measure_losses(settings: Settings) -> timing.Parts:
+    """Times this library's loss and the two forms in PyTorch."""
     missing = problem.why_no_torch()
-    found, ratios = [], []
     for size, target in settings.compared:
-        made = {"JAX": make_call(size)}
+        contenders = {"JAX": make_contender(size)}
         if missing is None:
-            made |= {f"PyTorch, {form}": problem.torch_contender(
+            contenders |= {f"PyTorch, {form}": problem.torch_contender(
                 make_torch_call(make_problem(size), form)) for form in FORMS}
-        rows = timing.rows(str(size), {name: call for name, (call, _) in made.items()},
-                           settings.rounds, done, facts={
-                               name: facts for name, (_, facts) in made.items()})
-        pairs = [Pair(f"PyTorch, {form}", "JAX", "at least", aim)
-                 for form, aim in zip(FORMS, (target, 2), strict=True)]
-        ratios += timing.ratios(rows, pairs, {pair.numerator: missing for pair in pairs})
-        found += rows
-    return {"rows": found, "ratios": ratios}
+        rows = timing.rows(str(size), contenders, settings.rounds)
+        yield rows, timing.ratios(rows, [
+            Pair(f"PyTorch, {form}", "JAX", "at least", aim)
+            for form, aim in zip(FORMS, (target, 2), strict=True)], missing)
 
 
-def measure_scaling(settings: Settings, done: timing.Done) -> dict:
-    """Our time and memory against the number of classes, of dimensions, and the batch size."""
-    rows = []
+def measure_scaling(settings: Settings) -> timing.Parts:
+    """Measures time and memory against the number of classes, the dimension and the batch size."""
     for field, against, values in (
             ("num_classes", "Number of classes C", settings.classes),
             ("dim", "Dimension of the features d", settings.dims),
             ("batch_size", "Batch size B", settings.batch_sizes)):
         sizes = [settings.usual._replace(**{field: value}) for value in values]
-        made = {str(size): make_call(size) for size in sizes}
-        seconds = timing.in_turn({case: call for case, (call, _) in made.items()},
-                                 settings.rounds, done)
-        rows += [timing.row(case, "JAX", seconds[case], against=against, at=value, **facts)
-                 for value, (case, (_, facts)) in zip(values, made.items(), strict=True)]
-    return {"rows": rows, "ratios": []}
+        made = {str(size): make_contender(size) for size in sizes}
+        seconds = timing.in_turn({case: one.call for case, one in made.items()}, settings.rounds)
+        yield [timing.row(case, "JAX", seconds[case], against=against, at=value, **one.facts)
+               for value, (case, one) in zip(values, made.items(), strict=True)], []

@@ -1,4 +1,4 @@
-"""The page of a benchmark and its figures, from the content of its ``bench.json``."""
+"""Makes the page and the figures of a benchmark from the content of its ``bench.json``."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,11 +13,11 @@ COLUMNS = {
     "ms": "Time [ms]", "host_ms": "Host busy [ms]", "compile_s": "Compiling [s]",
     "memory_mib": "Working memory [MiB]", "threads": "PyTorch's threads",
     "tera_per_second": "Operations [10¹²/s]", "projected_min": "200 such epochs, projected [min]"}
-"""Numbers that a row may have, beside its case and contender."""
+"""Headings of the numbers that a row may have."""
 
 
 def page_text(result: Mapping) -> str:
-    """The page: all ratios, then the times of each section, then where they come from."""
+    """Writes the page: all ratios, the times of each section, and their provenance."""
     sections = result["sections"]
     parts = [
         f"# {result['title']}",
@@ -43,7 +43,7 @@ def page_text(result: Mapping) -> str:
 
 
 def ratio_table(ratios: Sequence[Mapping]) -> str:
-    """Every ratio, its target, and whether it is met."""
+    """Writes the table of all ratios, their targets, and whether these are met."""
     def cells(row):
         target = f"{row['bound']} {row['target']:g}" if "target" in row else "–"
         if "not_measured" in row:
@@ -58,7 +58,7 @@ def ratio_table(ratios: Sequence[Mapping]) -> str:
 
 
 def figure(rows: Sequence[Mapping]) -> Figure | None:
-    """Time against what the rows vary, a panel for each such size; None if they vary none."""
+    """Plots the time against each size that the rows vary; None if they vary none."""
     panels = _panels(rows)
     if not panels:
         return None
@@ -116,7 +116,7 @@ def _row_table(rows: Sequence[Mapping]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose columns, but for the first ``left``, are aligned to the right."""
+    """Writes a table whose columns after the first ``left`` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
 
@@ -131,7 +131,7 @@ def _reasons(ratios: Iterable[Mapping]) -> str:
 
 
 def _disturbed(sections: Mapping[str, Mapping]) -> str:
-    # What came before all sections but the first is the benchmark itself.
+    # Before the other sections, the load is that of the benchmark itself.
     facts = next(iter(sections.values()))["provenance"]
     load, cores = facts["load_average"][0], facts["cores"]
     if load is None or load <= cores / 2:
@@ -144,7 +144,7 @@ def _provenance(sections: Mapping[str, Mapping]) -> str:
     where = {name: section["provenance"] for name, section in sections.items()}
 
     def known(of):
-        """What is the same for all sections once, and else for which it is."""
+        """The value of all sections or, if they differ, each value with its sections."""
         said: dict[str, list[str]] = {}
         for name, facts in where.items():
             said.setdefault(str(of(facts)), []).append(name)

@@ -1,4 +1,4 @@
-"""The network, weights and images that are timed, and PyTorch on the same ones."""
+"""The network, the weights and the images of the benchmarks, and how to call PyTorch."""
 
 import functools
 import importlib.util
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import timing
+from experiments.bench.timing import Contender
 from jaxrobust.models import create_model
 
 
@@ -23,7 +24,7 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A network with its weights, and images."""
+    """A network, its weights, and images."""
 
     model: Any
     variables: Any
@@ -33,7 +34,7 @@ class Problem(NamedTuple):
 
 @functools.cache
 def make_problem(case: Case) -> Problem:
-    """A ResNet18 with random weights, and uniform noise as images: no time depends on them."""
+    """Makes a ResNet18 with random weights, and images of noise; no time depends on either."""
     model = create_model("resnet18", num_classes=case.num_classes, num_features=128,
                          width=case.width, mean=(0.5,) * 3, std=(0.25,) * 3)
     shape = (case.batch_size, case.image_size, case.image_size, 3)
@@ -45,7 +46,7 @@ def make_problem(case: Case) -> Problem:
             return jnp.asarray(draw.uniform(-bound, bound, leaf.shape), leaf.dtype)
         return jnp.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
 
-    # Drawn here, as the model itself does: to compile that would take longer than most cases.
+    # Compiling the model's own initialisation would take longer than most cases.
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0),
                             jax.ShapeDtypeStruct(shape, jnp.float32))
     return Problem(model, jax.tree_util.tree_map_with_path(weights, shapes),
@@ -54,7 +55,7 @@ def make_problem(case: Case) -> Problem:
 
 
 def why_no_torch() -> str | None:
-    """Why PyTorch cannot be compared with, in one line; None if it can."""
+    """The reason why there is no PyTorch to compare with; None if there is."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed; `pip install -e .[bench]` does it"
     import torch  # Its import takes seconds, and few have it.
@@ -64,11 +65,11 @@ def why_no_torch() -> str | None:
     return None
 
 
-def torch_contender(call: Callable[[], object]) -> tuple[Callable[[], object], dict[str, int]]:
-    """A call of PyTorch that waits for its result, and the number of ``threads`` it is on.
+def torch_contender(call: Callable[[], object], **facts: float) -> Contender:
+    """Makes a contender of a call of PyTorch, on the number of threads that it records.
 
-    On CPUs that is as many as JAX has cores, or one if that is faster: PyTorch's threads wait for
-    each other by spinning, which makes them many times slower where cores are shared with others.
+    On CPUs these are as many as JAX has cores, or one if that is faster: PyTorch's threads wait by
+    spinning, which makes them many times slower on cores shared with other work.
     """
     import torch
 
@@ -82,7 +83,7 @@ def torch_contender(call: Callable[[], object]) -> tuple[Callable[[], object], d
     trials = {str(number): functools.partial(on, number) for number in sorted({
         1 if jax.default_backend() == "cpu" else timing.cores(), timing.cores()})}
     if len(trials) > 1:
-        seconds = timing.in_turn(trials, 1, lambda *_: None)
+        seconds = timing.in_turn(trials, 1)
         trials = {number: trials[number] for number in [min(trials, key=seconds.get)]}
-    (number, contender), = trials.items()
-    return contender, {"threads": int(number)}
+    (number, chosen), = trials.items()
+    return Contender(chosen, {**facts, "threads": int(number)})

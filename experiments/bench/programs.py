@@ -1,7 +1,7 @@
-"""What runs execute: several seeds at once, the host's share, the start, an epoch.
+"""Times the programs of runs: several seeds at once, the host's share, the start, an epoch.
 
-The programs are those of :mod:`jaxrobust.app.program`, called as the trainer calls them. The images
-of ResNet18 are noise: no time depends on them.
+They are those of :mod:`jaxrobust.app.program`, called as the trainer calls them. The images for
+ResNet18 are noise: no time depends on them.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.bench import timing
-from experiments.bench.timing import Pair
+from experiments.bench.timing import Contender, NotMeasured, Pair
 from jaxrobust import data, parallel
 from jaxrobust.app.config import RunConfig
 from jaxrobust.app.execution import STEPS_PER_CALL
@@ -53,9 +53,9 @@ class Settings:
 
 
 def settings_for(quick: bool) -> Settings:
-    """The full benchmark of a platform, or what shows that everything works.
+    """The full benchmark of this platform, or a quick one to see that everything works.
 
-    On accelerators updates run in a loop, and an epoch is affordable.
+    On accelerators, updates run in a loop, and an epoch takes little enough time.
     """
     if quick:
         return Settings(
@@ -70,7 +70,7 @@ def settings_for(quick: bool) -> Settings:
 
 
 def run_config(case: str, settings: Settings, **changes: Any) -> RunConfig:
-    """The run of a case."""
+    """The configuration of a case."""
     if case == "digits":
         config = get_recipe("digits").run(settings.method, 0)
     else:
@@ -81,7 +81,7 @@ def run_config(case: str, settings: Settings, **changes: Any) -> RunConfig:
 
 @functools.cache
 def noise_images(num_images: int) -> Dataset:
-    """As many images of noise in the shape of CIFAR-10, in ten classes."""
+    """Draws images of noise with the shape of CIFAR-10, in ten classes."""
     draw = np.random.default_rng(0)
     split = Split(draw.integers(256, size=(num_images, 32, 32, 3), dtype=np.uint8),
                   np.arange(num_images, dtype=np.int32) % 10)
@@ -90,18 +90,18 @@ def noise_images(num_images: int) -> Dataset:
 
 
 def dataset_of(config: RunConfig, settings: Settings) -> Dataset:
-    """The real digits, or images of noise."""
+    """The data set of a case: digits, or images of noise."""
     if config.dataset == "digits":
         return data.load_dataset("digits")
     return noise_images(settings.num_images)
 
 
 class Runner:
-    """A run, or several that are trained together, stepping as in the trainer."""
+    """A run, or several that are trained together, updated as in the trainer."""
 
     def __init__(self, configs: Sequence[RunConfig], dataset: Dataset, num_steps: int, *,
                  loop: bool = False):
-        """``loop`` forces a compiled loop over the updates of a call, also on CPUs."""
+        """Compiles nothing yet; ``loop`` forces a compiled loop over updates, also on CPUs."""
         self.config, self.num_steps, layout = configs[0], num_steps, make_layout("jit")
         split = make_splits(dataset, self.config).train
         self.num_images = len(split.labels)
@@ -113,17 +113,17 @@ class Runner:
         self.positions = self.place(self.config.batch_size)
         self.step = _looping(self.program.resident(1), num_steps) if loop else (
             self.program.resident(num_steps))
-        self.host: list[float] = []  # seconds that the host was busy with each call
+        self.host: list[float] = []  # seconds for which each call kept the host busy
 
     def place(self, size: int) -> jax.Array:
-        """The positions of a batch of that size, on the device."""
+        """The positions of a batch of this size, on the device."""
         return parallel.place_batch(self.program.layout, np.arange(size, dtype=np.int32), size)
 
     def call(self) -> None:
-        """Does the updates of a call, and waits for them.
+        """Makes the updates of one call, and waits for them.
 
-        The host is busy until a call returns. On CPUs, where the same cores compute and may take
-        the host's from it meanwhile, the processor time of its thread counts instead.
+        The host is busy until the call returns. On CPUs, which compute meanwhile on the same cores,
+        the processor time of the host's thread counts instead.
         """
         clock = time.thread_time if jax.default_backend() == "cpu" else time.perf_counter
         begun = clock()
@@ -132,7 +132,7 @@ class Runner:
         jax.block_until_ready((self.state, metrics))
 
     def epoch(self) -> None:
-        """An epoch as the trainer does it, without its logs and checkpoints."""
+        """Trains an epoch like the trainer, without logs and checkpoints."""
         images, labels, _, run = self.shared
         batches = data.batch_sizes(self.num_images, self.config.batch_size)
         number = int(self.state.step) // len(batches) + 1
@@ -144,7 +144,7 @@ class Runner:
 
 
 def _looping(step, num_steps):
-    one = step.__wrapped__  # Options of the compiler are those of the whole loop.
+    one = step.__wrapped__  # The compiler's options apply to the whole loop.
 
     def steps(state, shared, positions):
         return jax.lax.scan(lambda state, _: one(state, shared, positions), state,
@@ -154,30 +154,26 @@ def _looping(step, num_steps):
 
 
 def case_name(config: RunConfig) -> str:
-    """A run, as the tables name it."""
+    """The name of a case in the tables."""
     model = {"resnet18": "ResNet18", "small_cnn": "small network"}[config.model]
     return f"{model}, width {config.width}, `{config.method}`, batch {config.batch_size}"
 
 
-def measure_seeds(settings: Settings, done: timing.Done) -> dict:
-    """One run against several seeds as one vmapped program."""
-    found, ratios = [], []
+def measure_seeds(settings: Settings) -> timing.Parts:
+    """Times one run against several seeds as one vmapped program."""
     together = f"{settings.seeds} seeds in one program"
     for name in settings.cases:
         configs = [run_config(name, settings, seed=seed) for seed in range(settings.seeds)]
         dataset = dataset_of(configs[0], settings)
         rows = timing.rows(case_name(configs[0]), {
-            "one seed": Runner(configs[:1], dataset, settings.steps_per_call).call,
-            together: Runner(configs, dataset, settings.steps_per_call).call,
-        }, settings.rounds, done, per=settings.steps_per_call)
-        ratios += timing.ratios(rows, [Pair(together, "one seed", target=settings.seed_target)])
-        found += rows
-    return {"rows": found, "ratios": ratios}
+            "one seed": Contender(Runner(configs[:1], dataset, settings.steps_per_call).call),
+            together: Contender(Runner(configs, dataset, settings.steps_per_call).call),
+        }, settings.rounds, per=settings.steps_per_call)
+        yield rows, timing.ratios(rows, [Pair(together, "one seed", target=settings.seed_target)])
 
 
-def measure_host(settings: Settings, done: timing.Done) -> dict:
-    """How long the host is busy for an update, and what several updates in a call change."""
-    found, ratios = [], []
+def measure_host(settings: Settings) -> timing.Parts:
+    """Measures how long an update keeps the host busy, also with several updates in a call."""
     several = "unrolled" if jax.default_backend() == "cpu" else "in a loop"
     for name in settings.cases:
         config = run_config(name, settings)
@@ -188,50 +184,45 @@ def measure_host(settings: Settings, done: timing.Done) -> dict:
             runners[_updates(settings.looped, "in a loop")] = Runner(
                 [config], dataset, settings.looped, loop=True)
         seconds = timing.in_turn({form: runner.call for form, runner in runners.items()},
-                                 settings.rounds, done)
+                                 settings.rounds)
         rows = [timing.row(case_name(config), form, seconds[form], runner.num_steps,
                            # The first call compiles.
                            host_ms=1e3 * float(np.median(runner.host[1:])) / runner.num_steps)
                 for form, runner in runners.items()]
         first, *others = runners
-        ratios += timing.ratios(rows, [Pair(form, first) for form in others])
         default = _updates(settings.steps_per_call, several)
-        ratios += [timing.judged(
-            Pair("the host's part", "an update", target=0.02 if form == default else None),
-            f"{case_name(config)}, {form} in a call", ratio=row["host_ms"] / row["ms"]["median"])
-            for form, row in zip(runners, rows, strict=True)]
-        found += rows
-    return {"rows": found, "ratios": ratios}
+        yield rows, [
+            *timing.ratios(rows, [Pair(form, first) for form in others]),
+            *(timing.judged(
+                Pair("the host's part", "an update", target=0.02 if form == default else None),
+                f"{case_name(config)}, {form} in a call",
+                ratio=row["host_ms"] / row["ms"]["median"])
+              for form, row in zip(runners, rows, strict=True))]
 
 
 def _updates(number: int, how: str) -> str:
-    """A form, in words."""
     return "1 update" if number == 1 else f"{number} updates {how}"
 
 
-def measure_start(settings: Settings, done: timing.Done) -> dict:
-    """A new process that makes one update, with and without a filled compilation cache."""
-    found, ratios = [], []
+def measure_start(settings: Settings) -> timing.Parts:
+    """Times new processes that make one update, with an empty and a filled compilation cache."""
+    settings = dataclasses.replace(settings, width=settings.start_width)
     for name in settings.cases:
-        changed = dataclasses.replace(settings, width=settings.start_width)
         rows = []
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("cache cold", "cache warm"):
                 start = time.perf_counter()
-                compile_s = _in_process(name, changed, cache)
-                rows.append(timing.row(case_name(run_config(name, changed)), kind,
+                compile_s = _in_process(name, settings, cache)
+                rows.append(timing.row(case_name(run_config(name, settings)), kind,
                                        [time.perf_counter() - start], compile_s=compile_s))
-                done(kind, time.perf_counter() - start)
-        ratios += timing.ratios(rows, [Pair("cache warm", "cache cold")])
-        found += rows
-    return {"rows": found, "ratios": ratios}
+        yield rows, timing.ratios(rows, [Pair("cache warm", "cache cold")])
 
 
 def _in_process(case: str, settings: Settings, cache: str) -> float:
-    """Makes an update in a new process, and returns the seconds that it compiled.
+    """Makes an update in a new process, and returns the seconds spent on compiling.
 
     Raises:
-      RuntimeError: with the process's last words, if it fails.
+      RuntimeError: with the end of the process's standard error, if it fails.
     """
     given = {name: getattr(settings, name)
              for name in ("method", "width", "batch_size", "num_images", "steps_per_call")}
@@ -241,7 +232,7 @@ def _in_process(case: str, settings: Settings, cache: str) -> float:
          case, json.dumps(given)],
         env={**os.environ,
              "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-             # This process keeps most of an accelerator's memory; the rest is enough.
+             # This process holds most of an accelerator's memory; the rest is enough.
              "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
              "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": cache,
              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
@@ -252,7 +243,7 @@ def _in_process(case: str, settings: Settings, cache: str) -> float:
 
 
 def first_update() -> None:
-    """The other side of :func:`_in_process`: does what the command line names."""
+    """Runs in the process of :func:`_in_process`."""
     case, given = sys.argv[1:]
     settings = Settings(**json.loads(given))
     config = run_config(case, settings)
@@ -264,17 +255,15 @@ def first_update() -> None:
     print(json.dumps(seconds))
 
 
-def measure_epoch(settings: Settings, done: timing.Done) -> dict:
-    """An epoch, and what 200 of them would take."""
+def measure_epoch(settings: Settings) -> timing.Parts:
+    """Times an epoch, and projects the time of 200 epochs."""
     if not settings.epochs:
-        return {"not_measured": "an epoch of ResNet18 takes over an hour on a CPU"}
-    rows = []
+        raise NotMeasured("an epoch of ResNet18 takes over an hour on a CPU")
     for name, method, dtype, batch_size in settings.epochs:
         config = run_config(name, dataclasses.replace(settings, method=method), dtype=dtype,
                             batch_size=batch_size)
         runner = Runner([config], dataset_of(config, settings), settings.steps_per_call)
         case = f"{case_name(config)}, {dtype}, {runner.num_images} images"
-        seconds = timing.in_turn({case: runner.epoch}, settings.epoch_rounds, done)[case]
-        rows.append(timing.row(case, "an epoch", seconds,
-                               projected_min=200 * float(np.median(seconds)) / 60))
-    return {"rows": rows, "ratios": []}
+        seconds = timing.in_turn({case: runner.epoch}, settings.epoch_rounds)[case]
+        yield [timing.row(case, "an epoch", seconds,
+                          projected_min=200 * float(np.median(seconds)) / 60)], []

@@ -1,7 +1,7 @@
-"""The robust loss in plain PyTorch, twice, for comparison; imported only where PyTorch is there.
+"""The robust loss in plain PyTorch, in two forms; needs PyTorch.
 
-Both are Eq. 7 and 13 without softmax, as :func:`jaxrobust.losses.robust_loss` computes them: with
-the weights, radii and momentum of a configuration, and its options at the paper's.
+Both are Eq. 7 and 13 without softmax, as :func:`jaxrobust.losses.robust_loss` computes them, with
+the weights, radii and momentum of a configuration and the paper's options.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def looping(
     seen: torch.Tensor,
     config: RobustLossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One class of the batch after the other, equation by equation.
+    """Computes the loss class by class, equation by equation.
 
     Args:
       features: [B, d].
@@ -33,7 +33,7 @@ def looping(
       weight: [C, d], of the softmax layer.
       bias: [C].
       mean: [C, d], the centroids so far.
-      seen: [C] bool, the classes that have one.
+      seen: [C] bool, the classes that have a centroid.
       config: weights, radii and momentum.
 
     Returns:
@@ -78,8 +78,8 @@ def vectorised(
     seen: torch.Tensor,
     config: RobustLossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`looping` for the classes of the batch at once, without a loop in Python."""
-    # Row by row of the K classes of the batch alone.
+    """Computes the same as :func:`looping` for all classes at once."""
+    # Each row is one of the K classes in the batch.
     classes, own, counts = labels.unique(return_inverse=True, return_counts=True)
     counts = counts.to(features.dtype)
     current = features.new_zeros(len(classes), features.shape[1])
@@ -94,7 +94,7 @@ def vectorised(
         torch.dot(shares, ((q - centroids).norm(dim=1) - config.delta_v).relu().square())
         for q in (features, noisy_features))
 
-    # Distances between rows through their products; moving all rows does not change them.
+    # Distances between rows from their products; subtracting their mean does not change them.
     rows = weight - weight.detach().mean(0)
     squares = rows.square().sum(1)
     z = functional.linear(current, rows, bias)
@@ -116,7 +116,7 @@ def value_and_gradients(
     weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, seen: torch.Tensor,
     config: RobustLossConfig,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
-    """The total, its gradients, and the next state, of one of the two forms above.
+    """Computes the total, its gradients and the next state with one of the two forms.
 
     The gradients are with respect to features, noisy features, weight and bias, in this order.
     """

@@ -1,9 +1,7 @@
-"""ResNet18, a step of its training, and Eq. 21 in plain PyTorch, for comparison.
+"""ResNet18, a training step and Eq. 21 in plain PyTorch; needs PyTorch.
 
-Imported only where PyTorch is there.
-
-Transcribed from :mod:`jaxrobust.models.resnet` and from the paper, with the Flax model's own
-parameters, so that both frameworks compute the same numbers.
+Transcribed from :mod:`jaxrobust.models.resnet` and the paper. With the parameters of the Flax
+model, both frameworks compute the same numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +13,11 @@ import torch
 from torch import nn
 
 from experiments.bench.problem import Problem
+from jaxrobust.models.pytorch import to_torch_state_dict
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which a 1x1 convolution projects if need be."""
+    """Two 3x3 convolutions and a shortcut, projected by a 1x1 convolution if shapes differ."""
 
     def __init__(self, inputs: int, channels: int, stride: int):
         super().__init__()
@@ -26,92 +25,60 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.projects = inputs != channels or stride != 1
-        if self.projects:
-            self.shortcut_conv = nn.Conv2d(inputs, channels, 1, stride, bias=False)
-            self.shortcut_bn = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential() if inputs == channels and stride == 1 else nn.Sequential(
+            nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.bn1(self.conv1(inputs)))
-        x = self.bn2(self.conv2(x))
-        shortcut = self.shortcut_bn(self.shortcut_conv(inputs)) if self.projects else inputs
-        return torch.relu(x + shortcut)
+        return torch.relu(self.bn2(self.conv2(x)) + self.shortcut(inputs))
 
 
 class ResNet18(nn.Module):
-    """Logits of images [B, channels, H, W] in [0, 1]; names as in the Flax model."""
+    """Logits of images [B, channels, H, W] in [0, 1], with the names of the authors' module."""
 
     def __init__(self, *, num_classes: int, mean: Sequence[float], std: Sequence[float],
                  num_features: int, width: int):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(
-                name, torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1))
-        self.stem_conv = nn.Conv2d(len(mean), width, 3, 1, 1, bias=False)
-        self.stem_bn = nn.BatchNorm2d(width)
-        self.blocks = []
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64)
+                                 .reshape(1, -1, 1, 1), persistent=False)
+        self.conv1 = nn.Conv2d(len(mean), width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         inputs = width
         for stage in range(4):
-            for index in range(2):
-                name = f"block{stage + 1}_{index + 1}"
-                channels = width * 2**stage
-                self.add_module(name, ResidualBlock(
-                    inputs, channels, 2 if stage > 0 and index == 0 else 1))
-                self.blocks.append(name)
-                inputs = channels
-        self.features = nn.Linear(inputs, num_features)
-        self.head = nn.Linear(num_features, num_classes)
+            channels = width * 2**stage
+            self.add_module(f"layer{stage + 1}", nn.Sequential(
+                ResidualBlock(inputs, channels, 2 if stage > 0 else 1),
+                ResidualBlock(channels, channels, 1)))
+            inputs = channels
+        self.fc_layer = nn.Sequential(
+            nn.ReLU(), nn.Linear(inputs, num_features), nn.Linear(num_features, num_classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = (images - self.mean) / self.std
-        x = torch.relu(self.stem_bn(self.stem_conv(x)))
-        for name in self.blocks:
-            x = self.get_submodule(name)(x)
-        x = torch.relu(x.mean((2, 3)))
-        return self.head(self.features(x))
+        x = torch.relu(self.bn1(self.conv1((images - self.mean) / self.std)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc_layer(x.mean((2, 3)))
 
 
 def convert(model: Any, variables: Mapping[str, Any]) -> ResNet18:
-    """The PyTorch module of a Flax ResNet18 with its parameters, in evaluation mode.
-
-    Its parameters ask for no gradient: only the images do.
-    """
+    """Converts a Flax ResNet18 to a PyTorch module in evaluation mode, without gradients of its
+    parameters."""
     module = ResNet18(num_classes=model.num_classes, mean=model.mean, std=model.std,
                       num_features=model.num_features, width=model.width)
-    state = {}
-    for collection in ("params", "batch_stats"):
-        for path, leaf in _leaves(variables[collection]):
-            *layers, name = path
-            values = np.asarray(leaf)
-            if name == "kernel":  # HWIO to OIHW, or in, out to out, in
-                values = values.transpose((3, 2, 0, 1) if values.ndim == 4 else (1, 0))
-            # A copy: PyTorch warns about memory that it may not write to.
-            state[".".join([*layers, _NAMES.get(name, name)])] = torch.from_numpy(values.copy())
-    for name, buffer in module.named_buffers():
-        if name in ("mean", "std") or name.endswith("num_batches_tracked"):
-            state[name] = buffer
-    module.to(state["head.weight"].dtype).load_state_dict(state)
+    # Copies: PyTorch warns about memory that it may not write to.
+    state = {name: torch.from_numpy(np.array(values))
+             for name, values in to_torch_state_dict(model, variables).items()}
+    module.to(state["conv1.weight"].dtype).load_state_dict(state)
     return module.eval().requires_grad_(False)
 
 
-_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()):
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
 def to_torch(images: np.ndarray) -> torch.Tensor:
-    """Images [B, H, W, channels] as [B, channels, H, W], PyTorch's own order in memory."""
+    """Converts images [B, H, W, channels] to [B, channels, H, W], contiguous in memory."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
 
 
 def load(problem: Problem, channels_last: bool) -> tuple[ResNet18, torch.Tensor, torch.Tensor]:
-    """The module of a problem, its images and its labels, in a layout, where JAX computes."""
+    """Converts the module, images and labels of a problem, on the device that JAX uses."""
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return (convert(problem.model, problem.variables).to(device, memory_format=layout),
@@ -128,21 +95,21 @@ def make_train_step(
     half: bool = False,
     compiled: bool = False,
 ) -> Callable[[], torch.Tensor]:
-    """A step of training on these images: the softmax loss, and SGD as in the paper (H.1).
+    """Makes a training step on these images: the softmax loss, and SGD as in the paper (H.1).
 
-    Puts the module into training mode. Its running variances are the unbiased ones; the Flax
-    model's are not.
+    Puts the module into training mode. Its running variances are unbiased; the Flax model's are
+    not.
 
     Args:
-      module: as :func:`convert` makes it; its layout in memory is that of the computation.
+      module: from :func:`convert`; its memory layout is that of the computation.
       images: [B, channels, H, W].
       labels: [B], integers.
       learning_rate: of SGD with Nesterov momentum 0.9 and weight decay 5e-4.
-      half: in bfloat16 where PyTorch's autocast deems it safe.
-      compiled: the network's forward and backward pass by ``torch.compile``, on the first call.
+      half: whether to use bfloat16 as PyTorch's autocast does.
+      compiled: whether ``torch.compile`` compiles the network, on the first call.
 
     Returns:
-      A function that updates the module and returns the loss before the update, a [].
+      A function that updates the module and returns the loss [] before the update.
     """
     module.train().requires_grad_(True)
     optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=0.9,
@@ -169,13 +136,13 @@ def finite_difference_curvature(
     step: float,
     num_probes: int,
 ) -> torch.Tensor:
-    """Eq. 21 of the softmax loss, for each image [B].
+    """Computes Eq. 21 of the softmax loss for each image [B].
 
     Args:
       logits_fn: images [B, channels, H, W] -> logits [B, C], row i depending on image i alone.
       images: [B, channels, H, W].
       labels: [B], integers.
-      probe: the number of a probe, below ``num_probes``, to that probe, like images.
+      probe: the number of a probe, below ``num_probes`` -> the probe, like images.
       step: t.
       num_probes: K.
     """
