@@ -1,3 +1,3 @@
-"""The paper: its recipes, its numbers, its tables and figures, on top of the application."""
+"""The experiments of the paper: recipes, published numbers, tables, figures and benchmarks."""
 
-from experiments import paper, recipes  # noqa: F401  They make themselves known to the commands.
+from experiments import paper, recipes  # noqa: F401  They register recipes and published numbers.

@@ -1,4 +1,4 @@
-"""``python -m experiments COMMAND --help``: the application's commands and the paper's."""
+"""Runs the commands of the application and of the paper: ``python -m experiments --help``."""
 
 from jaxrobust.app import cli
 

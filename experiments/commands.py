@@ -1,4 +1,4 @@
-"""The commands of the paper, and the table of all."""
+"""The commands of the paper."""
 
 import dataclasses
 import pathlib
@@ -51,17 +51,10 @@ class Reproduce(Compare):
         plan = targets.make_plan(
             self.recipe, self.scale or "full", self.out or pathlib.Path("runs"), seeds=self.seeds,
             data=self.data, init_from=self.init_from, skip_bad=self.skip_bad, only=self.studies)
-        if self.dry_run:
-            print(plan.text())
-            return
-        files.require_writable(plan.out)
-        failures = self.run_plans(list(plan.studies.values()), plan.text())
-        if self.report and files.is_writer():
-            for path in targets.write_targets(plan):
-                print(f"Written: {path}")
-        files.barrier("targets")
-        if failures:
-            raise InputError("; ".join(failures))
+        if not self.dry_run:
+            files.require_writable(plan.out)
+        self.run_plans(list(plan.studies.values()), plan.text(), lambda: [
+            f"Written: {path}" for path in targets.write_targets(plan)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Readme:
     """Rewrite the tables of the README and the docs from the numbers under results/."""
 
     check: bool = False
-    """Write nothing, but fail if a table is stale."""
+    """Write nothing, and fail if a table is stale."""
 
     def __call__(self) -> None:
         for path in readme.update(self.check):
@@ -84,11 +77,11 @@ class Bench:
     """"train": the losses, a training step and the programs of runs; "curvature";
     "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
-    """Letters of the sections to measure again; by default those not measured yet."""
+    """Letters of the sections to measure again; by default all that are not measured yet."""
     out: pathlib.Path | None = None
     """Folder of the results; runs/bench-BENCHMARK by default."""
     quick: bool = False
-    """Check that everything runs, with tiny networks and two rounds; the numbers mean nothing."""
+    """Check that everything works, with tiny networks and two rounds; ignore the numbers."""
 
     def __call__(self) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # Compiling is measured too.

@@ -1,4 +1,4 @@
-"""The paper's numbers as data: accuracy in per cent, mean and spread over 10 noise draws."""
+"""The accuracies that the paper reports, in per cent: mean and spread over 10 draws of noise."""
 
 from jaxrobust.app import published
 from jaxrobust.app.published import AccuracyTable, PerturbationTable
@@ -55,7 +55,7 @@ TABLES = {
         "compact": ((96.15, None),), "margin": ((95.98, None),), "alpha_beta": ((96.64, None),),
         "gamma_0": ((96.55, None),), "gamma_1": ((96.67, None),)}),
 }
-"""Transcribed from Tables 1 to 3 and 5 of arXiv 2405.18499; clean accuracy has no spread there.
+"""Transcribed from Tables 1 to 3 and 5 of arXiv 2405.18499, where clean accuracy has no spread.
 
 Rows of Table 5: alpha = 1 and beta = 0; alpha = 0 and beta = 1; both 1, all with gamma_reg = 1e-3;
 both 1 with gamma_reg = 0 and 1.

@@ -1,22 +1,23 @@
-"""The tables of the README and of the docs, made from the numbers under results/.
+"""Writes the tables of the README and the docs from the numbers under results/.
 
-A page names each between two marks, and all between them is written anew::
+A page marks the place of each table::
 
     <!-- table: small/noise differences reference=robust -->
     <!-- end -->
 
-with a folder of results and a kind of :data:`KINDS`, or a page there and "copied", and options. A
-value lists several with semicolons; one with blanks stands in quotes.
+The mark names a folder of results and a kind of :data:`KINDS`, or a page and "copied", followed by
+options. Semicolons separate several values of an option; quotes enclose a value with blanks.
 """
 
 import functools
-import json
 import pathlib
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 
 from jaxrobust import InputError, _validate
+from jaxrobust.app import run_folder
 from jaxrobust.app.files import write_text
 from jaxrobust.app.measurements import networks, noise_counts, sharpness
 from jaxrobust.app.measurements.blocks import SEPARATED
@@ -31,17 +32,17 @@ MARKED = re.compile(r"(<!-- table: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Numbers:
-    """Those of a folder of results."""
+    """The numbers of a folder of results."""
 
     def __init__(self, name: str):
         folder = ROOT / "results" / name
-        path, = [path for path in (folder / "report.csv", folder / f"{folder.name}.csv")
-                 if path.is_file()] or [None]
-        runs = sorted(config.parent for config in folder.glob("*/config.json"))
-        if path:
-            self.table = frame.read_csv(path)
-            study = folder.parents[len(pathlib.Path(name).parts) - 1] / self.table.study[0]
-            self.labels: dict[str, str] = json.loads((study / "study.json").read_text())["rows"]
+        paths = [path for path in (folder / "report.csv", folder / f"{folder.name}.csv")
+                 if path.is_file()]
+        runs = sorted(filter(run_folder.is_run, folder.glob("*")))
+        if paths:
+            self.table = frame.read_csv(paths[0])
+            study = ROOT / "results" / self.table.study[0]
+            self.labels: dict[str, str] = run_folder.read_facts(study, "study")["rows"]
         elif runs:
             study = study_of_runs(runs, together=True)
             self.table = frame.frame(study, frame.training_numbers, frame.accuracy_numbers)
@@ -53,7 +54,7 @@ class Numbers:
 
     def accuracies(self, tests: Sequence[str] | None, perturbations: bool
                    ) -> tuple[dict[str, str], frame.Accuracies]:
-        """By heading, the tests of these names, or all of a kind; and the accuracies by row."""
+        """The tests by heading, those named or all of a kind, and the accuracies by row."""
         by_row = frame.accuracies_of(self.table, self.rows)
         if tests is None:
             found = (tables.perturbations_of if perturbations else tables.levels_of)(by_row)
@@ -64,7 +65,7 @@ class Numbers:
 
 
 def _label(numbers: Numbers, row: str, names: str) -> str:
-    """What a row is called: as in the report, or, "short", by its key where that says enough."""
+    """The name of a row: its label in the report or, if ``names`` is "short", its key."""
     label = numbers.labels[row]
     if names == "label":
         return label
@@ -76,7 +77,8 @@ Lines = list[list[str]]
 
 def accuracy(numbers: Numbers, *, tests: Sequence[str] | None = None, names: str = "label",
              perturbations: bool = False) -> Lines:
-    """Rows are methods, columns noise levels, or the tests named; perturbations are the rows."""
+    """Accuracy: methods in rows and noise levels, or the tests named, in columns; perturbations in
+    rows."""
     shown, by_row = numbers.accuracies(tests, perturbations)
     several = any(len(one.by_seed) > 1 for values in by_row.values() for one in values.values())
     cells = tables.accuracy_cells(
@@ -94,7 +96,7 @@ def _transposed(lines: Lines) -> Lines:
 
 
 def seeds(numbers: Numbers) -> Lines:
-    """Accuracy, held out and in tests, of every seed and their mean."""
+    """Accuracy on validation and test images, for each seed and their mean."""
     shown, by_row = numbers.accuracies(None, False)
     found = {row: [numbers.values[row, frame.VALIDATION, ""], *(
         by_row[row][test].by_seed for test in shown.values())] for row in numbers.rows}
@@ -107,7 +109,7 @@ def seeds(numbers: Numbers) -> Lines:
 
 
 def differences(numbers: Numbers, *, reference: str, perturbations: bool = False) -> Lines:
-    """As :func:`accuracy`, less that of the row ``reference``, with half of the interval."""
+    """Differences in accuracy from the row ``reference``, with half the width of the interval."""
     shown, by_row = numbers.accuracies(None, perturbations)
     found = tables.differences(by_row, reference, shown)
     lines = [["", *shown], *([numbers.labels[row], *(
@@ -117,7 +119,7 @@ def differences(numbers: Numbers, *, reference: str, perturbations: bool = False
 
 
 def curvature(numbers: Numbers, *, noise: str) -> Lines:
-    """Medians by measure, and how each goes with the correct predictions under a noise."""
+    """Medians by measure, and the correlation of each with correct predictions under a noise."""
     heads = {name: measure.title for (key, name), measure in zip(
         CURVATURES.items(), noise_counts.MEASURES.values(), strict=True)}
     lines = [["", "exact, at the image", "Eq. 21", "loss averaged over the noise",
@@ -165,7 +167,7 @@ def correlations(numbers: Numbers, *, tests: Sequence[str]) -> Lines:
 
 
 def separation(numbers: Numbers) -> Lines:
-    """How far apart two classes are in each layer, and the bounds on that."""
+    """The separation of two classes in each layer, and its bounds."""
     heads = list(dict.fromkeys(where for _, what, where in numbers.values
                                if what == theory_section.DIVERGENCE))
     return [["", *heads], *([numbers.labels[row], *(significant(statistics.fmean(
@@ -174,7 +176,7 @@ def separation(numbers: Numbers) -> Lines:
 
 
 def eigenvalues(numbers: Numbers, *, terms: Sequence[str], rows: Sequence[str]) -> Lines:
-    """The largest of the Hessian in the parameters, by term of the loss."""
+    """Largest eigenvalues of the Hessian in the parameters, by term of the loss."""
     heads = {f"largest eigenvalue, {term}": term for term in terms} | {
         sharpness.LIMIT: "largest stable rate", sharpness.RATE: "rate"}
     lines = [["", *heads.values()]]
@@ -188,8 +190,7 @@ def eigenvalues(numbers: Numbers, *, terms: Sequence[str], rows: Sequence[str]) 
 
 def copied(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
            heading: str = "") -> Lines:
-    """The first table below a heading of a page that a benchmark wrote; the rows that begin so and
-    the columns that are called so, or all."""
+    """The first table below a heading of a page: the rows and columns with these heads, or all."""
     page = ROOT / "results" / name
     text = page.read_text() if page.is_file() else ""
     found = re.search(rf"^#+ {re.escape(heading)}.*?((?:^\|.*?\|\n)+)", text,
@@ -209,7 +210,7 @@ KINDS: dict[str, Callable[..., Lines]] = {
     "perturbation-differences": functools.partial(differences, perturbations=True), "seeds": seeds,
     "curvature": curvature, "medians": medians, "neighbours": neighbours,
     "correlations": correlations, "separation": separation, "eigenvalues": eigenvalues}
-"""By name: what makes a table, the head first, from the numbers of a folder."""
+"""By name, the functions that make a table, the head first, from the numbers of a folder."""
 
 LISTS = ("tests", "rows", "terms", "columns")
 """Options with several values."""
@@ -220,19 +221,19 @@ def _thousands(text: str) -> str:
 
 
 def pages() -> list[pathlib.Path]:
-    """Those that may hold tables of results."""
+    """The pages that may hold tables of results."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
             *sorted((ROOT / "results").glob("**/README.md"))]
 
 
 def generated(text: str) -> str:
-    """A page with its tables as they are to be.
+    """Writes the tables in the text of a page.
 
     Raises:
-      InputError: (a ValueError) if a mark names no folder of numbers, or no kind of table.
+      InputError: (a ValueError) if a mark names an unknown folder or kind of table.
     """
     def table(match: re.Match) -> str:
-        folder, kind, *options = _words(match[2])
+        folder, kind, *options = shlex.split(match[2])
         _validate.one_of("kind of table", kind, (*KINDS, "copied"))
         given = {name: value.split(";") if name in LISTS else value for name, value in (
             option.split("=", 1) for option in options)}
@@ -246,16 +247,11 @@ def generated(text: str) -> str:
     return MARKED.sub(table, text)
 
 
-def _words(mark: str) -> list[str]:
-    """Split at blanks, but for those within quotes."""
-    return [word.replace('"', "") for word in re.findall(r'(?:"[^"]*"|\S)+', mark)]
-
-
 def update(check: bool) -> list[pathlib.Path]:
-    """Writes the tables of all pages anew; returns the pages that were stale.
+    """Updates the tables of all pages; returns the pages that were stale.
 
     Raises:
-      InputError: (a ValueError) with ``check``, instead of writing, if one is stale.
+      InputError: (a ValueError) with ``check``, instead of writing, if a page is stale.
     """
     stale = {path: new for path in pages() if (new := generated(old := path.read_text())) != old}
     if check and stale:

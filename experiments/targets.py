@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,7 +19,7 @@ from jaxrobust.app.measurements import blocks, curvature, networks, noise_counts
 from jaxrobust.app.measurements.robustness import FIGURES
 from jaxrobust.app.measurements.runner import sections
 from jaxrobust.app.report import figures, frame, pictures, report, tables
-from jaxrobust.app.report.page import Section, Table
+from jaxrobust.app.report.page import Picture, Section, Table
 from jaxrobust.app.study.plan import StudyPlan, folder_of, require_data, with_sources
 from jaxrobust.app.study.read import Run, Study, load_study, with_rows
 
@@ -31,49 +32,57 @@ class Target:
     studies: tuple[str, ...]
     """Keys of :data:`experiments.recipes.STUDIES`."""
     build: Callable[[Study], Section]
-    """What is shown of each."""
+    """Makes the section that shows a study."""
     rows: tuple[str, ...] | None = None
-    """Of the studies; none for all."""
+    """Rows of the studies; None for all."""
     measured: bool = False
-    """Whether it takes what the command ``figures`` measures."""
+    """Whether it needs the measurements of the command ``figures``."""
     numbers: tuple[Callable[[Run], Iterable[frame.Number]], ...] = (
         frame.training_numbers, frame.accuracy_numbers)
-    """Those of the runs that it shows; none of a picture alone."""
+    """Numbers of the runs that it shows; none for a picture alone."""
 
 
-def _accuracy(study: Study) -> Section:
-    return Section("accuracy", study.title, _best(study), _accuracies(study, "both"),
-                   (pictures.accuracy_picture(study),))
+Tables = Sequence[Callable[[Study], Table | None]]
 
 
-def _clean_accuracy(study: Study) -> Section:
-    return Section("accuracy", study.title, _best(study), _accuracies(study, "softmax"),
-                   (pictures.levels_picture(study),))
+def _shown(anchor: str, tables_of: Tables, *pictures_of: Callable[[Study], Picture | None],
+           best: bool = False) -> Callable[[Study], Section]:
+    """Makes a builder of a section: tables, pictures and, with ``best``, a sentence on the best
+    rows."""
+    def build(study: Study) -> Section:
+        return Section(
+            anchor, study.title, " ".join(report.best_rows(study)) if best else "",
+            tuple(filter(None, (table(study) for table in tables_of))),
+            tuple(filter(None, (picture(study) for picture in pictures_of))))
+
+    return build
 
 
-def _best(study: Study) -> str:
-    return " ".join(report.best_rows(study))
+def _accuracies(reference: str) -> Tables:
+    """The accuracies, and their differences from those of a row."""
+    return tables.accuracy_table, functools.partial(tables.difference_table, reference=reference)
 
 
-def _accuracies(study: Study, reference: str) -> tuple[Table, ...]:
-    """The accuracies, and how they differ from those of one row."""
-    return tuple(filter(None, (tables.accuracy_table(study),
-                               tables.difference_table(study, reference))))
+def _perturbed(reference: str) -> Tables:
+    """The accuracies under other perturbations, and their differences from those of a row."""
+    return tables.perturbation_table, functools.partial(
+        tables.perturbation_difference_table, reference=reference)
 
 
-def _perturbations(study: Study) -> Section:
-    return Section("perturbations", study.title, "", (tables.perturbation_table(study),),
-                   (pictures.perturbation_picture(study),))
+_accuracy = _shown("accuracy", _accuracies("both"), pictures.accuracy_picture, best=True)
 
 
-def _transfer(study: Study) -> Section:
-    return _perturbations(study)._replace(tables=_perturbed(study, "both"))
+def _question(reference: str) -> Callable[[Study], Section]:
+    """Makes a builder that compares the rows of a question with one of them."""
+    shown = _shown("question", (*_accuracies(reference), *_perturbed(reference),
+                                curvature.curvature_table),
+                   pictures.accuracy_picture, pictures.perturbation_picture, best=True)
 
+    def build(study: Study) -> Section:
+        section, sharp = shown(study), sharpness.SHARPNESS.section(study)
+        return section._replace(tables=section.tables + (sharp.tables if sharp else ()))
 
-def _perturbed(study: Study, reference: str) -> tuple[Table, ...]:
-    """The accuracies under other perturbations, and how they differ from those of one row."""
-    return tuple(filter(None, (tables.perturbation_table(study),
-                               tables.perturbation_difference_table(study, reference))))
+    return build
 
 
 def _networks(study: Study) -> Section:
@@ -85,39 +94,16 @@ def _networks(study: Study) -> Section:
     return section._replace(heading=study.title)
 
 
-def _curvature(study: Study) -> Section:
-    return Section("curvature", study.title, "", (curvature.curvature_table(study),),
-                   (curvature.curvature_picture(study),))
-
-
-def _features(study: Study) -> Section:
-    picture = pictures.tsne_picture(study)
-    return Section("features", study.title, "", (), (picture,) if picture else ())
-
-
-def _question(reference: str) -> Callable[[Study], Section]:
-    """The rows that answer it, and how they compare with one of them."""
-    def build(study: Study) -> Section:
-        sharp = sharpness.SHARPNESS.section(study)
-        return Section("question", study.title, _best(study),
-                       (*_accuracies(study, reference), *_perturbed(study, reference),
-                        curvature.curvature_table(study), *(sharp.tables if sharp else ())),
-                       (pictures.accuracy_picture(study), pictures.perturbation_picture(study)))
-
-    return build
-
-
-def _robustness(names: Sequence[str]) -> Callable[[Study], Section]:
-    """Of the sections on curvature and robustness, the pictures of these names with their tables.
-    """
+def _robustness(name: str) -> Callable[[Study], Section]:
+    """Makes a builder that shows one picture of the command ``figures``, with its tables."""
     def build(study: Study) -> Section:
         found = [section for section in sections(study, FIGURES)
-                 if any(picture.name in names for picture in section.pictures)]
+                 if any(picture.name == name for picture in section.pictures)]
         return Section(
             "robustness", study.title, " ".join(section.lead for section in found).strip(),
             tuple(table for section in found for table in section.tables),
             tuple(picture for section in found for picture in section.pictures
-                  if picture.name in names))
+                  if picture.name == name))
 
     return build
 
@@ -129,39 +115,44 @@ PAPER: dict[str, Target] = {
     "table1": Target("Table 1: CIFAR-10 under Gaussian noise", ("cifar10",), _accuracy),
     "table2": Target("Table 2: SVHN under Gaussian noise", ("svhn",), _accuracy),
     "table3": Target("Table 3: road images under Gaussian noise", ("road",), _accuracy),
-    "table4": Target("Table 4: road images under other perturbations", ("road",), _perturbations),
+    "table4": Target("Table 4: road images under other perturbations", ("road",), _shown(
+        "perturbations", (tables.perturbation_table,), pictures.perturbation_picture)),
     "table5": Target("Table 5: the constraints one by one", ("table5_cifar10", "table5_svhn"),
-                     _clean_accuracy),
-    "figure1": Target("Fig. 1: features of CIFAR-10, clean and noisy", ("cifar10",), _features,
+                     _shown("accuracy", _accuracies("softmax"), pictures.levels_picture,
+                            best=True)),
+    "figure1": Target("Fig. 1: features of CIFAR-10, clean and noisy", ("cifar10",),
+                      _shown("features", (), pictures.tsne_picture),
                       rows=("normal", "both", "robust"), numbers=()),
     "figure8": Target("Fig. 8: accuracy on the images of low curvature", ("cifar10", "svhn"),
-                      _robustness(("accuracy_by_curvature",)), rows=_TWO, measured=True,
+                      _robustness("accuracy_by_curvature"), rows=_TWO, measured=True,
                       numbers=(noise_counts.numbers,)),
     "figure9": Target("Fig. 9: curvature and correct predictions", ("cifar10", "svhn"),
-                      _robustness(("curvature_by_correct",)), rows=_TWO, measured=True,
+                      _robustness("curvature_by_correct"), rows=_TWO, measured=True,
                       numbers=(noise_counts.numbers,)),
-    "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _curvature,
-                       numbers=(curvature.numbers,)),
+    "figure10": Target("Fig. 10: curvature by method", ("cifar10", "svhn"), _shown(
+        "curvature", (curvature.curvature_table,), curvature.curvature_picture),
+        numbers=(curvature.numbers,)),
     "figure11": Target("Fig. 11: the loss around an image", ("svhn", "cifar10"),
-                       _robustness(("loss_surfaces",)), rows=_TWO, measured=True, numbers=()),
+                       _robustness("loss_surfaces"), rows=_TWO, measured=True, numbers=()),
     "figure12": Target("Fig. 12: features of the blocks, clean", ("cifar10",),
-                       _robustness(("blocks_clean",)), rows=_TWO, measured=True,
+                       _robustness("blocks_clean"), rows=_TWO, measured=True,
                        numbers=(blocks.numbers,)),
     "figure13": Target("Fig. 13: features of the blocks, noisy", ("cifar10",),
-                       _robustness(("blocks_noisy",)), rows=_TWO, measured=True,
+                       _robustness("blocks_noisy"), rows=_TWO, measured=True,
                        numbers=(blocks.numbers,)),
 }
-"""The paper's, by name."""
+"""The tables and figures of the paper, by name."""
 
 QUESTIONS: dict[str, Target] = {
     name: Target(question.title, ("ablations",), _question(question.reference),
                  rows=question.rows, numbers=(*Target.numbers, *_CURVED))
     for name, question in ablations.QUESTIONS.items()} | {
-    "transfer": Target("Perturbations that training has not seen", ("cifar10",), _transfer),
+    "transfer": Target("Perturbations that training has not seen", ("cifar10",), _shown(
+        "perturbations", _perturbed("both"), pictures.perturbation_picture)),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
 }
-"""What the paper leaves open, by name."""
+"""The questions that the paper leaves open, by name."""
 
 TARGETS = PAPER | QUESTIONS
 EVERY = {"all": tuple(TARGETS), "paper": tuple(PAPER), "questions": tuple(QUESTIONS)}
@@ -170,7 +161,7 @@ EVERY = {"all": tuple(TARGETS), "paper": tuple(PAPER), "questions": tuple(QUESTI
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Targets and the studies that they are made from."""
+    """Targets and the studies from which they are made."""
 
     targets: dict[str, Target]
     scale: str
@@ -178,7 +169,7 @@ class Plan:
     out: pathlib.Path
 
     def text(self) -> str:
-        """What is to be done, what is there already, and what it takes."""
+        """Describes what will be done, what is done already, and the cost."""
         lines = [f"{name}: {target.title}; in {self.out / name}"
                  for name, target in self.targets.items()]
         return "\n".join([*lines, *(study.text() for study in self.studies.values())])
@@ -189,21 +180,21 @@ def make_plan(
     data: str | None = None, init_from: str | None = None, skip_bad: bool = False,
     only: Sequence[str] | None = None,
 ) -> Plan:
-    """The plan of a target, or of several.
+    """Plans a target, or several.
 
     Args:
       name: one of :data:`TARGETS` or :data:`EVERY`.
       scale: one of :data:`experiments.recipes.scales.SCALES`.
-      root: folder of the studies, and of the folder of the tables and figures.
-      seeds: of all runs; those of each recipe if none are given.
+      root: folder of the studies, and of the folder of tables and figures.
+      seeds: seeds of all runs; by default those of each recipe.
       data: the data set of the studies on folders of images.
-      init_from: file of PyTorch weights that these start from.
-      skip_bad: whether they go on without images that cannot be used.
-      only: the studies to be used, of targets that are made from several; all if none are given.
+      init_from: file of PyTorch weights that initialises these studies.
+      skip_bad: whether these studies skip images that cannot be used.
+      only: the studies to use, for targets that are made from several; all by default.
 
     Raises:
-      InputError: (a ValueError) for an unknown target, scale or study, a target of which no study
-        is left, or a study of a folder without one.
+      InputError: (a ValueError) for an unknown target, scale or study, or a study on a folder of
+        images without one.
     """
     _validate.one_of("target", name, (*TARGETS, *EVERY))
     _validate.one_of("scale", scale, SCALES)
@@ -236,8 +227,8 @@ def make_plan(
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
-    """Writes each target's folder: ``NAME.md``, its figures, and its numbers in ``NAME.csv`` and,
-    over the seeds, in ``NAME.json``.
+    """Writes a folder for each target: ``NAME.md``, figures, ``NAME.csv`` with all numbers, and
+    ``NAME.json`` with their means over the seeds.
 
     Returns:
       The Markdown files.
@@ -256,13 +247,14 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
     files.make_folder(folder)
     parts = [f"# {target.title}", f"Scale: {plan.scale}. {_made_by(name, plan)}"]
     for study, section in zip(studies, sections, strict=True):
-        # Pictures of two studies would have the same name.
+        # Pictures of two studies have the same name.
         section = section._replace(pictures=tuple(
             picture._replace(name=f"{study.name}-{picture.name}") for picture in section.pictures))
         for picture in section.pictures:
             figures.save(picture.figure, folder / picture.name)
         parts += report.section_markdown(section, "")
-        parts += [] if not study.note else [report.paragraph_markdown(study.note)]
+        if study.note:
+            parts.append(report.paragraph_markdown(study.note))
     files.write_text(folder / f"{name}.md", "\n\n".join(parts) + "\n")
     content = {"target": name, "title": target.title, "scale": plan.scale,
                "studies": [_facts(study) for study in studies]}
@@ -282,7 +274,7 @@ def _made_by(name: str, plan: Plan) -> str:
 
 
 def _facts(study: Study) -> dict:
-    """Where the runs of a study come from."""
+    """The provenance of the runs of a study."""
     finished = study.all_finished()
     return {
         "name": study.name, "command": study.command, "commit": study.commit,

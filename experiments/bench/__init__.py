@@ -70,11 +70,6 @@ BENCHMARKS = {
         "g": Section(
             "The robust loss's cost against C, d and B", "The loss with its gradients, alone.",
             losses.measure_scaling, losses.settings_for),
-        "h": Section(
-            "Time to the first update",
-            "A process from its start to its end, with a first update in between; warm: with a "
-            "compilation cache that the cold one filled. One round.",
-            programs.measure_start, programs.settings_for),
         "i": Section(
             "An epoch",
             "Images resident on the device, without validation and checkpoints. **Projected from "

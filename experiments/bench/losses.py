@@ -115,12 +115,11 @@ def make_torch_call(problem: Problem, form: str) -> Callable[[], tuple]:
     from experiments.bench import torch_losses
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    # A copy: PyTorch warns about memory that it may not write to.
-    tensors = [torch.tensor(values, device=device) for values in (
-        problem.features, problem.noisy_features, problem.labels.astype(np.int64),
-        np.ascontiguousarray(problem.kernel.T), problem.bias, problem.mean, problem.seen)]
-    return lambda: torch_losses.value_and_gradients(
-        getattr(torch_losses, form), *tensors, CONFIG)
+    # Copies: PyTorch warns about memory that it may not write to.
+    tensors = torch_losses.Problem(*(torch.tensor(values, device=device) for values in (
+        problem.features, problem.noisy_features, np.ascontiguousarray(problem.kernel.T),
+        problem.bias, problem.labels.astype(np.int64), problem.mean, problem.seen)))
+    return lambda: torch_losses.value_and_gradients(getattr(torch_losses, form), tensors, CONFIG)
 
 
 def measure_losses(settings: Settings) -> timing.Parts:

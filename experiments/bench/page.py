@@ -122,12 +122,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) ->
 
 
 def _reasons(ratios: Iterable[Mapping]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for row in ratios:
-        if "not_measured" in row:
-            reasons.setdefault(row["not_measured"], []).append(row["section"])
-    return "\n".join(f"- Not measured ({', '.join(dict.fromkeys(which))}): {reason}."
-                     for reason, which in reasons.items())
+    reasons = dict.fromkeys((row["section"], row["not_measured"])
+                            for row in ratios if "not_measured" in row)
+    return "\n".join(f"- Not measured ({section}): {reason}." for section, reason in reasons)
 
 
 def _disturbed(sections: Mapping[str, Mapping]) -> str:

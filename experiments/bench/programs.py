@@ -1,4 +1,4 @@
-"""Times the programs of runs: several seeds at once, the host's share, the start, an epoch.
+"""Times the programs of runs: several seeds at once, the host's share, an epoch.
 
 They are those of :mod:`jaxrobust.app.program`, called as the trainer calls them. The images for
 ResNet18 are noise: no time depends on them.
@@ -7,12 +7,6 @@ ResNet18 are noise: no time depends on them.
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +41,6 @@ class Settings:
     steps_per_call: int = 1  # of the trainer here
     host_steps: tuple[int, ...] = (1, 4)  # updates in a call
     looped: int | None = 4  # updates in a compiled loop, which the trainer avoids on CPUs
-    start_width: int = 64  # of ResNet18
     epochs: tuple[tuple[str, str, str, int], ...] = ()  # case, method, dtype, batch size
     epoch_rounds: int = 2
 
@@ -202,57 +195,6 @@ def measure_host(settings: Settings) -> timing.Parts:
 
 def _updates(number: int, how: str) -> str:
     return "1 update" if number == 1 else f"{number} updates {how}"
-
-
-def measure_start(settings: Settings) -> timing.Parts:
-    """Times new processes that make one update, with an empty and a filled compilation cache."""
-    settings = dataclasses.replace(settings, width=settings.start_width)
-    for name in settings.cases:
-        rows = []
-        with tempfile.TemporaryDirectory() as cache:
-            for kind in ("cache cold", "cache warm"):
-                start = time.perf_counter()
-                compile_s = _in_process(name, settings, cache)
-                rows.append(timing.row(case_name(run_config(name, settings)), kind,
-                                       [time.perf_counter() - start], compile_s=compile_s))
-        yield rows, timing.ratios(rows, [Pair("cache warm", "cache cold")])
-
-
-def _in_process(case: str, settings: Settings, cache: str) -> float:
-    """Makes an update in a new process, and returns the seconds spent on compiling.
-
-    Raises:
-      RuntimeError: with the end of the process's standard error, if it fails.
-    """
-    given = {name: getattr(settings, name)
-             for name in ("method", "width", "batch_size", "num_images", "steps_per_call")}
-    root = str(pathlib.Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", "from experiments.bench import programs; programs.first_update()",
-         case, json.dumps(given)],
-        env={**os.environ,
-             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-             # This process holds most of an accelerator's memory; the rest is enough.
-             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-             "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": cache,
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
-        capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"The process of {case!r} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def first_update() -> None:
-    """Runs in the process of :func:`_in_process`."""
-    case, given = sys.argv[1:]
-    settings = Settings(**json.loads(given))
-    config = run_config(case, settings)
-    runner = Runner([config], dataset_of(config, settings), settings.steps_per_call)
-    start = time.perf_counter()
-    runner.step = runner.step.lower(runner.state, runner.shared, runner.positions).compile()
-    seconds = time.perf_counter() - start
-    runner.call()
-    print(json.dumps(seconds))
 
 
 def measure_epoch(settings: Settings) -> timing.Parts:

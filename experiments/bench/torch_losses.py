@@ -5,40 +5,33 @@ the weights, radii and momentum of a configuration and the paper's options.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from jaxrobust.losses import RobustLossConfig
 
-Loss = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+class Problem(NamedTuple):
+    """The arguments of the loss."""
+
+    features: torch.Tensor  # shape=[B, d]
+    noisy_features: torch.Tensor  # shape=[B, d]
+    weight: torch.Tensor  # shape=[C, d], of the softmax layer
+    bias: torch.Tensor  # shape=[C]
+    labels: torch.Tensor  # shape=[B], dtype=int64
+    mean: torch.Tensor  # shape=[C, d], the centroids so far
+    seen: torch.Tensor  # shape=[C], dtype=bool, the classes that have a centroid
 
 
-def looping(
-    features: torch.Tensor,
-    noisy_features: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    seen: torch.Tensor,
-    config: RobustLossConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Computes the loss class by class, equation by equation.
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The total, and ``mean`` and ``seen`` after the batch."""
 
-    Args:
-      features: [B, d].
-      noisy_features: [B, d].
-      labels: [B], in [0, C).
-      weight: [C, d], of the softmax layer.
-      bias: [C].
-      mean: [C, d], the centroids so far.
-      seen: [C] bool, the classes that have a centroid.
-      config: weights, radii and momentum.
 
-    Returns:
-      ``(total, next mean, next seen)``.
-    """
+def looping(problem: Problem, config: RobustLossConfig) -> Result:
+    """Computes the loss class by class, equation by equation."""
+    features, noisy_features, weight, bias, labels, mean, seen = problem
     compact = margin = norm = align = 0.0
     new_mean, new_seen = mean.clone(), seen.clone()
     classes = labels.unique().tolist()
@@ -68,17 +61,9 @@ def looping(
     return total, new_mean, new_seen
 
 
-def vectorised(
-    features: torch.Tensor,
-    noisy_features: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    seen: torch.Tensor,
-    config: RobustLossConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def vectorised(problem: Problem, config: RobustLossConfig) -> Result:
     """Computes the same as :func:`looping` for all classes at once."""
+    features, noisy_features, weight, bias, labels, mean, seen = problem
     # Each row is one of the K classes in the batch.
     classes, own, counts = labels.unique(return_inverse=True, return_counts=True)
     counts = counts.to(features.dtype)
@@ -112,17 +97,12 @@ def vectorised(
 
 
 def value_and_gradients(
-    loss: Loss, features: torch.Tensor, noisy_features: torch.Tensor, labels: torch.Tensor,
-    weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, seen: torch.Tensor,
-    config: RobustLossConfig,
+    loss: Callable[[Problem, RobustLossConfig], Result], problem: Problem, config: RobustLossConfig,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
     """Computes the total, its gradients and the next state with one of the two forms.
 
     The gradients are with respect to features, noisy features, weight and bias, in this order.
     """
-    inputs = [tensor.detach().requires_grad_() for tensor in (
-        features, noisy_features, weight, bias)]
-    features, noisy_features, weight, bias = inputs
-    total, new_mean, new_seen = loss(
-        features, noisy_features, labels, weight, bias, mean, seen, config)
+    inputs = [tensor.detach().requires_grad_() for tensor in problem[:4]]
+    total, new_mean, new_seen = loss(Problem(*inputs, *problem[4:]), config)
     return total.detach(), torch.autograd.grad(total, inputs), (new_mean, new_seen)

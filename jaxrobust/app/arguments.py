@@ -39,40 +39,40 @@ def parse(kind: type, words: Sequence[str], program: str) -> Any:
     options = ["--help" if word == "--help-all" else word for word in options]
     default = kind.default_of(options, called) if hasattr(kind, "default_of") else None
     if brief:
-        kind, default = common(kind), default and _as(common(kind), default)
+        kind, default = _relaxed(kind, True), default and relaxed(default, True)
         print(f"The common options of {called}; --help-all shows the others too.")
     return read(kind, options, called, default)
 
 
+def relaxed(value: Any, brief: bool = False) -> Any:
+    """Copies a dataclass instance, also those nested in it, into classes without checks.
+
+    Checks could refuse valid options because of defaults that belong to another recipe. With
+    ``brief``, the help of these classes shows only the options in :data:`COMMON`.
+    """
+    if not dataclasses.is_dataclass(value):
+        return value
+    return _relaxed(type(value), brief)(**{
+        field.name: relaxed(getattr(value, field.name), brief)
+        for field in dataclasses.fields(value)})
+
+
 @functools.cache
-def common(kind: type) -> type:
-    """Derives a dataclass whose help shows only the fields named in :data:`COMMON`, also within
-    nested dataclasses."""
-    kept: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__}
+def _relaxed(kind: type, brief: bool) -> type:
+    body: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__,
+                            "__post_init__": lambda self: None}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         inner, *marks = _without_marks(hints[field.name])
-        default = field.default
         if dataclasses.is_dataclass(inner):
-            inner = common(inner)
-            default = default if default is dataclasses.MISSING else _as(inner, default)
-        elif field.name in COMMON:
-            continue
-        else:
+            inner = _relaxed(inner, brief)
+        elif brief and field.name not in COMMON:
             marks.append(tyro.conf.Suppress)
-        kept["__annotations__"][field.name] = Annotated[inner, *marks] if marks else inner
-        kept[field.name] = dataclasses.field(
-            default=default, default_factory=field.default_factory, kw_only=field.kw_only)
-    return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), kept))
-
-
-def _as(kind: type, value: Any) -> Any:
-    """Converts an instance of a class to one of the class that :func:`common` derives."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {name: getattr(value, name) for name in hints if hasattr(value, name)}
-    return kind(**{name: _as(_without_marks(hints[name])[0], inner)
-                   if dataclasses.is_dataclass(inner) else inner
-                   for name, inner in fields.items()})
+        body["__annotations__"][field.name] = Annotated[inner, *marks] if marks else inner
+        body[field.name] = dataclasses.field(
+            default=relaxed(field.default, brief), default_factory=field.default_factory,
+            kw_only=field.kw_only)
+    return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
 
 def _without_marks(hint: Any) -> tuple[Any, ...]:
@@ -102,30 +102,6 @@ def read(kind: type, options: Sequence[str], called: str, default: Any = None) -
             raise
     message = _unknown_option(kind, options, called, defaults) or _message(said.getvalue())
     raise InputError(f"{message} See {called} --help.")
-
-
-def unchecked_copy(value: Any) -> Any:
-    """Copies a dataclass instance, and those nested in it, into mutable ones without checks.
-
-    Checks could refuse valid options because of defaults that belong to another recipe.
-    """
-    if not dataclasses.is_dataclass(value):
-        return value
-    return _unchecked(type(value))(**{
-        field.name: unchecked_copy(getattr(value, field.name))
-        for field in dataclasses.fields(value)})
-
-
-@functools.cache
-def _unchecked(kind: type) -> type:
-    """A dataclass with the same fields, also within nested dataclasses, but no checks."""
-    fields = []
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        inner, *marks = _without_marks(hint)
-        if dataclasses.is_dataclass(inner):
-            inner = _unchecked(inner)
-        fields.append((name, Annotated[inner, *marks] if marks else inner))
-    return dataclasses.make_dataclass(kind.__name__, fields)
 
 
 def _unknown_option(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
 import jax
@@ -103,31 +103,26 @@ class OnStudies(Training):
                 f"Expected jobs=1 with several devices or processes, got {self.jobs}.")
 
     def run_and_report(self, plan: StudyPlan) -> None:
-        """Runs a study and writes its report.
+        """Runs a study and writes its report; raises as :meth:`run_plans` does."""
+        def write():
+            if any(run_folder.read_facts(place, "evaluation") for place in plan.places()):
+                yield f"The report is in {report.write_report(plan.folder)}"
+
+        self.run_plans([plan], plan.text(), write)
+
+    def run_plans(self, plans: Sequence[StudyPlan], text: str,
+                  write: Callable[[], Iterable[str]]) -> None:
+        """Prints the text of some plans, and runs them unless it is a dry run.
+
+        Opens all data sets before the first run. Calls ``write``, which writes the reports and
+        returns lines to print, at the end.
 
         Raises:
-          InputError: (a ValueError) before, if the study cannot be run; after, if runs failed.
+          InputError: (a ValueError) before, if a study cannot be run; after, if runs failed.
         """
         if self.dry_run:
-            print(plan.text())
+            print(text)
             return
-        failures = self.run_plans([plan], plan.text())
-        tested = any(run_folder.read_facts(place, "evaluation") for place in plan.places())
-        if self.report and tested and files.is_writer():
-            print(f"The report is in {report.write_report(plan.folder)}")
-        files.barrier("report")
-        if failures:
-            raise InputError("; ".join(failures))
-
-    def run_plans(self, plans: Sequence[StudyPlan], text: str) -> list[str]:
-        """Prints a text, loads the data sets of all studies, then runs the studies.
-
-        Returns:
-          A line for each run that failed.
-
-        Raises:
-          InputError: (a ValueError) if a study cannot be run.
-        """
         for plan in plans:
             files.require_writable(plan.folder)
         layout = self.execution.start()
@@ -155,7 +150,12 @@ class OnStudies(Training):
                 failures += run_study(
                     plan, dataset, at_once=self.at_once, tensorboard=self.tensorboard,
                     layout=layout, feed=self.feed)
-        return failures
+        if self.report and files.is_writer():
+            for line in write():
+                print(line)
+        files.barrier("report")
+        if failures:
+            raise InputError("; ".join(failures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +226,8 @@ class OfRecipe:
           InputError: (a ValueError) for no or an unknown recipe or row.
         """
         shown = cls(recipe="digits", run=get_recipe("digits").run("robust", seed=0))
-        unset = arguments.unchecked_copy(shown)
-        unset.recipe, unset.run.epochs, unset.run.optimizer.warmup_epochs = "", -1, -1.0
+        unset = with_settings(arguments.relaxed(shown), {
+            "recipe": "", "run.epochs": -1, "run.optimizer.warmup_epochs": -1.0})
         helping = [word for word in options if word in ("-h", "--help")]
         asked = arguments.read(type(unset), [word for word in options if word not in helping],
                                called, unset)

@@ -332,18 +332,21 @@ SWEPT = tuple(jax.tree_util.keystr(path, simple=True, separator=".")
 """The settings, besides the seed, in which runs that are trained together may differ."""
 
 
+Config = typing.TypeVar("Config")
+
+
 def get_setting(config, name: str):
     """The value of a setting with a dotted name, such as ``"robust.lam"``."""
     return operator.attrgetter(name)(config)
 
 
-def with_settings(config: RunConfig, values: Mapping[str, typing.Any]) -> RunConfig:
-    """Replaces the values of settings with dotted names."""
+def with_settings(config: Config, values: Mapping[str, typing.Any]) -> Config:
+    """Replaces the values of settings with dotted names in a dataclass instance."""
     for name, value in values.items():
-        outer, _, inner = name.rpartition(".")
-        if outer:
-            value = dataclasses.replace(get_setting(config, outer), **{inner: value})
-        config = dataclasses.replace(config, **{outer or inner: value})
+        outer, _, inner = name.partition(".")
+        if inner:
+            value = with_settings(getattr(config, outer), {inner: value})
+        config = dataclasses.replace(config, **{outer: value})
     return config
 
 

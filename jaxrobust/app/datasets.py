@@ -1,4 +1,4 @@
-"""Opens the data set of a run, and keeps the record of its files beside the run."""
+"""Opens the data set of a run, and records its files in the folder of the run."""
 
 import contextlib
 import functools
@@ -20,8 +20,9 @@ SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 
 
 
 def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
-    """Checks that a run's images are large enough for its own perturbation and those of its tests,
-    before opening the data set, which may take minutes.
+    """Checks that a run's images are large enough for its own perturbation and those of its tests.
+
+    Commands call it before they open the data set, which may take minutes.
 
     Raises:
       InputError: (a ValueError) naming the first perturbation that cannot be applied.
@@ -37,11 +38,10 @@ def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
 
 
 def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool = True) -> Dataset:
-    """Opens the data set that a configuration names; runs that share it share its memory.
+    """Opens the data set that a configuration names; runs with the same data set share its memory.
 
-    The images of a folder stay in the file of decoded images, which the system keeps in memory as
-    far as there is room; ``in_memory`` applies to the other data sets. Prints which files of a
-    folder are skipped, and other notes on it.
+    ``in_memory`` does not apply to a folder of images, which are read from a file of decoded images
+    that the system caches. Prints which files of a folder are skipped, and other notes.
 
     Raises:
       InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
@@ -68,25 +68,24 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
     with contextlib.ExitStack() as stack:
 
         def decoded(done, total):
-            if not shown:  # Shows nothing if all images are decoded already.
+            if not shown:  # Not before: all images may already be decoded.
                 shown.append(stack.enter_context(progress("decode", total)))
             shown[0].advance()
 
         dataset = data.load_dataset(
             name, data_dir, in_memory=False, image_size=image_size, split_seed=split_seed,
             skip_bad=skip_bad, progress=decoded)
-    if files.is_writer():
-        for line in dataset.skipped:
-            print(f"Skipped: {line}", flush=True)
-        if dataset.skipped:
-            print(f"Skipped {len(dataset.skipped)} in all.", flush=True)
-        for line in dataset.notes:
-            print(f"Note: {line}", flush=True)
+    for line in dataset.skipped:
+        files.say(f"Skipped: {line}")
+    if dataset.skipped:
+        files.say(f"Skipped {len(dataset.skipped)} in all.")
+    for line in dataset.notes:
+        files.say(f"Note: {line}")
     return dataset
 
 
 def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
-    """Checks that the files of a run's data set have not changed.
+    """Checks that the files of a run's data set are those it was trained with.
 
     Raises:
       InputError: (a ValueError) if images were added, removed or moved.
@@ -98,6 +97,6 @@ def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
 
 
 def save_files(dataset: Dataset, folder: pathlib.Path) -> None:
-    """Writes ``split.csv``, with path, class and side of every image, beside a run."""
+    """Writes ``split.csv``: path, class, and training or test, for every image of a folder."""
     if dataset.files is not None:
         run_folder.write_split(folder, data.files_to_csv(dataset.files))

@@ -1,4 +1,4 @@
-"""How doubtful a run's predictions are: a score, chosen and judged on images not trained on."""
+"""Scores the doubt of predictions; the score is chosen on images that were not trained on."""
 
 import functools
 import pathlib
@@ -22,24 +22,24 @@ SCORES = {
     "distance": "distance to the class centroid, over the class's typical one",
     "mahalanobis": "Mahalanobis distance to the class centroid",
 }
-"""The candidates, in words; the first of equals is chosen."""
+"""The candidates and their descriptions; the first of equally good ones is chosen."""
 _OF_FEATURES = ("distance", "mahalanobis")
 
 COVERAGE = 0.9
 """The share of held-out images that the threshold accepts."""
 LEAST = 5
-"""Right predictions, and wrong ones, without which an AUROC says too little to choose by."""
+"""Fewest right predictions, and fewest wrong ones, for which an AUROC is computed."""
 MOST_IMAGES = 5000
-"""Training images that the distances are measured from, a share of each class, and held-out images;
-drawn at random with seed 0."""
+"""Largest number of training images for the class statistics, with equal shares of the classes, and
+of held-out images; drawn at random with seed 0."""
 
 
 class Doubt(NamedTuple):
-    """The score of a run."""
+    """The doubt score of a run."""
 
     score: str  # one of SCORES
-    statistics: ClassStatistics | None  # of the training images; None where the score needs none
-    facts: dict | None  # what doubt.json says of it; None if no score was measured
+    statistics: ClassStatistics | None  # of the training images; None if the score needs none
+    facts: dict | None  # the content of doubt.json; None if no score was measured
 
 
 UNMEASURED = Doubt("probability", None, None)
@@ -48,7 +48,7 @@ UNMEASURED = Doubt("probability", None, None)
 def doubt_of(
     score: str, logits: jax.Array, features: jax.Array, statistics: ClassStatistics | None
 ) -> jax.Array:
-    """The score [B] of predictions from logits [B, C] and features [B, d]: large for doubtful."""
+    """Computes the score [B], larger for more doubtful, from logits [B, C] and features [B, d]."""
     classes = logits.argmax(axis=1)
     return {
         "probability": lambda: metrics.improbability(logits),
@@ -59,7 +59,7 @@ def doubt_of(
 
 
 def outputs_of(run: TrainedRun, images) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, C] and features [N, d] of images [N, H, W, channels]."""
+    """Computes logits [N, C] and features [N, d] of images [N, H, W, channels]."""
     variables = variables_of(run.state)
     return evaluation.map_batches(
         lambda rows: _outputs(run.model, variables, rows), images,
@@ -73,19 +73,19 @@ def _outputs(model, variables, images):
 
 
 def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
-    """Writes ``doubt.json``, and ``doubt.npz`` if the chosen score needs statistics of the classes.
+    """Writes ``doubt.json``, and ``doubt.npz`` if the score needs class statistics; skips a run
+    that has them.
 
     The score is that of :data:`SCORES` with the best AUROC on images that the run was not trained
-    on: the validation images that chose its epoch or, if it has none or too few of them are
-    classified wrongly, the test images. If too few of these are too, none is better than the
-    others, and it is the probability. Does nothing if it is there.
+    on: the validation images that chose its epoch or, if there are none or too few of them are
+    classified wrongly, the test images. If too few of these are, the score is the probability.
 
     Raises:
       InputError: (a ValueError) if logits or features are not finite.
     """
     if run_folder.read_facts(folder, "doubt") is not None:
         return
-    files.barrier("doubt")  # All have looked before one writes.
+    files.barrier("doubt")  # All processes look before one writes.
     splits = make_splits(run.dataset, run.config)
     num_classes = len(run.dataset.class_names)
     train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)
@@ -114,7 +114,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
 
 
 def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
-    """Takes as many rows of each group as make :data:`MOST_IMAGES` of all groups, in order."""
+    """Draws :data:`MOST_IMAGES` rows, an equal number from each group; keeps their order."""
     random, most = np.random.default_rng(0), -(-MOST_IMAGES // len(groups))
     rows = np.sort(np.concatenate([random.permutation(group)[:most] for group in groups]))
     take = split.images.take if isinstance(split.images, StoredImages) else split.images.__getitem__
@@ -122,7 +122,7 @@ def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
 
 
 def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
-    """Which score tells wrong predictions from right ones best, and how well.
+    """Chooses the score that best separates wrong predictions from right ones.
 
     Args:
       doubts: by score, [N].
@@ -146,7 +146,7 @@ def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
 
 
 def load_doubt(folder: pathlib.Path) -> Doubt:
-    """The score of the run in a folder; :data:`UNMEASURED` if it has no ``doubt.json``."""
+    """Reads the score of a run; :data:`UNMEASURED` if it has no ``doubt.json``."""
     facts = run_folder.read_facts(folder, "doubt")
     if facts is None:
         return UNMEASURED
@@ -157,7 +157,7 @@ def load_doubt(folder: pathlib.Path) -> Doubt:
 
 
 def doubt_text(doubt: Doubt) -> str:
-    """A line on the score and how good it is."""
+    """Describes the score and its quality in a line."""
     facts, name = doubt.facts, SCORES[doubt.score]
     if facts is None:
         return f"Doubt is {name}; how well it separates wrong from right predictions is unknown."

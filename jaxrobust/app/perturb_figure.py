@@ -1,4 +1,4 @@
-"""A picture of what perturbations do to an image, as the paper's Fig. 7."""
+"""Draws an image under several perturbations, like the paper's Fig. 7."""
 
 import math
 import pathlib
@@ -16,10 +16,10 @@ EVERY = (
     "identity", "gaussian(40/255)", "uniform(60/255)", "laplace(40/255)", "speckle(0.3)",
     "salt_and_pepper(0.05)", "occlusion(20,70)", "down_up(3)", "stripes(10,6)",
     "gaussian(40/255)+occlusion(20,70)", "down_up(3)+occlusion(20,70)", "down_up(3)+stripes(10,6)")
-"""Those of the paper, in its strengths for images of 400 x 500, and the others."""
+"""The perturbations of the paper, in its strengths for images of 400 x 500, and the others."""
 
 SUFFIXES = (".png", ".jpg", ".webp", ".svg")
-"""Of the picture; noise is large in a format that keeps every pixel."""
+"""Formats of the picture."""
 
 
 def show_perturbations(
@@ -28,7 +28,7 @@ def show_perturbations(
     """Writes a picture of an image under each perturbation, in the format of ``out``'s suffix.
 
     Raises:
-      InputError: (a ValueError) if the image cannot be read, a perturbation not be applied, or the
+      InputError: (a ValueError) if the image cannot be read, a perturbation cannot be applied, the
         suffix is none of :data:`SUFFIXES`, or the picture cannot be written.
     """
     _validate.one_of("suffix of the picture", out.suffix, SUFFIXES)

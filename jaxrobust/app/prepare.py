@@ -11,7 +11,7 @@ SOURCES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     "svhn_cropped": "http://ufldl.stanford.edu/housenumbers/",
 }
-"""Where TensorFlow Datasets downloads from."""
+"""Sites from which TensorFlow Datasets downloads."""
 SECONDS_TO_CONNECT = 5.0
 
 
@@ -19,11 +19,11 @@ def prepare(name: str, folder: pathlib.Path) -> str:
     """Downloads a data set and stores it as array_record, which is read without TensorFlow.
 
     Returns:
-      One line that says what is there now.
+      A line that describes the result.
 
     Raises:
-      InputError: (a ValueError) for an unknown name, or if its site cannot be reached; that is
-        found out within seconds, before TensorFlow Datasets retries for minutes.
+      InputError: (a ValueError) for an unknown name, or if the site does not answer within seconds;
+        TensorFlow Datasets would retry for minutes.
     """
     _validate.one_of("dataset", name, DATASETS)
     if name == "digits":
@@ -32,7 +32,7 @@ def prepare(name: str, folder: pathlib.Path) -> str:
     if builder.is_prepared():
         return f"{name} is already in {folder}."
     check_reachable(name, folder)
-    # TFDS writes images through it.
+    # TFDS needs it to write images.
     _validate.installed(
         "tensorflow", "TensorFlow", f"Preparing {name}", "pip install tensorflow-cpu")
     builder.download_and_prepare()

@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import threading
@@ -11,15 +11,14 @@ import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_OF_SILENCE = 5.0
-"""Delay after which a line says what the command waits for."""
+"""Delay after which a line says that a program is being compiled."""
 
 
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
     """Prints that ``what`` is being compiled, if it takes long."""
-    kept = (jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else
-            None)
-    later = f"cached in {kept}" if kept else "not cached"
+    folder = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    later = f"cached in {folder}" if folder else "not cached"
     timer = threading.Timer(SECONDS_OF_SILENCE, tqdm.tqdm.write, [
         f"Compiling {what}. This takes minutes for large networks; the result is {later}."])
     timer.daemon = True
@@ -32,19 +31,19 @@ def compiling(what: str) -> Iterator[None]:
 
 
 class Progress:
-    """Counts units of work done and shows named values beside them."""
+    """Counts units of work done, and shows named values beside them."""
 
     def __init__(self, label: str, total: int, done: int):
         self._label, self._total, self._done, self._first = label, total, done, done
         self._start = self._last_line = time.monotonic()
         self._values: dict[str, float] = {}
         self._bar = None
-        self._silent = jax.process_index() > 0  # Of several processes the first one tells.
+        self._silent = jax.process_index() > 0
         if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm.tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
 
     def advance(self, count: int = 1, **values: float) -> None:
-        """Adds to the work done; ``values``, if any, replace those shown."""
+        """Adds to the work done; replaces the values shown, if any are given."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -74,18 +73,14 @@ class Progress:
         done = max(self._done - self._first, 1)
         left = spent / done * (self._total - self._done)
         shown = "".join(f", {name} {value:.4g}" for name, value in self._values.items())
-        print(f"{self._label}: {self._done}/{self._total}{shown}, "
-              f"{_clock(spent)} spent, {_clock(left)} left", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+        spent, left = map(tqdm.tqdm.format_interval, (spent, left))
+        print(f"{self._label}: {self._done}/{self._total}{shown}, {spent} spent, {left} left",
+              flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int, *, done: int = 0) -> Iterator[Progress]:
-    """A :class:`Progress` over ``total`` units of which ``done`` are done already."""
+    """Shows a :class:`Progress` over ``total`` units, of which ``done`` are already done."""
     shown = Progress(label, total, done)
     try:
         yield shown

@@ -1,4 +1,4 @@
-"""Where a result comes from: the command, the commit, the hardware and the versions."""
+"""Records where a result comes from: command, commit, hardware and versions."""
 
 import datetime
 import os
@@ -14,11 +14,11 @@ import jax
 import jaxrobust
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "scikit-learn")
-"""Whose versions are recorded with every result."""
+"""Packages whose versions are recorded."""
 
 
 def describe() -> dict:
-    """Command, commit, time, hardware and versions, as recorded with every result."""
+    """Describes the command, commit, time, hardware and versions, for every result."""
     return {
         "command": command_line(),
         "commit": commit(),
@@ -31,7 +31,7 @@ def describe() -> dict:
 
 
 def command_line() -> str:
-    """This process's command as one would type it."""
+    """The command line of this process."""
     program = pathlib.Path(sys.argv[0])
     module = ["python", "-m", program.parent.name]
     called = module if program.name == "__main__.py" else [program.name]
@@ -39,14 +39,14 @@ def command_line() -> str:
 
 
 def commit(package: pathlib.Path = pathlib.Path(jaxrobust.__file__).parent) -> str:
-    """The commit of the code, marked if the working tree differs from it.
+    """Returns the commit of the code, marked if the working tree has changes.
 
-    It is that of the repository that the package itself is developed in: one that tracks it, at
-    its top. Elsewhere, as in an installation or in a copy within another project's repository,
-    whose commit says nothing of this code, it is the version, such as "jaxrobust 0.1.0".
+    Only the package's own repository counts: one that tracks it in its top folder. Elsewhere, as in
+    an installation or in a copy within another repository, returns the version, such as
+    "jaxrobust 0.1.0".
     """
     def git(*arguments):
-        # Variables such as GIT_DIR, which a hook of another repository sets, would name that one.
+        # A hook of another repository sets variables such as GIT_DIR, which would name that one.
         return subprocess.run(
             ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True,
             env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
@@ -64,7 +64,7 @@ def commit(package: pathlib.Path = pathlib.Path(jaxrobust.__file__).parent) -> s
 
 
 def hardware() -> str:
-    """The devices that compute, and the processor behind them."""
+    """Describes the devices of JAX and the processor of this machine."""
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     return f"{len(jax.devices())} x {devices}; {_processor()}, {os.cpu_count()} cores"
 

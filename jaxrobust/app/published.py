@@ -1,10 +1,10 @@
-"""Published numbers that a report shows beside those of a study: accuracies in per cent."""
+"""Published accuracies, in per cent, that a report shows beside those of a study."""
 
 from typing import NamedTuple
 
 
 class AccuracyTable(NamedTuple):
-    """Accuracies by method; the test images are clean or have Gaussian noise."""
+    """Accuracies by method, on clean images and under Gaussian noise."""
 
     title: str
     levels: tuple[float, ...]  # std of the Gaussian noise in units of 1/255; 0 is clean
@@ -20,7 +20,7 @@ class PerturbationTable(NamedTuple):
 
 
 TABLES: dict[str, AccuracyTable] = {}
-"""By the key that recipes and studies name."""
+"""Tables by the key in recipes and studies."""
 
 PERTURBATIONS: dict[str, PerturbationTable] = {}
-"""By the key of the table above whose networks they were measured of."""
+"""Tables by the key in :data:`TABLES` of the same networks."""

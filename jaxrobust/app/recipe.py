@@ -1,4 +1,4 @@
-"""Recipes: comparisons of methods, and those that anyone can run on their own data."""
+"""Defines recipes, which are comparisons of methods, and those for anyone's own data."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jaxrobust.losses import RobustLossConfig
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Expected cost of all rows of a recipe for one seed, training and tests."""
+    """Expected cost of training and testing all rows of a recipe with one seed."""
 
     cpu_hours: float
     """Hours on two CPU cores, with --jobs 2."""
@@ -21,23 +21,23 @@ class Cost:
     basis: str
     """Where the numbers come from."""
     images: int | None = None
-    """Images in the folder that the hours are for; the hours grow in proportion. None if the recipe
-    has a data set of its own."""
+    """Number of images for which the hours hold; they grow in proportion. None if the recipe has
+    its own data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A comparison of methods: one row of the tables for each run, over all seeds."""
+    """A comparison of methods: a row of the tables for each configuration, over all seeds."""
 
     name: str
     title: str
     rows: dict[str, RunConfig]
-    """Configurations by row name, which is part of a folder's name; in the order of the tables."""
+    """Configurations by row, in the order of the tables; the names of folders contain the row."""
     labels: dict[str, str]
     """Label of each row in tables."""
     evaluation: Evaluation
     curvature: CurvatureConfig | None = CurvatureConfig()
-    """None to leave it out."""
+    """None to skip this measurement."""
     seeds: tuple[int, ...] = (0,)
     paper_table: str | None = None
     """Key in :data:`jaxrobust.app.published.TABLES` that the report compares with."""
@@ -52,7 +52,7 @@ class Recipe:
     swept: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     """For each setting, the values whose combinations make the rows of a sweep."""
     may_diverge: bool = False
-    """Whether divergence is a result, as in a study of learning rates, instead of a failure."""
+    """Whether divergence is a result instead of a failure, as in a study of learning rates."""
 
     def run(self, row: str, seed: int) -> RunConfig:
         """The configuration of one run.
@@ -80,7 +80,7 @@ def method_rows(base: RunConfig) -> dict[str, RunConfig]:
 
 
 SHORT_SCHEDULE_LABELS = {**METHOD_LABELS, "robust": "Robust, short-schedule settings"}
-"""Labels for recipes that run the paper's method with other settings than the paper's."""
+"""Labels for recipes whose settings of the paper's method are not the paper's."""
 
 METHOD_PAPER_ROWS = {method: method for method in METHOD_LABELS}
 """Maps each method to its own row of the paper's table."""

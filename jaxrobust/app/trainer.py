@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorboardX
 
 from jaxrobust import _validate, checkpoints, data, evaluation, parallel
 from jaxrobust.app import files, provenance, run_folder
@@ -40,10 +41,6 @@ from jaxrobust.app.progress import compiling, progress
 from jaxrobust.data import Dataset, Split
 from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
-
-
-class Diverged(InputError):
-    """Raised when the loss of a training is no longer finite."""
 
 
 class Splits(NamedTuple):
@@ -77,12 +74,11 @@ def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: 
     """Trains one run as :func:`train_together` does, with its options.
 
     Raises:
-      InputError: (a ValueError) as :func:`train_together` does.
-      Diverged: (an InputError) if the loss is no longer finite. The checkpoints remain.
+      InputError: (a ValueError) as :func:`train_together` does, or if the loss becomes infinite.
     """
     failures = train_together([config], dataset, [folder], **options)
     if failures:
-        raise Diverged(failures[0])
+        raise InputError(failures[0])
 
 
 def train_together(
@@ -207,7 +203,8 @@ class _Running:
             run_folder.write_facts(folder, "provenance", provenance.describe() | facts)
         self._events = None
         if tensorboard and files.is_writer():
-            self._events = _event_writer(folder, purge_step=self.done + 1)
+            self._events = tensorboardX.SummaryWriter(
+                str(run_folder.events_path(folder)), purge_step=self.done + 1)
 
     def _restore(self):
         """Restores the newest checkpoint that can be read, if there is one."""
@@ -449,16 +446,6 @@ def _shown(metrics) -> dict[str, float]:
     names = {"loss": "loss", "accuracy_clean": "accuracy", "accuracy_noisy": "noisy accuracy",
              "selection_accuracy": "held-out accuracy"}
     return {shown: float(metrics[name]) for name, shown in names.items() if name in metrics}
-
-
-def _event_writer(folder: pathlib.Path, *, purge_step: int):
-    try:
-        import tensorboardX
-    except ImportError as error:
-        raise InputError(
-            f"TensorBoard event files need tensorboardX ({error}). Install it with: "
-            "pip install 'jaxrobust[app]', or add --no-tensorboard.") from error
-    return tensorboardX.SummaryWriter(str(run_folder.events_path(folder)), purge_step=purge_step)
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:

@@ -144,17 +144,19 @@ def test_a_run_whose_last_update_spoils_it_has_diverged(digits, tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cannot bind processes here")
 def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypatch):
-    class Worker(running._Worker):
-        def run(self, row, seed):
-            if row == "robust":
-                os.kill(self._process.pid, signal.SIGKILL)
-            return super().run(row, seed)
+    class Killing(running.ProcessPoolExecutor):
+        def submit(self, execute, plan, *arguments):
+            future = super().submit(execute, plan, *arguments)
+            if plan.rows == ("robust",):
+                for process in self._processes.values():
+                    os.kill(process.pid, signal.SIGKILL)
+            return future
 
-    monkeypatch.setattr(running, "_Worker", Worker)
+    monkeypatch.setattr(running, "ProcessPoolExecutor", Killing)
     plan = plan_study(RECIPE, tmp_path, ["robust", "both"])
     assert running.run_study_in_parallel(
         plan, digits, jobs=1, data_dir=tmp_path, tensorboard=False, feed=Feed()) == [
-            "robust, seed 0: exit status -9"]
+            "robust, seed 0: its process was killed"]
     assert (tmp_path / "both-seed0" / "evaluation.json").is_file()
 
 

@@ -124,14 +124,6 @@ def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("measured", ["train"], indirect=True)
-def test_a_filled_cache_spares_the_compilation(measured):
-    _, _, result = measured
-    cold, warm = result["sections"]["h"]["result"]["rows"]
-    assert warm["compile_s"] < cold["compile_s"] / 2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("measured", ["folder"], indirect=True)
 def test_photographs_are_a_share_of_the_update(measured):
     _, _, result = measured
@@ -257,10 +249,3 @@ def test_an_epoch_is_as_many_updates_as_there_are_batches():
     runner.epoch()
     runner.epoch()
     assert runner.num_images == 1200 and runner.state.step == 2 * 3  # 500, 500 and 200
-
-
-@pytest.mark.slow
-def test_a_failed_process_says_why(tmp_path):
-    settings = programs.Settings(method="non")
-    with pytest.raises(RuntimeError, match="method"):
-        programs._in_process("digits", settings, str(tmp_path))

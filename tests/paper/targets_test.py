@@ -174,7 +174,6 @@ def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monk
     # The processes find the package where this one did.
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(run.os, "sched_setaffinity", lambda *_: None, raising=False)
     assert call("reproduce", "cifar10_tiny", "--rows", "normal", "noisy", "--jobs", "2",
                 "--data-dir", place / "data", "--no-report", "--no-tensorboard",
                 "--out", tmp_path / "study") == 0

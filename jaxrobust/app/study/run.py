@@ -1,14 +1,14 @@
 """Trains, tests and measures the runs of a study."""
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pathlib
+import queue
 import sys
-import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -144,73 +144,48 @@ def run_study_in_parallel(
     _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
     claim_study(plan, dataset.class_names)
     share = len(cores) // jobs
-    tasks = iter([(row, seed) for seed in plan.seeds for row in plan.rows])
-    taking = threading.Lock()
+    workers: queue.SimpleQueue = queue.SimpleQueue()
+    for job in range(jobs):
+        mine = set(cores[job * share : (job + 1) * share])
+        workers.put((mine, _start_worker(mine)))
 
-    def work(job: int) -> list[str]:
-        failures, worker = [], None
-        while True:
-            with taking:
-                task = next(tasks, None)
-            if task is None:
-                if worker is not None:
-                    worker.close()
-                return failures
-            worker = worker or _Worker(
-                set(cores[job * share : (job + 1) * share]), plan, data_dir, tensorboard, feed)
-            try:
-                failures += worker.run(*task)
-            except EOFError:  # The process was killed.
-                failures.append("{}, seed {}: exit status {}".format(*task, worker.close()))
-                worker = None
+    def execute(one: StudyPlan) -> list[str]:
+        mine, worker = workers.get()
+        try:
+            return worker.submit(_execute, one, data_dir, tensorboard, feed).result()
+        except BrokenProcessPool:
+            worker = _start_worker(mine)
+            return [f"{one.rows[0]}, seed {one.seeds[0]}: its process was killed"]
+        finally:
+            workers.put((mine, worker))
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failures in pool.map(work, range(jobs)) for failure in failures]
+    tasks = [dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=())
+             for seed in plan.seeds for row in plan.rows]
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [failure for failures in pool.map(execute, tasks) for failure in failures]
+    while not workers.empty():
+        workers.get()[1].shutdown()
     _measure(plan, dataset)
     return failures
 
 
-class _Worker:
-    """A process that executes runs of a study, one after the other."""
-
-    def __init__(self, cores: set[int], *arguments: Any):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        os.sched_setaffinity(self._process.pid, cores)
-
-    def run(self, row: str, seed: int) -> list[str]:
-        """Returns a line for each failure; raises EOFError if the process dies."""
-        try:
-            self._connection.send((row, seed))
-            return self._connection.recv()
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise EOFError from error
-
-    def close(self) -> int:
-        """Ends the process, and returns its exit status."""
-        self._connection.close()
-        self._process.join()
-        return self._process.exitcode
+def _start_worker(cores: set[int]) -> ProcessPoolExecutor:
+    """Starts a process that executes runs on some cores, one after the other."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare_worker, (cores,))
 
 
-def _serve(connection, plan: StudyPlan, data_dir, tensorboard, feed) -> None:
-    """Executes the runs received until the connection closes, and sends back their failures."""
+def _prepare_worker(cores: set[int]) -> None:
+    os.sched_setaffinity(0, cores)
     start_process()
-    dataset = None
-    with contextlib.suppress(EOFError):
-        while True:
-            row, seed = connection.recv()
-            try:
-                dataset = dataset or load_recipe_dataset(plan.recipe, data_dir, feed)
-                failures = run_study(
-                    dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=()), dataset,
-                    tensorboard=tensorboard, feed=feed)
-            except InputError as error:
-                failures = [f"{row}, seed {seed}: {error}"]
-            connection.send(failures)
+
+
+def _execute(plan: StudyPlan, data_dir: pathlib.Path, tensorboard: bool, feed: Feed) -> list[str]:
+    """Executes the only run of a plan; returns a line for each failure."""
+    try:
+        dataset = load_recipe_dataset(plan.recipe, data_dir, feed)
+        return run_study(plan, dataset, tensorboard=tensorboard, feed=feed)
+    except InputError as error:
+        return [f"{plan.rows[0]}, seed {plan.seeds[0]}: {error}"]
 
 
 def load_recipe_dataset(recipe: Recipe, data_dir: pathlib.Path, feed: Feed) -> Dataset:

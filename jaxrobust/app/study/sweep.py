@@ -1,6 +1,5 @@
 """Plans sweeps: studies whose rows are all combinations of the values of some settings."""
 
-import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -80,11 +79,11 @@ def plan_sweep(
                   for name, swept in there["swept"].items()}
         seeds = tuple(sorted({*there["seeds"], *seeds}))
     rows = {setting_name(one): with_settings(run, one) for one in combinations(values)}
-    return plan_study(dataclasses.replace(
-        recipe, name=f"sweep-{recipe.name}-{row}", curvature=None, swept=values,
-        title=f"Sweep of {recipe.name}/{row} over {', '.join(values)}", note="", rows=rows,
-        labels={row: row for row in rows}, seeds=seeds, paper_table=None, paper_rows={},
-        paper_perturbations={}, cost=None), folder)
+    return plan_study(Recipe(
+        name=f"sweep-{recipe.name}-{row}",
+        title=f"Sweep of {recipe.name}/{row} over {', '.join(values)}",
+        rows=rows, labels={row: row for row in rows}, evaluation=recipe.evaluation, curvature=None,
+        seeds=seeds, swept=values, may_diverge=recipe.may_diverge), folder)
 
 
 def combinations(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
