@@ -227,11 +227,7 @@ def pages() -> list[pathlib.Path]:
 
 
 def generated(text: str) -> str:
-    """Writes the tables in the text of a page.
-
-    Raises:
-      InputError: (a ValueError) if a mark names an unknown folder or kind of table.
-    """
+    """Writes the tables in the text of a page."""
     def table(match: re.Match) -> str:
         folder, kind, *options = shlex.split(match[2])
         _validate.one_of("kind of table", kind, (*KINDS, "copied"))
@@ -248,11 +244,7 @@ def generated(text: str) -> str:
 
 
 def update(check: bool) -> list[pathlib.Path]:
-    """Updates the tables of all pages; returns the pages that were stale.
-
-    Raises:
-      InputError: (a ValueError) with ``check``, instead of writing, if a page is stale.
-    """
+    """Updates the tables of all pages and returns the stale ones; ``check`` refuses them."""
     stale = {path: new for path in pages() if (new := generated(old := path.read_text())) != old}
     if check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)

@@ -180,21 +180,10 @@ def make_plan(
     data: str | None = None, init_from: str | None = None, skip_bad: bool = False,
     only: Sequence[str] | None = None,
 ) -> Plan:
-    """Plans a target, or several.
+    """Plans one of :data:`TARGETS`, or several, one of :data:`EVERY`, with all folders in ``root``.
 
-    Args:
-      name: one of :data:`TARGETS` or :data:`EVERY`.
-      scale: one of :data:`experiments.recipes.scales.SCALES`.
-      root: folder of the studies, and of the folder of tables and figures.
-      seeds: seeds of all runs; by default those of each recipe.
-      data: the data set of the studies on folders of images.
-      init_from: file of PyTorch weights that initialises these studies.
-      skip_bad: whether these studies skip images that cannot be used.
-      only: the studies to use, for targets that are made from several; all by default.
-
-    Raises:
-      InputError: (a ValueError) for an unknown target, scale or study, or a study on a folder of
-        images without one.
+    ``data``, ``init_from`` and ``skip_bad`` apply to studies on folders of images, and ``only``
+    names the studies to use for targets that are made from several.
     """
     _validate.one_of("target", name, (*TARGETS, *EVERY))
     _validate.one_of("scale", scale, SCALES)
@@ -232,9 +221,6 @@ def write_targets(plan: Plan) -> list[pathlib.Path]:
 
     Returns:
       The Markdown files.
-
-    Raises:
-      InputError: (a ValueError) if a study has no finished run in the rows of a target.
     """
     return [_write_target(name, plan) for name in plan.targets]
 

@@ -110,13 +110,11 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
 
     Returns:
       The table of ratios.
-
-    Raises:
-      InputError: (a ValueError) for an unknown name or section, or if the folder belongs to
-        something else.
     """
-    check(name, only)
+    _validate.one_of("benchmark", name, BENCHMARKS)
     benchmark = BENCHMARKS[name]
+    for section in only or ():
+        _validate.one_of("section", section, benchmark.sections)
     described = {"benchmark": name, "quick": quick}
     files.claim(folder / "settings.json", json.dumps(described, indent=2) + "\n")
     path = folder / "bench.json"
@@ -131,13 +129,6 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         _write(folder, described | {"title": benchmark.title}, {
             each: done[each] for each in benchmark.sections if each in done})
     return page.ratio_table(files.read_json(path)["ratios"])
-
-
-def check(name: str, only: Sequence[str] | None = None) -> None:
-    """Raises InputError unless there is such a benchmark with these sections."""
-    _validate.one_of("benchmark", name, BENCHMARKS)
-    for section in only or ():
-        _validate.one_of("section", section, BENCHMARKS[name].sections)
 
 
 def _measure(section: Section, quick: bool) -> dict:

@@ -97,19 +97,10 @@ def make_train_step(
 ) -> Callable[[], torch.Tensor]:
     """Makes a training step on these images: the softmax loss, and SGD as in the paper (H.1).
 
-    Puts the module into training mode. Its running variances are unbiased; the Flax model's are
-    not.
-
-    Args:
-      module: from :func:`convert`; its memory layout is that of the computation.
-      images: [B, channels, H, W].
-      labels: [B], integers.
-      learning_rate: of SGD with Nesterov momentum 0.9 and weight decay 5e-4.
-      half: whether to use bfloat16 as PyTorch's autocast does.
-      compiled: whether ``torch.compile`` compiles the network, on the first call.
-
-    Returns:
-      A function that updates the module and returns the loss [] before the update.
+    The step updates the module and returns the loss [] before the update. The computation is in the
+    memory layout of the module; with ``half`` in bfloat16, as PyTorch's autocast does; and with
+    ``compiled`` by ``torch.compile`` on the first call. Running variances are unbiased, unlike the
+    Flax model's.
     """
     module.train().requires_grad_(True)
     optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=0.9,
@@ -136,16 +127,8 @@ def finite_difference_curvature(
     step: float,
     num_probes: int,
 ) -> torch.Tensor:
-    """Computes Eq. 21 of the softmax loss for each image [B].
-
-    Args:
-      logits_fn: images [B, channels, H, W] -> logits [B, C], row i depending on image i alone.
-      images: [B, channels, H, W].
-      labels: [B], integers.
-      probe: the number of a probe, below ``num_probes`` -> the probe, like images.
-      step: t.
-      num_probes: K.
-    """
+    """Computes Eq. 21 of the softmax loss for each image [B], with t = ``step`` and
+    K = ``num_probes``. ``probe(k)`` is the probe number k, like the images."""
     def gradient(x):
         x = x.detach().requires_grad_()
         loss = nn.functional.cross_entropy(logits_fn(x), labels, reduction="sum")

@@ -221,9 +221,6 @@ class OfRecipe:
         The recipe may stand anywhere among the options. If ``epochs`` is too small for the recipe's
         warm-up, the warm-up takes the same share of the epochs as in the recipe, and a line says
         so.
-
-        Raises:
-          InputError: (a ValueError) for no or an unknown recipe or row.
         """
         shown = cls(recipe="digits", run=get_recipe("digits").run("robust", seed=0))
         unset = with_settings(arguments.relaxed(shown), {

@@ -242,11 +242,7 @@ class RunConfig:
 
 
 def training_perturbation(config: RunConfig) -> Perturbation:
-    """Makes the perturbation for the noisy view of a run's training images.
-
-    Raises:
-      InputError: (a ValueError) if :func:`parse_perturbation` cannot read it.
-    """
+    """Makes the perturbation for the noisy view of a run's training images."""
     return gaussian(config.noise_std) if config.perturb is None else parse_perturbation(
         config.perturb)
 
@@ -356,11 +352,7 @@ def to_json(config) -> str:
 
 
 def from_dict(cls, values: dict):
-    """Makes an instance of the dataclass ``cls`` from the content that :func:`to_json` wrote.
-
-    Raises:
-      InputError: (a ValueError) for a field that ``cls`` does not have.
-    """
+    """Makes an instance of the dataclass ``cls`` from the content that :func:`to_json` wrote."""
     types = typing.get_type_hints(cls)
     for name in values:
         _validate.one_of(f"field of {cls.__name__}", name, types)

@@ -23,9 +23,6 @@ def check_perturbations(config: RunConfig, texts: Sequence[str]) -> None:
     """Checks that a run's images are large enough for its own perturbation and those of its tests.
 
     Commands call it before they open the data set, which may take minutes.
-
-    Raises:
-      InputError: (a ValueError) naming the first perturbation that cannot be applied.
     """
     shape = SHAPES.get(config.dataset, (*config.image_size, 3))
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -42,9 +39,6 @@ def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool =
 
     ``in_memory`` does not apply to a folder of images, which are read from a file of decoded images
     that the system caches. Prints which files of a folder are skipped, and other notes.
-
-    Raises:
-      InputError: (a ValueError) as :func:`jaxrobust.data.load_dataset` does.
     """
     if not config.dataset.startswith(data.FOLDER_PREFIX):
         return _load(config.dataset, data_dir, in_memory)
@@ -85,11 +79,7 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
 
 
 def check_files(dataset: Dataset, folder: pathlib.Path) -> None:
-    """Checks that the files of a run's data set are those it was trained with.
-
-    Raises:
-      InputError: (a ValueError) if images were added, removed or moved.
-    """
+    """Checks that the files of a run's data set are those it was trained with."""
     there = run_folder.read_split(folder)
     if dataset.files is not None and there is not None:
         data.check_same_files(data.files_from_csv(there), dataset.files,

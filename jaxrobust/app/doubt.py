@@ -79,9 +79,6 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     The score is that of :data:`SCORES` with the best AUROC on images that the run was not trained
     on: the validation images that chose its epoch or, if there are none or too few of them are
     classified wrongly, the test images. If too few of these are, the score is the probability.
-
-    Raises:
-      InputError: (a ValueError) if logits or features are not finite.
     """
     if run_folder.read_facts(folder, "doubt") is not None:
         return
@@ -122,11 +119,7 @@ def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
 
 
 def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
-    """Chooses the score that best separates wrong predictions from right ones.
-
-    Args:
-      doubts: by score, [N].
-      correct: [N] bool, whether each prediction is right.
+    """Chooses the score that best separates wrong predictions from right ones, ``correct`` [N].
 
     Returns:
       Facts for JSON: the ``score``; the ``auroc`` of each, None with less than :data:`LEAST` right

@@ -61,9 +61,6 @@ class Execution:
         """Joins the job, if there is one, and returns the layout of the devices.
 
         Must precede every other use of JAX.
-
-        Raises:
-          InputError: (a ValueError) if the job cannot be joined, or the layout is unavailable.
         """
         asked = self.coordinator is not None or _is_one_of_several()
         if asked and not jax.distributed.is_initialized():
@@ -110,10 +107,6 @@ class Feed:
 
     def resolve(self, layout: Layout, split: Split, num_runs: int) -> "Feed":
         """Replaces every "auto" and None by a choice.
-
-        Raises:
-          InputError: (a ValueError) for streaming with several runs, or with several updates in a
-            call.
         """
         device = layout.mesh.local_devices[0]
         chosen = self.input

@@ -56,21 +56,13 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Makes a folder and its parents, unless they exist.
-
-    Raises:
-      InputError: (a ValueError) if the system refuses.
-    """
+    """Makes a folder and its parents, unless they exist."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def claim(path: pathlib.Path, content: str) -> None:
-    """Writes a file that describes what its folder is for, unless it is there already.
-
-    Raises:
-      InputError: (a ValueError) if the folder holds something else, or cannot be written to.
-    """
+    """Writes a file that describes what its folder is for, unless it is there already."""
     folder = path.parent
     require_writable(folder)
     if path.is_file():
@@ -120,9 +112,6 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the path of a file to write, which then replaces ``path``.
 
     An interruption leaves either the old file or the new one.
-
-    Raises:
-      InputError: (a ValueError) if the system refuses.
     """
     partial = path.with_name(path.name + ".partial")
     with writing(path):

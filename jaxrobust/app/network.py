@@ -36,12 +36,7 @@ def read_network(folder: pathlib.Path) -> Network | None:
 
 
 def check_network(dataset: Dataset, folder: pathlib.Path) -> None:
-    """Checks that a run's network fits a data set.
-
-    Raises:
-      InputError: (a ValueError) if the images, the classes, their order, which is that of the
-        logits, or the normalisation differ.
-    """
+    """Checks that a run's network fits a data set, the order of its classes included."""
     there, given = read_network(folder), network_of(dataset)
     for name in Network._fields:
         if there is not None and getattr(there, name) != getattr(given, name):

@@ -25,12 +25,7 @@ SUFFIXES = (".png", ".jpg", ".webp", ".svg")
 def show_perturbations(
     path: pathlib.Path, image_size: tuple[int, int], texts: Sequence[str], out: pathlib.Path
 ) -> None:
-    """Writes a picture of an image under each perturbation, in the format of ``out``'s suffix.
-
-    Raises:
-      InputError: (a ValueError) if the image cannot be read, a perturbation cannot be applied, the
-        suffix is none of :data:`SUFFIXES`, or the picture cannot be written.
-    """
+    """Writes a picture of an image under each perturbation, in the format of ``out``'s suffix."""
     _validate.one_of("suffix of the picture", out.suffix, SUFFIXES)
     files.require_writable_file(out)
     image = to_float(jnp.asarray(data.read_image(path, image_size)))[None]

@@ -39,9 +39,6 @@ def load_classifier(
 
     Needs the run's data set only to measure the score, if it has not been measured. If that is
     impossible, prints why, and the score is :data:`jaxrobust.app.doubt.UNMEASURED`.
-
-    Raises:
-      InputError: (a ValueError) as :func:`jaxrobust.app.trainer.load_run` does.
     """
     config = read_config(folder)
     run = load_run(folder, config, None)
@@ -83,12 +80,7 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
 def predict_files(
     run: TrainedRun, doubt: Doubt, paths: Sequence[pathlib.Path]
 ) -> list[Prediction]:
-    """Classifies image files, resized to the size that the run was trained with.
-
-    Raises:
-      InputError: (a ValueError) if no file is given, one cannot be read, or the network's logits
-        for one are not finite.
-    """
+    """Classifies image files, resized to the size that the run was trained with."""
     _validate.in_range("number of images", len(paths), 1)
     *image_size, channels = run.network.image_shape
     images = np.stack([data.read_image(path, tuple(image_size), channels) for path in paths])
@@ -131,10 +123,6 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     weights, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json`` with the
     inputs, the outputs and the names of the classes. ``.safetensors``, ``.pth``: the weights, in
     PyTorch's names and layout.
-
-    Raises:
-      InputError: (a ValueError) for another suffix, a file that cannot be written, or a network
-        without known PyTorch names.
     """
     require_exportable(path)
     if path.suffix in pytorch.SUFFIXES:

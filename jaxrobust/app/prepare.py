@@ -20,10 +20,6 @@ def prepare(name: str, folder: pathlib.Path) -> str:
 
     Returns:
       A line that describes the result.
-
-    Raises:
-      InputError: (a ValueError) for an unknown name, or if the site does not answer within seconds;
-        TensorFlow Datasets would retry for minutes.
     """
     _validate.one_of("dataset", name, DATASETS)
     if name == "digits":
@@ -40,7 +36,10 @@ def prepare(name: str, folder: pathlib.Path) -> str:
 
 
 def check_reachable(name: str, folder: pathlib.Path) -> None:
-    """Raises InputError unless the site of a data set answers within seconds."""
+    """Raises InputError unless the site of a data set answers within seconds.
+
+    TensorFlow Datasets would retry for minutes.
+    """
     address = urllib.parse.urlsplit(SOURCES[name])
     port = address.port or {"http": 80, "https": 443}[address.scheme]
     try:

@@ -96,9 +96,6 @@ def rows_of(config: RunConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray
 
     The latter are None if there are none, or the data set has its own validation images. Copies of
     one image are held out together.
-
-    Raises:
-      InputError: (a ValueError) if there are fewer images than the configuration asks for.
     """
     labels, held_out = dataset.train.labels, None
     rows = np.arange(len(labels))
@@ -158,11 +155,7 @@ def _optimizer(
 
 
 def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
-    """Returns the program of runs that differ only in their seed and in swept settings.
-
-    Raises:
-      InputError: (a ValueError) if they differ in more, or the layout cannot run them.
-    """
+    """Returns the program of runs that differ only in their seed and in swept settings."""
     config = configs[0]
     if not layout.divides(config.batch_size):
         raise InputError(f"Expected batch_size={config.batch_size} to be a multiple of the "
@@ -193,9 +186,6 @@ def stack_configs(configs: Sequence[RunConfig]) -> RunConfig:
     """Stacks the configurations of runs into one with the seed 0.
 
     Its leaves, which :data:`jaxrobust.app.config.SWEPT` names, are [R] float32, or [] for one run.
-
-    Raises:
-      InputError: (a ValueError) if the runs differ in other settings.
     """
     if len({without_swept(config) for config in configs}) > 1:
         raise InputError("Expected runs that are trained together to differ in nothing but the "
@@ -314,9 +304,6 @@ def start_from(
 
     These are the file's SHA-256, and the layers that keep their random weights because the file has
     none of their shape.
-
-    Raises:
-      InputError: (a ValueError) if the file cannot be read or belongs to another network.
     """
     loaded = pytorch.load_torch_weights(
         model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},

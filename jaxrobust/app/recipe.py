@@ -55,11 +55,7 @@ class Recipe:
     """Whether divergence is a result instead of a failure, as in a study of learning rates."""
 
     def run(self, row: str, seed: int) -> RunConfig:
-        """The configuration of one run.
-
-        Raises:
-          InputError: (a ValueError) for an unknown row; the message names the nearest.
-        """
+        """The configuration of one run."""
         _validate.one_of("row", row, self.rows)
         return dataclasses.replace(self.rows[row], seed=seed)
 
@@ -96,11 +92,7 @@ def register(*recipes: Recipe) -> None:
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-      InputError: (a ValueError) for an unknown name; the message names the nearest.
-    """
+    """The recipe of that name."""
     _validate.one_of("recipe", name, RECIPES)
     return RECIPES[name]
 

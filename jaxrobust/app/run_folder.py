@@ -70,11 +70,7 @@ def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
 
 
 def facts_path(folder: pathlib.Path, kind: str, name: str | None = None) -> pathlib.Path:
-    """The path of ``KIND.json``, or of ``KIND-NAME.json`` for a measurement with a name.
-
-    Raises:
-      InputError: (a ValueError) for a name that cannot be part of a file's name.
-    """
+    """The path of ``KIND.json``, or of ``KIND-NAME.json`` for a measurement with a name."""
     if name is None:
         return folder / f"{kind}.json"
     if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -132,9 +128,6 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
     A setting missing from the file takes its value from
     :data:`jaxrobust.app.config.BEFORE_CHOICES`.
-
-    Raises:
-      InputError: (a ValueError) if the folder holds no run.
     """
     values = read_facts(folder, "config")
     if values is None:
@@ -143,11 +136,7 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
 
 def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
-    """Makes a folder that of a run, unless it is already.
-
-    Raises:
-      InputError: (a ValueError) as :func:`jaxrobust.app.files.claim` does.
-    """
+    """Makes a folder that of a run, unless it is already."""
     if not is_run(folder):
         files.claim(facts_path(folder, "config"), to_json(config))
     elif read_config(folder) != config:

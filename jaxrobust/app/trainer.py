@@ -51,11 +51,7 @@ class Splits(NamedTuple):
 
 
 def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
-    """Divides a data set as the configuration says.
-
-    Raises:
-      InputError: (a ValueError) if there are fewer images than it asks for.
-    """
+    """Divides a data set as the configuration says."""
     rows, held_out = rows_of(config, dataset)
     train = dataset.train
     if len(rows) < len(train.labels):
@@ -71,11 +67,7 @@ def make_splits(dataset: Dataset, config: RunConfig) -> Splits:
 
 
 def train(config: RunConfig, dataset: Dataset, folder: pathlib.Path, **options: Any) -> None:
-    """Trains one run as :func:`train_together` does, with its options.
-
-    Raises:
-      InputError: (a ValueError) as :func:`train_together` does, or if the loss becomes infinite.
-    """
+    """Trains one run as :func:`train_together` does, with its options."""
     failures = train_together([config], dataset, [folder], **options)
     if failures:
         raise InputError(failures[0])
@@ -88,30 +80,17 @@ def train_together(
 ) -> list[str]:
     """Trains runs, each in its folder, several of them as one vmapped program.
 
-    Each has the same result, up to rounding, and the same files as if it were trained alone; see
-    :mod:`jaxrobust.app.run_folder`. Leaves finished and diverged runs as they are. Resumes other
-    runs from their latest checkpoint, with the same result as if they had never stopped.
+    They may differ only in the seed and :data:`config.SWEPT`. Each has the same result, up to
+    rounding, and the same files as if it were trained alone; see :mod:`jaxrobust.app.run_folder`.
+    Leaves finished and diverged runs as they are. Resumes other runs from their latest checkpoint,
+    with the same result as if they had never stopped.
 
     The step of a checkpoint is the number of updates done. It holds all that a run needs to resume:
     the state, the state of the best epoch so far, the log of the epochs done, and the metrics of
     the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
 
-    Args:
-      configs: one for each run; they may differ only in the seed and :data:`config.SWEPT`.
-      dataset: the one that the configurations name.
-      folders: one for each run.
-      resume: whether to resume interrupted runs.
-      tensorboard: whether to write event files for TensorBoard.
-      label: text of the progress bar.
-      layout: the devices; one by default.
-      feed: how the images reach the devices.
-
     Returns:
       A line for each run whose loss is no longer finite. Its checkpoints remain.
-
-    Raises:
-      InputError: (a ValueError) if a folder holds another run, or a begun one without ``resume``;
-        if the runs cannot be trained together, or not on these devices.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
@@ -488,12 +467,7 @@ class TrainedRun(NamedTuple):
 def open_run(
     folder: pathlib.Path, config: RunConfig, dataset: Dataset | None, layout: Layout | None = None
 ) -> TrainedRun:
-    """Opens a run, finished or not, without its state, with the arguments of :func:`load_run`.
-
-    Raises:
-      InputError: (a ValueError) if the data set is not the one that the run was trained with, or
-        none is given and the run has no ``network.json``.
-    """
+    """Opens a run, finished or not, without its state, with the arguments of :func:`load_run`."""
     if dataset is not None:
         check_files(dataset, folder)
         check_network(dataset, folder)
@@ -509,15 +483,7 @@ def load_run(
 ) -> TrainedRun:
     """Loads the best state of a finished run onto the devices of a layout, one by default.
 
-    Args:
-      folder: the run's folder.
-      config: the run's configuration.
-      dataset: the one that it was trained with; None to use the network without it.
-      layout: the devices.
-
-    Raises:
-      InputError: (a ValueError) as :func:`open_run` does, if the run is not finished, or its
-        weights are not finite.
+    Without a data set, the network can be used, but not tested.
     """
     if not run_folder.is_done(folder):
         raise InputError(f"Expected a finished run in {folder}. Finish its training with --resume.")
@@ -529,11 +495,7 @@ def load_run(
 
 
 def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:
-    """Restores the state of a finished run's best epoch.
-
-    Raises:
-      InputError: (a ValueError) if no checkpoint of it can be read.
-    """
+    """Restores the state of a finished run's best epoch."""
     place = run_folder.checkpoints_path(folder)
     if not place.is_dir():
         raise InputError(f"Expected checkpoints in {place}, found no such folder.")

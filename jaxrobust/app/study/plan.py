@@ -49,11 +49,7 @@ class StudyPlan:
                 for seed in self.seeds for row in self.rows}
 
     def text(self) -> str:
-        """Describes the runs, the settings and the cost in a few lines.
-
-        Raises:
-          InputError: (a ValueError) if the folder of images is missing or holds no classes.
-        """
+        """Describes the runs, the settings and the cost in a few lines."""
         places = self.places()
         last = "evaluation" if self.recipe.curvature is None else "curvature"
         done = sum(run_folder.is_measured(place, last) for place in places)
@@ -85,11 +81,7 @@ def plan_study(
     recipe: Recipe, folder: pathlib.Path, rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> StudyPlan:
-    """Plans all rows and seeds of a recipe, or some of them.
-
-    Raises:
-      InputError: (a ValueError) for an unknown row, or a recipe that needs a folder and names none.
-    """
+    """Plans all rows and seeds of a recipe, or some of them."""
     require_data(recipe, recipe.name)
     rows, seeds = tuple(rows or recipe.rows), tuple(seeds or recipe.seeds)
     for row in rows:
@@ -101,10 +93,6 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
     """Writes ``study.json``, or adds seeds and rows to the one in the folder of a plan.
 
     It holds everything that the report needs apart from the runs.
-
-    Raises:
-      InputError: (a ValueError) if the folder belongs to something else, or a run in it has another
-        configuration.
     """
     recipe, path = plan.recipe, run_folder.facts_path(plan.folder, "study")
     asked = {
@@ -150,9 +138,6 @@ def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
 
     These are the numbers of validation, training and test images, the batch size, and the number
     of images whose curvature is measured.
-
-    Raises:
-      InputError: (a ValueError) if an image of each class cannot be held out.
     """
     fitted = {row: _fit_run(config, dataset) for row, config in recipe.rows.items()}
     evaluation, num_test = recipe.evaluation, len(dataset.test.labels)

@@ -121,11 +121,7 @@ def load_study(folder: pathlib.Path) -> Study:
 
 
 def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
-    """Returns the study with some of its rows, or with all if None.
-
-    Raises:
-      InputError: (a ValueError) if none of their runs is finished.
-    """
+    """Returns the study with some of its rows, or with all if None."""
     if rows is None:
         return study
     part = dataclasses.replace(
@@ -146,10 +142,6 @@ def study_of_runs(
     Equal names are prefixed with the name of the parent folder. With ``together``, runs that differ
     only in the seed form one row, named after the first without its seed. With a ``name``, reads
     the measurements of that name beside the evaluation.
-
-    Raises:
-      InputError: (a ValueError) if a folder holds no run, or two are of different data sets; or,
-        with ``together``, two hold the same.
     """
     check_same_data(folders)
     rows: dict[str | RunConfig, list[Run]] = {}
@@ -178,12 +170,7 @@ def study_of_runs(
 
 
 def check_same_data(folders: Sequence[pathlib.Path]) -> None:
-    """Checks that runs share one test set, without which their numbers cannot be compared.
-
-    Raises:
-      InputError: (a ValueError) if a folder holds no run, or the runs have different data sets or
-        different splits of one.
-    """
+    """Checks that runs share one test set, without which their numbers cannot be compared."""
     configs = [run_folder.read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         split = config.dataset.startswith(FOLDER_PREFIX)  # Other data sets have their own split.

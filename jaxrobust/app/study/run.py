@@ -35,25 +35,14 @@ def run_study(
 ) -> list[str]:
     """Trains, tests and measures the runs of a plan.
 
-    Leaves finished and diverged runs as they are, and resumes interrupted ones.
-
-    Args:
-      plan: its recipe fits the data set.
-      dataset: the recipe's.
-      at_once: the largest number of runs trained as one vmapped program; they may differ only in
-        the seed and the settings that can be swept. By default all on accelerators; one on CPUs,
-        where vmapped convolutions, which are grouped, are slower than one run after the other; and
-        one where images are streamed, as each run would need its own stream.
-      tensorboard: whether to write event files for TensorBoard.
-      layout: the devices; one by default.
-      feed: how the images reach the devices.
+    Leaves finished and diverged runs as they are, and resumes interrupted ones. Trains at most
+    ``at_once`` runs as one vmapped program; they may differ only in the seed and the settings that
+    can be swept. By default these are all runs on accelerators; one on CPUs, where vmapped
+    convolutions, which are grouped, are slower than one run after the other; and one where images
+    are streamed, as each run would need its own stream.
 
     Returns:
       A line for each run that diverged, unless the recipe allows divergence.
-
-    Raises:
-      InputError: (a ValueError) if the folder belongs to something else, or the runs cannot be
-        trained in this way.
     """
     layout = make_layout("jit") if layout is None else layout
     configs = plan.configs()
@@ -132,10 +121,6 @@ def run_study_in_parallel(
     On CPUs, two processes on one core each are half as fast again as one process on two. Each opens
     the data set in ``data_dir`` itself. If a process dies, only its run fails, and another process
     takes the next one.
-
-    Raises:
-      InputError: (a ValueError) for more jobs than cores, or if the folder belongs to something
-        else.
     """
     if not hasattr(os, "sched_getaffinity"):
         raise InputError(f"Expected jobs=1 on this system, which cannot bind a process to a core, "

@@ -33,20 +33,9 @@ def plan_sweep(
 ) -> StudyPlan:
     """Plans a study whose rows are all combinations of the values of some settings.
 
-    If the folder holds a sweep over the same settings, adds its values and seeds.
-
-    Args:
-      recipe: provides the evaluation.
-      row: a row of the recipe.
-      run: the row's configuration, with changes that all runs share.
-      over: each ``SETTING=VALUE,VALUE,...``, the setting one of :data:`config.SWEPT`.
-      seeds: the seeds of each combination; that of ``run`` if None.
-      folder: the study's folder.
-
-    Raises:
-      InputError: (a ValueError) for no setting, one that is unknown or that the method ignores, a
-        value that is not a number or out of range, a duplicate, or a folder that holds another
-        study.
+    ``run`` is the configuration of a row of the recipe, with changes that all runs share; ``over``
+    holds texts ``SETTING=VALUE,VALUE,...`` with a setting of :data:`config.SWEPT`. If the folder
+    holds a sweep over the same settings, adds its values and seeds.
     """
     unchanged = recipe.run(row, seed=0)
     if not over:
