@@ -217,10 +217,7 @@ def make_plan(
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
     """Writes a folder for each target: ``NAME.md``, figures, ``NAME.csv`` with all numbers, and
-    ``NAME.json`` with their means over the seeds.
-
-    Returns:
-      The Markdown files.
+    ``NAME.json`` with their means over the seeds. Returns the Markdown files.
     """
     return [_write_target(name, plan) for name in plan.targets]
 

@@ -107,9 +107,7 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
     """Runs a benchmark; writes ``bench.json``, ``bench.md`` and figures after every section.
 
     Keeps a section that was measured before with the same settings, unless ``only`` names it.
-
-    Returns:
-      The table of ratios.
+    Returns the table of ratios.
     """
     _validate.one_of("benchmark", name, BENCHMARKS)
     benchmark = BENCHMARKS[name]

@@ -35,7 +35,6 @@ from jaxrobust.app.measurements.robustness import FigureSettings
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.recipe import RECIPES, get_recipe
 from jaxrobust.app.report import comparison, report
-from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.study import sweep
 from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sources
 from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
@@ -316,7 +315,7 @@ class OnRuns(WithData):
         """Reads and checks all runs, before any is measured."""
         if not self.runs:
             raise InputError("Expected at least one folder of a run, got none.")
-        configs = [(folder, read_config(folder)) for folder in self.runs]
+        configs = [(folder, run_folder.read_config(folder)) for folder in self.runs]
         for folder, _ in configs:
             files.require_writable(folder)
             run_folder.facts_path(folder, "evaluation", self.name)  # Raises for a bad name.

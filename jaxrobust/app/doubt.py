@@ -121,9 +121,8 @@ def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
 def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
     """Chooses the score that best separates wrong predictions from right ones, ``correct`` [N].
 
-    Returns:
-      Facts for JSON: the ``score``; the ``auroc`` of each, None with less than :data:`LEAST` right
-      or wrong predictions; the ``threshold`` that accepts the share ``coverage``; and accuracies.
+    Returns facts for JSON: the ``score``; the ``auroc`` of each, None with less than :data:`LEAST`
+    right or wrong predictions; the ``threshold`` that accepts the share ``coverage``; accuracies.
     """
     num_wrong = int(np.sum(~correct))
     tells = min(num_wrong, len(correct) - num_wrong) >= LEAST

@@ -58,10 +58,8 @@ class Execution:
             _validate.in_range("process_id", self.process_id, 0, self.num_processes)
 
     def start(self) -> Layout:
-        """Joins the job, if there is one, and returns the layout of the devices.
-
-        Must precede every other use of JAX.
-        """
+        """Joins the job, if there is one, and returns the layout of the devices; must precede
+        every other use of JAX."""
         asked = self.coordinator is not None or _is_one_of_several()
         if asked and not jax.distributed.is_initialized():
             explicit = None if self.coordinator == "auto" else self.coordinator

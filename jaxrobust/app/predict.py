@@ -124,7 +124,6 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     inputs, the outputs and the names of the classes. ``.safetensors``, ``.pth``: the weights, in
     PyTorch's names and layout.
     """
-    require_exportable(path)
     if path.suffix in pytorch.SUFFIXES:
         state_dict = pytorch.to_torch_state_dict(
             run.model, jax.device_get(variables_of(run.state)))

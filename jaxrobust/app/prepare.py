@@ -16,11 +16,8 @@ SECONDS_TO_CONNECT = 5.0
 
 
 def prepare(name: str, folder: pathlib.Path) -> str:
-    """Downloads a data set and stores it as array_record, which is read without TensorFlow.
-
-    Returns:
-      A line that describes the result.
-    """
+    """Downloads a data set and stores it as array_record, which is read without TensorFlow; returns
+    a line that describes the result."""
     _validate.one_of("dataset", name, DATASETS)
     if name == "digits":
         return "digits comes with scikit-learn: there is nothing to prepare."

@@ -89,8 +89,7 @@ def train_together(
     the state, the state of the best epoch so far, the log of the epochs done, and the metrics of
     the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
 
-    Returns:
-      A line for each run whose loss is no longer finite. Its checkpoints remain.
+    Returns a line for each run whose loss is no longer finite; its checkpoints remain.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:

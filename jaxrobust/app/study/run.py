@@ -41,8 +41,7 @@ def run_study(
     convolutions, which are grouped, are slower than one run after the other; and one where images
     are streamed, as each run would need its own stream.
 
-    Returns:
-      A line for each run that diverged, unless the recipe allows divergence.
+    Returns a line for each run that diverged, unless the recipe allows divergence.
     """
     layout = make_layout("jit") if layout is None else layout
     configs = plan.configs()
