@@ -1,8 +1,9 @@
 """Training image classifiers that keep their accuracy when inputs are noisy, in JAX.
 
 Names and modules are imported when they are first used: the command line starts without JAX, and
-the names here need nothing but JAX, chex and matfree. ``jaxrobust.models``, ``training``,
-``evaluation``, ``data`` and ``checkpoints`` bring in Flax, Optax and Orbax.
+the names here load nothing but JAX, chex and matfree, until those that need SciPy or scikit-learn
+are called. ``jaxrobust.models``, ``training``, ``evaluation``, ``data`` and ``checkpoints`` bring
+in Flax, Optax and Orbax.
 """
 
 import importlib
@@ -14,6 +15,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "centroids": (
         "CentroidState", "Centroids", "init_centroids", "update_centroids",
+    ),
+    "certification": (
+        "Certificate", "certified_accuracy", "certified_radius", "certify", "count_labels",
     ),
     "curvature": (
         "RitzValues", "SmoothedCurvature", "SpectralDensity", "Surface",
@@ -29,6 +33,13 @@ _HOMES = {
         "AUTHORS_RELEASE", "RobustLossConfig", "RobustLossTerms", "centroid_norm_loss",
         "compactness_loss", "margin_loss", "robust_loss", "softmax_cross_entropy",
         "softmax_loss", "stability_loss",
+    ),
+    "metrics": (
+        "ClassStatistics", "CoverageCurve", "Detection", "Reliability", "auroc", "brier_score",
+        "class_statistics", "classwise_calibration_error", "coverage_curve", "detection_quality",
+        "doubt_threshold", "energy", "expected_calibration_error", "fit_temperature",
+        "improbability", "knn_distance", "mahalanobis_distance", "nearest_distance",
+        "negative_log_likelihood", "reliability_diagram", "scaled_distance",
     ),
     "perturbations": (
         "gaussian", "identity", "per_example", "uniform",

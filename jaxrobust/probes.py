@@ -59,7 +59,7 @@ def draw(key: jax.Array, index: int | jax.Array, x: jax.Array, indices: jax.Arra
 _SALTS = {name: number for number, name in enumerate((
     "squared_frobenius", "finite_difference_curvature", "smoothed_curvature", "gauss_newton_gap",
     "ritz_values", "spectral_density", "hessian_trace", "leave_one_out_squared_frobenius",
-    "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared"))}
+    "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared", "certification"))}
 """Folded into the key of each function that draws, so that no two of them draw the same numbers
 from one key. A new one goes to the end: the numbers are part of what a seed means."""
 

@@ -67,6 +67,27 @@ def share_upper_bound(successes: int, number: int, failure_probability: float) -
         1 - failure_probability, method="exact").high)
 
 
+def sign_test(first: int, second: int) -> float:
+    r"""The two-sided p-value of so many cases against so many, if both are equally probable.
+
+    .. math:: p(a, b) = \min(1, 2 P(Bin(a + b, 1/2) \ge \max(a, b)))
+
+    Args:
+      first: a, >= 0.
+      second: b, >= 0; one of the two at least 1.
+
+    Raises:
+      InputError: (a ValueError) if one is out of range.
+
+    >>> sign_test(5, 0) == 2 / 2**5
+    True
+    """
+    first = _validate.integer("first", first, 0)
+    second = _validate.integer("second", second, 0)
+    _validate.in_range("number of cases", first + second, 1)
+    return float(stats.binomtest(first, first + second).pvalue)
+
+
 def pooled_std(*samples: Sequence[float]) -> float | None:
     r"""Standard deviation of samples that have one variance, and means of their own.
 

@@ -1,4 +1,4 @@
-"""Reads the tables of Markdown pages back."""
+"""Reads the tables and the programs of Markdown pages back."""
 
 import re
 
@@ -11,6 +11,12 @@ def tables(text):
                                for line in table.splitlines()
                                if not re.fullmatch(r"[|\-: ]+", line)])
             for caption, table in found]
+
+
+def program(text, heading):
+    """The Python of a page's section, all of its blocks together."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
 
 
 def _plain(text):

@@ -13,11 +13,11 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "centroids", "curvature", "geometry",
-        "images", "losses", "methods", "parallel", "perturbations", "probes",
-        "statistics", "theory")
+CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "centroids", "certification",
+        "curvature", "geometry", "images", "losses", "methods", "parallel", "perturbations",
+        "probes", "statistics", "theory")
 """Rooms of the library that need nothing but JAX, NumPy, chex, matfree, SciPy for the statistics,
-and each other."""
+and each other. Not the metrics, which are scikit-learn's where it has them."""
 HEAVY = ("flax", "matplotlib", "optax", "orbax", "PIL", "scipy", "sklearn", "tensorflow", "tyro")
 
 
