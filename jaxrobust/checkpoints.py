@@ -37,6 +37,8 @@ def open_checkpoints(folder: pathlib.Path | str, *, keep: int) -> ocp.Checkpoint
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.LatestN(keep), enable_async_checkpointing=False,
         create=True)
+    # Orbax advises a handler registry in place of names; but without names it takes a step with an
+    # item "default" for one unnamed item, and refuses to read two.
     return ocp.CheckpointManager(
         pathlib.Path(folder).absolute(), options=options, item_names=(_STATE, _FACTS))
 
