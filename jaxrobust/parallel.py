@@ -102,9 +102,9 @@ def over_any_mesh(
 ) -> Callable[..., Any]:
     """``function``, also for arrays on a mesh whose axes are of type ``Explicit``.
 
-    That is what ``jax.make_mesh`` gives by default. There every contraction of a sharded axis has
-    to name the sharding of its result; inside of ``function`` XLA chooses it, as on axes of type
-    ``Auto``. For arrays on no mesh, or on such axes, nothing changes.
+    That is what ``jax.make_mesh`` gives by default since JAX 0.9. There every contraction of a
+    sharded axis has to name the sharding of its result; inside of ``function`` XLA chooses it, as
+    on axes of type ``Auto``. For arrays on no mesh, or on such axes, nothing changes.
 
     Args:
       function: of pytrees of arrays.
