@@ -48,7 +48,9 @@ def mean_over_batch(
     total = jnp.sum(jnp.where(counts, values, 0))
     number = jnp.sum(counts.astype(values.dtype))
     if axis_name is not None:
-        total, number = jax.lax.psum((total, number), axis_name)
+        # Apart: JAX 0.8 does not differentiate a sum of both under shard_map, since the number has
+        # no gradient.
+        total, number = jax.lax.psum(total, axis_name), jax.lax.psum(number, axis_name)
     return total / jnp.maximum(number, 1)
 
 

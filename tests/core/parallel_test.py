@@ -188,7 +188,8 @@ def test_the_form_follows_from_what_is_there():
 
 def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
     layout = make_layout("jit")
-    assert parallel.compiler_options(layout).keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    names = {"xla_cpu_experimental_ynn_fusion_type"} if jax.__version_info__ >= (0, 9) else set()
+    assert parallel.compiler_options(layout).keys() == names
     assert parallel.compiler_options(layout, ynnpack=False) == {}
     # An XLA without it refuses the compilation.
     known = parallel._known_options.__wrapped__
