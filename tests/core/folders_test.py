@@ -692,6 +692,7 @@ def test_a_data_set_whose_files_do_not_fit_is_named(folder, load):
 # --- in memory and stored ---------------------------------------------------------------------
 
 def test_stored_images_are_those_in_memory_also_streamed(folder, load):
+    pytest.importorskip("grain", reason="Streaming needs Grain.")
     (folder / "Rain" / "zz_bad.png").write_bytes(b"no image")  # Rows of the file are left out.
     (folder / "Rain" / "00_bad.png").write_bytes(b"no image")
     resident = load(folder, skip_bad=True)

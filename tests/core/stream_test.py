@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import re
 import sys
 import threading
@@ -15,6 +16,9 @@ import real_formats
 
 from jaxrobust import data
 from jaxrobust._validate import InputError
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("grain") is None, reason="Streaming needs Grain.")
 
 KEY = jax.random.key(3)
 SIZE, BATCH = 11, 4
