@@ -1,8 +1,9 @@
 # `make demo` and `make test` need Python 3.11 or later and nothing else.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-lowest lint clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +19,20 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
+# The core at the lower bounds in pyproject.toml. Flax 0.12.0 looks for a name that JAX 0.8.0 renamed.
+$(LOWEST)/installed: $(VENV)/installed pyproject.toml
+	$(VENV)/bin/uv venv --quiet --clear --python 3.11 $(LOWEST)
+	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+		--resolution lowest-direct -e '.[app,weights,dev]'
+	touch $@
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest tests/core -m "not slow" \
+		-W "ignore:jax.array_ref is deprecated:DeprecationWarning" \
+		-W "ignore:jax.ArrayRef is deprecated:DeprecationWarning"
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build *.egg-info
