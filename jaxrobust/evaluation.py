@@ -1,7 +1,6 @@
 """Accuracy under perturbations, image by image and draw by draw.
 
-Logits that are not finite name no class: they are an error here, never class 0, which is what
-``argmax`` makes of them.
+Logits that are not finite are an error here, never class 0, as ``argmax`` would make them.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from jaxrobust.perturbations import Perturbation, identity, per_example
 
 
 class _Ranked(NamedTuple):
-    """What the logits of images say of their labels."""
+    """Predictions compared with labels."""
 
     correct: jax.Array  # shape=[B], dtype=bool; False where one of the next two is
     finite: jax.Array  # shape=[B], dtype=bool; whether all logits are
@@ -48,53 +47,18 @@ def _require_finite(finite: np.ndarray, which: str = "") -> None:
             f"{len(finite)} images{which}, the first at index {int(np.argmin(finite))}.")
 
 
-def correct_predictions(
-    logits_fn: LogitsFn,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    perturb: Perturbation,
-    key: jax.Array,
-    indices: jax.Array,
-) -> jax.Array:
-    r"""Whether each image, perturbed, is classified as its label.
-
-    .. math:: 1\{\arg\max_i z_i(perturb(x_n)) = y_n\}
-
-    Args:
-      logits_fn: the classifier, images [B, ...] -> logits [B, C].
-      images: [B, H, W, channels] in [0, 1].
-      labels: [B] integers; False for one that is outside [0, C).
-      perturb: the perturbation.
-      key: a PRNG key; image n is perturbed with ``fold_in(key, indices[n])``.
-      indices: [B] integers, the images' positions in their data set.
-
-    Returns:
-      [B] bool. Under a transformation such as ``jit``, which cannot raise, it is False for an image
-      with logits that are not finite.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match, or logits are not finite; it says of
-        how many images.
-    """
-    ranked = _rank(logits_fn, images, labels, perturb, key, indices)
-    if not isinstance(ranked.finite, jax.core.Tracer):
-        _require_finite(np.asarray(ranked.finite))
-    return ranked.correct
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
-    """The outputs, in evaluation mode, for images [B, H, W, channels], uint8 or in [0, 1].
+    """Applies a model in evaluation mode to images [B, H, W, channels], uint8 or in [0, 1].
 
-    They are not checked: rank no logits that are not finite.
+    Its outputs are not checked: do not rank logits that are not finite.
     """
     return model.apply(variables, to_float(images), train=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """``(variables, images) -> logits`` of a model; equal for equal ones, as jit's cache needs."""
+    """``(variables, images) -> logits`` of a model; compared by value, as jit needs it."""
 
     model: nn.Module
 
@@ -135,9 +99,11 @@ def evaluate(
     batch_size: int = 500,
     layout: Layout | None = None,
 ) -> Iterator[np.ndarray]:
-    """Whether each image is classified correctly, for each draw of a perturbation.
+    r"""Tells whether each image is classified correctly, for each draw of a perturbation.
 
-    Called as ``evaluate(model, variables, images, labels, key=...)`` with a Flax Linen module, or
+    .. math:: 1\{\arg\max_i z_i(perturb(x_n)) = y_n\}
+
+    Call it as ``evaluate(model, variables, images, labels, key=...)`` with a Flax Linen module, or
     as ``evaluate(logits_fn, images, labels, key=...)`` with any function. The last batch is padded
     and the padding dropped, so that every image counts once. The result does not depend on
     ``batch_size`` or the number of devices.
@@ -147,23 +113,23 @@ def evaluate(
         [B, H, W, channels] in [0, 1] that returns logits [B, C]. The function is compiled once for
         each object; parameters that it closes over become constants of the program, those in a
         ``jax.tree_util.Partial`` do not.
-      *arguments: ``variables``, of a module alone: its parameters and batch statistics;
+      *arguments: ``variables``, for a module only: its parameters and batch statistics;
         ``images``, [N, H, W, channels], uint8, or floats in [0, 1];
         ``labels``, [N] integers in [0, C).
       perturb: the perturbation; None for the images as they are.
       key: a PRNG key; draw k perturbs image n with ``fold_in(fold_in(key, k), n)``.
       num_draws: independent draws.
       batch_size: images at a time.
-      layout: the devices, which share each batch; one if none is given.
+      layout: the devices, which share each batch; by default one.
 
     Yields:
       For each draw, [N] bool; its mean is the accuracy of the draw.
 
     Raises:
       InputError: (a ValueError) at once if shapes do not match, there is no image, pixels are NaN
-        or outside [0, 1], labels are not integers, or a number is not one of at least 1. On the
-        first draw if the classifier does not return logits, or a label is outside [0, C); on any
-        draw if logits are not finite: it says of how many images.
+        or outside [0, 1], labels are not integers, or a number is below 1. On the first draw if
+        the classifier does not return logits, or a label is outside [0, C); on any draw if logits
+        are not finite.
     """
     if isinstance(classifier, nn.Module):
         _require_arguments("model, variables, images, labels", 3, arguments)
@@ -217,7 +183,7 @@ def _draws(logits_fn, images, labels, perturb, key, num_draws, batch_size, layou
 
 
 def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Positions 0 .. size - 1 in batches of one size; the last repeats the last position."""
+    """Yields positions 0 .. size - 1 in batches of one size; the last repeats the last position."""
     batch_size = _validate.integer("batch_size", batch_size, 1)
     return (np.minimum(np.arange(first, first + batch_size), size - 1)
             for first in range(0, size, batch_size))
@@ -227,22 +193,22 @@ def map_batches(
     function: Callable[..., Any], *arrays: np.ndarray, batch_size: int,
     layout: Layout | None = None,
 ) -> Any:
-    """What ``function`` gives for the rows of ``arrays``, a batch at a time.
+    """Applies ``function`` to the rows of ``arrays``, a batch at a time.
 
     Args:
       function: takes ``batch_size`` rows of each array; returns a pytree of arrays [B, ...],
         whole in every process.
-      *arrays: [N, ...] each.
-      batch_size: rows at a time; the last batch repeats the last row, and drops it again.
-      layout: the devices that share the rows, of which each process then reads its own, and
-        by whose number ``batch_size`` is rounded up; None if the function sees to it.
+      *arrays: [N, ...] each, N >= 1.
+      batch_size: rows at a time, >= 1; results of the padding of the last batch are dropped.
+      layout: the devices that share the rows. Each process then reads only its own, and
+        ``batch_size`` is rounded up to a multiple of the number of devices. None if the function
+        places the rows itself.
 
     Returns:
       The pytree, of NumPy arrays [N, ...].
 
     Raises:
-      InputError: (a ValueError) if the arrays are not of the same length, or have no row, or
-        ``batch_size`` is not an integer, at least 1.
+      InputError: (a ValueError) if an argument does not fit.
     """
     size = _validate.shapes(**{f"array {i}": (array, "N ...") for i, array in enumerate(arrays)})[
         "N"]

@@ -1,9 +1,12 @@
 """Rotation and perspective of images, as torchvision applies them to Pillow's images.
 
 Pixel (row i, column j) is the square [j, j + 1) x [i, i + 1) of a plane with x to the right and y
-down; its centre is (j + 0.5, i + 0.5). An image of height H and width W covers [0, W) x [0, H).
-Each pixel of a result is read at the point of the given image that its centre is mapped to, and is
-0 (black) where that point is outside. Coordinates do not have the image's dtype but float32.
+down; its centre is (j + 0.5, i + 0.5). An image [H, W, channels] covers [0, W) x [0, H). Each pixel
+of a result is read at the point of the given image that its centre is mapped to, and is 0 (black)
+where that point is outside. Coordinates are float32, whatever the image's dtype is.
+
+Corners, [4, 2], are points (x, y): top left, top right, bottom right, bottom left. All functions
+raise InputError (a ValueError) if a number is out of its range or the shapes do not match.
 """
 
 import jax
@@ -15,24 +18,20 @@ from jaxrobust import _validate
 _IDENTITY = np.eye(3, dtype=np.float32)
 
 _INWARDS = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.int32)
-"""The direction (x, y) to the centre from each corner: top left, top right, bottom right,
-bottom left."""
+"""The direction (x, y) to the centre from each corner."""
 
 
 def rotate(image: jax.Array, angle: jax.typing.ArrayLike) -> jax.Array:
-    """The image turned about its centre; its size stays, and corners that come in are black.
+    """Rotates the image about its centre; its size stays, and corners that come in are black.
 
     Each pixel is that of the given image whose square the point lies in (nearest neighbour), as
     in ``PIL.Image.rotate``. As there, the map is rounded to multiples of 2^-16: integers give the
-    same pixels in every program that this is compiled into. The entries themselves come from
-    float32, so that a few pixels of a 400 x 500 image are not Pillow's but their neighbours.
+    same pixels in every program that this is compiled into. Its entries are computed in float32, so
+    that a few pixels of a 400 x 500 image are the neighbours of Pillow's.
 
     Args:
       image: [H, W, channels], with H + W at most 32767.
-      angle: in degrees, counter-clockwise as one sees the image.
-
-    Raises:
-      InputError: (a ValueError) if ``image`` is larger or has another rank.
+      angle: in degrees, counter-clockwise.
     """
     size = _validate.shapes(image=(image, "H W channels"))
     _validate.in_range("height + width", size["H"] + size["W"], 0, 2 ** 15)
@@ -53,51 +52,36 @@ def rotate(image: jax.Array, angle: jax.typing.ArrayLike) -> jax.Array:
 
 
 def random_rotation(key: jax.Array, image: jax.Array, *, degrees: float = 10) -> jax.Array:
-    """The image turned by an angle uniform in [-degrees, degrees], see :func:`rotate`.
+    """Rotates the image by an angle uniform in [-degrees, degrees], degrees in [0, 180].
 
-    torchvision's ``RandomRotation(degrees)``.
-
-    Args:
-      key: a PRNG key.
-      image: [H, W, channels].
-      degrees: the largest angle, in [0, 180].
-
-    Raises:
-      InputError: (a ValueError) if ``degrees`` is out of range, or ``image`` of another rank.
+    This is torchvision's ``RandomRotation(degrees)``, by :func:`rotate`.
     """
     _validate.in_range("degrees", degrees, 0, 180, open_high=False)
     return rotate(image, jax.random.uniform(key, minval=-degrees, maxval=degrees))
 
 
-def warp_perspective(image: jax.Array, coefficients: jax.Array) -> jax.Array:
-    r"""The image seen in another perspective, of the same size.
+def warp_perspective(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    r"""Shows the image in another perspective, at the same size.
 
     A pixel with its centre at (x, y) is read at
 
-    .. math:: \left(\frac{a x + b y + c}{g x + h y + 1}, \frac{d x + e y + f}{g x + h y + 1}\right),
+    .. math:: \left(\frac{a x + b y + c}{g x + h y + i}, \frac{d x + e y + f}{g x + h y + i}\right),
 
     interpolated linearly between the four nearest centres; beyond the outermost centres, but
     inside the image, its border pixels continue. These are the conventions of
-    ``PIL.Image.transform`` with ``PERSPECTIVE`` and ``BILINEAR``, to which torchvision hands the
-    coefficients (Pillow truncates the result to integers if the image has them).
+    ``PIL.Image.transform`` with ``PERSPECTIVE`` and ``BILINEAR``, which torchvision uses (Pillow
+    truncates the result to integers for an image of integers).
 
     Args:
-      image: [H, W, channels] in [0, 1], where the result stays too.
-      coefficients: [8], (a, ..., h). A pixel that they map to no point, because they are not
-        finite or the denominator is 0, is black.
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match.
+      image: [H, W, channels] in [0, 1]; the result is too.
+      matrix: [[a, b, c], [d, e, f], [g, h, i]] float32. A pixel that it maps to no point, because
+        an entry is not finite or the denominator is 0, is black.
     """
-    _validate.shapes(image=(image, "H W channels"), coefficients=(coefficients, "8"))
-    return _warp(image, jnp.append(coefficients.astype(jnp.float32), 1.0).reshape(3, 3))
-
-
-def _warp(image, matrix):
-    """:func:`warp_perspective` by [[a, b, c], [d, e, f], [g, h, i]], with i in the place of 1."""
+    _validate.shapes(image=(image, "H W channels"), matrix=(matrix, "3 3"))
     height, width, _ = image.shape
     (a, b, c), (d, e, f), (g, h, i) = matrix
-    x, y = _centres(height, width)
+    x = jnp.arange(width, dtype=jnp.float32)[None] + 0.5
+    y = jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5
     denominator = g * x + h * y + i
     x, y = (a * x + b * y + c) / denominator, (d * x + e * y + f) / denominator
     inside = _inside(image, x, y)
@@ -111,46 +95,33 @@ def _warp(image, matrix):
     def row(_, line):
         return None, between(_pixels(image, left, line), _pixels(image, right, line), across)
 
-    # A loop, because XLA for CPUs would otherwise fuse what makes the image into each of the four
-    # reads, and compute it four times.
+    # In a loop, because XLA for CPUs would otherwise fuse the computation of the image into each of
+    # the four reads, and repeat it four times.
     _, (above, below) = jax.lax.scan(
         row, None, jnp.stack([top, bottom]), unroll=jax.default_backend() != "cpu")
     return jnp.where(inside[..., None], between(above, below, along), 0)
 
 
-def perspective_coefficients(corners: jax.Array, height: int, width: int) -> jax.Array:
-    """The perspective that moves the corners of an image to given places.
+def perspective_matrix(corners: jax.Array, height: int, width: int) -> jax.Array:
+    """Computes the perspective that moves the corners of an image to given places.
 
-    As in torchvision, the corners are (0, 0), (width - 1, 0), (width - 1, height - 1) and
-    (0, height - 1): :func:`warp_perspective` reads the point ``corners[k]`` at the k-th of them.
-    The 8 equations are solved in closed form, without a linear solver for each image (Heckbert
-    1989, "Fundamentals of Texture Mapping and Image Warping", section 2.2.3).
+    As in torchvision, the corners of the image are (0, 0), (width - 1, 0), (width - 1, height - 1)
+    and (0, height - 1): with this matrix :func:`warp_perspective` reads the k-th of them at the
+    point ``corners[k]``. The equations are solved in closed form, without a linear solver for each
+    image.
 
     Args:
-      corners: [4, 2], the places (x, y) of the top left, top right, bottom right and bottom left
-        corner.
-      height: of the image, at least 2.
-      width: of the image, at least 2.
+      corners: [4, 2].
+      height: of the image.
+      width: of the image.
 
     Returns:
-      [8] float32; not finite where three of ``corners`` are on one line, or the origin has no
-      image.
+      [3, 3] float32; finite unless three of ``corners`` are on a line. Its last entry is 0 where
+      the origin, which may be outside of the corners, has no image.
 
-    Raises:
-      InputError: (a ValueError) if the image is smaller, or ``corners`` has another shape.
+    Source: Heckbert, *Fundamentals of Texture Mapping and Image Warping*, 1989, Section 2.2.3.
     """
-    _validate.in_range("height", height, 2)
-    _validate.in_range("width", width, 2)
     _validate.shapes(corners=(corners, "4 2"))
-    matrix = _perspective_matrix(corners, height, width)
-    return (matrix / matrix[2, 2]).ravel()[:8]
-
-
-def _perspective_matrix(corners, height, width):
-    """[3, 3], which :func:`_warp` takes: finite wherever no three of the corners are on a line.
-
-    Its last entry is 0 where the origin, which may be outside of the corners, has no image.
-    """
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = corners.astype(jnp.float32)
     # From the unit square to the corners: [[a, b, x0], [d, e, y0], [g, h, 1]].
     sum_x, sum_y = x0 - x1 + x2 - x3, y0 - y1 + y2 - y3
@@ -168,12 +139,12 @@ def _perspective_matrix(corners, height, width):
 
 
 def random_corners(key: jax.Array, height: int, width: int, *, distortion: float) -> jax.Array:
-    """Corners of an image, each moved inwards at random, as torchvision does it.
+    """Draws corners of an image, each moved inwards at random, as torchvision does.
 
-    In an image of a few pixels three corners may come to lie on a line: (1, 1), (2, 0) and (0, 2)
-    of 4 x 4 pixels at a distortion of 0.5, or 6 % of all draws there. They are those of no
-    perspective (torchvision solves the singular equations all the same, with any result). Such a
-    draw is repeated, so that the corners are uniform over those of a perspective.
+    In an image of a few pixels three corners may come to lie on a line, which no perspective has:
+    (1, 1), (2, 0) and (0, 2) of 4 x 4 pixels at a distortion of 0.5, for example, as in 6 % of all
+    draws there. (torchvision solves the singular equations all the same, with an arbitrary result.)
+    Such a draw is repeated, so that the corners are uniform over those of a perspective.
 
     Args:
       key: a PRNG key.
@@ -183,11 +154,7 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
         0 .. int(distortion * (width // 2)) along x, and likewise with the height along y.
 
     Returns:
-      [4, 2] int32, the places (x, y) of the top left, top right, bottom right and bottom left
-      corner.
-
-    Raises:
-      InputError: (a ValueError) if an argument is out of range.
+      [4, 2] int32.
     """
     _validate.in_range("height", height, 2)
     _validate.in_range("width", width, 2)
@@ -199,8 +166,8 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
         return corners + _INWARDS * jax.random.randint(key, (4, 2), 0, most + 1)
 
     first, (x, y) = draw(key), most[0].tolist()
-    # Whether even the corner moved furthest stays outside of the line through its neighbours,
-    # x / (width - 1 - x) + y / (height - 1 - y) < 1: there is no loop to compile then.
+    # If even the corner moved furthest stays outside of the line through its neighbours,
+    # x / (width - 1 - x) + y / (height - 1 - y) < 1, there is no loop to compile.
     if x * (height - 1 - y) + y * (width - 1 - x) < (width - 1 - x) * (height - 1 - y):
         return first
     return jax.lax.while_loop(
@@ -210,7 +177,7 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
 
 
 def _three_on_a_line(corners):
-    """Whether any three of four corners, [4, 2] integers, are."""
+    """Whether any three of four corners, [4, 2] integers, are on a line."""
     sides = jnp.roll(corners, -1, axis=0) - corners
     following = jnp.roll(sides, -1, axis=0)
     return jnp.any(sides[:, 0] * following[:, 1] == sides[:, 1] * following[:, 0])
@@ -219,40 +186,30 @@ def _three_on_a_line(corners):
 def random_perspective(
     key: jax.Array, image: jax.Array, *, distortion: float = 0.5, probability: float = 0.5
 ) -> jax.Array:
-    """The image in a random perspective with some probability, otherwise as it is.
+    """Shows the image in a random perspective with some probability, otherwise as it is.
 
-    torchvision's ``RandomPerspective``; see :func:`random_corners` for the perspective and
-    :func:`warp_perspective` for how pixels are read.
+    This is torchvision's ``RandomPerspective``, by :func:`random_corners` and
+    :func:`warp_perspective`.
 
     Args:
       key: a PRNG key.
-      image: [H, W, channels] in [0, 1], where the result stays too; H and W at least 2.
+      image: [H, W, channels] in [0, 1], H and W at least 2; the result is in [0, 1] too.
       distortion: in [0, 1]. Up to 1/2 the moved corners always are those of a convex
         quadrilateral, within which no pixel is black; far beyond, they may cross over.
       probability: in [0, 1].
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range, or ``image`` too small or of another
-        rank.
     """
     _validate.in_range("probability", probability, 0, 1, open_high=False)
     size = _validate.shapes(image=(image, "H W channels"))
     apply_key, corners_key = jax.random.split(key)
     corners = random_corners(corners_key, size["H"], size["W"], distortion=distortion)
     # The identity reads every pixel at its centre: it gives the image itself, to the bit.
-    return _warp(image, jnp.where(
+    return warp_perspective(image, jnp.where(
         jax.random.bernoulli(apply_key, float(probability)),
-        _perspective_matrix(corners, size["H"], size["W"]), _IDENTITY))
-
-
-def _centres(height, width):
-    """x [1, W] and y [H, 1] of the pixels' centres."""
-    return (jnp.arange(width, dtype=jnp.float32)[None] + 0.5,
-            jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5)
+        perspective_matrix(corners, size["H"], size["W"]), _IDENTITY))
 
 
 def _fixed(value):
-    """In multiples of 2^-16, int32."""
+    """The value in multiples of 2^-16, int32."""
     return jnp.round(value * 2 ** 16).astype(jnp.int32)
 
 
@@ -268,8 +225,7 @@ def _pixels(image, column, row):
 
 
 def _neighbours(coordinate, size):
-    """The pixels before and after a coordinate in [0, size), and how far it is between them."""
-    # In steps of pixels from centre to centre.
+    """The pixels before and after a coordinate in [0, size), and its position between them."""
     before = jnp.floor(coordinate - 0.5)
     part = coordinate - 0.5 - before
     before = before.astype(jnp.int32)

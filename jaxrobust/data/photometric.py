@@ -1,7 +1,7 @@
-r"""Colour jitter, as torchvision's ColorJitter, in floats: nothing is rounded to uint8 in between.
+"""Colour jitter, as torchvision's ColorJitter, in floats: nothing is rounded to uint8 in between.
 
-Each adjustment blends the image with another one,
-:math:`\mathrm{clip}(f x + (1 - f) y, 0, 1)`: a factor f of 1 leaves the image as it is, 0 gives y.
+Images are [H, W, channels] in [0, 1], with 1 or 3 channels. The functions raise InputError (a
+ValueError) for other shapes and for negative strengths.
 """
 
 import jax
@@ -14,62 +14,30 @@ _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114
 ADJUSTMENTS = ("brightness", "contrast", "saturation")
 
 
-def adjust_brightness(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
-    """Blend with black: ``clip(factor * image, 0, 1)``.
+def adjust(image: jax.Array, factor: jax.typing.ArrayLike, name: str) -> jax.Array:
+    r"""Changes one property of an image.
+
+    .. math:: \mathrm{clip}(f x + (1 - f) y, 0, 1)
+
+    blends it with another one, y: black for the brightness, the mean of the grey image
+    0.2989 R + 0.587 G + 0.114 B for the contrast, and the grey image for the saturation.
 
     Args:
-      image: [H, W, channels] in [0, 1]; 1 or 3 channels.
-      factor: >= 0, where 1 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if ``image`` has another shape.
+      image: x.
+      factor: f >= 0; 1 gives the image itself.
+      name: one of :data:`ADJUSTMENTS`.
     """
-    return _adjusted(image, factor, 0)
-
-
-def adjust_contrast(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
-    """Blend with a uniform image: the mean of the grey image, 0.2989 R + 0.587 G + 0.114 B.
-
-    Args:
-      image: [H, W, channels] in [0, 1]; 1 or 3 channels, of which one is grey already.
-      factor: >= 0, where 1 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if ``image`` has another shape.
-    """
-    return _adjusted(image, factor, 1)
-
-
-def adjust_saturation(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
-    """Blend with the grey image, 0.2989 R + 0.587 G + 0.114 B, in all three channels.
-
-    Args:
-      image: [H, W, channels] in [0, 1]; 1 or 3 channels. With one, it stays as it is.
-      factor: >= 0, where 1 gives the image itself.
-
-    Raises:
-      InputError: (a ValueError) if ``image`` has another shape.
-    """
-    return _adjusted(image, factor, 2)
+    return jnp.moveaxis(_blended(_planes(image), factor, ADJUSTMENTS.index(name)), 0, -1)
 
 
 def random_factors(
     key: jax.Array, *, brightness: float, contrast: float, saturation: float
 ) -> tuple[jax.Array, jax.Array]:
-    """What :func:`color_jitter` draws.
-
-    Args:
-      key: a PRNG key.
-      brightness: >= 0, as there.
-      contrast: likewise.
-      saturation: likewise.
+    """Draws what :func:`color_jitter` applies, for strengths >= 0.
 
     Returns:
       A random permutation, [3] integers: which of :data:`ADJUSTMENTS` comes first, second and
       third. And the factors, [3] float32, of :data:`ADJUSTMENTS` in their own order.
-
-    Raises:
-      InputError: (a ValueError) if a strength is negative.
     """
     strengths = brightness, contrast, saturation
     for name, strength in zip(ADJUSTMENTS, strengths, strict=True):
@@ -85,22 +53,12 @@ def color_jitter(
     key: jax.Array, image: jax.Array, *,
     brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.3,
 ) -> jax.Array:
-    """Brightness, contrast and saturation adjusted by random factors, in random order.
+    """Adjusts brightness, contrast and saturation by random factors, in random order.
 
-    torchvision's ``ColorJitter(brightness, contrast, saturation)``: each factor is uniform in
-    [max(0, 1 - strength), 1 + strength], all six orders are equally likely, and the mean of the
-    contrast is that of the image as it is by then. torchvision rounds the images of Pillow to
-    integers after each adjustment; here they stay floats.
-
-    Args:
-      key: a PRNG key.
-      image: [H, W, channels] in [0, 1], where the result stays too; 1 or 3 channels.
-      brightness: strength, >= 0; 0 for none.
-      contrast: likewise.
-      saturation: likewise.
-
-    Raises:
-      InputError: (a ValueError) if a strength is negative, or ``image`` has another shape.
+    This is torchvision's ``ColorJitter(brightness, contrast, saturation)``: each factor is uniform
+    in [max(0, 1 - strength), 1 + strength], all six orders are equally likely, and the contrast is
+    adjusted around the mean of the image as it is by then. torchvision rounds the images of Pillow
+    to integers after each adjustment; here they stay floats. A strength of 0 changes nothing.
     """
     order, factors = random_factors(
         key, brightness=brightness, contrast=contrast, saturation=saturation)
@@ -110,12 +68,8 @@ def color_jitter(
     return jnp.moveaxis(planes, 0, -1)
 
 
-def _adjusted(image, factor, which):
-    return jnp.moveaxis(_blended(_planes(image), factor, which), 0, -1)
-
-
 def _planes(image):
-    """[channels, H, W]: weights of whole planes are several times faster on CPUs."""
+    """The image as [channels, H, W]: weighting whole planes is several times faster on CPUs."""
     size = _validate.shapes(image=(image, "H W channels"))
     if size["channels"] not in (1, 3):
         raise _validate.InputError(
@@ -124,7 +78,7 @@ def _planes(image):
 
 
 def _blended(planes, factor, which):
-    """The adjustment with index ``which``: a select, as vmap makes one of any switch."""
+    """The adjustment with index ``which``, by a select, which vmap makes of any switch."""
     factor = jnp.asarray(factor, planes.dtype)
     grey = planes if len(planes) == 1 else (
         _RED * planes[0] + _GREEN * planes[1] + _BLUE * planes[2])[None]

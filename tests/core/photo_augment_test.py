@@ -17,14 +17,23 @@ from jaxrobust.data import augment, geometric, photometric
 from jaxrobust.perturbations import gaussian, identity
 
 SHAPES = [(12, 17, 3), (15, 10, 1), (9, 9, 3), (8, 8, 1)]  # not square, odd and even, grey
-ADJUST = {"brightness": (photometric.adjust_brightness, ImageEnhance.Brightness),
-          "contrast": (photometric.adjust_contrast, ImageEnhance.Contrast),
-          "saturation": (photometric.adjust_saturation, ImageEnhance.Color)}
-COMPILED = {name: jax.jit(function) for name, (function, _) in ADJUST.items()}
+ADJUST = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast,
+          "saturation": ImageEnhance.Color}
+COMPILED = {name: jax.jit(functools.partial(photometric.adjust, name=name)) for name in ADJUST}
 
 rotate = jax.jit(geometric.rotate)
-warp = jax.jit(geometric.warp_perspective)
-coefficients_of = jax.jit(geometric.perspective_coefficients, static_argnums=(1, 2))
+warp_by_matrix = jax.jit(geometric.warp_perspective)
+matrix_of = jax.jit(geometric.perspective_matrix, static_argnums=(1, 2))
+
+
+def warp(image, coefficients):
+    """By Pillow's coefficients (a, ..., h), with 1 for i."""
+    return warp_by_matrix(image, jnp.append(coefficients, np.float32(1)).reshape(3, 3))
+
+
+def coefficients_of(corners, height, width):
+    matrix = matrix_of(corners, height, width)
+    return (matrix / matrix[2, 2]).ravel()[:8]
 
 
 def image_of(shape, seed=0):
@@ -78,7 +87,7 @@ def test_an_adjustment_is_pillows_but_for_its_rounding(name, channels):
         np.testing.assert_allclose(
             result, reference_adjustment(name, image, factor), atol=1e-6)
         # Pillow truncates, and rounds the grey that it blends with.
-        theirs = np.asarray(ADJUST[name][1](picture).enhance(factor)).reshape(pixels.shape)
+        theirs = np.asarray(ADJUST[name](picture).enhance(factor)).reshape(pixels.shape)
         difference = 255 * np.asarray(result) - theirs
         assert difference.min() > -0.6 and difference.max() < 1.6
 
@@ -407,8 +416,8 @@ def test_every_perspective_of_a_small_image_reads_where_double_precision_does(si
     inside = np.all((points >= 0) & (points < np.reshape([width, height], (2, 1, 1))), axis=1)
     clear = np.all([np.minimum(np.abs(points[:, k]), np.abs(points[:, k] - n)) > 1e-3
                     for k, n in enumerate((width, height))], axis=0)
-    read = np.asarray(jax.jit(jax.vmap(lambda corners: geometric._warp(
-        jnp.asarray(ramps(*size)), geometric._perspective_matrix(corners, *size))))(every))
+    read = np.asarray(jax.jit(jax.vmap(lambda corners: geometric.warp_perspective(
+        jnp.asarray(ramps(*size)), geometric.perspective_matrix(corners, *size))))(every))
     np.testing.assert_array_equal(np.any(read != 0, axis=-1)[clear], inside[clear])
     # Linear interpolation gives a ramp's value but in the outer half of the border pixels.
     limits = np.reshape([width, height], (2, 1, 1)) - 0.5
@@ -476,14 +485,14 @@ def test_rotation_is_the_same_to_the_bit_without_jit():
 
 def test_accelerators_get_the_perspective_without_a_loop(monkeypatch):
     image = jnp.asarray(image_of((12, 17, 3)))
-    coefficients = coefficients_of(drawn_corners(1, 12, 17), 12, 17)
+    matrix = matrix_of(drawn_corners(1, 12, 17), 12, 17)
     programs = {}
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         programs[backend] = jax.jit(lambda *args: geometric.warp_perspective(*args)).lower(
-            image, coefficients)
+            image, matrix)
     assert "while" in programs["cpu"].as_text() and "while" not in programs["gpu"].as_text()
-    np.testing.assert_allclose(*(program.compile()(image, coefficients)
+    np.testing.assert_allclose(*(program.compile()(image, matrix)
                                  for program in programs.values()), atol=1e-6)
 
 
@@ -572,7 +581,7 @@ KEY, IMAGE = jax.random.key(0), image_of((4, 5, 3))
      "Expected contrast=-0.1 in [0, inf)."),
     (lambda: photometric.color_jitter(KEY, IMAGE[..., :2]),
      "Expected image with 1 or 3 channels, got 2."),
-    (lambda: photometric.adjust_contrast(IMAGE[..., 0], 1.0),
+    (lambda: photometric.adjust(IMAGE[..., 0], 1.0, "contrast"),
      "Expected image of shape [H, W, channels], got (4, 5)."),
     (lambda: geometric.random_rotation(KEY, IMAGE, degrees=-1), "Expected degrees=-1 in [0, 180]."),
     (lambda: geometric.rotate(IMAGE[0], 1.0),
@@ -586,8 +595,8 @@ KEY, IMAGE = jax.random.key(0), image_of((4, 5, 3))
     (lambda: geometric.random_perspective(KEY, IMAGE[:1]), "Expected height=1 in [2, inf)."),
     (lambda: geometric.random_perspective(KEY, IMAGE[:, :1]), "Expected width=1 in [2, inf)."),
     (lambda: geometric.warp_perspective(IMAGE, jnp.zeros(9)),
-     "Expected coefficients of shape [8], got (9,)."),
-    (lambda: geometric.perspective_coefficients(jnp.zeros((2, 4)), 4, 5),
+     "Expected matrix of shape [3, 3], got (9,)."),
+    (lambda: geometric.perspective_matrix(jnp.zeros((2, 4)), 4, 5),
      "Expected corners of shape [4, 2], got (2, 4)."),
 ])
 def test_what_cannot_be_used_is_named_in_one_line(call, message):

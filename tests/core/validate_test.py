@@ -66,9 +66,8 @@ WRONG_NUMBERS = {
         ("robust", lambda: losses.robust_loss(
             FEATURES, FEATURES, LABELS, KERNEL[:, :1], BIAS[:1], init_centroids(1, 3),
             RobustLossConfig())),
-        ("predictions", lambda: evaluation.correct_predictions(
-            lambda images: images[:, 0, 0], PIXELS / np.float32(255), LABELS,
-            perturb=perturbations.identity(), key=jax.random.key(0), indices=LABELS)))},
+        ("predictions", lambda: list(evaluation.evaluate(
+            lambda images: images[:, 0, 0], PIXELS, LABELS, key=jax.random.key(0)))))},
     "momentum_1": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=1.0),
                    "momentum=1.0", "[0, 1)"),
     "momentum_negative": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=-0.1),
