@@ -1,15 +1,15 @@
 """The training methods of the paper (Section 7.1 and 7.6), each one objective function.
 
-An objective sees the model as a function ``forward(batch_stats, images)`` and knows nothing of
+An objective sees the model as a function ``forward(batch_stats, images)`` and knows nothing about
 optimisers or devices. It returns the loss of the whole batch, also where the batch is split
 over an ``axis_name``.
 
 **Labels that do not count.** An example whose label is outside [0, C), such as -1, does not count
-(what PyTorch calls ``ignore_index``): every term of every objective, its gradients, the centroids
-and the accuracies are as without it, whatever its logits and features are, NaN too. Means are
-over the examples that count, of all devices; if there are none, the loss is 0. Only the network
-sees its images: they do enter the batch statistics of batch norm, and what is NaN in them can
-spread there to others. Labels are integers of any width; bool is an error.
+(PyTorch's ``ignore_index``): every term of every objective, its gradients, the centroids and the
+accuracies are as without it, whatever its logits and features are, NaN included. Means are over
+the examples that count, of all devices; if there are none, the loss is 0. Its images still go
+through the network: they enter the batch statistics of batch norm, through which a NaN in them can
+spread to other examples. Labels are integers of any width; bool is an error.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ Forward = Callable[[BatchStats, jax.Array], tuple[Outputs, BatchStats]]
 
 
 class Evaluated(NamedTuple):
-    """What an objective returns beside the loss."""
+    """What an objective returns besides the loss."""
 
     batch_stats: BatchStats
     centroids: CentroidState
@@ -47,7 +47,7 @@ class Evaluated(NamedTuple):
 
 
 class Objective(Protocol):
-    """``(loss [], Evaluated)`` of a batch; see the module's docstring."""
+    """Computes ``(loss [], Evaluated)`` of a batch; see the module's docstring."""
 
     def __call__(
         self, forward: Forward, head: tuple[jax.Array, jax.Array], batch_stats: BatchStats,
@@ -65,35 +65,40 @@ class Method:
 
 
 SoftmaxLoss = Callable[..., jax.Array]
-""":func:`softmax_loss`, or it with weights of the classes."""
+""":func:`softmax_loss`, perhaps with class weights bound to it."""
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:
     """Accuracy on the examples that count; logits that are not finite predict no class."""
     labels = _validate.class_numbers("labels", labels)
-    # argmax would take what is not a number for the largest.
+    # argmax would take NaN for the largest.
     predicted = jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), -1)
     return mean_over_batch((predicted == labels).astype(jnp.float32), axis_name,
                            counts=counted(labels, logits.shape[1]))
 
 
-def _one_view(view: str, softmax: SoftmaxLoss) -> Objective:
-    """The softmax loss on one of the two views."""
+Added = Callable[..., tuple[jax.Array, CentroidState, dict[str, jax.Array]]]
+"""A loss on features, called as ``add(clean, noisy, labels, head, centroids, axis_name)``; returns
+the loss, the next centroids and the terms of the loss."""
+
+
+def _one_view(view: str, softmax: SoftmaxLoss, add: Added) -> Objective:
+    """The softmax loss on one of the two views, plus a loss on its features."""
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
-        del head, weight
         outputs, batch_stats = forward(batch_stats, getattr(batch, view))
         loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
-        centroids = _track(centroids, outputs.features, batch.labels, axis_name)
+        added, centroids, terms = add(
+            outputs.features, outputs.features, batch.labels, head, centroids, axis_name)
         metrics = {"softmax": loss,
-                   f"accuracy_{view}": _accuracy(outputs.logits, batch.labels, axis_name)}
-        return loss, Evaluated(batch_stats, centroids, metrics)
+                   f"accuracy_{view}": _accuracy(outputs.logits, batch.labels, axis_name), **terms}
+        return loss + _scaled(weight, added), Evaluated(batch_stats, centroids, metrics)
 
     return objective
 
 
 def _track(centroids, features, labels, axis_name):
-    """Centroids for their own sake: for the baselines they take no part in the loss."""
+    """Updates the centroids of a baseline, whose loss they do not enter."""
     return update_centroids(centroids, jax.lax.stop_gradient(features), labels,
                             axis_name=axis_name)[1]
 
@@ -103,9 +108,9 @@ def _both_views(
 ) -> tuple[Outputs, Outputs, BatchStats]:
     """The outputs for clean and for noisy images.
 
-    In one pass batch norm sees both together. In two it sees, and is updated by, the clean
-    images and then the noisy ones, so that its running statistics, used in evaluation, lie
-    between those of either pass.
+    In one pass batch norm sees both together. In two passes it sees, and is updated by, first the
+    clean images and then the noisy ones, so that its running statistics lie between those of either
+    pass.
     """
     if not one_pass:
         clean, batch_stats = forward(batch_stats, batch.clean)
@@ -118,14 +123,9 @@ def _both_views(
 
 
 def _two_views(
-    add: Callable[..., tuple[jax.Array, CentroidState, dict[str, jax.Array]]],
-    softmax: SoftmaxLoss, *, one_pass: bool, softmax_on_noisy: bool = False,
+    softmax: SoftmaxLoss, add: Added, *, one_pass: bool, softmax_on_noisy: bool = False,
 ) -> Objective:
-    """The softmax loss plus what ``add`` makes of both views' features.
-
-    ``add(clean, noisy, labels, head, centroids, axis_name)`` returns the added loss, the next
-    centroids and its terms.
-    """
+    """The softmax loss plus a loss on both views' features."""
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
         clean, noisy, batch_stats = _both_views(forward, batch_stats, batch, one_pass=one_pass)
@@ -143,17 +143,18 @@ def _two_views(
 
 
 def _nothing(clean, noisy, labels, head, centroids, axis_name):
+    """No loss; only the centroids are tracked."""
     del noisy, head
     none = jnp.zeros((), _validate.floats("features", clean).dtype)
     return none, _track(centroids, clean, labels, axis_name), {}
 
 
 def _scaled(weight: jax.Array | float, loss: jax.Array) -> jax.Array:
-    """A weight of any dtype, such as NumPy's float64, leaves that of the loss."""
+    """Scales a loss, keeping its dtype whatever that of the weight is, such as float64."""
     return jnp.asarray(weight, loss.dtype) * loss
 
 
-def _stability(stability_weight: float):
+def _stability(stability_weight: float) -> Added:
     def add(clean, noisy, labels, head, centroids, axis_name):
         kernel, _ = head
         counts = counted(_validate.class_numbers("labels", labels), kernel.shape[1])
@@ -164,31 +165,17 @@ def _stability(stability_weight: float):
     return add
 
 
-def _robust(config: RobustLossConfig):
+def _robust(config: RobustLossConfig, *, align: bool = True) -> Added:
+    """The paper's loss (Eq. 13), or only its constraints on the clean view (Eq. 7)."""
+    config = config if align else dataclasses.replace(config, lam=0.0)
+
     def add(clean, noisy, labels, head, centroids, axis_name):
         ours, terms, centroids = robust_loss(
             clean, noisy, labels, *head, centroids, config, axis_name=axis_name)
-        return ours, centroids, terms._asdict()
+        shown = {name: term for name, term in terms._asdict().items() if align or name != "align"}
+        return ours, centroids, shown
 
     return add
-
-
-def _robust_clean(config: RobustLossConfig, softmax: SoftmaxLoss) -> Objective:
-    """The softmax loss plus the constraints, all on the clean view (Eq. 7)."""
-    config = dataclasses.replace(config, lam=0.0)
-
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, axis_name):
-        outputs, batch_stats = forward(batch_stats, batch.clean)
-        loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
-        ours, terms, centroids = robust_loss(
-            outputs.features, outputs.features, batch.labels, *head, centroids, config,
-            axis_name=axis_name)
-        metrics = {"softmax": loss,
-                   "accuracy_clean": _accuracy(outputs.logits, batch.labels, axis_name),
-                   "compact": terms.compact, "margin": terms.margin, "norm": terms.norm}
-        return loss + _scaled(weight, ours), Evaluated(batch_stats, centroids, metrics)
-
-    return objective
 
 
 METHODS = ("normal", "noisy", "both", "stability", "robust", "robust_clean")
@@ -203,7 +190,7 @@ def make_method(
     one_pass: bool = False,
     class_weights: Sequence[float] | None = None,
 ) -> Method:
-    """The method of that name.
+    """Makes the method of that name.
 
     ``normal``: softmax loss on clean images. ``noisy``: on noisy images. ``both``: on both,
     in one pass. ``stability``: on clean images, plus the distance between the features of
@@ -212,11 +199,11 @@ def make_method(
 
     Args:
       name: one of :data:`METHODS`.
-      robust: of the last two alone.
-      stability_weight: of ``stability`` alone, >= 0.
-      class_weights: [C], > 0, of every softmax loss, see :func:`softmax_loss`; None for 1 each. The
-        terms that ``stability``, ``robust`` and ``robust_clean`` add are not weighted.
-      one_pass: of ``stability`` and ``robust``, whether clean and noisy images go through the
+      robust: for ``robust`` and ``robust_clean``.
+      stability_weight: for ``stability``, >= 0.
+      class_weights: [C], > 0, for every softmax loss, see :func:`softmax_loss`; None for 1 each.
+        The terms that ``stability``, ``robust`` and ``robust_clean`` add are not weighted.
+      one_pass: for ``stability`` and ``robust``: whether clean and noisy images go through the
         network together, as they always do for ``both``, or one after the other, as in the paper.
 
     Raises:
@@ -233,11 +220,11 @@ def make_method(
         softmax = functools.partial(
             softmax_loss, class_weights=np.asarray(class_weights, np.float32))
     objectives = {
-        "normal": _one_view("clean", softmax),
-        "noisy": _one_view("noisy", softmax),
-        "both": _two_views(_nothing, softmax, one_pass=True, softmax_on_noisy=True),
-        "stability": _two_views(_stability(stability_weight), softmax, one_pass=one_pass),
-        "robust": _two_views(_robust(robust), softmax, one_pass=one_pass),
-        "robust_clean": _robust_clean(robust, softmax),
+        "normal": _one_view("clean", softmax, _nothing),
+        "noisy": _one_view("noisy", softmax, _nothing),
+        "both": _two_views(softmax, _nothing, one_pass=True, softmax_on_noisy=True),
+        "stability": _two_views(softmax, _stability(stability_weight), one_pass=one_pass),
+        "robust": _two_views(softmax, _robust(robust), one_pass=one_pass),
+        "robust_clean": _one_view("clean", softmax, _robust(robust, align=False)),
     }
     return Method(name, objectives[name])
