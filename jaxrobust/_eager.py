@@ -1,4 +1,4 @@
-"""What stands before a function: scalars made plain, and eager calls compiled and kept."""
+"""Decorators of numerical functions: plain scalars, and eager calls compiled as a whole."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def python_scalars(function: Callable) -> Callable:
-    """Makes scalars of NumPy those of Python, which take on the dtype of the arrays they meet."""
+    """Converts NumPy scalars to Python's, which adopt the dtype of the arrays they meet."""
     @functools.wraps(function)
     def call(*arguments, **options):
         plain = (value.item() if isinstance(value, np.generic) else value for value in arguments)
@@ -23,13 +23,13 @@ def python_scalars(function: Callable) -> Callable:
 
 
 def as_one_program(estimator: Callable) -> Callable:
-    """Compiles an eager call as a whole, unless a call before was the same program.
+    """Compiles an eager call as a whole, unless an earlier call was the same program.
 
-    ``jax.jit`` with the functions as static arguments would keep the numbers that they close over
-    from the first call, and compile anew for every lambda. Here each eager call traces the
-    estimator, which costs milliseconds, with the numbers that its functions close over as
-    arguments of the program. Programs are told apart by what they do: a lambda that is made anew
-    compiles nothing, and parameters that have changed since the last call count.
+    ``jax.jit`` with the functions as static arguments would keep the arrays that they close over
+    from the first call, and recompile for every new lambda. Here each eager call traces the
+    estimator, which takes milliseconds, with the arrays that its functions close over as arguments
+    of the program. Programs are compared by what they compute: a new lambda that does the same
+    compiles nothing, and parameters have their current values.
 
     A call with traced arguments, as under ``jax.jit``, is left to that transformation. Scalars of
     NumPy and JAX become those of Python in either case.
@@ -62,11 +62,11 @@ def _python_scalar(value: Any) -> Any:
 
 
 class _Program:
-    """A jaxpr without its constants, equal to all that do the same."""
+    """A jaxpr without its constants, equal to all that compute the same."""
 
     def __init__(self, jaxpr):
         self.jaxpr = jaxpr
-        # Of functions that are compiled themselves, which keep theirs.
+        # Constants of inner jitted functions, which stay in the jaxpr.
         self._inner = tuple(_inner_constants(jaxpr))
         self._key = str(jaxpr), tuple(map(id, self._inner))
 
@@ -78,7 +78,7 @@ class _Program:
 
 
 def _inner_constants(jaxpr) -> Iterator[Any]:
-    from jax.extend import core  # Takes a tenth of a second, of which a mere import has no need.
+    from jax.extend import core  # Takes a tenth of a second, which a mere import can do without.
 
     for equation in jaxpr.eqns:
         for part in jax.tree.leaves(list(equation.params.values()),

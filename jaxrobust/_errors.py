@@ -1,4 +1,4 @@
-"""Errors that are fit for a user, and the checks that need no JAX."""
+"""Errors fit for a user, and the checks that need no JAX."""
 
 import difflib
 import importlib
@@ -7,25 +7,26 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """An argument that cannot be used. Its message is one line fit for a user.
+    """An argument that cannot be used; its message is one line fit for a user.
 
-    A subclass of ValueError, so that a command can report bad input in one line
-    without hiding the traceback of a defect.
+    A command can thus report bad input in one line without hiding the traceback of a defect.
     """
 
 
 class NotFiniteError(InputError):
-    """Numbers that are NaN or infinite, such as those of a training that diverged."""
+    """Numbers that are NaN or infinite, such as those of training that diverged."""
+
+
+def reason_of(error: Exception) -> str:
+    """An error's message on one line, for use within another message."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def installed(module: str, library: str, what: str, install: str) -> types.ModuleType:
-    """The module of an optional library, or InputError that says how to install it.
+    """Imports the module of an optional library; raises InputError that says how to install it.
 
-    Args:
-      module: its full name.
-      library: its name in words.
-      what: that needs it, as the beginning of a sentence.
-      install: what to do, as the end of one.
+    The message is "{what} needs {library} (...). Install it with: {install}".
     """
     try:
         return importlib.import_module(module)

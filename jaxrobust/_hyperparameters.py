@@ -1,4 +1,4 @@
-"""Dataclasses of settings as pytrees: numbers that JAX traces, options that it does not."""
+"""Dataclasses of settings as pytrees, with numbers that JAX traces and options that it does not."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,14 +7,14 @@ import jax
 
 
 def hyperparameters(*traced: str) -> Callable[[type], type]:
-    """Decorates a frozen dataclass whose fields named here are a pytree's children.
+    """Decorates a frozen dataclass to make it a pytree whose children are the named fields.
 
-    The other fields are options: a function that is given the dataclass is compiled anew for other
-    options, and not for other numbers, by which it can be differentiated and mapped.
+    The other fields are options: a function that is given the dataclass is compiled again for other
+    options, but not for other numbers, and can be differentiated and mapped by the numbers.
 
-    ``jax.tree_util.register_dataclass`` would call ``__post_init__`` whenever a pytree is put
-    together. What JAX puts into one, such as tracers, axes and shardings, and arrays of the numbers
-    of several configurations, is no setting to be checked; so here only a caller's own are.
+    ``jax.tree_util.register_dataclass`` would call ``__post_init__`` whenever a pytree is rebuilt,
+    but what JAX puts into one, such as tracers, axes, shardings and stacked numbers of several
+    configurations, must not be checked as a caller's own settings are.
     """
     def register(cls):
         options = [field.name for field in dataclasses.fields(cls) if field.name not in traced]

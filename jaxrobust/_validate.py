@@ -16,8 +16,7 @@ __all__ = ["InputError", "NotFiniteError", "class_numbers", "finite", "floats", 
 
 def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
              open_high: bool = True) -> None:
-    """Raises InputError unless ``value`` is a number, ``low <= value < high`` (either end open or
-    closed).
+    """Raises InputError unless ``value`` is a number in the interval from ``low`` to ``high``.
 
     A value that is traced by a JAX transformation is not known yet, and passes.
     """
@@ -27,7 +26,7 @@ def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_
         above = value > low if open_low else value >= low
         below = value < high if open_high else value <= high
         inside = bool(above and below)
-    except (TypeError, ValueError):  # Not comparable with numbers, or an array of several.
+    except (TypeError, ValueError):  # Not comparable with numbers, or an array of several values.
         inside = False
     if not inside:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
@@ -35,11 +34,10 @@ def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_
 
 
 def integer(name: str, value: int, low: int) -> int:
-    """The value as an ``int``. Raises InputError unless it is an integer, also one of NumPy's, at
-    least ``low``."""
+    """Returns the value as an ``int``; raises InputError unless it is an integer >= ``low``."""
     try:
         number = None if isinstance(value, bool | np.bool) else operator.index(value)
-    except TypeError:  # A float, a text, or an integer that is traced and not known yet.
+    except TypeError:  # A float, a string, or an integer that is traced and not known yet.
         number = None
     if number is None or number < low:
         raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
@@ -49,8 +47,8 @@ def integer(name: str, value: int, low: int) -> int:
 def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
 
-    A dimension ``...`` at the end admits any further ones, and a number is that size; a named
-    dimension is at least 1. Returns the size of each named dimension. Raises InputError at the
+    A dimension ``...`` at the end stands for any further ones, and a number for that size; named
+    dimensions are at least 1. Returns the size of each named dimension. Raises InputError for the
     first argument that does not fit.
     """
     sizes: dict[str, int] = {}
@@ -58,7 +56,7 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
         dims = spec.split()
         wanted = f"Expected {name} of shape [{', '.join(dims)}]"
         if not hasattr(array, "shape"):
-            raise InputError(f"{wanted}, got a {type(array).__name__}, which is no array.")
+            raise InputError(f"{wanted}, got a {type(array).__name__}, which is not an array.")
         expected = [... if dim == "..." else int(dim) if dim.isdigit() else sizes.get(dim)
                     for dim in dims]
         try:
@@ -76,7 +74,7 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
 
 
 def floats(name: str, value: jax.Array) -> jax.Array:
-    """An array of floats, in float32 if it is narrower; InputError if they are not floats.
+    """Returns an array of floats as float32 or wider; raises InputError if they are not floats.
 
     In bfloat16 a sum of ones ends at 256.
     """
@@ -88,17 +86,17 @@ def floats(name: str, value: jax.Array) -> jax.Array:
 
 
 def class_numbers(name: str, value: jax.Array) -> jax.Array:
-    """Labels as int32, so that none wraps where classes are compared or indexed with it.
+    """Returns labels as int32, so that none wraps around where classes are compared or indexed.
 
-    What no int32 holds becomes -1, which is no class. Raises InputError unless ``value`` is an
-    array, or a list, of integers.
+    A label beyond the range of int32 becomes -1, which is no class. Raises InputError unless
+    ``value`` is an array, or a list, of integers.
     """
     value = _as_array(name, value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise InputError(f"Expected {name} of an integer dtype, got {value.dtype}.")
     if value.dtype.itemsize < 4 or value.dtype == np.int32:
         return jnp.asarray(value, np.int32)
-    # In NumPy if they are NumPy's: jnp.asarray wraps what is too large for int32.
+    # In NumPy if they are NumPy's: jnp.asarray wraps around what is too large for int32.
     numpy = np if isinstance(value, np.ndarray) else jnp
     held = (value >= 0) & (value <= np.iinfo(np.int32).max)
     return jnp.asarray(numpy.where(held, value.astype(np.int32), np.int32(-1)))
@@ -127,7 +125,7 @@ def labels(name: str, value: np.ndarray, num_classes: int) -> None:
 
 
 def finite(name: str, tree: Any) -> None:
-    """Raises NotFiniteError, which says how many are not, unless all numbers are finite."""
+    """Raises NotFiniteError unless all numbers of a pytree are finite."""
     wrong = {jax.tree_util.keystr(path, simple=True, separator="."): int((~np.isfinite(leaf)).sum())
              for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
              if jnp.issubdtype(leaf.dtype, jnp.inexact)}

@@ -1,9 +1,9 @@
-r"""Batch normalisation's statistics for evaluation, recomputed from training images.
+r"""Recomputation of batch normalisation's statistics for evaluation from training images.
 
-The running averages that training keeps are of networks that are gone: with a momentum of 0.99 they
-follow the network some hundred updates late, and a short training ends while they still hold what
-they began with. Here the parameters stay as they are, training batches go through the network in
-training mode, and a layer's statistics are those of all its inputs together. With the mean
+The running averages that training keeps come from earlier networks: with a momentum of 0.99 they
+lag some hundred updates behind, and in a short training they still hold part of their initial
+values. Here the parameters are fixed, training batches go through the network in training mode, and
+a layer's statistics are those of all its inputs together. With the mean
 :math:`\mu_i` and the biased variance :math:`\sigma_i^2` of pass :math:`i` of :math:`n`, by the law
 of total variance,
 
@@ -30,7 +30,7 @@ from jaxrobust.models.common import head_parameters, over_axis
 
 
 class PassStatistics(NamedTuple):
-    """What the passes through a network so far have in common; trees as its ``batch_stats``."""
+    """Statistics of the passes through a network so far; trees like its ``batch_stats``."""
 
     passes: jax.Array  # shape=[], dtype=float32 or wider
     average: BatchStats  # over the passes, of every layer's batch mean and batch variance
@@ -38,16 +38,16 @@ class PassStatistics(NamedTuple):
 
 
 def init_pass_statistics(batch_stats: BatchStats) -> PassStatistics:
-    """Those of no pass.
+    """Makes the statistics of no pass.
 
     Args:
       batch_stats: a network's, for their structure: a ``mean`` and a ``var`` of each layer.
 
     Raises:
-      InputError: (a ValueError) if there is something else among them.
+      InputError: (a ValueError) if there is anything else among them.
     """
     _means_of_variances(batch_stats)
-    # Two trees of zeros, since a compiled step may be given all of it to overwrite.
+    # Two trees of zeros, since a compiled step may overwrite what it is given.
     average, spread = (jax.tree.map(jnp.zeros_like, batch_stats) for _ in range(2))
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(batch_stats))
     return PassStatistics(jnp.zeros((), dtype), average, spread)
@@ -65,9 +65,9 @@ def add_pass(statistics: PassStatistics, batch_stats: BatchStats) -> PassStatist
 
 
 def combine_passes(statistics: PassStatistics) -> BatchStats:
-    """The mean and the biased variance of the inputs of all passes together.
+    """Combines at least one pass: the mean and the biased variance of all their inputs.
 
-    The passes count alike, as if each had as many inputs as any other; there must be at least one.
+    The passes have equal weight, as if all had the same number of inputs.
     """
     average = traverse_util.flatten_dict(statistics.average)
     spread = traverse_util.flatten_dict(statistics.spread)
@@ -77,7 +77,7 @@ def combine_passes(statistics: PassStatistics) -> BatchStats:
 
 
 def _means_of_variances(batch_stats: BatchStats) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """By the path of each variance among batch statistics, that of its mean."""
+    """Maps the path of each variance among batch statistics to that of its mean."""
     paths = set(traverse_util.flatten_dict(batch_stats))
     found = {path: (*path[:-1], "mean") for path in paths if path[-1] == "var"}
     if paths != {*found, *found.values()}:
@@ -91,23 +91,22 @@ def make_pass_step(
     model: nn.Module, method: Method, *, axis_name: str | None = None,
     sync_batch_norm: bool = True, head: str = "head",
 ) -> Callable[[PassStatistics, Any, Batch, jax.Array], PassStatistics]:
-    """A method's passes over a training batch: ``(statistics, params, batch, key) -> statistics``.
+    """Makes the pass over a training batch, ``(statistics, params, batch, key) -> statistics``.
 
-    The key, one for each batch, is that of dropout, which is in training mode too.
+    The key, one for each batch, is for dropout, which is in training mode too.
 
     Each forward pass that the method makes in training is one pass here: one of ``normal`` on clean
     and of ``noisy`` on noisy images, one of ``both`` on the two together, two of ``robust`` on one
-    after the other. So the statistics of a method with two passes are those of clean and noisy
-    images together, as of one that sees both at once, and as its running ones, which lie between.
+    after the other. The statistics of a method with two passes are thus those of clean and noisy
+    images together.
 
     Args:
       model: a Flax Linen module that returns :class:`~jaxrobust.models.Outputs`, whose batch
         normalisation is :class:`flax.linen.BatchNorm`.
-      method: whose passes.
-      axis_name: as of :func:`~jaxrobust.training.make_train_step`.
-      sync_batch_norm: as of that; if not, a pass's statistics are those of the devices' shares
-        together, each of which was normalised alone.
-      head: as of that.
+      method: the method whose passes are made.
+      axis_name, head: as for :func:`~jaxrobust.training.make_train_step`.
+      sync_batch_norm: likewise; if False, each device normalises its share on its own, and a pass's
+        statistics are those of all shares together.
     """
     model, synchronised = over_axis(model, axis_name, sync_batch_norm)
 
@@ -130,7 +129,7 @@ def make_pass_step(
 
         kernel, bias = head_parameters(params, head)
         centroids = init_centroids(kernel.shape[1], kernel.shape[0])
-        # Only what goes through the network is used of the losses, and thus computed.
+        # The losses are not used, and thus not computed.
         _, evaluated = method.objective(
             forward, (kernel, bias), statistics, centroids, batch, weight=1.0,
             axis_name=axis_name)
@@ -140,7 +139,7 @@ def make_pass_step(
 
 
 def _keep_own_statistics(call, args, kwargs, context):
-    """Makes batch norm's next statistics, which begin with 0, those of its inputs alone."""
+    """Makes batch norm's new statistics, which start from 0, those of its inputs alone."""
     outputs = call(*args, **kwargs)
     layer = context.module
     if isinstance(layer, nn.BatchNorm) and context.method_name == "__call__":
@@ -152,7 +151,7 @@ def _keep_own_statistics(call, args, kwargs, context):
 
 
 def _of_all_shares(batch_stats: BatchStats, axis_name: str) -> BatchStats:
-    """The statistics of equal shares of a batch together, from each device's own."""
+    """Combines the statistics of equal shares of a batch, from each device's own."""
     shares = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name), batch_stats)
     average = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), shares)
     spread = jax.tree.map(

@@ -9,21 +9,18 @@ import jax.numpy as jnp
 from jaxrobust import _validate, parallel
 
 TABLE_SIZE = 2**22
-"""Numbers of a table of examples or classes by classes that are in memory together."""
+"""The most entries of a table of examples or classes by classes that are in memory together."""
 
 
 class CentroidState(NamedTuple):
-    """What is remembered of the class centroids from one update to the next."""
+    """The class centroids, as kept from one update to the next."""
 
     mean: jax.Array  # shape=[C, d], a floating dtype; carries no gradient
     seen: jax.Array  # shape=[C], dtype=bool; classes that have had an example
 
 
 class Centroids(NamedTuple):
-    """The centroids of one update; both kinds are differentiable in the features.
-
-    They are of the state's dtype, but float32 at least.
-    """
+    """The centroids of one update, differentiable in the features; float32 or wider."""
 
     current: jax.Array  # shape=[C, d]; means over this batch ("naive"), 0 where absent
     running: jax.Array  # shape=[C, d]; with momentum
@@ -31,37 +28,36 @@ class Centroids(NamedTuple):
 
 
 def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> CentroidState:
-    """The state before any example was seen: zeros, no class seen.
+    """Makes the state before any example was seen: zeros, no class seen.
 
     Args:
       num_classes: C, the number of classes.
       dim: d, the number of feature dimensions.
-      dtype: in which the means are stored. Centroids and losses are computed in it too, or in
-        float32 if it is narrower, such as bfloat16; a mean with momentum then stops where a
-        batch moves it by less than half a digit.
+      dtype: the floating dtype in which the means are stored. Centroids and losses are computed in
+        it too, or in float32 if it is narrower, such as bfloat16; a mean with momentum then stops
+        where a batch moves it by less than half a digit.
 
     Raises:
-      InputError: (a ValueError) if a size is not an integer, or below 1, or the dtype is none of
-        floats.
+      InputError: (a ValueError) if a size is not an integer >= 1, or the dtype not a floating one.
     """
     num_classes = _validate.integer("num_classes", num_classes, 1)
     dim = _validate.integer("dim", dim, 1)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise _validate.InputError(
-            f"Expected dtype={jnp.dtype(dtype).name} of the centroids to be a floating one.")
+            f"Expected a floating dtype for the centroids, got dtype={jnp.dtype(dtype).name}.")
     return CentroidState(
         mean=jnp.zeros((num_classes, dim), dtype), seen=jnp.zeros((num_classes,), bool))
 
 
 def counted(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Which examples count, [B] bool: those with a label in [0, num_classes)."""
+    """Tells which examples count, [B] bool: those with a label in [0, num_classes)."""
     return (labels >= 0) & (labels < num_classes)
 
 
 def counted_rows(values: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """``values`` [B, ...] with 0 in the rows of examples that do not count.
+    """Sets the rows of ``values`` [B, ...] whose examples do not count to 0.
 
-    A NaN among those would spoil a sum that multiplies it by 0, and every gradient.
+    NaN in such a row would survive multiplication by 0, in sums and gradients.
     """
     counts = counted(labels, num_classes)
     return jnp.where(counts.reshape(counts.shape + (1,) * (values.ndim - 1)), values, 0)
@@ -72,8 +68,8 @@ def class_sums(
 ) -> jax.Array:
     """Sums ``values`` [B, ...] by class, [C, ...], over all devices of ``axis_name``.
 
-    They are added up in float32, if ``values`` are not wider. A label outside [0, C) counts for
-    no class, whatever its row holds. On CPUs this is a scatter-add, one example after the other;
+    They are added up in float32, if ``values`` are not wider. Rows with a label outside [0, C) are
+    ignored, whatever they contain. On CPUs this is a scatter-add, one example after the other;
     elsewhere a product with the one-hot labels, because scatter-add is not deterministic on GPUs.
     """
     def by_platform(values, labels):
@@ -89,20 +85,20 @@ def class_sums(
 def class_counts(
     labels: jax.Array, num_classes: int, dtype: jnp.dtype, axis_name: str | None = None
 ) -> jax.Array:
-    """How many examples of each class there are, [C], over all devices of ``axis_name``.
+    """Counts the examples of each class, [C], over all devices of ``axis_name``.
 
-    They are of ``dtype``, or of float32 if it is narrower: bfloat16 counts to 256.
+    The counts are of ``dtype``, or of float32 if it is narrower: bfloat16 counts to 256.
     """
     return class_sums(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name)
 
 
 def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
-    """The rows of ``table`` [C, ...] of each example's class, [B, ...]; 0 for a label outside.
+    """Picks the row of ``table`` [C, ...] of each example's class, [B, ...]; 0 for a label outside.
 
-    The transpose of :func:`class_sums`, on each platform in the same way: the gradient of
-    picking rows is a scatter-add. A product takes a block of examples at a time, so that memory
-    is O(B d + C d). The rows, and the sums of their gradients, are in float32 if ``table`` is not
-    wider.
+    It is the transpose of :func:`class_sums`, computed on each platform in the same way, since the
+    gradient of picking rows is a scatter-add. The product takes a block of examples at a time, so
+    that memory is O(B d + C d). The rows, and the sums of their gradients, are in float32 if
+    ``table`` is not wider.
     """
     def by_platform(table, labels):
         return jax.lax.platform_dependent(
@@ -117,7 +113,7 @@ def _scattered_sums(values, labels, num_classes):
 
 
 def _multiplied_sums(values, labels, num_classes):
-    # In full precision, because TPUs and GPUs would otherwise round the factors.
+    # In full precision: TPUs and GPUs would otherwise round the factors.
     values = counted_rows(values, labels, num_classes)
     members = jax.nn.one_hot(labels, num_classes, dtype=values.dtype)
     return jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
@@ -132,7 +128,7 @@ def _multiplied_rows(table, labels, table_size=TABLE_SIZE):
         member = jax.nn.one_hot(label, table.shape[0], dtype=table.dtype)
         return jnp.tensordot(member, table, axes=1, precision=jax.lax.Precision.HIGHEST)
 
-    # The one-hot labels are made anew in the backward pass, so that none are kept for it.
+    # The one-hot labels are recomputed in the backward pass, so that none are kept for it.
     return jax.lax.map(
         jax.checkpoint(row), labels, batch_size=max(1, table_size // table.shape[0]))
 
@@ -145,15 +141,15 @@ def update_centroids(
     momentum: float = 0.9,
     axis_name: str | None = None,
 ) -> tuple[Centroids, CentroidState]:
-    r"""The centroids of a batch, naive and with momentum, and the next state.
+    r"""Computes the centroids of a batch, naive and with momentum, and the next state.
 
     .. math::
       m_c^{current} = \frac{1}{|C_c^B|} \sum_{x \in C_c^B} q(x), \qquad
       m_c = \gamma\, m_c^{t-1} + (1 - \gamma)\, m_c^{current}
 
-    The stored :math:`m_c^{t-1}` is a constant: the gradient reaches ``running`` through
-    the batch's share :math:`1 - \gamma` alone. A class seen for the first time starts at
-    its batch mean; an absent class keeps its stored centroid, and takes no part in a loss.
+    The stored :math:`m_c^{t-1}` is a constant: the gradient reaches ``running`` only through
+    the batch's share :math:`1 - \gamma`. A class seen for the first time starts at
+    its batch mean; an absent class keeps its stored centroid, and does not enter any loss.
 
     Args:
       state: what the last update returned, or :func:`init_centroids`.
@@ -162,16 +158,16 @@ def update_centroids(
       labels: [B], integers in [0, C). Others, such as -1, mark examples that do not count:
         whatever their features are, centroids and gradients are as without them.
       momentum: gamma in [0, 1); 0 makes ``running`` equal ``current``.
-      axis_name: the device axis over which the batch is split, under ``pmap`` or
-        ``shard_map``. Sums and counts are added up before they are divided, so the
-        result is that of the whole batch.
+      axis_name: the device axis over which the batch is split, under ``pmap`` or ``shard_map``.
+        Sums and counts are added up over it before they are divided, so that the result is that
+        of the whole batch.
 
     Returns:
       ``(centroids, new_state)``.
 
     Raises:
-      InputError: (a ValueError) if shapes do not match or a size is 0, features are not floats or
-        labels not integers, or momentum is outside [0, 1).
+      InputError: (a ValueError) if shapes do not match or a size is 0, a dtype is wrong, or the
+        momentum is out of its range.
 
     >>> state = init_centroids(2, 1)
     >>> features, labels = jnp.array([[1.0], [3.0]]), jnp.array([0, 0])

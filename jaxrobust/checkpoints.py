@@ -14,25 +14,22 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrobust import _validate
+from jaxrobust._errors import reason_of
 
 _STATE, _FACTS = "default", "facts"
 _SHA256, _GIVEN = "sha256", "facts"
 
 
 class Checkpoint(NamedTuple):
-    """What :func:`restore_checkpoint` finds."""
+    """What :func:`restore_checkpoint` returns."""
 
-    step: int  # that it was saved under
+    step: int  # under which it was saved
     state: Any
-    facts: dict[str, Any] | None  # None: of a checkpoint that was saved without
+    facts: dict[str, Any] | None  # None if it was saved without
 
 
 def open_checkpoints(folder: pathlib.Path | str, *, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, of which the latest ``keep`` are kept.
-
-    Raises:
-      InputError: (a ValueError) if ``keep`` is below 1.
-    """
+    """Opens the checkpoints in a folder, of which the latest ``keep`` >= 1 are kept."""
     _validate.in_range("keep", keep, 1)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.LatestN(keep), enable_async_checkpointing=False,
@@ -49,16 +46,16 @@ def save_checkpoint(
 ) -> None:
     """Saves a state under a step, such as the number of updates or epochs done.
 
-    A kill leaves the checkpoint whole or not there at all. One of this step that is there already
-    stays: training that is taken up again comes to the same bits. Those of this step or later ones
-    that cannot be read, which :func:`restore_checkpoint` passes over, are first moved into the
-    folder ``NAME-damaged`` beside that of the checkpoints.
+    If the process is killed, the checkpoint is there whole or not at all. An existing one of this
+    step is kept, since resumed training computes the same bits. Checkpoints of this or later steps
+    that cannot be read, and that :func:`restore_checkpoint` thus skipped, are first moved into the
+    folder ``NAME-damaged`` next to that of the checkpoints.
 
     Args:
       manager: from :func:`open_checkpoints`.
-      step: above all steps there.
-      state: a pytree of arrays, typed PRNG keys among them.
-      facts: what JSON can hold, to come back with the state.
+      step: larger than that of any readable checkpoint, or equal.
+      state: a pytree of arrays, which may be typed PRNG keys.
+      facts: returned with the state; anything that JSON can represent.
 
     Raises:
       InputError: (a ValueError) if there is a later checkpoint that can be read.
@@ -72,41 +69,40 @@ def save_checkpoint(
         if there > step:
             raise _validate.InputError(
                 f"Expected step={step} above {there}, that of a checkpoint in "
-                f"{manager.directory}. Go on from that one, or choose another folder.")
+                f"{manager.directory}. Resume from that one, or choose another folder.")
         return
     plain = _without_keys(state)
     args = ocp.args.Composite(**{
         _STATE: ocp.args.StandardSave(plain),
         _FACTS: ocp.args.JsonSave({_SHA256: _sha256(plain), _GIVEN: facts and dict(facts)})})
     if not manager.save(step, args=args):
-        raise _validate.InputError(f"Orbax has not saved step={step} in {manager.directory}.")
+        raise _validate.InputError(f"Orbax did not save step={step} in {manager.directory}.")
 
 
 def restore_checkpoint(
     manager: ocp.CheckpointManager, like: Any, *, skipped: list[str] | None = None,
     need_facts: bool = False,
 ) -> Checkpoint | None:
-    """The newest state that can be read, with its step; None if there is no checkpoint.
+    """Restores the newest state that can be read; None if there is no checkpoint.
 
     Args:
       manager: from :func:`open_checkpoints`.
       like: a state of the same structure, shapes and dtypes, with keys of the same implementation.
-      skipped: takes a line for each newer checkpoint that could not be read.
-      need_facts: whether one that was saved without facts counts as one that cannot be read.
+      skipped: gets a line for each newer checkpoint that could not be read.
+      need_facts: whether a checkpoint without facts counts as unreadable.
 
     Raises:
-      InputError: (a ValueError) if there are checkpoints and none can be read.
+      InputError: (a ValueError) if there are checkpoints but none can be read.
     """
     skipped = [] if skipped is None else skipped
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             found = _read(manager, step, like)
             if need_facts and found.facts is None:
-                raise ValueError("it was saved without what training needs to go on")
+                raise ValueError("it was saved without what training needs to resume")
             return found
         except _UNREADABLE as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            skipped.append(f"checkpoint {step} cannot be read: {reason[0]}")
+            skipped.append(f"checkpoint {step} cannot be read: {reason_of(error)}")
     if skipped:
         raise _validate.InputError(
             f"No checkpoint in {manager.directory} can be read: {'; '.join(skipped)}")
@@ -114,29 +110,29 @@ def restore_checkpoint(
 
 
 _UNREADABLE = (ValueError, TypeError, OSError, LookupError)
-"""What reading a damaged checkpoint raises."""
+"""Errors that reading a damaged checkpoint raises."""
 
 
 def _read(manager: ocp.CheckpointManager, step: int, like: Any) -> Checkpoint:
     names = {_STATE: ocp.args.StandardRestore(_without_keys(like))}
-    # Those of earlier versions have a state alone.
+    # Checkpoints of earlier versions have only a state.
     if (manager.directory / str(step) / _FACTS).is_dir():
         names[_FACTS] = ocp.args.JsonRestore()
     found = manager.restore(step, args=ocp.args.Composite(**names))
     state, record = found[_STATE], found.get(_FACTS) or {}
-    # Orbax gives back the bytes as they are: it does not see that one has changed.
+    # Orbax returns the bytes as they are, without noticing that one has changed.
     if record.get(_SHA256) is not None and record[_SHA256] != _sha256(state):
-        raise ValueError("its content has changed since it was saved (another SHA-256)")
+        raise ValueError("its content has changed since it was saved (different SHA-256)")
     return Checkpoint(step, _with_keys(state, like), record.get(_GIVEN))
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    """Moves a checkpoint to where it is in nobody's way; what was unreadable may yet be mended."""
+    """Moves a checkpoint out of the way; it is kept, since it may still be repaired."""
     source = pathlib.Path(manager.directory) / str(step)
     target = source.parent.with_name(source.parent.name + "-damaged") / source.name
     if jax.process_index() == 0:
         target.parent.mkdir(exist_ok=True)
-        if target.exists():  # It was damaged twice.
+        if target.exists():  # From an earlier time that this step was damaged.
             shutil.rmtree(target)
         os.replace(source, target)
     if jax.process_count() > 1:
@@ -145,7 +141,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _sha256(state: Any) -> str | None:
-    """A digest of all leaves, in their order; None if a process does not have all of them."""
+    """A digest of all leaves in order; None if this process does not have all of them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array) and not (
@@ -158,7 +154,7 @@ def _sha256(state: Any) -> str | None:
 
 
 def to_host(state: Any) -> Any:
-    """A copy of a state in NumPy arrays, keys as their raw data."""
+    """Copies a state to NumPy arrays, keys as their raw data."""
     return jax.tree.map(np.array, _without_keys(state))
 
 
@@ -167,7 +163,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _without_keys(state: Any) -> Any:
-    """Typed PRNG keys as their raw data, which is what can be stored."""
+    """Replaces typed PRNG keys by their raw data, which can be stored."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
 

@@ -95,6 +95,7 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     no step size, no truncation error.
 
     Args:
+      loss, x: see :mod:`jaxrobust.curvature`.
       v: like x; row i is multiplied by the Hessian at row i.
 
     Returns:
@@ -133,6 +134,7 @@ def squared_frobenius(
     curvature of the softmax alone at that point; kinks do not contribute.
 
     Args:
+      loss, x, key, chunk_size, indices: see :mod:`jaxrobust.curvature`.
       num_probes: K >= 1; with ``rtol``, the most that are drawn.
       distribution: of the probes, "normal" or "rademacher" (random signs: a somewhat smaller
         variance where H is near diagonal).
@@ -184,6 +186,7 @@ def finite_difference_curvature(
     see, and the two differ by orders of magnitude. On a smooth network they agree as t -> 0.
 
     Args:
+      loss, x, key, chunk_size, indices: see :mod:`jaxrobust.curvature`.
       step: t > 0, in the units of x; 1e-2 of a *normalised* image in the paper
         (:func:`normalised_inputs`).
       num_probes: K >= 1.
@@ -241,6 +244,7 @@ def smoothed_curvature(
     before it squares: a gradient that jumps back and forth adds nothing.
 
     Args:
+      loss, x, key, chunk_size, indices: see :mod:`jaxrobust.curvature`.
       sigma: standard deviation of the noise, > 0, in the units of x. The noise is not clipped.
       num_draws: pairs x + sigma e, x - sigma e; at least 3. Memory grows with num_draws times B.
 
@@ -290,6 +294,9 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
 
     The squared Frobenius norm is the sum of the squared eigenvalues, the trace their sum, the
     spectral norm the largest. Costs C - 1 vector-Jacobian products, one after the other.
+
+    Args:
+      logits_fn, x: see :mod:`jaxrobust.curvature`.
 
     Returns:
       [B, C], increasing, at least one of them 0; all non-negative up to rounding. The large ones
@@ -356,6 +363,7 @@ def gauss_newton_gap(
     that rounds confident images away.
 
     Args:
+      logits_fn, x, key, indices: see :mod:`jaxrobust.curvature`.
       loss: the softmax loss of ``logits_fn`` and the images' labels,
         :func:`~jaxrobust.losses.softmax_cross_entropy`.
 
@@ -409,6 +417,7 @@ def ritz_values(
     quadrature of the spectral density as v sees it. A multiple eigenvalue may be found only once.
 
     Args:
+      loss, x, indices: see :mod:`jaxrobust.curvature`.
       key: draws the vector v as probe 0.
       num_products: m, in [1, n]; another m products measure the residuals.
 
@@ -454,6 +463,7 @@ def top_eigenvalues(
     piecewise linear network :func:`piecewise_linear_spectrum` gives all of them at less cost.
 
     Args:
+      loss, x, key, indices: see :mod:`jaxrobust.curvature`.
       k: in [1, num_products].
       num_products: of Lanczos' iteration, in [1, n]; by default 2 k + 20, at most n.
 
@@ -498,6 +508,7 @@ def spectral_density(
     Lanczos quadrature: the mean over the probes of :math:`\sum_j u_{1j}^2 g(\lambda - \theta_j)`.
 
     Args:
+      loss, x, indices: see :mod:`jaxrobust.curvature`.
       key: probe j is :func:`ritz_values` for the key ``fold_in(salted_key, j)``.
       num_products: Lanczos' steps for each probe, in [1, n]; by default 30, at most n.
       num_probes: random vectors, >= 2.
@@ -550,6 +561,7 @@ def hessian_trace(
     ``num_probes`` at least n / 2.
 
     Args:
+      loss, indices: see :mod:`jaxrobust.curvature`.
       x: as described in the module; on CPUs B is at most 32, since XLA's threads may deadlock
         beyond about 48.
       key: the probes of image i are drawn from ``fold_in(salted_key, indices[i])``.
@@ -585,6 +597,9 @@ def leave_one_out_squared_frobenius(
     orders of magnitude than :func:`squared_frobenius` at the same cost; where it is flat, somewhat
     worse.
 
+    Args:
+      loss, x, key, indices: see :mod:`jaxrobust.curvature`.
+
     Source: Epperly (2025), as in ``matfree.stochtrace.leave_one_out_xsymrownorms_squared``.
     """
     return _leave_one_out(
@@ -617,6 +632,7 @@ def loss_surface(
       w \perp u, \|w\| = 1
 
     Args:
+      loss, indices: see :mod:`jaxrobust.curvature`.
       x: as described in the module, with n >= 2, so that there is an orthogonal direction.
       key: draws the random direction as probe 0.
       extent: the largest offset, > 0, in the units of x (Euclidean norm over the image).

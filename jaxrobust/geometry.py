@@ -12,26 +12,26 @@ from jaxrobust.centroids import class_rows, counted, counted_rows
 
 
 def safe_norm(vectors: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis with gradient 0, instead of NaN, at 0."""
+    """Computes Euclidean norms over the last axis, with gradient 0, instead of NaN, at 0."""
     squared = jnp.sum(jnp.square(vectors), axis=-1)
     positive = squared > 0
-    # The mask goes inside the root: masking its result would still differentiate sqrt(0).
+    # Mask inside the root: masking its result would still differentiate sqrt(0).
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 class ClassRows(NamedTuple):
-    """What classes contribute to their hyperplanes."""
+    """What each class contributes to its hyperplanes."""
 
-    rows: jax.Array  # shape=[..., d]; of W, less the mean of all rows
+    rows: jax.Array  # shape=[..., d]; rows of W, less the mean of all
     squares: jax.Array  # shape=[...]; their squared norms
     bias: jax.Array  # shape=[...]
 
 
 def class_rows_of(kernel: jax.Array, bias: jax.Array) -> ClassRows:
-    """What all classes contribute, from ``kernel`` [d, C] and ``bias`` [C].
+    """The rows of all classes, from ``kernel`` [d, C] and ``bias`` [C].
 
-    A hyperplane depends on differences of rows alone, which the mean leaves as they are; without
-    it, less is cancelled in them. Therefore it needs no gradient either.
+    A hyperplane depends only on differences of rows. Subtracting the mean leaves these as they are
+    and reduces cancellation in them; it needs no gradient for the same reason.
     """
     rows = kernel.T
     rows = rows - jax.lax.stop_gradient(jnp.mean(rows, axis=0, keepdims=True))
@@ -39,12 +39,12 @@ def class_rows_of(kernel: jax.Array, bias: jax.Array) -> ClassRows:
 
 
 _ROUNDING = 64
-"""Squared distances of rows up to this many roundings of their terms do not tell them apart."""
+"""Rows count as equal if their squared distance is up to this many roundings of its terms."""
 
 
 def _distance(gaps: jax.Array, squared: jax.Array, separated: jax.Array) -> jax.Array:
-    """Gaps over norms, given as squares; +inf, without a gradient, of rows not separated."""
-    # The mask goes inside: masking the result would still differentiate 0 / 0.
+    """Gaps over norms, given as squares; +inf, without a gradient, for rows not separated."""
+    # Mask inside: masking the result would still differentiate 0 / 0.
     return jnp.where(
         separated, gaps * jax.lax.rsqrt(jnp.where(separated, squared, 1)), jnp.inf)
 
@@ -52,7 +52,7 @@ def _distance(gaps: jax.Array, squared: jax.Array, separated: jax.Array) -> jax.
 def distances_to_all(points: jax.Array, own: ClassRows, others: ClassRows) -> jax.Array:
     """Signed distances [N, C] of points [N, d] of the classes ``own`` [N] to all, [C].
 
-    Here it is decided which rows are separated: they are where the distance is not +inf.
+    This decides which rows are separated: those whose distance is not +inf.
     """
     def with_all(left):
         return jnp.dot(left, others.rows.T, precision=jax.lax.Precision.HIGHEST)
@@ -61,7 +61,7 @@ def distances_to_all(points: jax.Array, own: ClassRows, others: ClassRows) -> ja
         with_all(points) + others.bias[None])
     scale = own.squares[:, None] + others.squares[None]
     squared = scale - 2 * with_all(own.rows)
-    # Said so that a row that is not a number counts as separated, and shows.
+    # Phrased so that a row with NaN counts as separated, and shows in the result.
     close = squared <= _ROUNDING * jnp.finfo(squared.dtype).eps * scale
     return _distance(gaps, squared, ~close)
 
@@ -71,7 +71,7 @@ def distances_to_one(
 ) -> jax.Array:
     """Signed distances [N] of points [N, d] of the classes ``own`` [N] to ``others`` [N].
 
-    ``separated`` [N] says what :func:`distances_to_all` decided of the two; it is +inf for others.
+    ``separated`` [N] is what :func:`distances_to_all` decided; the distance is +inf if False.
     """
     normals = own.rows - others.rows
     squared = jnp.sum(jnp.square(normals), axis=1)
@@ -82,7 +82,7 @@ def distances_to_one(
 def signed_boundary_distance(
     points: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    r"""Signed distance of each point to the decision hyperplanes of its class.
+    r"""Computes the signed distance of each point to the decision hyperplanes of its class.
 
     With the logits :math:`z = W q + b` and the hyperplane :math:`P_{ci}` where the
     logits of c and i are equal (Eq. 6),
@@ -92,7 +92,7 @@ def signed_boundary_distance(
     which is Eq. 10 with the sign that Eq. 9 gives it: positive on the right side.
 
     Args:
-      points: [N, d] features; like all else computed in float32 if narrower.
+      points: [N, d] features; everything is computed in float32 if they are narrower.
       labels: [N] classes c of the points, in [0, C).
       kernel: [d, C], the softmax layer's kernel, :math:`W^T`.
       bias: [C].
@@ -100,10 +100,9 @@ def signed_boundary_distance(
     Returns:
       [N, C], in the units of the features. It is +inf, without a gradient, where there is no
       hyperplane: at the own class, for a label outside [0, C), and between two classes with the
-      same row of W, which a smallest distance therefore leaves out. (Of such two the one with the
-      smaller bias is never predicted.) Rows :math:`W_c, W_i` count as the same where only
-      rounding tells them apart: less the mean row, where
-      :math:`\|W_c - W_i\|^2 \le 64\, \mathrm{eps}\, (\|W_c\|^2 + \|W_i\|^2)`, with eps of the
+      same row of W, which a smallest distance therefore leaves out. (The one of them with the
+      smaller bias is never predicted.) Rows :math:`W_c, W_i`, less the mean row, count as the same
+      if :math:`\|W_c - W_i\|^2 \le 64\, \mathrm{eps}\, (\|W_c\|^2 + \|W_i\|^2)`, with eps of the
       dtype; in float32 that is about 0.4 % of their length. Memory is O(N C + C d).
 
     Raises:
@@ -125,12 +124,12 @@ def signed_boundary_distance(
 
 
 def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    r"""Definition 3.1: the largest distance between two examples of a class.
+    r"""Computes Definition 3.1: the largest distance between two examples of a class.
 
     .. math:: \mathrm{dispersion}(c) = \max_{x_1, x_2 \in C_c} \|q(x_1) - q(x_2)\|
 
     Args:
-      features: [N, d]; computed with in float32 if narrower.
+      features: [N, d]; cast to float32 if narrower.
       labels: [N], in [0, C); examples with others do not count.
       num_classes: C.
 
@@ -162,26 +161,17 @@ def _dispersion(num_classes, features, labels):
 def class_margin(
     features: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    r"""Definition 5.1: the smallest distance of a class's examples to a decision boundary.
+    r"""Computes Definition 5.1: the smallest distance of a class's examples to a decision boundary.
 
     .. math:: \mathrm{margin}(c) = \min_{x \in C_c} \min_{i \ne c} d(q(x), P_{ci})
 
-    The distance is unsigned, as in the paper: a misclassified example counts with how far
-    it is on the wrong side. :func:`signed_boundary_distance` tells the sides apart.
-
-    Args:
-      features: [N, d].
-      labels: [N], in [0, C); examples with others do not count.
-      kernel: [d, C].
-      bias: [C].
+    The distance is unsigned, as in the paper: a misclassified example counts with its distance on
+    the wrong side. :func:`signed_boundary_distance`, whose arguments and errors these are, tells
+    the sides apart.
 
     Returns:
       [C], in the units of the features; +inf for a class without examples, and for one without a
-      hyperplane (:func:`signed_boundary_distance`).
-
-    Raises:
-      InputError: (a ValueError) if the shapes do not match or a size is 0, there are fewer than two
-        classes, or a dtype is wrong.
+      hyperplane.
     """
     def smallest(features, labels, kernel, bias):
         distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
@@ -195,7 +185,7 @@ def class_margin(
 def rescale_head(
     params: Mapping[str, Any], nu: float, *, feature_layer: str = "features", head: str = "head"
 ) -> dict[str, Any]:
-    r"""The map T_nu of Proposition 5.3: same predictions, features scaled by nu.
+    r"""Applies the map T_nu of Proposition 5.3: same predictions, features scaled by nu.
 
     .. math:: T_\nu : (\Theta_I, W^-, b^-, b) \mapsto (\Theta_I, \nu W^-, \nu b^-, \nu b)
 
@@ -212,10 +202,10 @@ def rescale_head(
       head: key of the softmax layer, a dictionary with a ``bias``.
 
     Returns:
-      The parameters, rescaled; ``params`` is left as it is.
+      The rescaled parameters; ``params`` is unchanged.
 
     Raises:
-      InputError: (a ValueError) if nu <= 0, or a layer is not there.
+      InputError: (a ValueError) if nu <= 0, or a layer does not exist.
 
     Source: Proposition 5.3 and Appendix D.
     """

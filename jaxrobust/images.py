@@ -1,4 +1,4 @@
-"""What images, batches of them, functions of them and outputs of networks are.
+"""Images, batches of them, functions of them and outputs of networks.
 
 An image is [H, W, channels]: uint8 as stored, floats in [0, 1] as networks take it.
 """
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     clean: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
     noisy: jax.Array  # shape=[B, H, W, channels], dtype=float32; pixels in [0, 1]
-    labels: jax.Array  # shape=[B], dtype=int32; outside [0, C) for what does not count
+    labels: jax.Array  # shape=[B], dtype=int32; outside [0, C) for examples that do not count
 
 
 class Outputs(NamedTuple):
@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """Images as floats in [0, 1]: uint8 ones divided by 255, others as they are."""
+    """Converts uint8 images to floats in [0, 1]; returns others as they are."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
@@ -53,8 +53,7 @@ def check_images(x: jax.Array, indices: jax.Array | None = None,
     Args:
       x: [B, ...], floats, B >= 1.
       indices: [B] integers, or None.
-      **functions: by the name of the argument, ``loss``, ``features_fn`` or ``logits_fn``; they are
-        traced, not run.
+      **functions: ``loss``, ``features_fn`` or ``logits_fn``; they are traced, not run.
 
     Raises:
       InputError: (a ValueError) if one does not fit.

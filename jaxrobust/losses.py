@@ -121,6 +121,7 @@ def softmax_loss(
     as PyTorch's ``CrossEntropyLoss(weight=w)``.
 
     Args:
+      axis_name: see :mod:`jaxrobust.losses`.
       logits: [B, C]; cast to float32 if narrower.
       labels: [B].
       class_weights: [C], >= 0; None for 1 each.
@@ -165,6 +166,7 @@ def compactness_loss(
     L_noisy (Eq. 12).
 
     Args:
+      axis_name: see :mod:`jaxrobust.losses`.
       features: [B, d].
       labels: [B].
       centroids: [C, d], with momentum in the paper. The gradient flows into them.
@@ -366,6 +368,7 @@ def stability_loss(
     .. math:: L_{stability} = \frac{1}{B} \sum_x \|f(x) - f(x + \varepsilon)\|
 
     Args:
+      axis_name: see :mod:`jaxrobust.losses`.
       features: [B, d].
       noisy_features: [B, d], of the same images in the same order.
       counts: [B] bool, the examples that count, such as ``(labels >= 0) & (labels < num_classes)``;
@@ -474,6 +477,7 @@ def robust_loss(
     norm use the momentum centroid and the margin the batch's own (partial momentum).
 
     Args:
+      axis_name: see :mod:`jaxrobust.losses`.
       features: [B, d], of clean images.
       noisy_features: [B, d], of noisy images of the same classes.
       labels: [B].

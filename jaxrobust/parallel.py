@@ -1,7 +1,7 @@
 """One pure step on one device, on many, and on those of many hosts.
 
 A step is written once, for the whole batch, as ``make_step(axis_name)``; :func:`compile_step`
-gives it the form that a :class:`Layout` names:
+compiles it in the form of a :class:`Layout`:
 
 - ``"jit"``: on one device.
 - ``"mesh"``: under ``jit``, the batch sharded over all devices, everything else replicated;
@@ -31,27 +31,27 @@ FORMS = ("jit", "pmap", "mesh")
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """``(state, shared, rows) -> (state, outputs)``: ``rows`` is a pytree of arrays with a row for
-each example of the batch; of ``state``, ``shared`` and ``outputs`` every device has all."""
+each example of the batch; ``state``, ``shared`` and ``outputs`` are whole on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The devices that a step runs on, and in which form."""
+    """The devices that a step runs on, and its form."""
 
     form: str
     mesh: Mesh  # one axis, AXIS
 
     @property
     def num_devices(self) -> int:
-        """Over which a batch is split, in all processes together."""
+        """The number of devices over which a batch is split, in all processes together."""
         return self.mesh.size
 
     def divides(self, size: int) -> bool:
-        """Whether a batch of so many rows is split, rather than whole on every device."""
+        """Whether a batch of ``size`` rows is split, rather than whole on every device."""
         return size % self.num_devices == 0
 
     def rows_of(self, size: int) -> slice:
-        """The rows that this process provides of a batch of ``size`` of them."""
+        """The rows of a batch of ``size`` that this process provides."""
         if not self.divides(size):
             return slice(0, size)
         each = size // self.num_devices
@@ -67,19 +67,18 @@ class Layout:
 def make_layout(
     form: str | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Layout:
-    """A layout over the given devices.
+    """Makes a layout over the given devices.
 
     Args:
-      form: one of :data:`FORMS`. None chooses by what is there: ``"mesh"`` in a job of several
-        processes or with several accelerators, else ``"jit"`` (several CPU devices are but
-        views of the same cores).
-      devices: all there are if none are given, in all processes; ``"jit"`` takes the first.
+      form: one of :data:`FORMS`. None for ``"mesh"`` in a job of several processes or with several
+        accelerators, else ``"jit"`` (several CPU devices are only views of the same cores).
+      devices: by default all, of all processes; ``"jit"`` takes the first.
 
     Raises:
-      InputError: (a ValueError) for an unknown form, one that a job of several processes cannot
-        have, or no devices.
+      InputError: (a ValueError) for an unknown form, one that does not support several processes,
+        or no devices.
     """
-    # Those of a process side by side, so that its rows are.
+    # The devices of a process are adjacent, so that its rows are.
     devices = sorted(jax.devices() if devices is None else devices,
                      key=lambda device: (device.process_index, device.id))
     _validate.in_range("number of devices", len(devices), 1)
@@ -100,16 +99,17 @@ def make_layout(
 def over_any_mesh(
     function: Callable[..., Any], *, split_as: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """``function``, also for arrays on a mesh whose axes are of type ``Explicit``.
+    """Makes ``function`` accept arrays on a mesh whose axes are of type ``Explicit``.
 
-    That is what ``jax.make_mesh`` gives by default since JAX 0.9. There every contraction of a
-    sharded axis has to name the sharding of its result; inside of ``function`` XLA chooses it, as
-    on axes of type ``Auto``. For arrays on no mesh, or on such axes, nothing changes.
+    ``jax.make_mesh`` makes such meshes by default since JAX 0.9. On them every contraction of a
+    sharded axis has to name the sharding of its result; inside ``function`` XLA chooses it, as on
+    axes of type ``Auto``. For arrays on no mesh, or on such axes, nothing changes.
 
     Args:
-      function: of pytrees of arrays.
-      split_as: of the same arguments; returns, for the results or subtrees of them, an array that
-        they are split like, or a ``PartitionSpec``. None if every device has all results whole.
+      function: takes and returns pytrees of arrays.
+      split_as: takes the same arguments; returns, for the results or subtrees of them, an array
+        with the same sharding, or a ``PartitionSpec``. None if all results are whole on every
+        device.
     """
     def call(*arguments):
         meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
@@ -130,7 +130,7 @@ def over_any_mesh(
 
 
 def replicate(layout: Layout, tree: Any) -> Any:
-    """The leaves on every device of the layout; in all processes they must be the same."""
+    """Places the leaves on every device of the layout; they must be the same in all processes."""
     if layout.form == "jit":
         return jax.device_put(tree, layout.mesh.devices.flat[0])
     sharding = NamedSharding(layout.mesh, PartitionSpec())
@@ -149,19 +149,18 @@ def replicate(layout: Layout, tree: Any) -> Any:
 
 
 def place_batch(layout: Layout, rows: Any, size: int) -> Any:
-    """A batch on its devices, as :func:`compile_step` 's steps take it.
+    """Places a batch on its devices, as the steps of :func:`compile_step` take it.
+
+    It is split over the devices if they divide it, else whole on each of them.
 
     Args:
-      layout: where.
+      layout: the devices.
       rows: pytree of arrays with this process's rows of the batch, those of ``rows_of(size)``.
-      size: rows of the whole batch.
-
-    Returns:
-      The batch, split over the devices if they divide it, else whole on each of them.
+      size: rows of the whole batch, >= 1.
 
     Raises:
-      InputError: (a ValueError) if there are not as many rows as this process must provide, or
-        ``size`` is not an integer, at least 1.
+      InputError: (a ValueError) if this process does not provide its number of rows, or ``size``
+        is out of its range.
     """
     size = _validate.integer("size of a batch", size, 1)
     mine = layout.rows_of(size)
@@ -173,7 +172,7 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
     sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))
 
     def place(leaf):
-        if layout.form == "pmap":  # takes the devices as an axis of their own
+        if layout.form == "pmap":  # It takes the devices as an axis of their own.
             leaf = np.reshape(leaf, (layout.num_devices, -1, *leaf.shape[1:]))
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_process_local_data(
@@ -184,26 +183,19 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
 
 def compile(layout: Layout, function: Callable[..., Any], *, ynnpack: bool = True,
             **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` of a function of which every device has the results whole.
-
-    Args:
-      layout: the devices.
-      function: to compile.
-      ynnpack: see :func:`compiler_options`.
-      **options: of ``jax.jit``.
-    """
+    """Applies ``jax.jit``, with its ``options``, so that results are whole on every device."""
     if layout.form != "jit":
         options["out_shardings"] = NamedSharding(layout.mesh, PartitionSpec())
     return jax.jit(function, compiler_options=compiler_options(layout, ynnpack), **options)
 
 
 def compiler_options(layout: Layout, ynnpack: bool = True) -> dict[str, str]:
-    """Options that make a training step faster; none that are not known to this XLA.
+    """The options of XLA that make a training step faster, as far as this version knows them.
 
     Args:
       layout: the devices.
-      ynnpack: on CPUs, elementwise operations and reductions by YNNPACK: less than half the time
-        for a step of ResNet18 of width 64, twice the time for one of MobileNetV3, and no
+      ynnpack: on CPUs, run elementwise operations and reductions by YNNPACK: less than half the
+        time for a step of ResNet18 of width 64, twice the time for one of MobileNetV3, and no
         difference in accuracy beyond rounding.
     """
     if not ynnpack or layout.mesh.devices.flat[0].platform != "cpu":
@@ -217,7 +209,7 @@ def _known_options() -> dict[str, str]:
                "LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # An experiment of XLA's, which may end.
+    except jax.errors.JaxRuntimeError:  # The option is experimental and may disappear.
         return {}
     return options
 
@@ -225,12 +217,12 @@ def _known_options() -> dict[str, str]:
 def compile_step(
     layout: Layout, make_step: Callable[[str | None], Step], *, ynnpack: bool = True
 ) -> Step:
-    """The compiled form of a step.
+    """Compiles a step for a layout.
 
     Args:
-      layout: of the devices.
-      make_step: the pure step, given the name of the device axis over which its rows are split
-        (:data:`AXIS`), or None where they are whole or ``jit`` sees to it, such as
+      layout: the devices.
+      make_step: makes the pure step, given the name of the device axis over which its rows are
+        split (:data:`AXIS`), or None where they are whole or ``jit`` handles it, such as
         ``lambda axis: make_train_step(model, method, optimizer, axis_name=axis)`` with an
         argument added for what is shared.
       ynnpack: see :func:`compiler_options`.
@@ -254,21 +246,21 @@ def compile_step(
 
 
 def map_examples(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its rows split over the devices, for use inside ``jit``.
+    """Splits the rows of a function over the devices, for use inside ``jit``.
 
     Args:
-      layout: of the devices; a :meth:`Layout.for_examples`.
-      function: ``(shared, rows) -> outputs``, pytrees of arrays [B, ...] the latter two; row i
-        of the outputs depends on row i alone.
+      layout: the devices; a :meth:`Layout.for_examples`.
+      function: ``(shared, rows) -> outputs``; the latter two are pytrees of arrays [B, ...], and
+        row i of the outputs depends on row i alone.
 
     Returns:
-      The same function, for rows placed by :func:`place_batch`, a number that the devices
-      divide; its outputs are whole on every device, and the same for any number of devices.
+      The same function, for rows placed by :func:`place_batch` whose number the devices divide;
+      its outputs are whole on every device, and the same for any number of devices.
     """
     if layout.form == "jit":
         return function
     split, whole = PartitionSpec(AXIS), PartitionSpec()
-    # Nothing is exchanged between the devices, so nothing is to be checked of how it varies.
+    # The devices exchange nothing, so that there is no varying over the axis to check.
     mapped = jax.shard_map(function, mesh=layout.mesh, in_specs=(whole, split), out_specs=split,
                            check_vma=False)
 

@@ -107,10 +107,9 @@ def occlusion(patches: int = 20, size: int = 70) -> Perturbation:
       patches: number of patches in each image, in [1, 10000].
       size: side of a patch, in pixels, >= 1.
     """
-    _validate.integer("patches", patches, 1)
+    patches, size = _validate.integer("patches", patches, 1), _validate.integer("size", size, 1)
     _validate.in_range("patches", patches, 1, _MOST_MASKS, open_high=False)
-    _validate.integer("size", size, 1)
-    return jax.tree_util.Partial(_Masks(int(patches), int(size), int(size)))
+    return jax.tree_util.Partial(_Masks(patches, size, size))
 
 
 def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
@@ -123,10 +122,10 @@ def stripes(number: int = 10, thickness: int = 6) -> Perturbation:
       number: of stripes in each image, in [1, 10000].
       thickness: in pixels, in [1, W].
     """
-    _validate.integer("number", number, 1)
+    number = _validate.integer("number", number, 1)
     _validate.in_range("number", number, 1, _MOST_MASKS, open_high=False)
-    _validate.integer("thickness", thickness, 1)
-    return jax.tree_util.Partial(_Masks(int(number), None, int(thickness)))
+    thickness = _validate.integer("thickness", thickness, 1)
+    return jax.tree_util.Partial(_Masks(number, None, thickness))
 
 
 def down_up(factor: int = 3) -> Perturbation:
@@ -198,15 +197,10 @@ def _shown(text):
 
 
 def _terms(node):
-    """The nodes of a sum, however deep, in their order."""
-    left, terms = [node], []
-    while left:
-        node = left.pop()
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            left += [node.left, node.right]
-        else:
-            terms.append(node)
-    return terms[::-1]
+    """The nodes of a sum, in their order."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
 
 
 def _read_call(node):

@@ -1,8 +1,8 @@
 """Random probes of images, loops over them in bounded memory, and means with their errors.
 
-What the estimators of :mod:`jaxrobust.curvature` and :mod:`jaxrobust.theory` are built on, and
+The estimators of :mod:`jaxrobust.curvature` and :mod:`jaxrobust.theory` are built on these, and
 others can be: :func:`draw` makes a probe, :func:`map_in_chunks` evaluates a number of them,
-:func:`mean_until` as many as an error needs, and the result is an :class:`Estimate`.
+:func:`mean_until` as many as a given error takes, and the result is an :class:`Estimate`.
 
 >>> def expected_square(x, key, num_probes):  # of the projection on a random vector
 ...     def probe(index):
@@ -24,7 +24,7 @@ from jaxrobust.images import Loss
 
 
 def gradient_of(loss: Loss) -> Callable[[jax.Array], jax.Array]:
-    """The function ``images [B, ...] -> like images`` of each image's own gradient."""
+    """Makes the function ``images [B, ...] -> like images`` of each image's own gradient."""
     return jax.grad(lambda x: jnp.sum(loss(x)))
 
 
@@ -33,18 +33,15 @@ _DISTRIBUTIONS = {"normal": jax.random.normal, "rademacher": jax.random.rademach
 
 def draw(key: jax.Array, index: int | jax.Array, x: jax.Array, indices: jax.Array | None = None,
          distribution: str = "normal") -> jax.Array:
-    r"""Probe number ``index`` of each image, :math:`E[\varepsilon \varepsilon^T] = I`.
+    r"""Draws a probe of each image, like x, with :math:`E[\varepsilon \varepsilon^T] = I`.
 
     Args:
       key: a PRNG key; image i's is ``fold_in(fold_in(key, index), indices[i])``.
       index: the probe's number.
-      x: [B, ...]; its shape and dtype count.
-      indices: [B] integers that name the images; their positions in x if none are given. With
-        them an image's probes are the same in whatever batch it comes.
+      x: [B, ...]; only its shape and dtype are used.
+      indices: [B] integers that name the images; by default their positions in x. With them an
+        image's probes do not depend on the batch it comes in.
       distribution: "normal" or "rademacher" (random signs).
-
-    Returns:
-      Like x.
 
     Raises:
       InputError: (a ValueError) if the distribution is unknown.
@@ -61,29 +58,29 @@ _SALTS = {name: number for number, name in enumerate((
     "ritz_values", "spectral_density", "hessian_trace", "leave_one_out_squared_frobenius",
     "loss_surface", "gaussian_noise", "smoothed_gradient_norm_squared", "certification"))}
 """Folded into the key of each function that draws, so that no two of them draw the same numbers
-from one key. A new one goes to the end: the numbers are part of what a seed means."""
+from one key. Append new ones at the end: the numbers are part of what a seed means."""
 
 
 def salted(key: jax.Array, function: str) -> jax.Array:
-    """The key from which the named estimator of this library draws, given ``key``."""
+    """Derives the key from which the named estimator of this library draws."""
     _validate.one_of("function", function, _SALTS)
     return jax.random.fold_in(key, _SALTS[function])
 
 
 LONGEST_WRITTEN_OUT = 64
-"""Iterations of a loop that is written out on CPUs."""
+"""The most iterations of a loop that is unrolled on CPUs."""
 
 
 def map_in_chunks(function: Callable[[jax.Array], Any], num_probes: int, chunk_size: int, *,
                   in_order: bool = True) -> Any:
-    """``function(0)`` to ``function(num_probes - 1)``, stacked; ``chunk_size`` of them at once.
+    """Evaluates ``function(0)`` to ``function(num_probes - 1)``, ``chunk_size`` at once; stacked.
 
-    The first of what the function returns are floats. Memory grows with ``chunk_size``, not with
-    ``num_probes``, but for what is returned.
+    The first leaf that the function returns holds floats. Memory grows with ``chunk_size``, not
+    with ``num_probes``, except for the results.
 
-    XLA runs convolutions in loops an order of magnitude slower than outside on CPUs
-    (jax-ml/jax#12868), so there a loop that is not too long is written out; unless ``in_order``,
-    XLA may then run its iterations side by side: faster by a tenth, but memory grows with them.
+    On CPUs, XLA runs convolutions in loops an order of magnitude slower than outside
+    (jax-ml/jax#12868), so that loops of few iterations are unrolled there. Unless ``in_order``, XLA
+    may then run iterations side by side: faster by a tenth, but memory grows with their number.
 
     Raises:
       InputError: (a ValueError) if num_probes < 1 or chunk_size < 1.
@@ -99,15 +96,15 @@ def map_in_chunks(function: Callable[[jax.Array], Any], num_probes: int, chunk_s
         if not in_order:
             return zero, values
         first = jax.tree.leaves(values)[0].ravel()[0]
-        # Always 0, which XLA cannot know: it keeps iterations that are written out one after the
-        # other, and memory that of one. It would ignore an optimization barrier on CPUs.
+        # Always 0, which XLA cannot know: it keeps unrolled iterations sequential, and memory that
+        # of one. On CPUs XLA would ignore an optimization barrier.
         return (first < -jnp.inf).astype(chunk.dtype), values
 
     numbers = jnp.arange(num_probes)
     whole = iterations * chunk_size
     zero = jnp.zeros((), numbers.dtype)
     if iterations == 1:
-        # A loop of one iteration is not written out, and as slow as any.
+        # A loop of one iteration is not unrolled, and as slow as any.
         zero, stacked = step(zero, numbers[:whole])
     else:
         zero, parts = jax.lax.scan(step, zero, numbers[:whole].reshape(-1, chunk_size),
@@ -127,9 +124,9 @@ class Estimate(NamedTuple):
 
 
 def mean_estimate(samples: jax.Array) -> Estimate:
-    """The mean of independent samples [K, B] over K, with its standard error."""
+    """Averages independent samples [K, B] over K, with the standard error."""
     num_samples = samples.shape[0]
-    # The square of a small curvature, and the sum of large ones, are beyond the range of float32.
+    # Squares of small curvatures, and sums of large ones, are beyond the range of float32.
     unit = unit_of(samples, axis=0)
     samples = samples / unit[None]
     mean = unit * jnp.mean(samples, axis=0)
@@ -139,11 +136,10 @@ def mean_estimate(samples: jax.Array) -> Estimate:
 
 
 def mean_over_pairs(pairs: jax.Array) -> Estimate:
-    r"""The mean of h(i, j) over all pairs of different draws: a U-statistic.
+    r"""Averages h(i, j) over all pairs of different draws: a U-statistic.
 
     Args:
-      pairs: [B, K, K], h(i, j) for K >= 3 independent draws, symmetric; the diagonal does not
-        count.
+      pairs: [B, K, K], h(i, j) for K >= 3 independent draws, symmetric; the diagonal is ignored.
 
     Returns:
       The mean, unbiased for E h(i, j), and its standard error by the jackknife, each [B].
@@ -161,23 +157,21 @@ def mean_over_pairs(pairs: jax.Array) -> Estimate:
     return Estimate(unit * (total / (k * (k - 1))), unit * jackknife)
 
 
-_LEAST_PROBES = 8
-"""Before a standard error is trusted."""
+_LEAST_PROBES = 8  # Before a standard error is trusted.
 
 
 def mean_until(
     probe: Callable[[jax.Array], jax.Array], x: jax.Array, *, rtol: float, num_probes: int,
     chunk_size: int = 1,
 ) -> Estimate:
-    """The mean of ``probe(0)``, ``probe(1)``, ..., stopped for each image by itself.
+    """Averages ``probe(0)``, ``probe(1)``, ... until the error is small, image by image.
 
     Args:
       probe: number -> [B], >= 0.
-      x: [B, ...], the images; their number and dtype count.
+      x: [B, ...]; only its size and dtype are used.
       rtol: > 0; an image's mean is complete when its standard error is at most ``rtol`` times it,
-        but not before 8 probes. The choice of when to stop looks at the values, which favours
-        those whose error is taken for too small: the standard error is therefore widened by
-        1 + 8 / probes.
+        but not before 8 probes. Stopping by the values favours underestimated errors, so that the
+        standard error is widened by 1 + 8 / probes.
       num_probes: the most, >= 8.
       chunk_size: probes at once, >= 1.
 
@@ -189,7 +183,6 @@ def mean_until(
     _validate.in_range("chunk_size", chunk_size, 1)
 
     def error(count, squares):
-        # It stops too often at sums whose spread happens to be too small.
         widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
         return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
 
@@ -207,12 +200,12 @@ def mean_until(
     def step(state):
         number, unit, sums = state
         samples = jax.vmap(probe)(number * chunk_size + jnp.arange(chunk_size))
-        # In units of the first: the square of a small curvature is beyond float32.
+        # In units of the first: squares of small curvatures are beyond float32.
         unit = jnp.where(number == 0, unit_of(samples[0]), unit)
         return number + 1, unit, jax.lax.scan(
             add, sums, (samples / unit[None]).astype(sums[0].dtype))[0]
 
-    # Half precision counts to 256 or 2,048 only.
+    # Half precision counts only to 256 or 2,048.
     zeros = jnp.zeros(len(x), x.dtype if x.dtype.itemsize >= 4 else jnp.float32)
     ones = jnp.ones(len(x), x.dtype)
     _, unit, (count, mean, squares) = jax.lax.while_loop(
@@ -221,10 +214,10 @@ def mean_until(
 
 
 def unit_of(values: jax.Array, axis: int | tuple[int, ...] = ()) -> jax.Array:
-    """What to divide by so that squares and sums over ``axis`` are in the range of the dtype.
+    """A divisor that brings squares and sums over ``axis`` into the range of the dtype.
 
-    It is about the largest magnitude along ``axis``, which is dropped, or 1 for 0; at most so large
-    that its inverse, with which compilers multiply, is in the range too.
+    It is about the largest magnitude along ``axis``, which is dropped, or 1 for 0; limited so that
+    its inverse, by which compilers multiply, is in the range too.
     """
     largest = jnp.max(jnp.abs(values), axis=axis)
     tiny = float(jnp.finfo(largest.dtype).tiny)
@@ -232,13 +225,13 @@ def unit_of(values: jax.Array, axis: int | tuple[int, ...] = ()) -> jax.Array:
 
 
 def squared_norm(vectors: jax.Array) -> jax.Array:
-    """Squared norms [B] of vectors [B, ...]; right wherever they are in the range of the dtype."""
+    """Squared norms [B] of vectors [B, ...], correct wherever the dtype can represent them."""
     unit, squares = _sum_of_squares(vectors)
     return unit * (unit * squares)
 
 
 def norm(vectors: jax.Array) -> jax.Array:
-    """Norms [B] of vectors [B, ...]; right wherever they are in the range of the dtype."""
+    """Norms [B] of vectors [B, ...], correct wherever the dtype can represent them."""
     unit, squares = _sum_of_squares(vectors)
     return unit * jnp.sqrt(squares)
 

@@ -1,6 +1,7 @@
-"""Intervals, correlations, neighbours and eigenvalues: what measurements are summarised with.
+"""Intervals, correlations, neighbours and eigenvalues, for the summary of measurements.
 
-Plain NumPy and SciPy on the host, in float64.
+Plain NumPy and SciPy on the host, in float64. All raise InputError (a ValueError) if an argument is
+out of its range, or the shapes do not match.
 """
 
 import math
@@ -18,19 +19,12 @@ from jaxrobust import _validate
 
 
 def share_error(share: float, number: int) -> float:
-    r"""Standard error of a share p of n cases, as if these were drawn from many more.
+    r"""Computes the standard error of a share p in [0, 1] of n >= 1 cases.
 
     .. math:: \sqrt{\tilde p (1 - \tilde p) / (n + 2)}, \qquad \tilde p = (n p + 1) / (n + 2)
 
-    With one case more on either side, so that 10 right of 10 are not taken for certain. For two
-    shares it gives the interval of Agresti and Caffo.
-
-    Args:
-      share: p, in [0, 1].
-      number: n >= 1.
-
-    Raises:
-      InputError: (a ValueError) if one is out of range.
+    It adds one case on either side, so that 10 right of 10 do not count as certain. For two shares
+    it gives the interval of Agresti and Caffo.
 
     Source: Agresti and Caffo, *Simple and Effective Confidence Intervals for Proportions and
     Differences of Proportions*, 2000.
@@ -42,18 +36,15 @@ def share_error(share: float, number: int) -> float:
 
 
 def share_upper_bound(successes: int, number: int, failure_probability: float) -> float:
-    """The largest probability of success that so few successes leave plausible.
+    """Bounds a probability of success from above, by the successes in independent trials.
 
-    The exact one-sided bound: whatever the true probability is, a sample's bound is below it with
-    a probability of at most ``failure_probability``.
+    The bound is exact and one-sided: whatever the true probability is, a sample's bound is below it
+    with a probability of at most ``failure_probability``.
 
     Args:
       successes: in [0, number].
       number: of independent trials, >= 1.
       failure_probability: in (0, 1).
-
-    Raises:
-      InputError: (a ValueError) if one is out of range.
 
     >>> round(share_upper_bound(0, 10, 0.05), 6) == round(1 - 0.05 ** (1 / 10), 6)
     True
@@ -89,7 +80,7 @@ def sign_test(first: int, second: int) -> float:
 
 
 def pooled_std(*samples: Sequence[float]) -> float | None:
-    r"""Standard deviation of samples that have one variance, and means of their own.
+    r"""Estimates the common standard deviation of samples with means of their own.
 
     .. math:: s^2 = \frac{\sum_i \sum_j (x_{ij} - \bar x_i)^2}{\sum_i (n_i - 1)}
 
@@ -97,10 +88,7 @@ def pooled_std(*samples: Sequence[float]) -> float | None:
       *samples: of any sizes, >= 1.
 
     Returns:
-      s; None if all samples have one value only.
-
-    Raises:
-      InputError: (a ValueError) if a sample is empty.
+      s; None if all samples have only one value.
     """
     for sample in samples:
         _validate.in_range("number of values", len(sample), 1)
@@ -115,7 +103,7 @@ def pooled_std(*samples: Sequence[float]) -> float | None:
 def mean_difference_interval(
     first: Sequence[float], second: Sequence[float], confidence: float = 0.95
 ) -> float | None:
-    r"""Half of Student's interval for the difference of two means, the variances being one.
+    r"""Computes half of Student's interval for the difference of two means, of equal variance.
 
     .. math:: t_{(1 + c) / 2,\, n + m - 2}\; s \sqrt{1/n + 1/m}
 
@@ -127,10 +115,7 @@ def mean_difference_interval(
       confidence: c, in (0, 1).
 
     Returns:
-      Half of the interval's width; None if both have one value only.
-
-    Raises:
-      InputError: (a ValueError) if a sample is empty or the confidence is out of range.
+      Half of the interval's width; None if both samples have only one value.
     """
     _validate.in_range("confidence", confidence, 0, 1, open_low=True)
     n, m, std = len(first), len(second), pooled_std(first, second)
@@ -140,7 +125,7 @@ def mean_difference_interval(
 
 
 def normal_interval(*errors: float, confidence: float = 0.95) -> float:
-    """Half of the interval of a normal sum of independent parts with these standard errors."""
+    """Computes half of the interval of a sum of independent normal parts, from their errors."""
     _validate.in_range("confidence", confidence, 0, 1, open_low=True)
     return float(stats.norm.ppf((1 + confidence) / 2)) * math.hypot(*errors)
 
@@ -149,15 +134,15 @@ def normal_interval(*errors: float, confidence: float = 0.95) -> float:
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's coefficient of x and y, each [n].
+    """Computes Pearson's coefficient of x and y, each [n].
 
-    NaN for fewer than three points, since two always lie on a line, and for a constant.
+    It is NaN for fewer than three points, since two always lie on a line, and for a constant.
     """
     return _coefficient(stats.pearsonr, x, y)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank coefficient of x and y, each [n]; NaN as :func:`pearson`."""
+    """Computes Spearman's rank coefficient of x and y, each [n]; NaN as :func:`pearson`."""
     return _coefficient(stats.spearmanr, x, y)
 
 
@@ -180,19 +165,16 @@ class Coefficient(NamedTuple):
 class RankCorrelations:
     """Spearman's coefficients between variables, and their intervals over resampled groups.
 
-    Whole groups, such as the seeds of a setting, which are alike, are drawn with replacement: many
-    members of few groups do not pass for many. Resamples without a coefficient, such as those in
-    which a variable is constant, are left out.
+    Whole groups of similar members, such as the seeds of a setting, are drawn with replacement, so
+    that many members of few groups do not count as many. Resamples without a coefficient, such as
+    those in which a variable is constant, are ignored.
 
     Args:
       variables: by name, [n] each.
-      groups: [n], what belongs together.
+      groups: [n], equal for members of a group.
       seed: of the resamples.
       num_resamples: R >= 1.
       confidence: the share of the resamples within an interval, in (0, 1).
-
-    Raises:
-      InputError: (a ValueError) if a number is out of range or the shapes do not match.
     """
 
     def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
@@ -208,17 +190,17 @@ class RankCorrelations:
         random = np.random.default_rng(seed)
         drawn = [np.concatenate([members[index] for index in random.integers(
             len(members), size=len(members))]) for _ in range(num_resamples)]
-        # The first is of the variables as they are.
+        # The first is of the data as they are.
         self._matrices = np.stack([_spearman_matrix(values[rows])
                                    for rows in (np.arange(len(values)), *drawn)])
 
     def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
-        """That of two variables; with the ranks of a third held fixed, the partial one."""
+        """The coefficient of two variables, or the partial one, ``given`` the ranks of a third."""
         found = self._of(x, y)
         if given is not None:
             with_x, with_y = self._of(x, given), self._of(y, given)
             rest = (1 - with_x**2) * (1 - with_y**2)
-            # Where one variable is ranked as the given one is, nothing is left of it.
+            # Where a variable has the ranks of the given one, nothing of it remains.
             rest[rest < 1e-9] = np.nan
             found = (found - with_x * with_y) / np.sqrt(rest)
         value, resampled = found[0], found[1:][np.isfinite(found[1:])]
@@ -231,8 +213,8 @@ class RankCorrelations:
 
 
 def _spearman_matrix(values: np.ndarray) -> np.ndarray:
-    """The coefficients [k, k] of the columns of [n, k]; NaN for those that are constant."""
-    # Many times as fast as scipy.stats.spearmanr, which also makes p-values.
+    """The coefficients [k, k] of the columns of [n, k]; NaN for constant ones."""
+    # Much faster than scipy.stats.spearmanr, which also computes p-values.
     ranks = stats.rankdata(values, axis=0)
     ranks -= ranks.mean(axis=0)
     norms = np.linalg.norm(ranks, axis=0)
@@ -245,7 +227,7 @@ def _spearman_matrix(values: np.ndarray) -> np.ndarray:
 
 def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[float]
                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean outcome of the cases of lowest value.
+    """Averages the outcomes of the cases of lowest value.
 
     Args:
       values: [n]; cases whose value is not finite do not count.
@@ -253,14 +235,11 @@ def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[floa
       shares: S values p in (0, 1].
 
     Returns:
-      For each share, the mean of the outcomes of the cases whose value is below its p-quantile (of
-      all cases at p = 1), NaN if there is none, and their number: [S] each. Cases of equal value
-      are kept or left out together.
+      For each share, the mean outcome of the cases whose value is below its p-quantile (of all
+      cases at p = 1), NaN if there is none, and their number: [S] each. Cases of equal value are
+      included or excluded together.
 
-    Raises:
-      InputError: (a ValueError) if a share is out of range.
-
-    Source: Fig. 8, with the curvature for the value.
+    Source: Fig. 8, with the curvature as the value.
     """
     usable = np.isfinite(values)
     values, outcomes = values[usable].astype(np.float64), outcomes[:, usable]
@@ -276,7 +255,7 @@ def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[floa
 
 def means_by_count(values: np.ndarray, counts: np.ndarray, largest: int
                    ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean value of the cases by a count, such as that of right predictions.
+    """Averages the values of the cases with the same count, such as of right predictions.
 
     Args:
       values: [n]; cases whose value is not finite do not count.
@@ -286,7 +265,7 @@ def means_by_count(values: np.ndarray, counts: np.ndarray, largest: int
     Returns:
       The mean of each group, NaN for an empty one, and its number of cases, [M + 1] each.
 
-    Source: Fig. 9, with the curvature for the value.
+    Source: Fig. 9, with the curvature as the value.
     """
     usable = np.isfinite(values)
     values, counts = values[usable].astype(np.float64), counts[usable]
@@ -296,18 +275,18 @@ def means_by_count(values: np.ndarray, counts: np.ndarray, largest: int
 
 
 class CountCorrelation(NamedTuple):
-    """How values go with a count; NaN where :func:`pearson` and :func:`spearman` are."""
+    """Correlation of values with a count; NaN where :func:`pearson` and :func:`spearman` are."""
 
     pearson: float  # between the count and the mean value of its group
     spearman: float  # between both, over the cases
     spearman_of_some: float  # the same over some of the cases
-    number: int  # of the cases behind ``spearman``
+    number: int  # cases that ``spearman`` is over
 
 
 def correlation_with_counts(
     values: np.ndarray, counts: np.ndarray, some: np.ndarray, largest: int
 ) -> CountCorrelation:
-    """How values [n] go with counts [n] of at most ``largest``, over all cases and over some [n].
+    """Correlates values [n] with counts [n] up to ``largest``, over all cases and over some, [n].
 
     Cases whose value is not finite do not count.
 
@@ -328,9 +307,10 @@ _ROWS_AT_ONCE = 512
 
 
 def neighbour_accuracy(features: np.ndarray, labels: np.ndarray, *, num_neighbours: int) -> float:
-    """The share of points whose class is the commonest among their nearest others.
+    """Computes the share of points whose class is the most common among their nearest others.
 
-    If several classes are equally common among these, the one of lowest number counts.
+    Of several equally common classes the one of lowest number counts. Memory is O(N) besides the
+    features.
 
     Args:
       features: [N, d].
@@ -338,10 +318,7 @@ def neighbour_accuracy(features: np.ndarray, labels: np.ndarray, *, num_neighbou
       num_neighbours: in [1, N - 1].
 
     Returns:
-      The share; NaN if a feature is not finite. Memory is O(N) beside the features.
-
-    Raises:
-      InputError: (a ValueError) if the number is out of range or the shapes do not match.
+      The share; NaN if a feature is not finite.
     """
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
     size = _validate.shapes(features=(features, "N d"), labels=(labels, "N"))["N"]
@@ -362,7 +339,7 @@ def neighbour_accuracy(features: np.ndarray, labels: np.ndarray, *, num_neighbou
 
 def largest_eigenvalue(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, *,
                        tolerance: float = 0.01) -> float:
-    """The largest eigenvalue of a symmetric matrix, by Lanczos' iteration (ARPACK).
+    """Computes the largest eigenvalue of a symmetric matrix, by Lanczos' iteration (ARPACK).
 
     Args:
       product: vector [n] -> matrix times vector.
@@ -371,13 +348,10 @@ def largest_eigenvalue(product: Callable[[np.ndarray], np.ndarray], start: np.nd
 
     Returns:
       The largest, not that of largest magnitude; 0 where the product with ``start`` is.
-
-    Raises:
-      InputError: (a ValueError) if n < 3.
     """
     size = len(start)
     _validate.in_range("size", size, 3)
-    # ARPACK takes values below 1e-11 for 0 when it judges whether it has converged.
+    # ARPACK's test of convergence takes values below 1e-11 for 0.
     unit = np.max(np.abs(product(start)))
     if unit == 0:
         return 0.0
@@ -388,12 +362,12 @@ def largest_eigenvalue(product: Callable[[np.ndarray], np.ndarray], start: np.nd
 
 
 def largest_stable_rate(curvature: float, momentum: float) -> float:
-    r"""The learning rate from which SGD with Nesterov momentum leaves a quadratic valley.
+    r"""Computes the largest learning rate for which SGD with Nesterov momentum is stable.
 
     .. math:: \eta < \frac{2 (1 + m)}{(1 + 2 m) \lambda}
 
-    where the roots of :math:`z^2 - (1 + m)(1 - \eta\lambda) z + m (1 - \eta\lambda)` are within the
-    unit circle.
+    on a quadratic loss, where the roots of
+    :math:`z^2 - (1 + m)(1 - \eta\lambda) z + m (1 - \eta\lambda)` are within the unit circle.
 
     Args:
       curvature: :math:`\lambda`, the largest eigenvalue of the loss's Hessian in the parameters.
@@ -401,9 +375,6 @@ def largest_stable_rate(curvature: float, momentum: float) -> float:
 
     Returns:
       The rate; infinite for a curvature of 0 or less.
-
-    Raises:
-      InputError: (a ValueError) if the momentum is out of range.
     """
     _validate.in_range("momentum", momentum, 0, 1)
     return 2 * (1 + momentum) / ((1 + 2 * momentum) * curvature) if curvature > 0 else math.inf

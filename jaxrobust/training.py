@@ -1,15 +1,15 @@
 """The train state, the pure train step, and the paper's optimisers.
 
-**What a model needs.** Any Flax Linen module will do that is called as ``model(images, train=...)``
-and returns :class:`~jaxrobust.models.Outputs`: logits, and the features that its softmax layer, an
-``nn.Dense`` with a bias, turns into them. That layer is called ``head``, or whatever is given as
-``head``: the path of its name, such as ``"top/Dense_0"``. Batch statistics are kept in the
-collection ``batch_stats``. Dropout gets a key of its own for every step and pass.
+**What a model needs.** It is a Flax Linen module that is called as ``model(images, train=...)`` and
+returns :class:`~jaxrobust.models.Outputs`: logits, and the features that its softmax layer, an
+``nn.Dense`` with a bias, turns into them. The argument ``head`` is that layer's name, or its path,
+such as ``"top/Dense_0"``. Batch statistics are kept in the collection ``batch_stats``. Dropout gets
+a key of its own for every step and pass.
 
-With an ``axis_name``, a module that has a field ``axis_name``, as those of :mod:`jaxrobust.models`
-do, is given it, and passes it to its batch norms; that is how these see the whole batch. In
-a module without the field, batch norm sees the share of each device, unless its layers name the
-axis themselves.
+An ``axis_name`` is passed on to a module with a field of that name, as those of
+:mod:`jaxrobust.models`, and by it to its batch norms, which then see the whole batch. In a module
+without the field, batch norm sees the share of each device, unless its layers name the axis
+themselves.
 """
 
 import functools
@@ -32,7 +32,7 @@ from jaxrobust.models.common import head_parameters, over_axis
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training changes, and the key of its randomness, as one pytree."""
+    """Everything that training changes, and the key for its randomness, as one pytree."""
 
     step: jax.Array  # shape=[], dtype=int32; updates done
     params: Any
@@ -46,21 +46,21 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]
 
 
 _DROPOUT = 2**32 - 1
-"""Folded into the key of the state for dropout: the number of no step."""
+"""Folded into the state's key for dropout; no step has this number."""
 
 
 def create_train_state(
     model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, images: jax.Array,
     *, head: str = "head",
 ) -> TrainState:
-    """A model's state before the first step.
+    """Makes a model's state before the first step.
 
     Args:
       model: a Flax Linen module; see :mod:`jaxrobust.training`.
       optimizer: as given to :func:`make_train_step`.
       key: a PRNG key; determines the initial parameters and all randomness of training.
       images: [B, H, W, channels], any images of the right size.
-      head: the softmax layer, which says how many classes and features there are.
+      head: the softmax layer, whose kernel gives the numbers of classes and features.
 
     Raises:
       InputError: (a ValueError) if there is no such layer.
@@ -83,15 +83,11 @@ def make_objective(
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
     head: str = "head",
 ) -> Callable[[Any, TrainState, Batch], tuple[jax.Array, Evaluated]]:
-    """What a train step minimises, as a pure function ``(params, state, batch)``.
+    """Makes what a train step minimises, as a pure function ``(params, state, batch)``.
 
-    The parameters in the state are not used. Batch norm and dropout are in training mode.
-
-    Args:
-      model, method, axis_name, constraint_weight, head: as of :func:`make_train_step`.
-
-    Returns:
-      A function that returns the loss [] and :class:`~jaxrobust.methods.Evaluated`.
+    Its arguments are those of :func:`make_train_step`. The function returns the loss [] and
+    :class:`~jaxrobust.methods.Evaluated`; it does not use the parameters in the state. Batch norm
+    and dropout are in training mode.
     """
     def objective(params, state, batch):
         dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
@@ -123,7 +119,7 @@ def make_train_step(
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
     head: str = "head",
 ) -> TrainStep:
-    """One update as a pure function ``(state, batch) -> (state, metrics)``.
+    """Makes one update, as a pure function ``(state, batch) -> (state, metrics)``.
 
     Jit it, or map it over devices with the batch split and the state replicated
     (:mod:`jaxrobust.parallel` does both). Under ``jit`` the batch may be sharded over any mesh.
@@ -134,19 +130,19 @@ def make_train_step(
       optimizer: of the parameters.
       axis_name: the device axis over which the batch is split, under ``pmap`` or
         ``shard_map``; None if the batch is whole. Loss, centroids, gradients, metrics and
-        batch norm are those of the whole batch; dropout draws anew on each device.
+        batch norm are those of the whole batch; dropout draws independently on each device.
       sync_batch_norm: with an ``axis_name``, whether batch norm uses the statistics of the whole
-        batch; the model needs a field ``axis_name`` for it. If not, each device normalises with
-        those of its own share, as PyTorch's DataParallel does, and the running statistics are the
-        mean over the devices.
+        batch, for which the model needs a field ``axis_name``. If False, each device normalises
+        with those of its own share, as PyTorch's DataParallel does, and the running statistics are
+        the mean over the devices.
       constraint_weight: factor, by step, of the terms that ``stability`` and ``robust`` add to
         the softmax loss; 1 in the paper.
       head: the name of the softmax layer, or its path, such as ``"top/Dense_0"``.
 
     Returns:
       The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
-      on the views, and the terms of the method. When it is called, it raises InputError if the
-      model has no such layer, or the batch is empty or its labels are no integers.
+      on the views, and the terms of the method. When called, it raises InputError if the model has
+      no such layer, the batch is empty or its labels are not integers.
     """
     model, synchronised = over_axis(model, axis_name, sync_batch_norm)
     objective = make_objective(model, method, axis_name=axis_name,
@@ -172,7 +168,7 @@ def make_train_step(
         _validate.shapes(**{"batch.clean": (batch.clean, "B ..."),
                             "batch.noisy": (batch.noisy, "B ..."),
                             "batch.labels": (batch.labels, "B")})
-        # The state stays where it is; the metrics are on every device.
+        # The state keeps its sharding; the metrics are on every device.
         return parallel.over_any_mesh(
             update, split_as=lambda state, batch: (state, PartitionSpec()))(state, batch)
 
@@ -180,9 +176,9 @@ def make_train_step(
 
 
 def _of_float(schedule: optax.Schedule) -> optax.Schedule:
-    """A schedule given its step as float32, since Optax's mix the integer with floats.
+    """Gives a schedule its step as float32, which counts exactly to 16 million.
 
-    Under strict dtype promotion that is an error. float32 counts exactly to 16 million.
+    Optax's schedules mix an integer with floats, an error under strict dtype promotion.
     """
     return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
@@ -190,7 +186,7 @@ def _of_float(schedule: optax.Schedule) -> optax.Schedule:
 def piecewise_schedule(
     learning_rate: float, *, decay_steps: tuple[int, ...], decay_factor: float
 ) -> optax.Schedule:
-    """A learning rate multiplied by ``decay_factor`` after each of ``decay_steps`` updates."""
+    """Multiplies a learning rate by ``decay_factor`` after each of ``decay_steps`` updates."""
     return optax.schedules.piecewise_constant_schedule(
         learning_rate, {step: decay_factor for step in decay_steps})
 
@@ -202,13 +198,13 @@ def sgd(
     weight_decay: float = 5e-4,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum as PyTorch defines it; the defaults are the paper's (H.1).
+    """Makes SGD with Nesterov momentum as in PyTorch; the defaults are the paper's (H.1).
 
     Args:
       learning_rate: a number or a schedule.
       momentum: in [0, 1).
       weight_decay: L2 penalty, added to the gradient of every parameter before the momentum.
-      clip_norm: the gradient is scaled down to this global norm before that, if given; > 0.
+      clip_norm: > 0; if given, gradients are first scaled down to this global norm.
 
     Raises:
       InputError: (a ValueError) for a value out of range.
@@ -224,15 +220,9 @@ def adam(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Adam as PyTorch defines it: decay rates 0.9 and 0.999, epsilon 1e-8, as in Appendix H.2.
+    """Makes Adam as in PyTorch: decay rates 0.9 and 0.999, epsilon 1e-8, as in Appendix H.2.
 
-    Args:
-      learning_rate: a number or a schedule.
-      weight_decay: L2 penalty, added to the gradient of every parameter before the moments.
-      clip_norm: the gradient is scaled down to this global norm before that, if given; > 0.
-
-    Raises:
-      InputError: (a ValueError) for a value out of range.
+    The arguments and errors are those of :func:`sgd`; the penalty is added before the moments.
     """
     return _with_decay(_adam, learning_rate, weight_decay, clip_norm)
 
@@ -249,7 +239,7 @@ def _adam(learning_rate):
 
 
 def _with_decay(make, learning_rate, weight_decay, clip_norm):
-    """An optimiser of gradients that are clipped and then have the L2 penalty's added."""
+    """Makes an optimiser that first clips gradients, then adds the L2 penalty's."""
     _validate.in_range("weight_decay", weight_decay, 0)
     if callable(learning_rate):
         learning_rate = _of_float(learning_rate)

@@ -16,23 +16,23 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def random_crop(key: jax.Array, image: jax.Array, *, padding: int) -> jax.Array:
-    """A crop of the image's own size, at a random place of the image padded with 0 (black)."""
+    """Pads the image with 0 (black), and crops it to its own size at a random place."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     corner = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
-    """The image, mirrored left to right with probability 1/2."""
+    """Mirrors the image left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def standard_augmentation(*, padding: int = 4, flip: bool = True) -> Augmentation:
-    """Random crop, then horizontal flip, as in Appendix H.1 of the paper.
+    """Crops at random, then flips horizontally, as in Appendix H.1 of the paper.
 
     Args:
-      padding: of the crop, on every side, in pixels; 0 for none.
-      flip: not for images that a mirror gives another meaning, such as digits.
+      padding: on every side before the crop, in pixels, >= 0; 0 for no crop.
+      flip: False for images that change their meaning when mirrored, such as digits.
 
     Raises:
       InputError: (a ValueError) if padding < 0.
@@ -57,22 +57,20 @@ def photo_augmentation(
     perspective_probability: float = 0.5,
     flip: bool = True,
 ) -> Augmentation:
-    """Colour jitter, rotation, perspective and horizontal flip, as in Appendix H.2 of the paper.
+    """Applies colour jitter, rotation, perspective and flip, as in Appendix H.2 of the paper.
 
-    In this order, and each on the result of the last: the rotation takes the nearest pixel, the
-    perspective interpolates between pixels of the rotated image.
+    They follow one another in this order: the rotation takes the nearest pixel, the perspective
+    interpolates between pixels of the rotated image.
 
     Args:
-      brightness: of :func:`~jaxrobust.data.photometric.color_jitter`, >= 0.
-      contrast: likewise.
-      saturation: likewise.
+      brightness, contrast, saturation: of :func:`~jaxrobust.data.photometric.color_jitter`, >= 0.
       degrees: the largest angle of :func:`~jaxrobust.data.geometric.random_rotation`, in [0, 180].
       distortion: of :func:`~jaxrobust.data.geometric.random_perspective`, in [0, 1].
       perspective_probability: of the same, in [0, 1].
-      flip: not for images that a mirror gives another meaning, such as road signs.
+      flip: False for images that change their meaning when mirrored, such as road signs.
 
     Raises:
-      InputError: (a ValueError) if a number is out of range; and, as the result is called, if an
+      InputError: (a ValueError) if a number is out of range; and, when the result is called, if an
         image is smaller than 2 x 2 or has neither 1 nor 3 channels.
     """
     for name, strength in (("brightness", brightness), ("contrast", contrast),
@@ -104,20 +102,18 @@ def make_batch(
     independent_views: bool = False,
     positions: jax.Array | None = None,
 ) -> Batch:
-    """Both views of a batch: augmented, and augmented and perturbed.
-
-    Each image's randomness comes from ``fold_in(key, its position in the batch)``.
+    """Makes both views of a batch: augmented, and augmented and perturbed.
 
     Args:
-      key: a PRNG key.
+      key: a PRNG key; each image's is ``fold_in(key, its position in the batch)``.
       images: [B, H, W, channels], uint8, or floats in [0, 1].
       labels: [B] integers.
-      augment: of each image.
-      perturb: of the noisy view, on top of the augmentation.
-      independent_views: False for ``x`` and ``noised(x)`` of the same augmented x, as in
-        Eq. 12; True for an augmentation of its own, as in the authors' release.
-      positions: [B] integers, the images' positions in the whole batch, where these are a share
-        of it: each then gets the randomness that it has in the whole. None for 0 .. B - 1.
+      augment: applied to each image.
+      perturb: applied to the noisy view after the augmentation.
+      independent_views: False to perturb the augmented clean view, as in Eq. 12; True to augment
+        the noisy view on its own, as in the authors' release.
+      positions: [B] integers, the images' positions in the whole batch, if they are a part of it;
+        None for 0 .. B - 1.
 
     Raises:
       InputError: (a ValueError) if the shapes do not match.

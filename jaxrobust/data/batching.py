@@ -9,16 +9,16 @@ from jaxrobust import _validate
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
-    """A permutation of range(size), [size] int32, determined by ``key`` and ``epoch``."""
+    """Draws a permutation of range(size), [size] int32, from ``key`` and ``epoch``."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
 def batch_sizes(size: int, batch_size: int) -> list[int]:
-    """The sizes of an epoch's batches of ``size`` examples; the last may be smaller.
+    """Lists the sizes of an epoch's batches of ``size`` examples; the last may be smaller.
 
-    A last batch of one example is left out, unless all batches are of one: batch norm would take
-    its variance, which says nothing, for that of the images, and classes have no dispersion. The
-    order of an epoch is random, so that another example is left out each time.
+    A last batch of one example is left out, unless all batches are of one: batch norm would use
+    its meaningless variance, and classes have no dispersion. The order of an epoch is random, so
+    that a different example is left out each time.
 
     Raises:
       InputError: (a ValueError) if the batch is larger than the data set.
@@ -29,7 +29,7 @@ def batch_sizes(size: int, batch_size: int) -> list[int]:
 
 
 def group_batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive batches of one size taken together, up to ``most``: their number and size."""
+    """Groups up to ``most`` consecutive batches of one size; yields their number and size."""
     for size, alike in itertools.groupby(sizes):
         left = len(list(alike))
         while left:

@@ -1,4 +1,4 @@
-"""Copies of one image among the files of a data set."""
+"""Detection of copies of one image among the files of a data set."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 SIDE = 16
 """Height and width of a thumbnail."""
 MOST_COMPARED = 5_000
-"""Images among which near copies are looked for; their pairs are compared."""
+"""The largest number of images whose pairs are compared to find near copies."""
 _ALIKE = 0.99
 _FLAT = 2.0  # Grey levels.
 
@@ -33,11 +33,11 @@ def groups_of(digests: Sequence[str]) -> np.ndarray:
 
 
 def near_copies(thumbnails: Sequence[bytes]) -> np.ndarray:
-    """Pairs of images that are nearly the same, [P, 2], each (first, second), in their order.
+    """Finds pairs of images that are nearly the same, [P, 2], each (first, second), in order.
 
-    They are those whose thumbnails correlate by more than 0.99, as they do for one photograph at
-    two sizes or in two qualities of JPEG. Images without contrast, of a standard deviation below 2
-    grey levels, correlate with nothing. All N (N - 1) / 2 pairs are compared.
+    Their thumbnails correlate by more than 0.99, as they do for one photograph at two sizes or two
+    qualities of JPEG. Images without contrast, with a standard deviation below 2 grey levels,
+    correlate with nothing. All N (N - 1) / 2 pairs are compared.
     """
     grey = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE**2)
     grey = grey.astype(np.float32)
@@ -45,7 +45,7 @@ def near_copies(thumbnails: Sequence[bytes]) -> np.ndarray:
     deviation = grey.std(axis=1, keepdims=True)
     grey = np.where(deviation < _FLAT, 0, grey / np.maximum(deviation, _FLAT)) / SIDE
     found = []
-    for first in range(0, len(grey), 1000):  # A part of the pairs at a time.
+    for first in range(0, len(grey), 1000):  # Some rows at a time, to bound the memory.
         rows, columns = np.nonzero(grey[first : first + 1000] @ grey[first:].T > _ALIKE)
         later = columns > rows
         found.append(np.stack([rows[later], columns[later]], axis=1) + first)

@@ -1,4 +1,4 @@
-"""Image files decoded: one, or a folder's into a memory map on disk that later calls reuse."""
+"""Decoding of image files: a single one, or a folder's into a memory map that later calls reuse."""
 
 import base64
 import concurrent.futures
@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._errors import reason_of
 from jaxrobust.data import copies
 from jaxrobust.data.formats import open_image
-from jaxrobust.data.listing import Entry, reason_of
+from jaxrobust.data.listing import Entry
 
-_CACHE_FORMAT = 2  # To be raised when what is kept, or the pixels of the same file, would change.
-_SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file being written is never this long without a write.
+_CACHE_FORMAT = 2  # Raise it when what is kept, or the pixels of the same file, would change.
+_SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file in progress is written to more often than this.
 
 
 class Facts(NamedTuple):
-    """What is known of a file: why it is bad, or what its image is compared by."""
+    """Why a file is bad, or what its image is compared by."""
 
     reason: str | None
     digest: str = ""
@@ -34,7 +35,7 @@ class Facts(NamedTuple):
 
 
 class _Cached(NamedTuple):
-    """Images that were decoded before, with what is known of their files."""
+    """Images that were decoded before, and facts about their files."""
 
     images: np.ndarray  # shape=[N, H, W, 3], dtype=uint8; 0 in the row of a bad file.
     rows: dict[tuple[str, int, int | None], int]  # By path, size and mtime_ns, in their order.
@@ -46,15 +47,15 @@ def read_image(
 ) -> np.ndarray:
     """Decodes one JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000 image.
 
-    The format is told by the content, not by the file's name; AVIF and JPEG 2000 take a Pillow
-    that was built with them, as those of PyPI are. The first image of an animation, or of several
-    pages, is taken. It is rotated as its EXIF orientation says, its transparency is dropped, and
-    16-bit grey is scaled from [0, 65535] to [0, 255]; of 16-bit colours the upper 8 bits are kept.
-    Pixels of 32 bits, of which no range is known, are refused, and so are raw files of cameras,
-    whose first page is a thumbnail. Colours are converted by Pillow, without colour profiles. Then
-    it is resized, not cropped, by Pillow's bilinear filter, whose support grows with the reduction,
-    so that it does not alias. Damage that the decoders do not notice, as within a JPEG's pixels,
-    goes unnoticed here too.
+    The format is recognised by the content, not by the file's name; AVIF and JPEG 2000 need a
+    Pillow built with them, as those from PyPI are. Of an animation or several pages, the first
+    image is read. Its EXIF orientation is applied, its transparency is dropped, and 16-bit grey is
+    scaled from [0, 65535] to [0, 255]; 16-bit colours keep their upper 8 bits. Pixels of 32 bits,
+    whose range is unknown, are refused, and so are raw files of cameras, whose first page is a
+    thumbnail. Colours are converted by Pillow, without colour profiles. Then the image is resized,
+    not cropped, by Pillow's bilinear filter, whose support grows with the reduction, so that it
+    does not alias. Damage that the decoders do not detect, such as within a JPEG's pixels, is not
+    detected here either.
 
     Args:
       path: of the file.
@@ -65,8 +66,8 @@ def read_image(
       [H, W, channels] uint8.
 
     Raises:
-      InputError: (a ValueError) if an argument is out of range, or the file cannot be read or is
-        no such image, or one that has more pixels than Pillow's ``MAX_IMAGE_PIXELS``.
+      InputError: (a ValueError) if an argument is out of range, or the file cannot be read, is not
+        such an image, or has more pixels than Pillow's ``MAX_IMAGE_PIXELS``.
     """
     require_pillow("Reading an image")
     check_size(image_size)
@@ -91,18 +92,18 @@ def check_size(image_size: tuple[int, int]) -> None:
 
 
 def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> np.ndarray:
-    """What :func:`read_image` returns, with errors of any kind for a file that is bad."""
+    """What :func:`read_image` returns; raises errors of any kind for a bad file."""
     from PIL import Image, ImageOps
 
     with open(path, "rb") as file:
         image = open_image(file, Image.MAX_IMAGE_PIXELS)
         ImageOps.exif_transpose(image, in_place=True)
-    image.info.pop("transparency", None)  # A palette's, which would only be warned of.
-    if image.mode.startswith("I;16"):  # Pillow would cut off at 255.
+    image.info.pop("transparency", None)  # Pillow would warn of a palette's.
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255.
         scaled = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 / 255, rounded.
         image = Image.fromarray(scaled.astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, of which the range is not known")
+        raise ValueError("pixels of 32 bits, whose range is unknown")
     image = image.convert("L" if channels == 1 else "RGB")
     height, width = image_size
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -110,7 +111,7 @@ def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> n
 
 
 def decode_all(path, root, entries, image_size, cache_dir, num_threads, progress):
-    """``(images [N, H, W, 3], facts of each)`` of the files, in their order."""
+    """Decodes the files; returns ``(images [N, H, W, 3], facts of each)`` in their order."""
     if not entries:
         return np.empty((0, *image_size, 3), np.uint8), []
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
@@ -127,7 +128,7 @@ def _key(entry: Entry) -> tuple[str, int, int]:
 
 
 def _decoder() -> dict[str, Any]:
-    """What the pixels of a file depend on, beside the file, and whether it is bad."""
+    """What, beside the file itself, its pixels depend on, and whether it is bad."""
     import PIL.Image
 
     return {"format": _CACHE_FORMAT, "pillow": PIL.__version__,
@@ -135,7 +136,7 @@ def _decoder() -> dict[str, Any]:
 
 
 def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | None:
-    """What is there of an earlier call; None if nothing is that can be used as a whole."""
+    """The cache of an earlier call; None if there is none that is whole."""
     try:
         record = json.loads(index.read_text())
         rows = {(path, size, mtime_ns): row
@@ -145,14 +146,14 @@ def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | N
         usable = (record["decoder"] == _decoder() and images.dtype == np.uint8
                   and images.shape == (len(rows), *image_size, 3))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return None  # There is none, or it is damaged: to be built again.
+        return None  # There is none, or it is damaged.
     return _Cached(np.asarray(images), rows, facts) if usable else None
 
 
 def _build_cache(path, root, entries, image_size, index, old, num_threads, progress) -> _Cached:
     """Decodes what is not in ``old``, writes everything, and opens it.
 
-    The index names the file of the images, and is replaced last: what it names is complete.
+    The index names the file of the images, and is replaced last, so that what it names is complete.
     """
     folder, shape = index.parent, (len(entries), *image_size, 3)
     images_path, index_path = (folder / f"{index.stem}-{uuid.uuid4().hex}.tmp" for _ in range(2))
@@ -173,7 +174,7 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
                   "decoder": _decoder(), "files": files}
         with _writing(folder):
             index_path.write_text(json.dumps(record))
-            # Opened first: another process may put its own in the place of this one.
+            # Opened first, since another process may replace it by its own.
             images = np.asarray(np.load(images_path, mmap_mode="r"))
             replaced = _images_of(index)
             os.replace(images_path, folder / record["images"])
@@ -187,7 +188,7 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
 
 
 def _write_images(target, root, entries, shape, old, num_threads, progress):
-    """Writes a NumPy file; for each file ``(its facts, whether they will last)``."""
+    """Writes the images as a NumPy file; returns ``(facts, whether they last)`` of each file."""
     lock = threading.Lock()
     row_bytes = int(np.prod(shape[1:]))
 
@@ -203,7 +204,7 @@ def _write_images(target, root, entries, shape, old, num_threads, progress):
         except MemoryError:
             raise
         except Exception as error:  # A damaged file can make the decoders raise anything.
-            # Whether it can be read at all may change without the file's own time of change.
+            # Whether it can be read may change without its modification time.
             return Facts(reason_of(error)), not (isinstance(error, OSError) and error.errno)
         if facts is None:
             facts = Facts(None, copies.digest_of(image),
@@ -214,7 +215,7 @@ def _write_images(target, root, entries, shape, old, num_threads, progress):
         return facts, True
 
     outcomes = []
-    pool = concurrent.futures.ThreadPoolExecutor(num_threads)  # Pillow lets go of the GIL.
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads)  # Pillow releases the GIL.
     with _writing(target.parent), open(target, "wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -228,7 +229,7 @@ def _write_images(target, root, entries, shape, old, num_threads, progress):
         finally:
             pool.shutdown(cancel_futures=True)
         file.flush()
-        os.fsync(file.fileno())  # Before the index says that it is complete.
+        os.fsync(file.fileno())  # Before the index declares it complete.
     return outcomes
 
 
@@ -242,7 +243,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _images_of(index: pathlib.Path) -> str | None:
-    """The name of the file that an index names, if there is one that can be read."""
+    """The file of images that an index names; None if it cannot be read."""
     try:
         return str(json.loads(index.read_text())["images"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -250,8 +251,8 @@ def _images_of(index: pathlib.Path) -> str | None:
 
 
 def _remove_abandoned(index: pathlib.Path) -> None:
-    """Removes what processes that were killed left half written."""
+    """Removes unfinished files of processes that were killed."""
     for file in index.parent.glob(f"{index.stem}-*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # Its process has just put it in place.
+        with contextlib.suppress(FileNotFoundError):  # Its process has just renamed it.
             if time.time() - file.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
                 file.unlink()

@@ -17,13 +17,13 @@ from jaxrobust.data.splitting import split_rows
 from jaxrobust.data.types import Dataset, File, Split, StoredImages
 
 FOLDER_PREFIX = "folder:"
-"""What a name starts with that :func:`load_dataset` takes for a folder of images."""
+"""Prefix of names that :func:`load_dataset` takes for folders of images."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per channel, of pixels in [0, 1]: what models with ImageNet weights were trained with."""
 
-_UNEQUAL = 3  # Times that the largest class has the images of the smallest.
+_UNEQUAL = 3  # Ratio of the largest to the smallest class from which the user is told.
 
 
 class BadFiles(_validate.InputError):
@@ -51,57 +51,56 @@ def load_folder(
 ) -> Dataset:
     """Loads a folder of images with a sub-folder for each class.
 
-    Images are of the formats of :func:`read_image`, and become RGB of one size as it says; they may
-    lie deeper in the folder of their class. Classes are in the natural order of their names (2
-    before 10), images in that of their paths. Normalisation is that of ImageNet.
+    Images, in the formats of :func:`read_image`, are converted to RGB of one size; they may lie in
+    folders below that of their class. Classes are in the natural order of their names (2 before
+    10), images in that of their paths. Normalisation is that of ImageNet.
 
-    What is no part of the data set is passed over: names that start with a dot, what operating
-    systems put into folders (:data:`jaxrobust.data.listing.SYSTEM_FILES`), files beside images
-    with the suffixes of :data:`jaxrobust.data.listing.SIDE_CARS`, and files beside the class
-    folders that do not look like images. Any other file has to be an image.
+    These are ignored: names that start with a dot, what operating systems put into folders
+    (:data:`jaxrobust.data.listing.SYSTEM_FILES`), files with the suffixes of
+    :data:`jaxrobust.data.listing.SIDE_CARS`, and files beside the class folders that do not look
+    like images. Any other file has to be an image.
 
-    **The split.** It is given if the folder's own folders are ``train`` and ``test``, ``val`` or
-    both, with the class folders in each (``valid`` and ``validation`` are other names of ``val``;
-    case does not matter), or if the CSV file has a column ``split`` with these values. If it has
-    no test images, they are drawn from those for training. If none is given, the test images are
-    a stratified random share of all. Copies of one image (with equal pixels at this size) are
-    drawn together, and counted as one; a drawn split depends on nothing but the paths, the
-    classes and the copies. Images of a side are in the order of their paths.
+    **The split** is given if the top level has the folders ``train`` and ``test``, ``val`` or both,
+    each with the class folders in it (``valid`` and ``validation`` are synonyms of ``val``; case
+    does not matter), or if the CSV file has a column ``split`` with these values. Without test
+    images, they are drawn from those for training. If no split is given, the test images are a
+    stratified random share of all. Copies of one image (with equal pixels at this size) are drawn
+    together and counted as one; a drawn split depends only on the paths, the classes and the
+    copies.
 
-    Files are decoded once, by threads, into one NumPy file [N, H, W, 3] in ``cache_dir`` for this
-    path and size. Later calls decode only files that are new or changed, in size or time of
-    change; a bad file is remembered as such, and a cache that cannot be read is built again. It is
-    replaced as a whole, and any number of processes may load the same folder at once.
+    **The cache.** Threads decode the files once into one NumPy file [N, H, W, 3] in ``cache_dir``
+    for this path and size. Later calls decode only files that are new or have changed in size or
+    modification time; bad files are remembered, and an unreadable cache is rebuilt. It is replaced
+    as a whole, and any number of processes may load the same folder at once.
 
     Args:
       path: the folder; or a CSV file with the columns ``path``, relative to the file's folder,
         ``label`` and, if the split is given, ``split``.
-      cache_dir: where the decoded images are kept, outside of ``path``. They take N H W 3 bytes;
-        while some are added, twice that.
+      cache_dir: where the decoded images are kept, outside of ``path``. They take N H W 3 bytes,
+        and twice that while some are added.
       image_size: (H, W) in pixels.
-      test_share: of the images, for the test set where it is drawn, in (0, 1). A class of
-        1 / test_share images always has one among them, and one of fewer may.
-      split_seed: of the choice of them.
+      test_share: the share of the images to draw for testing, in (0, 1). A class of at least
+        1 / test_share images always has one among them; a smaller one may not.
+      split_seed: of the draw.
       skip_bad: True to leave out bad files and classes; ``skipped`` of the result has a line for
         each.
       in_memory: False to leave the images on disk, as :class:`StoredImages`.
-      num_threads: that decode; by default one for each core.
+      num_threads: for decoding; by default one for each core.
       progress: called with (files done, files in all) while files are decoded.
 
     Returns:
-      The data set. Its ``notes`` say what was passed over, how the split was made, which images
-      are copies, or nearly so (see :func:`jaxrobust.data.copies.near_copies`), on two sides of it,
-      and whether classes are of very different sizes.
+      The data set. Its ``notes`` say what was ignored, how the split was made, which images are
+      copies or near copies (:func:`jaxrobust.data.copies.near_copies`) on two sides of it, and
+      whether classes are of very different sizes.
 
     Raises:
-      BadFiles: (an InputError) if files are empty, broken, truncated, no images, missing or have
+      BadFiles: (an InputError) if files are empty, broken, truncated, not images, missing or have
         more pixels than Pillow's ``MAX_IMAGE_PIXELS``, if images of two classes are copies of each
-        other, or if classes are without an image or, where the split is given, without one for
-        training or testing. All are found before it is raised.
-      InputError: (a ValueError) if an argument cannot be used, names of classes differ in nothing
-        but case and spaces, the layout could be meant in two ways, there are less than two classes
-        or too few images of one for both sides of the split, or the decoded images cannot be
-        written.
+        other, or if a class has no image or, where the split is given, none for training or
+        testing. It lists all of them.
+      InputError: (a ValueError) if an argument cannot be used, class names differ only in case and
+        spaces, the layout is ambiguous, there are fewer than two classes or too few images of one
+        for both sides of the split, or the decoded images cannot be written.
     """
     require_pillow("Loading a folder of images")
     path, cache_dir = pathlib.Path(path).expanduser(), pathlib.Path(cache_dir).expanduser()
@@ -113,7 +112,7 @@ def load_folder(
     listing = list_images(path)
     if path.is_dir() and cache_dir.resolve().is_relative_to(path.resolve()):
         raise _validate.InputError(f"Expected cache_dir={cache_dir} outside of {path}.")
-    if skip_bad or not listing.bad:  # Before the work of decoding.
+    if skip_bad or not listing.bad:  # Before decoding, which takes time.
         _check_classes(path, {entry.label for entry in listing.entries}, len(listing.bad))
     images, facts = decode_all(
         path, listing.root, listing.entries, image_size, cache_dir, num_threads, progress)
@@ -151,7 +150,7 @@ def load_folder(
 # --- classes and split ------------------------------------------------------------------------
 
 def _sort_out(listing, facts) -> tuple[list[int], list[str], list[str]]:
-    """The rows of the entries that can be used, the classes, and a line for all that is bad."""
+    """The rows of the usable entries, the classes, and a line for each bad file or class."""
     entries, bad = listing.entries, list(listing.bad)
     bad += [f"{shown(entry.path)}: {fact.reason}"
             for entry, fact in zip(entries, facts, strict=True) if fact.reason is not None]
@@ -203,18 +202,17 @@ def _sides(path, given, labels, groups, class_names, test_share, seed, num_bad):
     return {side: rows for side, rows in sides.items() if len(rows)}
 
 
-def _split(path, labels, class_names, test_share, seed, num_bad, groups=None):
-    """The rows of either side of a split that is drawn."""
+def _split(path, labels, class_names, test_share, seed, num_bad, groups):
+    """The rows of either side of a random split."""
     try:
         train, test = split_rows(
             labels, round(test_share * len(labels)), seed=seed, groups=groups)
     except _validate.InputError as error:
-        # The first of each group of copies.
-        images = slice(None) if groups is None else np.unique(groups, return_index=True)[1]
+        images = np.unique(groups, return_index=True)[1]  # The first of each group of copies.
         counts = np.bincount(labels[images], minlength=len(class_names))
         smallest = min(range(len(counts)), key=lambda c: (counts[c], -c))
         copied = int(np.sum(labels == smallest) - counts[smallest])
-        aside = f", {copied} copies aside" if copied else ""
+        aside = f", not counting {copied} copies" if copied else ""
         raise _validate.InputError(
             f"Expected at least {_images_needed(int(counts.sum()), test_share)} images of every "
             f"class in {path} for both sides of the split with test_share={test_share}, got "
@@ -224,7 +222,7 @@ def _split(path, labels, class_names, test_share, seed, num_bad, groups=None):
 
 
 def _images_needed(size, test_share):
-    """Images that a class needs to be on both sides, however its share of ``size`` is rounded."""
+    """Images that a class needs to be on both sides, however its share is rounded."""
     part = min(test_share, 1 - test_share)
     drawn = min(round(test_share * size), size - round(test_share * size))
     return max(math.ceil(round(1 / part, 9)), math.ceil(size / max(drawn, 1)))
@@ -234,17 +232,17 @@ def _without(num_bad: int) -> str:
     return f" without the {num_bad} bad ones" if num_bad else ""
 
 
-# --- what is to be known of a folder ----------------------------------------------------------
+# --- notes for the user -----------------------------------------------------------------------
 
 def _notes_on_files(path, listing, sides, test_share):
     over = listing.passed_over
     if over:
-        yield (f"Passed over in {path}, as no part of the data set: {len(over)} files and folders, "
+        yield (f"Ignored in {path}, as not part of the data set: {len(over)} files and folders, "
                f"the first {shown(over[0])}.")
     if any(entry.side is not None for entry in listing.entries):
         counts = ", ".join(f"{len(rows)} {side}" for side, rows in sides.items())
         drawn = not any(entry.side == "test" for entry in listing.entries)
-        how = f", with {test_share:.0%} of its training images drawn for the test" if drawn else ""
+        how = f", with {test_share:.0%} of its training images drawn for testing" if drawn else ""
         yield f"The split is that of {path}: {counts} images{how}."
 
 
@@ -265,13 +263,13 @@ def _notes_on_copies(paths, groups, thumbnails, sides):
              for rows in members.values() if len({side_of[row] for row in rows}) > 1]
     if apart:
         yield (f"Copies of other images: {len(pairs)}. Images that are on two sides of the split: "
-               f"{len(apart)}, the first {named(apart[0])}. Results on these say nothing of new "
-               "images.")
+               f"{len(apart)}, the first {named(apart[0])}. Results on these say nothing about "
+               "new images.")
     elif pairs:
         yield (f"Copies of other images: {len(pairs)}, the first {named(pairs[0])}; none is on "
                "another side of the split.")
     if len(paths) > copies.MOST_COMPARED:
-        yield f"Near copies are not looked for among more than {copies.MOST_COMPARED} images."
+        yield f"Near copies are not searched for among more than {copies.MOST_COMPARED} images."
         return
     near = copies.near_copies([base64.b64decode(thumbnail) for thumbnail in thumbnails])
     near = near[groups[near[:, 0]] != groups[near[:, 1]]]
@@ -289,6 +287,6 @@ def _notes_on_classes(labels, class_names):
     if counts[most] >= _UNEQUAL * counts[least]:
         share = counts[most] / len(labels)
         yield (f"Classes are of very different sizes: {counts[most]} training images of "
-               f"{class_names[most]!r}, {counts[least]} of {class_names[least]!r}. Calling every "
-               f"image {class_names[most]!r} is right for {share:.1%} of them: look at the "
-               "accuracy class by class, and at class weights.")
+               f"{class_names[most]!r}, {counts[least]} of {class_names[least]!r}. Predicting "
+               f"{class_names[most]!r} for every image is right for {share:.1%} of them: look at "
+               "the accuracy class by class, and consider class weights.")

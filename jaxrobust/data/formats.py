@@ -1,4 +1,4 @@
-"""The formats of image files that are read: by their first bytes, whatever the files are called."""
+"""Image files of known formats, recognised by their first bytes, whatever the files are called."""
 
 import io
 import os
@@ -6,24 +6,24 @@ import struct
 from typing import BinaryIO
 
 FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000"
-"""In words. No other format of Pillow's is tried: some call other programs."""
+"""In words. Pillow's other formats are not tried: some of them start other programs."""
 
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _REDUCED, _NEW_SUBFILE_TYPE, _DNG_VERSION = 1, 254, 50706
 
 
 def open_image(file: BinaryIO, limit: int | None):
-    """The Pillow image in a file, of which the header alone is read.
+    """Opens an image with Pillow, reading its header only.
 
-    By the formats' own classes: ``Image.open`` answers an image that is somewhat too large with a
-    warning, which can be turned into an error only for all threads of a process.
+    It uses the formats' own classes, since ``Image.open`` only warns of an image that is somewhat
+    too large, and warnings become errors only for all threads of a process.
 
     Args:
       file: open for reading.
-      limit: the most pixels; None for any number.
+      limit: the largest number of pixels; None for any number.
 
     Raises:
-      Exception: of any kind, for a file that is bad. Its message is the reason.
+      Exception: of any kind, for a bad file. Its message is the reason.
     """
     from PIL import (
         BmpImagePlugin,
@@ -44,7 +44,7 @@ def open_image(file: BinaryIO, limit: int | None):
     elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         image = WebPImagePlugin.WebPImageFile(file)
     elif start.startswith((b"GIF87a", b"GIF89a")):
-        # Pillow makes room for the first frame as it opens the file.
+        # Pillow allocates the first frame when it opens the file.
         _check_pixels(*struct.unpack_from("<HH", start.ljust(10, b"\0"), 6), limit)
         image = GifImagePlugin.GifImageFile(file)
     elif start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -55,7 +55,7 @@ def open_image(file: BinaryIO, limit: int | None):
     elif start[4:8] == b"ftyp" and any(brand in start[8:] for brand in (b"avif", b"avis")):
         image = _open_optional("AvifImagePlugin", "AvifImageFile", "avif", "AVIF", file)
     elif start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"hevc"):
-        raise ValueError(f"a HEIC image, to be converted to {FORMATS}")
+        raise ValueError(f"a HEIC image; convert it to {FORMATS}")
     elif start.startswith(b"BM") and len(start) >= 26:
         image = BmpImagePlugin.BmpImageFile(file)
     else:
@@ -67,7 +67,7 @@ def open_image(file: BinaryIO, limit: int | None):
 def _check_pixels(width, height, limit):
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"{width} x {height} pixels, more than the {limit} that Pillow takes to be safe")
+            f"{width} x {height} pixels, more than the {limit} that Pillow considers safe")
 
 
 def _open_optional(module, name, feature, what, file):
@@ -77,7 +77,7 @@ def _open_optional(module, name, feature, what, file):
     from PIL import features
 
     if not features.check(feature):
-        raise ValueError(f"a {what} image, which this Pillow was built without")
+        raise ValueError(f"a {what} image, which this build of Pillow does not support")
     return getattr(importlib.import_module(f"PIL.{module}"), name)(file)
 
 
@@ -90,18 +90,18 @@ def _open_tiff(file, start):
     # Cameras' raw files are TIFF, with a thumbnail first.
     if (start[8:10] == b"CR" or _DNG_VERSION in image.tag_v2
             or image.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED):
-        raise ValueError(f"a camera's raw file, to be converted to {FORMATS}")
+        raise ValueError(f"a camera's raw file; convert it to {FORMATS}")
     return image
 
 
 def _check_tiff_directory(file, start):
     """Raises ValueError if the first directory, or a value that it points to, is not in the file.
 
-    Pillow would warn of a value that is cut off, and go on without it.
+    Pillow would only warn of a truncated value, and continue without it.
     """
     order = "<" if start[:1] == b"I" else ">"
     if start[2:4] in (b"+\0", b"\0+"):
-        return  # BigTIFF, for files beyond 4 GB: Pillow's own checks have to do.
+        return  # BigTIFF, for files beyond 4 GB: Pillow's own checks have to suffice.
     size = file.seek(0, os.SEEK_END)
     try:
         place, = struct.unpack_from(f"{order}L", start, 4)

@@ -1,4 +1,4 @@
-"""Which images a folder or a CSV file names, of which class, and on which side of a given split."""
+"""Listing of the images in a folder or CSV file, with their classes and their sides of a split."""
 
 import csv
 import os
@@ -10,25 +10,26 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from jaxrobust import _validate
+from jaxrobust._errors import reason_of
 
 SIDES = {"train": "train", "test": "test",
          "val": "validation", "valid": "validation", "validation": "validation"}
-"""Names of folders, and values of a CSV file's column ``split``, in any case, by what they mean."""
+"""Sides of a split by the name of their folder or their value in a CSV file, in lower case."""
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .jpx .jpf"
     .split())
-"""Of files that look like images."""
+"""Suffixes of files that look like images."""
 
 SYSTEM_FILES = frozenset(
     ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
      "system volume information"))
-"""What operating systems put into folders, in lower case; so are names that start with a dot."""
+"""What operating systems put into folders, in lower case."""
 
 SIDE_CARS = frozenset(
     ".aae .csv .dop .html .ini .json .log .md .md5 .pp3 .sha256 .srt .thm .txt .url .xml .xmp "
     ".yaml .yml".split())
-"""Suffixes of what cameras, programs and data sets put beside images."""
+"""Suffixes of files that cameras, programs and data sets put beside images."""
 
 
 class Entry(NamedTuple):
@@ -37,22 +38,22 @@ class Entry(NamedTuple):
     path: str  # Relative to the folder, with forward slashes.
     label: str
     side: str | None  # "train", "validation" or "test"; None where no split is given.
-    size: int  # Bytes.
-    mtime_ns: int  # Of the last change.
+    size: int  # In bytes.
+    mtime_ns: int  # Time of the last change.
 
 
 class Listing(NamedTuple):
-    """What there is."""
+    """What :func:`list_images` finds."""
 
     root: pathlib.Path  # The folder that paths are relative to.
-    entries: list[Entry]  # By path.
+    entries: list[Entry]  # Sorted by path.
     labels: frozenset[str]  # All classes with a file, good or bad.
     bad: list[str]  # A line for each file that cannot be one of the entries.
-    passed_over: list[str]  # Paths of files and folders that are no part of the data set.
+    passed_over: list[str]  # Paths of files and folders that are not part of the data set.
 
 
 class _Found(NamedTuple):
-    """Files by their relative path, each with its class and side."""
+    """The same before files are looked at, with class and side by relative path."""
 
     named: dict[str, tuple[str, str | None]]
     bad: list[str]
@@ -60,11 +61,11 @@ class _Found(NamedTuple):
 
 
 def list_images(path: pathlib.Path) -> Listing:
-    """The images in a folder or named by a CSV file, see :func:`jaxrobust.data.load_folder`.
+    """Lists the images of a folder or CSV file, see :func:`jaxrobust.data.load_folder`.
 
     Raises:
-      InputError: (a ValueError) if there is neither, it cannot be read, its layout could be meant
-        in two ways, or names of two classes differ in nothing but case and spaces.
+      InputError: (a ValueError) if there is neither, it cannot be read, its layout is ambiguous, or
+        names of two classes differ only in case and spaces.
     """
     if path.is_dir():
         found, root = _list_folder(path), path
@@ -77,7 +78,7 @@ def list_images(path: pathlib.Path) -> Listing:
     entries, bad = [], list(found.bad)
     for relative, (label, side) in sorted(found.named.items()):
         try:
-            relative.encode()  # Or it could not be written anywhere.
+            relative.encode()  # Fails for a name that could not be written anywhere.
             status = os.stat(root / relative)
         except (OSError, ValueError) as error:
             bad.append(f"{shown(relative)}: {reason_of(error)}")
@@ -92,13 +93,13 @@ def list_images(path: pathlib.Path) -> Listing:
 
 
 def class_order(labels: Iterable[str]) -> list[str]:
-    """Names in their natural order: numbers within them by value.
+    """Sorts names in natural order, numbers within them by value.
 
     >>> class_order(["10", "9", "shape 10", "shape 9"])
     ['9', '10', 'shape 9', 'shape 10']
     """
     def key(label):
-        # Text and digits take turns, so that like is compared with like.
+        # Text and digits alternate, so that numbers are compared with numbers.
         parts = re.split("([0-9]+)", label)
         return [int(part) if place % 2 else part for place, part in enumerate(parts)], label
 
@@ -106,18 +107,12 @@ def class_order(labels: Iterable[str]) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A file's name on one line."""
+    """A file's name on one line, whatever it contains."""
     return name if name.isprintable() else ascii(name)
 
 
-def reason_of(error: Exception) -> str:
-    """An error's message on one line, to be put into another."""
-    text = (isinstance(error, OSError) and error.strerror) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def _check_names(path: pathlib.Path, labels: Iterable[str]) -> None:
-    """Refuses names that a person takes for one, as some file systems do."""
+    """Refuses names that a person, or a file system, would take for the same."""
     alike: dict[str, str] = {}
     for label in sorted(labels):
         key = " ".join(unicodedata.normalize("NFC", label).split()).casefold()
@@ -162,10 +157,10 @@ def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
 def _given_sides(
     folder: pathlib.Path, folders: Collection[pathlib.Path]
 ) -> dict[pathlib.Path, str]:
-    """The side of each sub-folder, where they are the sides of a split; empty where classes.
+    """The side of each sub-folder if they are the sides of a split; empty if they are classes.
 
-    They are if all have the names of sides, ``train`` is one and another is too, and classes are
-    folders in each. What is neither this nor folders of classes is refused.
+    They are sides if all have the names of sides, ``train`` is one of at least two, and each holds
+    folders of classes. What is neither this nor folders of classes is refused.
     """
     sides = {entry: SIDES[entry.name.casefold()] for entry in folders
              if entry.name.casefold() in SIDES}
@@ -176,7 +171,7 @@ def _given_sides(
                       for part in _inside(entry))]
     others = [entry.name for entry in folders if entry not in sides]
     if others and not divided:
-        return {}  # A class may be called "train", beside "car".
+        return {}  # A class may be called "train", next to "car".
     names = ", ".join(entry.name for entry in folders)
     problem = ""
     if others:
@@ -190,7 +185,7 @@ def _given_sides(
         problem = f"one side twice in {names}"
     if problem:
         raise _validate.InputError(
-            f"Expected in {folder} folders of classes, or 'train' beside 'test', 'val' or both "
+            f"Expected folders of classes in {folder}, or 'train' beside 'test', 'val' or both "
             f"with folders of classes in each, got {problem}.")
     return sides
 
@@ -218,14 +213,14 @@ def _list_classes(
 
 
 def _list_beside(folder: pathlib.Path, entry: pathlib.Path, found: _Found) -> None:
-    """Adds what is no class folder: an image is bad there, what looks like none is passed over."""
+    """Adds an entry outside of the class folders: images are bad there, others passed over."""
     place = entry.relative_to(folder).as_posix()
     if _passed_over(entry.name, is_file=not entry.is_dir()):
         found.passed_over.append(place)
     elif entry.suffix.casefold() in IMAGE_SUFFIXES:
         found.bad.append(f"{shown(place)}: in no class folder")
     elif not entry.exists():
-        found.bad.append(f"{shown(place)}: a link to nothing")
+        found.bad.append(f"{shown(place)}: a broken link")
     else:
         found.passed_over.append(place)
 
@@ -233,8 +228,10 @@ def _list_beside(folder: pathlib.Path, entry: pathlib.Path, found: _Found) -> No
 def _walk(
     folder: pathlib.Path, unreadable: Callable[[OSError], None]
 ) -> Iterator[tuple[str, bool]]:
-    """What is below a folder, and whether it is passed over; links are followed, but no folder is
-    entered twice."""
+    """Paths below a folder, and whether each is passed over.
+
+    Links are followed, but no folder is entered twice.
+    """
     entered = set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(root)
@@ -273,7 +270,7 @@ def _list_csv(path: pathlib.Path) -> _Found:
         elif given and side.casefold() not in SIDES:
             found.bad.append(f"line {line}: expected train, test or val as split, got {side!r}")
         elif relative in found.named:
-            found.bad.append(f"line {line}: {shown(relative)} is there already")
+            found.bad.append(f"line {line}: {shown(relative)} is listed twice")
         else:
             found.named[relative] = label, SIDES[side.casefold()] if given else None
     if given and "train" not in {side for _, side in found.named.values()}:

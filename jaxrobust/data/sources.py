@@ -13,13 +13,16 @@ from jaxrobust.data.types import READ_AT_ONCE, Dataset, Split, StoredImages, rea
 
 
 def default_data_dir() -> pathlib.Path:
-    """The folder of TensorFlow Datasets: the environment variable ``TFDS_DATA_DIR``, which TFDS
-    reads too; ``~/tensorflow_datasets`` if it is not set or empty."""
+    """The folder of TensorFlow Datasets, by TFDS' own rule.
+
+    It is the environment variable ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets`` if that is unset
+    or empty.
+    """
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 class NotPrepared(_validate.InputError):
-    """A data set that TensorFlow Datasets has not prepared in the folder looked into."""
+    """A data set that TensorFlow Datasets has not prepared in the given folder."""
 
 
 class _Tfds(NamedTuple):
@@ -44,7 +47,7 @@ def load_dataset(
     name: str, data_dir: str | pathlib.Path | None = None, *, in_memory: bool = True,
     **folder_options: Any,
 ) -> Dataset:
-    """Loads a data set, or opens one that is to stay on disk.
+    """Loads a data set, or opens one that stays on disk.
 
     ``digits``: 1,797 real 8 x 8 grey images that come with scikit-learn, a stratified fifth
     of them as test set. ``cifar10`` and ``svhn_cropped``: as prepared by TensorFlow Datasets
@@ -54,19 +57,18 @@ def load_dataset(
 
     Args:
       name: one of :data:`DATASETS`, or ``folder:`` and a path.
-      data_dir: the folder of TensorFlow Datasets; if none is given, what ``TFDS_DATA_DIR`` names
-        in the environment, or ``~/tensorflow_datasets``. The decoded images of ``folder:PATH``
-        are kept in its folder ``image_folders``, unless ``cache_dir`` names another.
+      data_dir: the folder of TensorFlow Datasets; by default :func:`default_data_dir`. The decoded
+        images of ``folder:PATH`` are kept in its folder ``image_folders``, unless ``cache_dir``
+        names another.
       in_memory: False to leave the images of a prepared data set on disk, as
-        :class:`StoredImages`, and read the labels alone. ``digits``, which has no files of its
-        own, is in memory either way.
-      **folder_options: of :func:`jaxrobust.data.load_folder`, for ``folder:PATH`` alone.
+        :class:`StoredImages`, and read only the labels. ``digits`` is in memory either way.
+      **folder_options: of :func:`jaxrobust.data.load_folder`, for ``folder:PATH`` only.
 
     Raises:
-      NotPrepared: (an InputError) for a data set that is not prepared; its one line names the
-        folder and what prepares it.
-      InputError: (a ValueError) for an unknown name, or a record that cannot be read, which it
-        names; and as ``load_folder`` does.
+      NotPrepared: (an InputError) for a data set that is not prepared; it names the folder and the
+        command that prepares it.
+      InputError: (a ValueError) for an unknown name, or a record that cannot be read; and as
+        ``load_folder`` does.
     """
     data_dir = default_data_dir() if data_dir is None else data_dir
     if name.startswith(FOLDER_PREFIX):
@@ -78,7 +80,7 @@ def load_dataset(
     _validate.one_of("dataset", name, (*DATASETS, f"{FOLDER_PREFIX}PATH"))
     if folder_options:
         raise _validate.InputError(
-            f"Expected {', '.join(folder_options)} with a dataset {FOLDER_PREFIX}PATH alone, got "
+            f"Expected {', '.join(folder_options)} only with dataset='{FOLDER_PREFIX}PATH', got "
             f"dataset={name!r}.")
     return _load_digits() if name == "digits" else _load_tfds(name, data_dir, in_memory=in_memory)
 
@@ -116,14 +118,14 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> D
 
 
 def _open_tfds(builder, split: str, name: str) -> Split:
-    """A split with its images stored; of the records, the labels alone are decoded."""
+    """A split with its images stored; only the labels are decoded."""
     import tensorflow_datasets as tfds
 
     records = builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def reader(feature):
-        # Data sources take no partial decoding, but a part of the features decodes itself alone.
+        # Data sources do not decode partially, but a subset of the features can decode itself.
         part = tfds.features.FeaturesDict({feature: builder.info.features[feature]})
         return lambda positions: [part.deserialize_example_np(record)[feature]
                                   for record in records.__getitems__(positions)]
@@ -139,7 +141,7 @@ def _open_tfds(builder, split: str, name: str) -> Split:
 
 
 def tfds_builder(name: str, folder: str | pathlib.Path):
-    """The TFDS builder of a data set stored as array_record, which is read without TensorFlow.
+    """Makes the TFDS builder of a data set as array_record, which is read without TensorFlow.
 
     Raises:
       InputError: (a ValueError) if TensorFlow Datasets is not installed.

@@ -14,15 +14,14 @@ def split_off(
     Args:
       split: what to divide, N examples.
       size: examples to split off, in [1, N).
-      seed: of the choice.
-      groups: [N] integers, equal for examples that are to stay together, such as copies of one
-        image. The share is then drawn among the first examples of the groups, and as large a part
-        of these as ``size`` is of N; the others follow.
+      seed: of the draw.
+      groups: [N] integers, equal for examples that must stay together, such as copies of one
+        image. The share is then drawn among the first examples of the groups, as large a part of
+        these as ``size`` is of N, and the others follow.
       name: of the size, in messages.
 
     Returns:
-      ``(the rest, the share)``, both in their original order. Stored images stay stored: none
-      is read.
+      ``(the rest, the share)``, both in their original order. Stored images are not read.
 
     Raises:
       InputError: (a ValueError) if the size is out of range or leaves a class without an
@@ -36,12 +35,12 @@ def split_rows(
     labels: np.ndarray, size: int, *, seed: int, groups: np.ndarray | None = None,
     name: str = "size",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows, each sorted, that :func:`split_off` keeps and takes."""
+    """The sorted rows that :func:`split_off` keeps, and those that it splits off."""
     _validate.in_range(name, size, 1, len(labels))
     if groups is None:
         return _stratified(labels, size, seed, name)
     first, group_of = np.unique(groups, return_index=True, return_inverse=True)[1:]
-    order = np.argsort(first)  # As if the other examples were not there.
+    order = np.argsort(first)  # The first examples in their order, as if there were no others.
     share = min(max(1, round(size * len(first) / len(labels))), len(first) - 1)
     if len(first) == 1:
         raise _validate.InputError(
@@ -64,7 +63,7 @@ def _stratified(labels, size, seed, name):
         raise _validate.InputError(f"{expected}, got a class with 1 example.")
     kept, taken = sklearn.model_selection.train_test_split(
         rows, test_size=size, random_state=seed, stratify=labels)
-    for side in (kept, taken):  # Shares are rounded: that of a small class may be none.
+    for side in (kept, taken):  # The share of a small class may be rounded to none.
         absent = np.setdiff1d(labels, labels[side])
         if absent.size:
             raise _validate.InputError(f"{expected}, got one side without class {absent[0]}.")
@@ -72,6 +71,6 @@ def _stratified(labels, size, seed, name):
 
 
 def take_rows(split: Split, rows: np.ndarray) -> Split:
-    """The examples in these rows, in their order; stored images stay stored."""
+    """The examples in these rows, in their order; stored images are not read."""
     stored = isinstance(split.images, StoredImages)
     return Split(split.images.take(rows) if stored else split.images[rows], split.labels[rows])

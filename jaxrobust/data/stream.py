@@ -1,4 +1,4 @@
-"""Batches of a data set that need not fit on the device, or in memory, read ahead by Grain."""
+"""Batches of a data set of any size, on disk or in memory, read ahead by Grain."""
 
 import functools
 import threading
@@ -23,37 +23,36 @@ def stream_batches(
     num_threads: int = 4,
     prefetch: int = 2,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches of updates ``start .. stop - 1``, over as many epochs as they take.
+    """Yields the batches of updates ``start .. stop - 1``, over as many epochs as they take.
 
-    They hold the examples, and in the order, that :func:`epoch_order` and :func:`batch_sizes`
-    give: update u is batch ``u mod S`` of epoch ``1 + u // S``, with S batches an epoch, the last
-    of which may be smaller. So the position in the data is the number
-    of updates done, which a train state counts anyway, and nothing else is to be saved: to go on
-    after u updates, ``start=u``.
+    :func:`epoch_order` and :func:`batch_sizes` determine the examples and their order: update u is
+    batch ``u mod S`` of epoch ``1 + u // S``, with S batches in an epoch, the last of which may be
+    smaller. The number of updates done, which a train state counts anyway, is thus the position in
+    the data: to continue after u updates, pass ``start=u``.
 
-    Threads read ahead, also into the next epoch, while the caller works: at most ``prefetch``
-    batches beyond the one it was given last. They end soon after the iterator is exhausted,
-    closed or deleted.
+    Threads read ahead while the caller works, also into the next epoch: at most ``prefetch``
+    batches beyond the last one yielded. They end soon after the iterator is exhausted, closed or
+    deleted.
 
     Args:
       split: N examples, in memory or stored.
-      key: a PRNG key, of the order.
+      key: a PRNG key that determines the order.
       batch_size: in [1, N].
       stop: the update to stop before.
       start: the first update, counted from 0.
-      rows_of: takes the size of a batch and says which of its rows to read: those of one process,
-        where several share a batch. By default ``slice(size)``: all.
-      num_threads: that read, a piece of a batch each; at least 1. Small images gain little by
-        more: what is spent on them is mostly Python's own time.
+      rows_of: takes the size of a batch and returns the slice of its rows to read: those of one
+        process, where several share a batch. By default all.
+      num_threads: for reading, a piece of a batch each; at least 1. More of them help little with
+        small images, whose cost is mostly Python's own.
       prefetch: batches to read ahead, at least 1.
 
     Yields:
       ``(images [b, H, W, channels], labels [b])``, NumPy arrays of the split's dtypes, with the
-      rows of each batch that ``rows_of`` names.
+      rows of each batch that ``rows_of`` selects.
 
     Raises:
       InputError: (a ValueError) if an argument is out of range or Grain is not installed; and,
-        from the iterator, if a record cannot be read: its one line names the record.
+        from the iterator, if a record cannot be read, which it names.
     """
     size = _validate.shapes(
         images=(split.images, "N H W channels"), labels=(split.labels, "N"))["N"]
@@ -61,15 +60,15 @@ def stream_batches(
     _validate.in_range("start", start, 0, stop, open_high=False)
     _validate.in_range("num_threads", num_threads, 1)
     _validate.in_range("prefetch", prefetch, 1)
-    # Shares of a batch, not single records: Grain's own work for an element would take longer
-    # than reading a small image.
+    # Pieces of a batch, not single records: Grain's overhead for an element exceeds the time to
+    # read a small image.
     pieces = min(num_threads, max(1, len(range(batch_size)[rows_of(batch_size)])))
     source = _Pieces(split, host_epoch_order(key, size), batch_size, rows_of, start, stop, pieces)
     return _batches(_reading(source, num_threads, prefetch * pieces), pieces)
 
 
 class _Pieces:
-    """A Grain source: every batch from ``start`` to ``stop`` in so many pieces each."""
+    """A Grain source: every batch from ``start`` to ``stop``, each in so many pieces."""
 
     def __init__(self, split, order_of, batch_size, rows_of, start, stop, pieces):
         self._split, self._order_of, self._batch_size = split, order_of, batch_size
@@ -91,7 +90,7 @@ class _Pieces:
 
 
 def _reading(source, num_threads, buffer_size):
-    """A Grain data set that reads the elements of ``source`` in order, ahead of their use."""
+    """A Grain data set that reads ahead the elements of ``source`` in order."""
     grain = _validate.installed("grain", "Grain", "Streaming", "pip install 'jaxrobust[data]'")
     options = grain.ReadOptions(
         num_threads=min(num_threads, buffer_size), prefetch_buffer_size=buffer_size)
@@ -109,27 +108,27 @@ def _batches(dataset, pieces):
 
 
 def host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
-    """``epoch -> epoch_order(key, epoch, size)``, computed on the host, for any thread.
+    """Makes ``epoch -> epoch_order(key, epoch, size)``, computed on the host, for any thread.
 
-    The accelerator is left to the training: the order is of integers, the same on any device.
+    This leaves the accelerator to the training; the integers are the same on any device.
     """
-    # Copied: a train step may be given the state's key to overwrite. It may also lie on an
+    # Copied, since a train step may be given the state's key to overwrite. It may also be on an
     # accelerator, or on the devices of several processes.
     data, impl = np.array(jax.random.key_data(key)), jax.random.key_impl(key)
     try:
         host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use an accelerator alone: then that computes it.
+    except RuntimeError:  # JAX was told to use only an accelerator, which then computes it.
         host = None
     lock = threading.Lock()
 
-    # Two, since reading ahead crosses from one epoch to the next.
+    # For two epochs, since reading ahead crosses from one to the next.
     @functools.lru_cache(maxsize=2)
     def compute(epoch):
         with jax.default_device(host):
             return np.asarray(epoch_order(jax.random.wrap_key_data(data, impl=impl), epoch, size))
 
     def order(epoch):
-        with lock:  # One thread computes; those that need the same wait for it.
+        with lock:  # One thread computes while others wait for the result.
             return compute(epoch)
 
     return order

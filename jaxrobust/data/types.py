@@ -1,4 +1,4 @@
-"""What a data set is: images, in memory or stored, with their labels and files."""
+"""Data sets: images, in memory or stored, with their labels and files."""
 
 import csv
 import dataclasses
@@ -9,29 +9,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._errors import reason_of
 from jaxrobust.data.listing import shown
 
-READ_AT_ONCE = 512  # Records: reading a few of them costs nearly as much as reading many.
+READ_AT_ONCE = 512  # Records. Reading a few of them costs nearly as much as reading many.
 
 
 class StoredImages:
-    """Images that stay where they are stored, and are read and decoded when they are asked for.
+    """Images that stay where they are stored, and are read and decoded on access.
 
-    It is indexed as an array along its first axis: ``images[rows]``, with a position, a slice or
-    an array of positions, reads those images now and returns them as uint8
-    ``[..., H, W, channels]``. Nothing that was read is kept. Nothing turns it into an array by the
-    way either: ``np.asarray`` and ``jnp.asarray`` raise, and ``images[:]`` reads everything.
+    It is indexed like an array along its first axis: ``images[rows]``, with a position, a slice or
+    an array of positions, reads those images and returns them as uint8 ``[..., H, W, channels]``.
+    Nothing is cached. To avoid reading everything by accident, ``np.asarray`` and ``jnp.asarray``
+    raise; ``images[:]`` reads everything.
 
     Args:
       read: takes a list of positions and returns their images, each [H, W, channels] uint8; from
-        any thread. If it fails for several, it is asked for each alone.
-      size: images there are, N.
+        any thread. If it fails for several, it is called for each.
+      size: N, the number of images.
       image_shape: (H, W, channels).
       name: of what is stored, for messages.
 
     Raises:
-      InputError: (a ValueError) when images are read, if one cannot be or is not uint8 of
-        ``image_shape``; its one line names the image.
+      InputError: (a ValueError) on access, if an image cannot be read or is not uint8 of
+        ``image_shape``; it names the image.
 
     >>> images = StoredImages(lambda positions: [np.full((2, 2, 1), p, np.uint8)
     ...                                          for p in positions], 5, (2, 2, 1), "squares")
@@ -75,7 +76,7 @@ class StoredImages:
         return images.reshape(*positions.shape, *self._image_shape)
 
     def take(self, rows: Any) -> "StoredImages":
-        """The images in these rows, a slice or an array of positions, without reading them."""
+        """Selects the images in these rows, a slice or an array, without reading them."""
         view = StoredImages(self._read, 0, self._image_shape, self._name)
         view._positions = np.atleast_1d(self._positions[rows])
         return view
@@ -90,10 +91,10 @@ class StoredImages:
 
 
 def read_named(read, positions: list[int], what: str):
-    """``read(positions)``; if it fails, one by one, so that the error names the record."""
+    """Reads the positions together or, if that fails, one by one, to name the bad record."""
     try:
         return read(positions)
-    except Exception:  # A reader may raise any; the record at fault fails again.
+    except Exception:  # A reader may raise anything; the bad record fails again.
         return [value for position in positions for value in _read_one(read, position, what)]
 
 
@@ -101,8 +102,8 @@ def _read_one(read, position: int, what: str):
     try:
         return read([position])
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _validate.InputError(f"Cannot read {what.format(position)}: {reason}") from error
+        raise _validate.InputError(
+            f"Cannot read {what.format(position)}: {reason_of(error)}") from error
 
 
 class Split(NamedTuple):
@@ -122,9 +123,9 @@ class File(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set, with what models and augmentation need to know of it.
+    """A data set, with what models and augmentation need to know about it.
 
-    Labels are in memory; images are too, or stay stored as :class:`StoredImages`.
+    Labels are in memory; images are too, or are :class:`StoredImages`.
     """
 
     name: str
@@ -138,17 +139,16 @@ class Dataset:
     flip: bool
     """Whether a mirrored image keeps its class."""
     validation: Split | None = None
-    """Images for choosing an epoch or a setting, where the data set comes with some."""
+    """Images for choosing an epoch or a setting, if the data set comes with some."""
     files: tuple[File, ...] | None = None
     """Files of the training examples in their order, then of those for validation, then of the
-    test examples; None where the examples are not files of their own."""
+    test examples; None if the examples are not files of their own."""
     groups: np.ndarray | None = None
-    """[N] integers, equal for training examples that are copies of one image; None if it is not
-    known of any."""
+    """[N] integers, equal for training examples that are copies of one image; None if unknown."""
     skipped: tuple[str, ...] = ()
     """A line for each file or class that was left out, with the reason."""
     notes: tuple[str, ...] = ()
-    """What a user is to know of the data set, a line each."""
+    """What a user should know about the data set, a line each."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -174,13 +174,13 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits there are, by their name in :class:`File`."""
+        """The splits that exist, by their name in :class:`File`."""
         every = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
 
 
 def files_to_csv(files: Iterable[File]) -> str:
-    """The files of a data set as CSV text with the columns ``path,label,split``.
+    """Writes the files of a data set as CSV text with the columns ``path,label,split``.
 
     >>> files_to_csv([File("cats/1.png", "cats", "train")])
     'path,label,split\\ncats/1.png,cats,train\\n'
@@ -191,7 +191,7 @@ def files_to_csv(files: Iterable[File]) -> str:
 
 
 def files_from_csv(text: str) -> tuple[File, ...]:
-    """The files that :func:`files_to_csv` wrote.
+    """Reads what :func:`files_to_csv` wrote.
 
     Raises:
       InputError: (a ValueError) if the text has other columns, or a row is incomplete.
@@ -213,14 +213,13 @@ def check_same_files(saved: Iterable[File], current: Iterable[File], name: str) 
     Args:
       saved: the files that a model was trained and tested on.
       current: the files now.
-      name: of the data set, for the message, which counts the files that are new, that are gone,
-        and that have another class or another side of the split.
+      name: of the data set, for the message.
     """
     saved, current = ({file.path: file for file in files} for files in (saved, current))
     new, gone = current.keys() - saved.keys(), saved.keys() - current.keys()
     moved = {path for path in current.keys() & saved.keys() if current[path] != saved[path]}
     if new or gone or moved:
         raise _validate.InputError(
-            f"Expected the images of {name} as they were, got {len(new)} new, {len(gone)} gone "
+            f"Expected the images of {name} to be unchanged, got {len(new)} new, {len(gone)} gone "
             f"and {len(moved)} moved to another class or side of the split, the first "
             f"{shown(min(new | gone | moved))}.")

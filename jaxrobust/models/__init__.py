@@ -1,8 +1,18 @@
 """Flax Linen classifiers that return logits, penultimate features and block outputs.
 
-Every model takes float images in [0, 1], [B, H, W, channels], normalises them itself with its
-``mean`` and ``std`` (one number for each channel; anything else is an InputError), and keeps its
-feature layer under ``params["features"]`` and its softmax layer under ``params["head"]``.
+Every model takes float images in [0, 1], [B, H, W, channels], and keeps its feature layer under
+``params["features"]`` and its softmax layer under ``params["head"]``. With ``train``, batch norm
+uses and updates the statistics of this batch (``mutable=["batch_stats"]``), without it the running
+ones. They share these fields:
+
+- ``num_classes``: C.
+- ``mean``, ``std``: per channel, of pixels in [0, 1], by which the model normalises its images;
+  other numbers of channels are an InputError.
+- ``num_features``: d, the dimension of the penultimate layer.
+- ``width``: channels of the first stage, to which all others are proportional.
+- ``dtype``: of the computation, such as bfloat16; parameters, batch statistics, features and logits
+  stay float32.
+- ``axis_name``: device axis over which training batch statistics are shared, if any.
 """
 
 import functools
@@ -36,24 +46,20 @@ def create_model(
     name: str, *, num_classes: int, num_features: int, width: int,
     mean: Sequence[float], std: Sequence[float], feature_layer: str = "dense", dtype=jnp.float32,
 ) -> nn.Module:
-    """The model of that name.
+    """Makes the model of that name; see :mod:`jaxrobust.models` for its fields.
 
     Args:
       name: a key of :data:`MODELS`.
-      num_classes: C.
-      num_features: d, the dimension of the penultimate layer.
-      width: channels of the first stage: 64 in the usual ResNet18, 16 in MobileNetV3.
-      mean: per channel, of pixels in [0, 1], subtracted from the images.
-      std: per channel, by which they are then divided.
-      feature_layer: of a ResNet18, one of :data:`~jaxrobust.models.resnet.FEATURE_LAYERS`; the
-        others have "dense" alone.
-      dtype: of the computation, such as bfloat16; parameters, batch statistics, features and
-        logits stay float32.
+      num_classes: >= 2.
+      num_features: >= 1.
+      width: 64 in the usual ResNet18, 16 in MobileNetV3.
+      mean, std: of the same length, std > 0.
+      feature_layer: for a ResNet18, one of :data:`~jaxrobust.models.resnet.FEATURE_LAYERS`; other
+        models only have "dense".
+      dtype: of the computation.
 
     Raises:
-      InputError: (a ValueError) for an unknown name, a size that is not an integer or below 1,
-        fewer than two classes, a ``mean`` and ``std`` of different lengths, a ``std`` that is not
-        above 0, or a feature layer that the model does not have.
+      InputError: (a ValueError) for an unknown name, or an argument that does not fit.
     """
     _validate.one_of("model", name, MODELS)
     num_classes = _validate.integer("num_classes", num_classes, 2)

@@ -1,4 +1,4 @@
-"""What the models share: their outputs, their layers as PyTorch has them, normalisation."""
+"""What the models share: layers as in PyTorch, and normalisation."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from jaxrobust import _validate
 def over_axis(
     model: nn.Module, axis_name: str | None, synchronised: bool
 ) -> tuple[nn.Module, bool]:
-    """The model for a device axis, and whether batch norm shares its statistics over it.
+    """Adapts a model to a device axis; returns also whether batch norm shares statistics over it.
 
-    They are shared if that is asked for and the module declares an ``axis_name``.
+    It does if that is requested and the module has a field ``axis_name``.
     """
     if "axis_name" not in {field.name for field in dataclasses.fields(model)}:
         return model, False
@@ -29,15 +29,14 @@ def over_axis(
 def head_parameters(
     params: Mapping[str, Any], head: str = "head"
 ) -> tuple[jax.Array, jax.Array]:
-    """The softmax layer's ``(kernel [d, C], bias [C])`` among a model's parameters.
+    """Finds the softmax layer's ``(kernel [d, C], bias [C])`` among a model's parameters.
 
     Args:
       params: of the model.
-      head: the layer's name; of a layer inside another one the path, such as ``"top/Dense_0"``.
+      head: the layer's name, or the path of a nested layer, such as ``"top/Dense_0"``.
 
     Raises:
-      InputError: (a ValueError) that lists the layers with a kernel and a bias of such shapes, if
-        that is none of them.
+      InputError: (a ValueError) if there is no such layer; it lists the ones that would do.
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
     layers = [path.removesuffix("/kernel") for path, leaf in leaves.items()
@@ -52,7 +51,7 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for the biases of such a layer."""
+    """Makes U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for their biases."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -64,7 +63,7 @@ def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
 def dense(num_outputs: int, inputs: jax.Array, *, name: str, dtype,
           kernel_init: nn.initializers.Initializer = torch_kernel_init,
           bias_init: nn.initializers.Initializer | None = None) -> jax.Array:
-    """A fully connected layer, by default with PyTorch's default initialisation."""
+    """Applies a fully connected layer, by default with PyTorch's default initialisation."""
     return nn.Dense(num_outputs, dtype=dtype, kernel_init=kernel_init,
                     bias_init=bias_init or torch_bias_init(inputs.shape[-1]), name=name)(inputs)
 
@@ -73,10 +72,10 @@ def conv(channels: int, inputs: jax.Array, *, size: int, stride: int = 1, depthw
          dtype, kernel_init: nn.initializers.Initializer = torch_kernel_init,
          bias_init: nn.initializers.Initializer | None = None,
          name: str | None = None) -> jax.Array:
-    """A convolution of odd size, padded by size // 2 on every side as PyTorch's are.
+    """Applies a convolution of odd size, padded by size // 2 on every side as in PyTorch.
 
     It has a bias if there is a ``bias_init``. A depthwise one has a kernel [size, size] for each
-    channel, of which there are as many as in the inputs.
+    channel, and as many channels as its inputs.
     """
     return nn.Conv(channels, (size, size), strides=stride, padding=size // 2,
                    feature_group_count=channels if depthwise else 1,
@@ -88,12 +87,12 @@ def conv(channels: int, inputs: jax.Array, *, size: int, stride: int = 1, depthw
 def _depthwise_conv(inputs, kernel, strides, padding, **options) -> jax.Array:
     """``lax.conv_general_dilated`` of inputs [B, H, W, C] and a kernel [k, k, 1, C].
 
-    On CPUs, where XLA does grouped convolutions channel by channel, a sum of shifted products: a
-    gradient of MobileNetV3 takes a fourth of the time. Columns are shifted before rows, 2 k
-    shifts in all rather than k * k, for the sake of the gradient's time and compilation.
+    On CPUs, where XLA runs grouped convolutions channel by channel, it is a sum of shifted
+    products: a gradient of MobileNetV3 takes a quarter of the time. Columns are shifted before
+    rows, 2 k shifts in all rather than k * k, which makes the gradient faster to run and compile.
     """
     def shifted(inputs, kernel):
-        wide = np.promote_types(inputs.dtype, jnp.float32)  # Convolutions add up in it too.
+        wide = np.promote_types(inputs.dtype, jnp.float32)  # As convolutions accumulate.
         kernel = kernel.astype(wide)
         x = jnp.pad(inputs.astype(wide), ((0, 0), *padding, (0, 0)))
 
@@ -113,17 +112,17 @@ def _depthwise_conv(inputs, kernel, strides, padding, **options) -> jax.Array:
 
 
 BATCH_NORM_MOMENTUM = 0.9
-"""Weight of the old running statistics in PyTorch's default, which calls it 0.1."""
+"""Weight of the old running statistics by PyTorch's default, a momentum of 0.1 there."""
 
 
 def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
                momentum: float = BATCH_NORM_MOMENTUM, epsilon: float = 1e-5,
                name: str | None = None) -> jax.Array:
-    """Batch normalisation, by default with PyTorch's momentum and epsilon.
+    """Applies batch normalisation, by default with PyTorch's momentum and epsilon.
 
-    ``momentum`` is the weight of the old running statistics: PyTorch's is one less that.
-    The variance is E[(x - E x)^2], not the cheaper E[x^2] - (E x)^2, whose second derivative
-    loses its digits. The running variance is the biased one; PyTorch stores the unbiased.
+    ``momentum`` is the weight of the old running statistics, one minus PyTorch's. The variance is
+    E[(x - E x)^2], not the cheaper E[x^2] - (E x)^2, whose second derivative loses its digits. The
+    running variance is the biased one; PyTorch stores the unbiased one.
     """
     return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon,
                         dtype=dtype, axis_name=axis_name, use_fast_variance=False,
@@ -131,11 +130,11 @@ def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype) -> jax.Array:
-    """(images - mean) / std per channel: the door at which every model checks its images.
+    """Checks the images of every model, and normalises them: (images - mean) / std per channel.
 
     Raises:
-      InputError: (a ValueError) if images are not floats [B, H, W, channels], ``mean`` and ``std``
-        not one number for each channel, or one of ``std`` is not above 0.
+      InputError: (a ValueError) if images are not floats [B, H, W, channels], ``mean`` or ``std``
+        not a number for each channel, or a std not above 0.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise _validate.InputError("Expected images of a floating dtype, in [0, 1], got "

@@ -74,11 +74,7 @@ _STEM_CHANNELS = 16
 
 
 def bottlenecks(variant: str, width: int) -> list[Bottleneck]:
-    """The bottlenecks of a variant, with all channels scaled by ``width / 16``.
-
-    Raises:
-      InputError: (a ValueError) for an unknown variant.
-    """
+    """Lists the bottlenecks of a variant, with all channels scaled by ``width / 16``."""
     _validate.one_of("variant", variant, _TABLES)
 
     def scaled(channels):
@@ -93,7 +89,7 @@ def bottlenecks(variant: str, width: int) -> list[Bottleneck]:
 
 
 def _multiple_of_8(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, and not more than a tenth less."""
+    """Rounds to the nearest multiple of 8, at least 8, and to no more than a tenth less."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
@@ -146,29 +142,23 @@ class BottleneckBlock(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """Howard et al. (2019), as torchvision has it.
+    """The network of Howard et al. (2019), as in torchvision.
 
     The feature space is the input of the softmax layer, the hard-swish of the layer before it.
-    torchvision's dropout between the two is left out: the losses of the paper act on the
-    features and the boundaries of the softmax layer together, so the features must be the very
-    ones that this layer sees, and the same in training and evaluation.
+    torchvision's dropout between the two is omitted: the losses of the paper act on the features
+    and the boundaries of the softmax layer together, so that the features must be exactly those
+    that this layer sees, and the same in training and evaluation.
 
     Between the kinks of its hard-swishes and hard-sigmoids the logits are not affine in the
-    image, as a ReLU network's are: the Hessian of its loss is more than the Gauss-Newton part.
+    image, unlike a ReLU network's: the Hessian of its loss is more than the Gauss-Newton part.
 
-    Initialised as torchvision does: convolutions N(0, 2 / fan_out), fully connected layers
+    It is initialised as in torchvision: convolutions N(0, 2 / fan_out), fully connected layers
     N(0, 0.01^2), biases 0.
 
-    Attributes:
-      num_classes: C.
-      mean: per channel, of pixels in [0, 1].
-      std: per channel.
-      num_features: d; 1024 in the small network and 1280 in the large one, whatever the width.
-      width: channels of the first convolution, 16 in the paper. With another one all channels
-        of the convolutions are multiplied by width / 16 and rounded to multiples of 8.
+    Attributes (the others are in :mod:`jaxrobust.models`):
+      num_features: 1024 in the small network and 1280 in the large one, whatever the width.
+      width: 16 in the paper; channels are multiplied by width / 16 and rounded to multiples of 8.
       variant: "small" or "large".
-      dtype: of the computation; parameters, statistics, features and logits stay float32.
-      axis_name: device axis over which training batch statistics are shared, if any.
     """
 
     num_classes: int
@@ -184,13 +174,10 @@ class MobileNetV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
-        """Classifies images [B, H, W, channels] in [0, 1]; ``train`` as in ResNet18.
+        """Classifies images [B, H, W, channels] in [0, 1].
 
-        Its blocks ``block1`` to ``block5`` are the last outputs of 1/2, 1/4, 1/8, 1/16 and 1/32
-        of the resolution (rounded up); the last is what is pooled.
-
-        Raises:
-          InputError: (a ValueError) for an unknown variant.
+        The blocks ``block1`` to ``block5`` are the last outputs at 1/2, 1/4, 1/8, 1/16 and 1/32 of
+        the resolution (rounded up); the last of them is pooled.
         """
         rows = bottlenecks(self.variant, self.width)
 

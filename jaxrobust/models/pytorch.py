@@ -1,15 +1,15 @@
-"""Weights from PyTorch files, and to them.
+"""Reading and writing of weights in PyTorch's files.
 
-A state dict is a flat mapping of PyTorch's names to arrays in PyTorch's layout. Known are those of
+A state dict is a flat mapping of PyTorch's names to arrays in PyTorch's layout. These are known:
 
 - torchvision's ``mobilenet_v3_small`` and ``mobilenet_v3_large``,
-- torchvision's ``resnet18``, whose softmax layer ``fc`` works on the features of
-  ``feature_layer="pooled"``, and on other ones than those of a feature layer,
+- torchvision's ``resnet18``, whose softmax layer ``fc`` fits ``feature_layer="pooled"`` but not the
+  other feature layers,
 - the ResNet18 of the paper's authors: ``shortcut`` for ``downsample``, and at the end
   ``fc_layer.1``, the feature layer, and ``fc_layer.2``, the softmax layer.
 
-Normalisation of the images is no part of a state dict: for torchvision's networks give the model
-the ``mean`` (0.485, 0.456, 0.406) and ``std`` (0.229, 0.224, 0.225) they were trained with.
+A state dict does not include the normalisation of the images: for torchvision's networks give the
+model the ``mean`` (0.485, 0.456, 0.406) and ``std`` (0.229, 0.224, 0.225) they were trained with.
 """
 
 import os
@@ -23,6 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxrobust import _validate
+from jaxrobust._errors import reason_of
 from jaxrobust.models.mobilenet import MobileNetV3, bottlenecks
 from jaxrobust.models.resnet import ResNet18
 
@@ -37,10 +38,10 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias",
 
 
 def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads the state dict in a file; no code that the file may hold is run.
+    """Reads the state dict in a file, without running code that the file may contain.
 
-    A state dict may lie under "state_dict", "model" or "net" in what was saved, and its names may
-    all begin with "module.", as those of ``DataParallel`` do; both are taken off.
+    The state dict may be nested under "state_dict", "model" or "net", and its names may all begin
+    with "module.", as those of ``DataParallel`` do; both are removed.
 
     Args:
       path: a file whose name ends in one of :data:`SUFFIXES`. PyTorch's own format is read by
@@ -50,14 +51,14 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       Arrays by name, bfloat16 widened to float32.
 
     Raises:
-      InputError: (a ValueError) for another suffix, a file that is not there, is broken, or holds
-        anything but tensors by name, such as a pickled module, or NaN or infinite weights, and for
-        a library that is missing.
+      InputError: (a ValueError) for another suffix, a missing library, and a file that does not
+        exist, is broken, or contains anything but tensors by name, such as a pickled module, or NaN
+        or infinite weights.
     """
     path = pathlib.Path(path).expanduser()
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
     if not path.is_file():
-        raise _validate.InputError(f"Expected a file of weights, got {path}, which is not there.")
+        raise _validate.InputError(f"Expected a file of weights, got {path}, which does not exist.")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     state_dict = read(path)
     if all(name.startswith(_DATA_PARALLEL) for name in state_dict):
@@ -71,7 +72,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     safetensors = _import_safetensors(path)
     try:
         state_dict = safetensors.load_file(path)
-    except Exception as error:  # Of Rust, or of NumPy for a dtype it lacks.
+    except Exception as error:  # From Rust, or from NumPy for a dtype it lacks.
         raise _unreadable(path, error) from error
     return {name: _float32(value) for name, value in state_dict.items()}
 
@@ -87,10 +88,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # Whatever such a file leads PyTorch's readers to.
+    except Exception as error:  # PyTorch's readers may raise anything.
         raise _validate.InputError(
-            f"{expected}, got {path}, which is broken or holds other Python objects than tensors."
-        ) from error
+            f"{expected}, got {path}, which is broken or contains other Python objects than "
+            "tensors.") from error
     if isinstance(saved, Mapping):
         saved = next((saved[key] for key in _NESTED if isinstance(saved.get(key), Mapping)), saved)
     if not isinstance(saved, Mapping) or not saved:
@@ -108,12 +109,12 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
     """Writes a state dict, such as one of :func:`to_torch_state_dict`.
 
     Args:
-      path: a file whose name ends in one of :data:`SUFFIXES`; its folder is there.
+      path: a file whose name ends in one of :data:`SUFFIXES`, in an existing folder.
       state_dict: arrays by name.
 
     Raises:
-      InputError: (a ValueError) for another suffix, or a library that is missing.
-      OSError: if the system refuses to write the file.
+      InputError: (a ValueError) for another suffix, or a missing library.
+      OSError: if the file cannot be written.
     """
     path = pathlib.Path(path).expanduser()
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
@@ -121,7 +122,7 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
     arrays = {name: np.array(value, order="C") for name, value in state_dict.items()}
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
-        # Not by save_file, whose errors are its own and whose files others may not read.
+        # Not by save_file, which raises its own errors and writes files only the user can read.
         partial.write_bytes(_import_safetensors(path).save(arrays))
     else:
         torch = _import_torch(path)
@@ -140,40 +141,38 @@ def _import_safetensors(path: pathlib.Path):
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> _validate.InputError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return _validate.InputError(f"Cannot read {path}: {reason}")
+    return _validate.InputError(f"Cannot read {path}: {reason_of(error)}")
 
 
 class LoadedWeights(NamedTuple):
     """A model's variables with weights from a file."""
 
     variables: dict[str, Any]
-    replaced: tuple[str, ...]  # "features" and "head" among them are as they were before
+    replaced: tuple[str, ...]  # which of the layers "features" and "head" were not loaded
 
 
 def load_torch_weights(
     model: nn.Module, variables: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]
 ) -> LoadedWeights:
-    """The variables of a model with the weights of a state dict.
+    """Loads the weights of a state dict into the variables of a model.
 
-    Every name and every shape must be the model's, but for what depends on the classes. The
-    softmax layer stays as it is in ``variables`` if the state dict has another number of classes
-    or none. The feature layer stays too if there is neither one nor the other, or only the ``fc``
-    of torchvision's ``resnet18``. PyTorch's ``num_batches_tracked`` is not needed.
+    All names and shapes must be the model's, except those that depend on the classes. The softmax
+    layer stays as it is in ``variables`` if the state dict has another number of classes or no
+    softmax layer. The feature layer stays too if the state dict has neither layer, or only the
+    ``fc`` of torchvision's ``resnet18``. PyTorch's ``num_batches_tracked`` is not needed.
 
-    The running variance is PyTorch's, the unbiased one, and is used as it is; what ours becomes
-    in training is the biased one (:func:`jaxrobust.models.common.batch_norm`).
+    The running variance is PyTorch's, the unbiased one, and is used as it is; in training it
+    becomes the biased one (:func:`jaxrobust.models.common.batch_norm`).
 
     Args:
       model: a :class:`MobileNetV3` or a :class:`ResNet18`.
-      variables: of that model, as ``model.init`` gives them; each array keeps its dtype. For
-        layers that the state dict fills, shapes and dtypes do (``jax.eval_shape``).
-      state_dict: as :func:`read_state_dict` gives it.
+      variables: of that model, as ``model.init`` makes them; each array keeps its dtype. Shapes and
+        dtypes (``jax.eval_shape``) suffice for layers that the state dict fills.
+      state_dict: as returned by :func:`read_state_dict`.
 
     Raises:
-      InputError: (a ValueError) for another model, for names and shapes that are not the model's,
-        of which it says the first and how many there are, for a feature layer of another size,
-        which it says, and for weights that are not finite, in the model's dtype.
+      InputError: (a ValueError) for another model, for names, shapes or a size of the feature layer
+        that are not the model's, and for weights that are not finite in the model's dtype.
     """
     downsample = any(".downsample." in name for name in state_dict)
     paths, ends = _names(model, variables, shortcut="downsample" if downsample else "shortcut")
@@ -198,7 +197,7 @@ def load_torch_weights(
             wrong[name] = f"is of dtype {given[name].dtype}"
     if wrong:
         raise _misfit(model, given, ends, wrong)
-    with np.errstate(over="ignore"):  # What becomes infinite is refused.
+    with np.errstate(over="ignore"):  # Infinite values are refused below.
         loaded = {name: jnp.asarray(given[name], leaves[path].dtype)
                   for name, path in paths.items()}
     _validate.finite("weights", loaded)
@@ -208,14 +207,14 @@ def load_torch_weights(
 
 
 def _replaced(model, given, ends) -> tuple[str, ...]:
-    """The layers that the state dict is not to fill."""
+    """The layers that the state dict does not fill."""
     if not _has(given, ends["head"]):
         return ("head",) if _has(given, ends["features"]) else ("features", "head")
     return () if _size(given, ends["head"]) in (None, model.num_classes) else ("head",)
 
 
 def _size(given, layer: str) -> int | None:
-    """The outputs of a layer of a state dict, if it is there and has any."""
+    """The number of outputs of a layer of a state dict; None if it is missing."""
     return next(iter(np.shape(given.get(f"{layer}.weight"))), None)
 
 
@@ -239,12 +238,12 @@ def _has(state_dict, layer: str) -> bool:
 
 
 def to_torch_state_dict(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The weights of a model as a state dict, in the order of the network.
+    """Converts the weights of a model to a state dict, in the order of the network.
 
     A :class:`MobileNetV3` gets torchvision's names: torchvision's module loads it as it is. A
     :class:`ResNet18` gets the authors'; with the ImageNet stem its shortcuts are called
-    ``downsample``, so that torchvision's module loads all but the layers at the end, with
-    ``strict=False``. :func:`load_torch_weights` gives back the very same bits.
+    ``downsample``, so that torchvision's module, with ``strict=False``, loads all but the last
+    layers. :func:`load_torch_weights` restores exactly the same bits.
 
     Args:
       model: a :class:`MobileNetV3` or a :class:`ResNet18`.
@@ -272,7 +271,7 @@ _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
 def _names(model, variables, *, shortcut: str) -> tuple[dict[str, tuple], dict[str, str]]:
-    """PyTorch's names with the paths of our leaves; of the layers at the end, PyTorch's names."""
+    """The paths of our leaves by PyTorch's names, and PyTorch's names of the last two layers."""
     if isinstance(model, MobileNetV3):
         layers = _mobilenet_layers(model)
     elif isinstance(model, ResNet18):

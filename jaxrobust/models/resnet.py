@@ -17,7 +17,7 @@ FEATURE_LAYERS = ("dense", "dense_relu", "pooled")
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which a 1x1 convolution projects if need be."""
+    """Two 3x3 convolutions beside a shortcut, which a 1x1 convolution projects if necessary."""
 
     channels: int
     stride: int
@@ -42,25 +42,20 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """He et al. (2016) with a feature layer.
+    """The network of He et al. (2016) with a feature layer.
 
     The stem for small images is a 3x3 convolution of stride 1; that of the original, for large
-    ones, a 7x7 convolution of stride 2 and a 3x3 max-pooling of stride 2. After the four stages
-    come global average pooling, ReLU, a fully connected layer to ``num_features`` (the feature
-    space), then the softmax layer. Initialised as PyTorch does by default.
+    images, is a 7x7 convolution of stride 2 and a 3x3 max-pooling of stride 2. After the four
+    stages come global average pooling, ReLU, a fully connected layer to ``num_features`` (the
+    feature space), then the softmax layer. It is initialised by PyTorch's defaults.
 
-    Attributes:
-      num_classes: C.
-      mean: per channel, of pixels in [0, 1].
-      std: per channel.
-      num_features: d; 128 in the paper.
-      width: channels of the first of the four stages, doubled in each; 64 in the paper.
+    Attributes (the others are in :mod:`jaxrobust.models`):
+      num_features: 128 in the paper.
+      width: of the first of the four stages, doubled in each; 64 in the paper.
       stem: "cifar" for small images, as in the paper, or "imagenet" for large ones.
       feature_layer: "dense", the fully connected layer, as in the paper; "dense_relu", that layer
         followed by ReLU; or "pooled", the pooled output of the last stage, of 8 times the width, as
-        in the original, which has no other.
-      dtype: of the computation; parameters, statistics, features and logits stay float32.
-      axis_name: device axis over which training batch statistics are shared, if any.
+        in the original.
     """
 
     num_classes: int
@@ -78,9 +73,6 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
         """Classifies images [B, H, W, channels] in [0, 1].
-
-        With ``train`` batch norm uses and updates the statistics of this batch
-        (``mutable=["batch_stats"]``), without it the running ones.
 
         Raises:
           InputError: (a ValueError) for an unknown stem or feature layer, or ``num_features`` that

@@ -15,15 +15,9 @@ from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense
 class SmallCNN(nn.Module):
     """Two convolutions with batch norm, the second of stride 2, then the feature layer.
 
-    Attributes:
-      num_classes: C.
-      mean: per channel, of pixels in [0, 1].
-      std: per channel.
-      num_features: d.
+    Attributes (the others are in :mod:`jaxrobust.models`):
       width: channels of the first convolution, doubled in the second.
-      activation: ReLU, or a smooth one where second derivatives are the point.
-      dtype: of the computation; parameters, statistics, features and logits stay float32.
-      axis_name: device axis over which training batch statistics are shared, if any.
+      activation: ReLU, or a smooth one where second derivatives matter.
     """
 
     num_classes: int
@@ -39,7 +33,7 @@ class SmallCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
-        """Classifies images [B, H, W, channels] in [0, 1]; ``train`` as in ResNet18."""
+        """Classifies images [B, H, W, channels] in [0, 1]."""
         x = normalise(images, self.mean, self.std, self.dtype)
         blocks = {}
         for stage in range(2):

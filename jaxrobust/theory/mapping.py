@@ -76,6 +76,7 @@ def generalization_bound(
 
     Args:
       feature_bound: Lambda, the largest norm of any input's features.
+      The others: see :mod:`jaxrobust.theory.mapping`.
 
     Returns:
       Like empirical_error.
@@ -105,6 +106,7 @@ def held_out_bound(
 
     Args:
       feature_bound: Lambda; the root mean square norm of the sample's features is enough.
+      The others: see :mod:`jaxrobust.theory.mapping`.
 
     Returns:
       Like empirical_error.

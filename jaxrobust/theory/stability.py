@@ -13,8 +13,7 @@ further terms to vanish. ``docs/theory.md`` has the proofs.
 
 The noise is :math:`\varepsilon \sim N(0, \sigma^2 I)` and never clipped. Losses are in nats, sigma
 in the units of the images x, delta in those of the features, and curvatures in nats^2 per unit of
-the images to the fourth. ``loss``, ``x``, ``key``, ``chunk_size`` and ``indices`` are as in
-:mod:`jaxrobust.curvature`; ``features_fn`` maps images [B, ...] to features [B, d], where row i
+the images to the fourth. ``features_fn`` maps images [B, ...] to features [B, d], where row i
 depends on image i alone. All raise InputError (a ValueError) if a number is out of its range or the
 shapes do not match.
 """
@@ -39,6 +38,7 @@ def gaussian_noise(
     """Draws the noise of each image.
 
     Args:
+      key, indices: see :mod:`jaxrobust.curvature`.
       draw: the number of the draw.
       x: only its shape and dtype are used.
       sigma: > 0.
@@ -75,6 +75,7 @@ def noise_draws(
     r"""Measures displacements of the features, and losses, at :math:`x + \varepsilon`.
 
     Args:
+      features_fn, loss, x, chunk_size, indices: see :mod:`jaxrobust.curvature`.
       key: draw k is :func:`gaussian_noise` number k.
       sigma: > 0.
       num_draws: K >= 1. On CPUs, call this with 1 and a key of its own for each draw: XLA's
@@ -106,6 +107,9 @@ def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
 
     by two nested directional derivatives, exact also on a ReLU network (whose kinks do not
     contribute to H(x)).
+
+    Args:
+      loss, x: see :mod:`jaxrobust.curvature`.
 
     >>> quadratic_model(lambda x: x[:, 0] ** 3, jnp.array([[1.0]]), jnp.array([[1.0]])).tolist()
     [7.0]
@@ -330,6 +334,7 @@ def smoothed_gradient_norm_squared(
     :math:`(\nabla l(x + \varepsilon) + \nabla l(x - \varepsilon)) / 2`.
 
     Args:
+      loss, x, key, chunk_size, indices: see :mod:`jaxrobust.curvature`.
       sigma: > 0.
       num_draws: pairs x + eps, x - eps; at least 3. Memory grows with num_draws times B.
 

@@ -95,7 +95,7 @@ def test_without_a_test_folder_the_test_images_are_drawn_from_those_for_training
         ("train", "train", "fog"): 8, ("train", "train", "rain"): 8, ("train", "test", "fog"): 2,
         ("train", "test", "rain"): 2, ("val", "validation", "fog"): 2,
         ("val", "validation", "rain"): 2}
-    assert any("20% of its training images drawn for the test" in note for note in dataset.notes)
+    assert any("20% of its training images drawn for testing" in note for note in dataset.notes)
 
 
 def test_a_class_may_be_called_train(load, tmp_path):
@@ -116,7 +116,7 @@ def test_a_layout_that_could_be_meant_in_two_ways_is_refused(folders, problem, l
         fill(tmp_path / "photos", {folder: 5}, 100 * number)
     photos = tmp_path / "photos"
     assert refused(load, photos, skip_bad=True) == (
-        f"Expected in {photos} folders of classes, or 'train' beside 'test', 'val' or both with "
+        f"Expected folders of classes in {photos}, or 'train' beside 'test', 'val' or both with "
         f"folders of classes in each, got {problem}.")
 
 
@@ -196,7 +196,7 @@ STRAYS = (
 def test_strays_are_passed_over_counted_and_stop_nothing(load, tmp_path):
     photos = fill(tmp_path / "photos", {"fog": 5, "rain": 5})
     expected = load(photos)
-    assert not any("Passed over" in note for note in expected.notes)
+    assert not any("Ignored in" in note for note in expected.notes)
     for stray in STRAYS:
         (photos / stray).parent.mkdir(exist_ok=True)
         (photos / stray).write_bytes(b"no image")
@@ -204,8 +204,8 @@ def test_strays_are_passed_over_counted_and_stop_nothing(load, tmp_path):
         fill(photos / folder, {"fog": 1}, 500)
     dataset = load(photos)
     assert dataset.files == expected.files and dataset.skipped == ()
-    assert [note for note in dataset.notes if "Passed over" in note] == [
-        f"Passed over in {photos}, as no part of the data set: {len(STRAYS) + 4} files and "
+    assert [note for note in dataset.notes if "Ignored in" in note] == [
+        f"Ignored in {photos}, as not part of the data set: {len(STRAYS) + 4} files and "
         "folders, the first $RECYCLE.BIN."]
 
 
@@ -342,7 +342,7 @@ def test_a_class_of_copies_cannot_be_divided_and_says_so(load, tmp_path):
         shutil.copy(photos / "fog" / "00.png", photos / "fog" / f"copy{number}.png")
     assert refused(load, photos) == (
         f"Expected at least 5 images of every class in {photos} for both sides of the split with "
-        "test_share=0.2, got 1 of 'fog', 8 copies aside.")
+        "test_share=0.2, got 1 of 'fog', not counting 8 copies.")
 
 
 def test_groups_stay_together_and_the_share_is_counted_without_copies():
@@ -365,8 +365,8 @@ def test_copies_on_two_sides_of_a_given_split_are_one_line(load, tmp_path):
     dataset = load(photos)
     assert [note for note in dataset.notes if "Copies" in note] == [
         "Copies of other images: 2. Images that are on two sides of the split: 1, the first "
-        "test/rain/copy.png (test) and train/rain/02.png (train). Results on these say nothing of "
-        "new images."]
+        "test/rain/copy.png (test) and train/rain/02.png (train). Results on these say nothing "
+        "about new images."]
 
 
 def test_one_photograph_in_two_classes_is_bad_in_both(load, tmp_path):
@@ -392,7 +392,7 @@ def test_near_copies_are_reported_and_pictures_alike_are_not(load, tmp_path):
     assert note.startswith("Pairs of images that are nearly the same: 1, on two sides of the ")
     assert "fog/03.png (" in note and "fog/small.jpg (" in note
     with mock.patch.object(copies, "MOST_COMPARED", 40):
-        assert "Near copies are not looked for among more than 40 images." in load(photos).notes
+        assert "Near copies are not searched for among more than 40 images." in load(photos).notes
 
 
 def test_thumbnails_correlate_as_numpy_says_and_flat_ones_with_none():
@@ -422,5 +422,5 @@ def test_classes_of_very_different_sizes_are_one_line_with_the_share_of_the_larg
     note, = load(photos).notes
     # Four fifths of each are for training.
     assert note.startswith("Classes are of very different sizes: 36 training images of 'fog', 4 of "
-                           "'rain'. Calling every image 'fog' is right for 90.0% of them")
+                           "'rain'. Predicting 'fog' for every image is right for 90.0% of them")
     assert not load(fill(tmp_path / "even", {"fog": 14, "rain": 5}, 500)).notes

@@ -264,7 +264,7 @@ def test_a_format_that_this_pillow_was_built_without_is_named(tmp_path):
     for suffix, what in ((".avif", "AVIF"), (".jp2", "JPEG 2000")):
         path = save(tmp_path / f"a{suffix}", COLOURS)
         with mock.patch("PIL.features.check", return_value=False), pytest.raises(
-                InputError, match=f"a {what} image, which this Pillow was built without.$"):
+                InputError, match=f"a {what} image, which this build of Pillow does not support.$"):
             data.read_image(path, SIZE)
 
 
@@ -359,7 +359,7 @@ def test_what_is_wrong_in_a_csv_file_is_named_by_its_line(folder, load):
         "Rain/gone.png: No such file or directory", "Rain/none.png: No such file or directory",
         "Shine: not a file", "c: a class without a good image",
         "line 13: expected a path and a label", "line 14: expected a path and a label",
-        "line 15: Rain/01.png is there already")
+        "line 15: Rain/01.png is listed twice")
     assert load(path, skip_bad=True).skipped == error.value.lines
 
 
@@ -474,18 +474,18 @@ def add_bad_files(folder):
     lines = {
         "Fog: a class without a file", "Hail/a.png: " + NO_IMAGE,
         "Hail: a class without a good image",
-        f"Rain/bomb.png: 9500 x 9500 pixels, more than the {limit} that Pillow takes to be safe",
+        f"Rain/bomb.png: 9500 x 9500 pixels, more than the {limit} that Pillow considers safe",
         "Rain/empty.png: empty file",
-        "Rain/float.tif: pixels of 32 bits, of which the range is not known",
-        "Rain/integer.tif: pixels of 32 bits, of which the range is not known",
+        "Rain/float.tif: pixels of 32 bits, whose range is unknown",
+        "Rain/integer.tif: pixels of 32 bits, whose range is unknown",
         "Rain/gone.png: No such file or directory",
-        f"Rain/huge.png: 50000 x 50000 pixels, more than the {limit} that Pillow takes to be "
+        f"Rain/huge.png: 50000 x 50000 pixels, more than the {limit} that Pillow considers "
         "safe", "Rain/notes.docx: " + NO_IMAGE, "Rain/other.ppm: " + NO_IMAGE,
-        "Rain/phone.heic: a HEIC image, to be converted to .*",
-        "Rain/pipe.png: not a file", "Rain/raw.nef: a camera's raw file, to be converted to .*",
-        "Rain/raw.dng: a camera's raw file, to be converted to .*",
+        "Rain/phone.heic: a HEIC image; convert it to .*",
+        "Rain/pipe.png: not a file", "Rain/raw.nef: a camera's raw file; convert it to .*",
+        "Rain/raw.dng: a camera's raw file; convert it to .*",
         "Rain/sound.wav: " + NO_IMAGE, "Rain/zeros.jpg: " + NO_IMAGE,
-        "Snow: a link to nothing", "stray.png: in no class folder"}
+        "Snow: a broken link", "stray.png: in no class folder"}
     for suffix in CUT:
         cut = ".+" if suffix == "webp" else ".*([Tt]runcated|broken data|BMFF parsing failed).*"
         lines |= {rf"Rain/cut.{suffix}: {cut}", rf"Rain/head.{suffix}: .+"}
@@ -597,14 +597,14 @@ def test_a_folder_that_cannot_be_read_is_named(folder, load):
                   st.sampled_from([0.2, 0.3, 0.5]))
 def test_the_split_is_stratified_seeded_and_disjoint(counts, seed, share):
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
-    names = [str(label) for label in range(len(counts))]
-    sides = folders._split("here", labels, names, share, seed, 0)
+    names, groups = [str(label) for label in range(len(counts))], np.arange(len(labels))
+    sides = folders._split("here", labels, names, share, seed, 0, groups)
     rows = np.concatenate([sides["train"], sides["test"]])
     np.testing.assert_array_equal(np.sort(rows), np.arange(len(labels)))
     assert len(sides["test"]) == round(share * len(labels))
     taken = np.bincount(labels[sides["test"]], minlength=len(counts))
     assert (np.abs(taken - share * np.array(counts)) < 1.5).all()
-    again = folders._split("here", labels, names, share, seed, 0)
+    again = folders._split("here", labels, names, share, seed, 0, groups)
     for side in sides:
         np.testing.assert_array_equal(sides[side], again[side])
 
@@ -614,7 +614,8 @@ def test_the_split_is_stratified_seeded_and_disjoint(counts, seed, share):
 def test_a_split_has_every_class_on_both_sides_or_is_one_line(counts, seed):
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     try:
-        sides = folders._split("here", labels, [str(n) for n in range(len(counts))], 0.2, seed, 0)
+        sides = folders._split("here", labels, [str(n) for n in range(len(counts))], 0.2, seed, 0,
+                               np.arange(len(labels)))
     except InputError as error:
         smallest = min(counts)
         assert smallest < 5 and re.search(rf"test_share=0.2, got {smallest} of '\d'\.$", str(error))
@@ -671,7 +672,7 @@ def test_what_has_changed_since_is_counted(folder, load):
     with pytest.raises(InputError) as error:
         data.check_same_files(saved, current, "weather")
     assert str(error.value) == (
-        f"Expected the images of weather as they were, got 1 new, 2 gone and {moved} moved to "
+        f"Expected the images of weather to be unchanged, got 1 new, 2 gone and {moved} moved to "
         "another class or side of the split, the first Rain/00.png.")
     relabelled = [saved[0]._replace(label="Shine"), *saved[1:]]
     resplit = [*saved[:-1], saved[-1]._replace(split="train")]
@@ -724,7 +725,7 @@ def test_a_folder_is_a_data_set_by_name(folder, tmp_path):
 @pytest.mark.parametrize(("name", "options", "expected"), [
     ("folder:", {}, "Expected a path after dataset='folder:', got none."),
     ("digits", {"image_size": (8, 8)},
-     "Expected image_size with a dataset folder:PATH alone, got dataset='digits'."),
+     "Expected image_size only with dataset='folder:PATH', got dataset='digits'."),
     ("folders", {}, "Expected one of: digits, cifar10, svhn_cropped, folder:PATH."),
 ])
 def test_names_that_are_no_folder_are_one_line(name, options, expected):

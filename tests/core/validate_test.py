@@ -286,7 +286,7 @@ def test_what_is_no_number_is_out_of_range():
 
 def test_what_is_no_array_is_named():
     assert message_of(lambda: _validate.shapes(x=([1.0], "B"))) == (
-        "Expected x of shape [B], got a list, which is no array.")
+        "Expected x of shape [B], got a list, which is not an array.")
     assert message_of(lambda: _validate.class_numbers("labels", [[0], [1, 2]])) == (
         "Expected labels to be an array, got list of different lengths.")
 

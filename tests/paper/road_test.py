@@ -344,7 +344,7 @@ def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, fo
     assert call(*arguments, "--skip-bad") == 0
     said = capsys.readouterr().out
     assert "Skipped 2 in all." in said
-    assert f"Note: Passed over in {bad}, as no part of the data set: 1 files and folders" in said
+    assert f"Note: Ignored in {bad}, as not part of the data set: 1 files and folders" in said
     assert len(data.files_from_csv((tmp_path / "run" / "split.csv").read_text())) == 15
 
 
@@ -357,7 +357,7 @@ def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, fo
     (("train", "digits", "--optimizer.name", "adamw"), "Did you mean 'adam'?"),
     (("train", "digits", "--validation-size", "1.5"), "Expected validation_size=1.5 to be"),
     (("train", "digits", "--init-from", "weights.bin"), "Unknown suffix"),
-    (("train", "digits", "--init-from", "none.pth"), "which is not there"),
+    (("train", "digits", "--init-from", "none.pth"), "which does not exist"),
     (("predict", "nowhere", "image.png"), "Expected a run in nowhere"),
     (("export", "nowhere"), "Expected a run in nowhere"),
     (("perturb", "image.png"), "image.png"),
