@@ -13,6 +13,10 @@ from jaxrobust._errors import InputError
 __version__ = "0.1.0"
 
 _HOMES = {
+    "attacks": (
+        "Ensemble", "MaskingCheck", "Randomised", "apgd", "auto_attack", "dlr_loss", "fab", "fgsm",
+        "masking_checks", "pgd", "square_attack", "targeted_dlr_loss",
+    ),
     "centroids": (
         "CentroidState", "Centroids", "init_centroids", "update_centroids",
     ),

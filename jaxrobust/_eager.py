@@ -44,12 +44,45 @@ def as_one_program(estimator: Callable) -> Callable:
             return estimator(**given)
         arrays = {name: jnp.asarray(given.pop(name)) for name in list(given)
                   if isinstance(given[name], (jax.Array, np.ndarray))}
-        traced, outputs = jax.make_jaxpr(
-            lambda arrays: estimator(**given, **arrays), return_shape=True)(arrays)
-        leaves = _run(_Program(traced.jaxpr), list(traced.consts), jax.tree.leaves(arrays))
-        return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
+        return _traced(lambda arrays: estimator(**given, **arrays), arrays)(arrays)
 
     return call
+
+
+def as_program(function: Callable) -> Callable:
+    """Compiles a function of arrays that is called again and again with the same shapes.
+
+    It is traced at the first call, with the numbers it closes over as arguments of the program
+    (:func:`as_one_program` says why), so that they are those of the first call in all of them.
+    Scalars that it closes over are part of the program; those that are arguments are not. A call
+    with traced arguments is left to the transformation.
+    """
+    program = None
+
+    @functools.wraps(function)
+    def call(*arguments):
+        nonlocal program
+        if is_traced(arguments):
+            return function(*arguments)
+        if program is None:
+            program = _traced(function, *arguments)
+        return program(*arguments)
+
+    return call
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a value in a pytree is not known yet, as inside of ``jax.jit``."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _traced(function: Callable, *arguments) -> Callable:
+    """The function as a compiled program for arguments like these."""
+    traced, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    program, consts = _Program(traced.jaxpr), list(traced.consts)
+    structure = jax.tree.structure(outputs)
+    return lambda *arguments: jax.tree.unflatten(
+        structure, _run(program, consts, jax.tree.leaves(arguments)))
 
 
 def _python_scalar(value: Any) -> Any:

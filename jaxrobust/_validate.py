@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxrobust._errors import InputError, NotFiniteError, installed, one_of
 
-__all__ = ["InputError", "NotFiniteError", "class_numbers", "finite", "floats", "images",
-           "in_range", "installed", "integer", "labels", "one_of", "shapes"]
+__all__ = ["InputError", "NotFiniteError", "class_numbers", "finite", "finite_logits", "floats",
+           "images", "in_range", "installed", "integer", "labels", "one_of", "shapes"]
 
 
 def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
@@ -135,6 +135,23 @@ def finite(name: str, tree: Any) -> None:
         where = f", the first in {first}" if first else ""
         raise NotFiniteError(f"Expected finite {name}, got {sum(wrong.values())} that are NaN or "
                              f"infinite{where}.")
+
+
+def finite_logits(finite: np.ndarray, which: str = "", indices: np.ndarray | None = None) -> None:
+    """Raises NotFiniteError, which says of how many images, unless all logits are finite.
+
+    Args:
+      finite: [N] bool, whether all logits of an image are.
+      which: more words on the images.
+      indices: [N], the numbers of the images if they are not their positions.
+    """
+    finite = np.asarray(finite)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise NotFiniteError(
+            f"Expected finite logits, got NaN or infinite ones for {int((~finite).sum())} of "
+            f"{len(finite)} images{which}, the first at index "
+            f"{first if indices is None else int(indices[first])}.")
 
 
 def images(name: str, value: np.ndarray) -> None:

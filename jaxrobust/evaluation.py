@@ -40,13 +40,6 @@ def _rank(logits_fn, images, labels, perturb, key, indices) -> _Ranked:
                    counted(labels, num_classes))
 
 
-def _require_finite(finite: np.ndarray, which: str = "") -> None:
-    if not finite.all():
-        raise _validate.NotFiniteError(
-            f"Expected finite logits, got NaN or infinite ones for {int((~finite).sum())} of "
-            f"{len(finite)} images{which}, the first at index {int(np.argmin(finite))}.")
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
     """Applies a model in evaluation mode to images [B, H, W, channels], uint8 or in [0, 1].
@@ -178,7 +171,7 @@ def _draws(logits_fn, images, labels, perturb, key, num_draws, batch_size, layou
             raise _validate.InputError(
                 f"Expected labels to be classes of the logits, got {labels[first]} at index "
                 f"{first} ({int((~ranked.labelled).sum())} in all).")
-        _require_finite(ranked.finite, f" in draw {draw}" if num_draws > 1 else "")
+        _validate.finite_logits(ranked.finite, f" in draw {draw}" if num_draws > 1 else "")
         yield ranked.correct
 
 

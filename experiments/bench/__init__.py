@@ -1,6 +1,6 @@
 """Benchmarks of the library: times and memory as ratios, all measured on one machine in one run.
 
-    python -m experiments bench [train | curvature | folder]
+    python -m experiments bench [train | curvature | evaluate | folder]
 
 A benchmark has sections; each is written when it ends, and kept as long as its settings are.
 """
@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.bench import curvature, folder, losses, page, programs, timing, train_step
+from experiments.bench import (
+    attacks,
+    curvature,
+    folder,
+    losses,
+    page,
+    programs,
+    timing,
+    train_step,
+)
 from jaxrobust import _validate
 from jaxrobust.app import files, provenance
 from jaxrobust.app.report import figures
@@ -90,6 +99,13 @@ BENCHMARKS = {
             "Memory against the number of probes",
             "Working memory of the compiled program, images and weights not counted.",
             curvature.measure_memory, curvature.settings_for),
+    }),
+    "evaluate": Benchmark("Evaluating robustness: time", {
+        "a": Section(
+            "PGD against Foolbox",
+            "Milliseconds an image of a whole attack, from a random start, with programs compiled "
+            "before. Foolbox calls the network as it is given, and with its logits compiled.",
+            attacks.measure, attacks.settings_for),
     }),
     "folder": Benchmark("From a folder of photographs to the network", {
         "a": Section(
