@@ -17,6 +17,7 @@ from jaxrobust.app import files, trainer
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements import curvature, steps, theory
 from jaxrobust.app.measurements.runner import measure
+from jaxrobust.app.measurements.theory import checks
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.images import to_float
 
@@ -62,7 +63,7 @@ def images_and_functions(run, count=10):
 
 @pytest.mark.parametrize("measured", [
     lambda run, folder: measure(curvature.CURVATURE, run, SETTINGS, folder, "run"),
-    lambda run, _: theory._layers_of(run, run.dataset.test)])
+    lambda run, _: checks.layers_of(run, run.dataset.test)])
 def test_logits_that_are_not_finite_are_no_class(measured, run, tmp_path):
     params = run.state.params | {  # Finite, but not the product.
         layer: jax.tree.map(lambda leaf: leaf * 1e25, run.state.params[layer])

@@ -50,7 +50,7 @@ def measure_toy(run, settings, work):
 def section(study):
     found = study.first_results("toy")
     return Section("toy", "A toy", "", (Table("Means.", ("Method", "Mean"), tuple(
-        TableRow(row, (Cell(f"{result['mean']:.2f}"),)) for row, (_, result) in found.items())),
+        TableRow(row, (Cell(f"{result['mean']:.2f}"),)) for row, result in found.items())),
     )) if found else None
 
 

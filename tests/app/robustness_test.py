@@ -1,7 +1,6 @@
-"""Robustness against curvature: numbers against plain loops, words, and figures that bear it."""
+"""Robustness against curvature: numbers against plain loops, and figures of odd values."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -9,22 +8,6 @@ import pytest
 from jaxrobust.app.measurements import blocks, noise_counts, surfaces
 from jaxrobust.app.report import figures
 from jaxrobust.app.study.read import Run
-
-
-@pytest.mark.parametrize(("coefficients", "words"), [
-    ([("a", -0.4, 101), ("b", -0.6, 101)],
-     "images of higher curvature are misclassified more often in every method "
-     "(Spearman −0.60 to −0.40)"),
-    ([("a", 0.4, 101)],
-     "images of higher curvature are misclassified less often in “a” (Spearman +0.40)"),
-    ([("a", -0.4, 101), ("b", -0.3, 101), ("c", -0.5, 101), ("d", 0.1, 101), ("e", 0.3, 101)],
-     "images of higher curvature are misclassified more often in 3 of 5 methods (Spearman −0.50 "
-     "to −0.30); misclassified less often in “e” (Spearman +0.30); neither more nor less often "
-     "misclassified, beyond chance, in “d” (Spearman +0.10)"),
-    ([("a", math.nan, 101)], "no method has a coefficient"),
-])
-def test_the_relation_in_words(coefficients, words):
-    assert noise_counts.relation(coefficients) == words
 
 
 def test_the_first_images_of_different_classes():
@@ -73,28 +56,32 @@ def test_groups_of_few_images_have_open_markers():
                                     np.where(np.eye(5) > 0, np.inf, 1.0)[None]])
 def test_surfaces_bear_a_flat_loss_and_one_that_is_not_finite(values, tmp_path):
     figure = surfaces.surfaces_figure(
-        np.zeros((1, 4, 4, 1), np.uint8), ["cat"],
-        [surfaces.LossPlanes("one", np.linspace(-1, 1, 5), values)])
+        np.zeros((1, 4, 4, 1), np.uint8), ["cat"], np.linspace(-1, 1, 5), {"one": values})
     assert saved(figure, tmp_path / "figure")
 
 
 def test_an_image_has_one_scale_for_all_methods():
     flat, steep = (height * np.linspace(0, 1, 25).reshape(1, 5, 5) for height in (1, 9))
     figure = surfaces.surfaces_figure(
-        np.zeros((1, 4, 4, 3), np.uint8), ["cat"],
-        [surfaces.LossPlanes(label, np.linspace(-1, 1, 5), values)
-         for label, values in (("flat", flat), ("steep", steep))])
+        np.zeros((1, 4, 4, 3), np.uint8), ["cat"], np.linspace(-1, 1, 5),
+        {"flat": flat, "steep": steep})
     scales = [ax.collections[0].get_clim() for ax in figure.axes[1:3]]
     assert scales[0] == scales[1] and scales[0][0] <= -9 and scales[0][1] >= 0
 
 
+def embedded(clean, noisy):
+    """What is measured of blocks with these points in the plane [K, 12, 2]."""
+    names = [f"block{number + 1}" for number in range(len(clean))]
+    return {"blocks": names, "channels": [8] * len(names), "clean": clean, "noisy": noisy,
+            "label": np.arange(12) % 3}
+
+
 def test_blocks_that_cannot_be_embedded_are_named(tmp_path):
     points = np.random.default_rng(0).normal(size=(2, 12, 2))
-    planes = [blocks.BlockPlanes(
-        "first", ("Block 1", "Block 2"), points, points + 1, np.arange(12) % 3),
-        blocks.BlockPlanes(
-        "diverged", ("Block 1",), np.full((1, 12, 2), np.nan), points[:1], np.arange(12) % 3)]
-    figure = blocks.blocks_figure(planes, {0: "0 cat"})
+    results = {
+        "first": embedded(points, points + 1),
+        "diverged": embedded(np.full((1, 12, 2), np.nan), points[:1])}
+    figure = blocks.blocks_figure(results, "clean", {0: "0 cat"})
     assert [text.get_text() for ax in figure.axes for text in ax.texts] == [
         "not finite, or all alike"]
     assert saved(figure, tmp_path / "figure")
@@ -107,11 +94,10 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
         saved(noise_counts.kept_share_figure(panels(values)), tmp_path / "share"),
         saved(noise_counts.groups_figure(panels(values), 10, UNITS), tmp_path / "groups"),
         saved(surfaces.surfaces_figure(
-            np.zeros((1, 4, 4, 3), np.uint8), ["cat"],
-            [surfaces.LossPlanes("one", np.linspace(-1, 1, 5), surface)]),
+            np.zeros((1, 4, 4, 3), np.uint8), ["cat"], np.linspace(-1, 1, 5), {"one": surface}),
             tmp_path / "surfaces"),
-        saved(blocks.blocks_figure([blocks.BlockPlanes(
-            "one", ("Block 1",), points, points, np.arange(12) % 3)], {}), tmp_path / "blocks"),
+        saved(blocks.blocks_figure({"one": embedded(points, points)}, "noisy", {}),
+              tmp_path / "blocks"),
     ] for _ in range(2)], strict=True):
         assert first == second
 

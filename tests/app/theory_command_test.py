@@ -17,6 +17,7 @@ from jaxrobust.app import files, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import accuracy, theory
 from jaxrobust.app.measurements.runner import measure
+from jaxrobust.app.measurements.theory import checks
 from jaxrobust.app.report import report
 from jaxrobust.app.study.plan import claim_study, place_of, plan_study
 from jaxrobust.theory import jensen_shannon_sharp_bound
@@ -92,8 +93,7 @@ def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(c
     folder = checked / "robust-seed0"
     run = trainer.load_run(folder, run_folder.read_config(folder), data.load_dataset("digits"))
     kernel, bias = (np.asarray(part) for part in models.head_parameters(run.state.params))
-    test = theory._layers_of(
-        run, accuracy.make_test_split(run.dataset, SETTINGS.test_size))
+    test = checks.layers_of(run, accuracy.make_test_split(run.dataset, SETTINGS.test_size))
     facts = files.read_json(folder / "theory.json")["separation"]
     for (a, b), sides, bound in zip(
             facts["pairs"], facts["pair_sides"], facts["pair_decision_bound"], strict=True):
@@ -112,8 +112,8 @@ def test_geometry_is_that_of_all_pairs_of_training_images(checked):
     digits = data.load_dataset("digits")
     folder = checked / "robust-seed0"
     run = trainer.load_run(folder, run_folder.read_config(folder), digits)
-    split = theory._training_images(run, 100)
-    layers = theory._layers_of(run, split)
+    split = theory.training_images(run, 100)
+    layers = checks.layers_of(run, split)
     features, labels = np.asarray(layers.features, np.float64), np.asarray(layers.labels)
     within, between = np.zeros(10), np.inf
     for (a, i), (b, j) in itertools.combinations(zip(features, labels, strict=True), 2):
@@ -156,7 +156,7 @@ def test_the_estimated_divergence_of_separated_classes_is_nearly_log_2():
     labels = np.arange(400) % 2
     apart = rng.normal(size=(400, 3)) + 10 * labels[:, None]
     for values, low, high in ((apart, 0.6, np.log(2)), (rng.normal(size=(400, 3)), 0, 0.05)):
-        estimates, errors = theory._divergences(values, labels, [(0, 1)])
+        estimates, errors = checks.divergences(values, labels, [(0, 1)])
         assert low <= estimates[0] <= high and np.all(errors < 0.1)
 
 
@@ -183,8 +183,8 @@ def test_a_study_that_was_not_checked_has_no_section(study, tmp_path):
 
 def test_json_has_no_nan():
     value = {"a": [1.0, float("nan")], "b": (float("inf"), "text", None, True, 2)}
-    cleaned = theory._without_nan(value)
+    cleaned = theory.without_nan(value)
     assert cleaned == {"a": [1.0, None], "b": [None, "text", None, True, 2]}
     assert json.loads(json.dumps(cleaned, allow_nan=False)) == cleaned
-    assert theory._median_ratio(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 0.5
-    assert theory._median_ratio(jnp.ones(1), np.zeros(1)) is None
+    assert checks.median_ratio(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 0.5
+    assert checks.median_ratio(jnp.ones(1), np.zeros(1)) is None

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,15 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
         return dataset.test
     _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
     return data.split_off(dataset.test, test_size, seed=0, name="test_size")[1]
+
+
+def first_test_images(run: TrainedRun, settings: Any, least: int = 1) -> Split:
+    """The first ``settings.num_images``, at least ``least``, of ``settings.test_size`` test images.
+    """
+    split = make_test_split(run.dataset, settings.test_size)
+    count = settings.num_images
+    _validate.in_range("num_images", count, least, len(split.labels), open_high=False)
+    return Split(split.images[:count], split.labels[:count])
 
 
 def evaluate_run(
@@ -84,7 +94,6 @@ def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
                     "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
     }, _features_of(run, split, settings.tsne_images))
-
 
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxrobust import evaluation, perturbations
 from jaxrobust.app.execution import batch_size_of
-from jaxrobust.app.measurements.accuracy import NOISE_SEED, make_test_split, pooled_blocks
+from jaxrobust.app.measurements.accuracy import NOISE_SEED, first_test_images, pooled_blocks
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import (
@@ -24,11 +23,11 @@ from jaxrobust.app.report.figures import (
     wrap,
     write_across,
 )
-from jaxrobust.app.report.frame import Number, frame, values_of
-from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, count, listed
+from jaxrobust.app.report.frame import Number, number_rows
+from jaxrobust.app.report.page import Picture, Section, Table, count, listed
 from jaxrobust.app.study.read import Run, Study, class_labels
 from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 from jaxrobust.statistics import neighbour_accuracy
 
 NEIGHBOURS = 5
@@ -51,8 +50,7 @@ class BlockSettings:
 
 def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:
     """Each block's pooled outputs in the plane, clean and noisy together."""
-    split = make_test_split(run.dataset, settings.test_size)
-    images, labels = (values[: settings.num_images] for values in (split.images, split.labels))
+    images, labels = first_test_images(run, settings)
     noise = perturbations.gaussian(settings.noise_std)
     variables = variables_of(run.state)
     views = evaluation.map_batches(
@@ -86,39 +84,34 @@ def _pooled_blocks(model, variables, noise, images, indices):
             for view, inputs in (("clean", clean), ("noisy", noisy))}
 
 
-class BlockPlanes(NamedTuple):
-    """Features of one run's blocks in the plane."""
+def blocks_figure(results: dict[str, dict], view: str, class_names: dict[int, str]) -> Figure:
+    """Fig. 12 and 13: the outputs of each block in one view, a line of panels for each label.
 
-    label: str
-    blocks: tuple[str, ...]  # K titles
-    points: np.ndarray  # [K, n, 2]; NaN for a block that could not be embedded
-    other: np.ndarray  # [K, n, 2]; the other view in the same planes, which sets the limits too
-    classes: np.ndarray  # [n], integers
-
-
-def blocks_figure(planes: Sequence[BlockPlanes], class_names: dict[int, str]) -> Figure:
-    """Fig. 12 and 13: the outputs of each block, a line of panels for each row of the table."""
-    columns = max(len(plane.blocks) for plane in planes)
-    figure = new_figure(max(7.5, 0.6 + 2.5 * columns), 1.2 + 2.0 * len(planes))
-    grid = figure.subplots(len(planes), columns, squeeze=False)
-    for line, plane in zip(grid, planes, strict=True):
-        for ax in line[len(plane.blocks):]:
+    A result is that of :data:`BLOCKS`: titles ``blocks`` and ``channels`` [K], the views in the
+    plane [K, n, 2], NaN for a block that could not be embedded, and ``label`` [n]. Both views of a
+    block set the limits of its panel.
+    """
+    columns = max(len(result["blocks"]) for result in results.values())
+    figure = new_figure(max(7.5, 0.6 + 2.5 * columns), 1.2 + 2.0 * len(results))
+    grid = figure.subplots(len(results), columns, squeeze=False)
+    for line, (label, result) in zip(grid, results.items(), strict=True):
+        for ax in line[len(result["blocks"]):]:
             ax.set_axis_off()
-        for ax, title, points, other in zip(
-                line, plane.blocks, plane.points, plane.other, strict=False):
-            scatter(ax, points, plane.classes, size=5, numbers=False)
+        for index, (ax, block, channels) in enumerate(
+                zip(line, result["blocks"], result["channels"], strict=False)):
+            scatter(ax, result[view][index], result["label"], size=5, numbers=False)
             ax.set_xlabel("")
-            ax.set_title(title, fontsize=9)
-            both = np.concatenate([points, other])
+            ax.set_title(f"{_block_name(block)} ({channels} channels)", fontsize=9)
+            both = np.concatenate([result[name][index] for name in VIEWS])
             if np.isfinite(both).all():
                 margin = 0.04 * np.ptp(both, axis=0)
                 (left, bottom), (right, top) = both.min(axis=0) - margin, both.max(axis=0) + margin
                 ax.set(xlim=(left, right), ylim=(bottom, top))
             else:
                 write_across(ax, "not finite, or all alike")
-        line[0].set_ylabel(wrap(plane.label, 22), fontsize=9)
-    add_legend(figure, class_handles((int(c) for plane in planes for c in plane.classes),
-                                     class_names), columns=5)
+        line[0].set_ylabel(wrap(label, 22), fontsize=9)
+    classes = np.concatenate([result["label"] for result in results.values()]).tolist()
+    add_legend(figure, class_handles(classes, class_names), columns=5)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(True)
     return figure
@@ -141,20 +134,17 @@ def numbers(run: Run) -> Iterator[Number]:
                          100 * float(blocks[f"{view}_neighbours"][index]), "%")
 
 
-def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Table:
+def neighbours_table(study: Study, results: dict[str, dict]) -> Table:
     """How well the features of each block separate the classes, in numbers."""
-    blocks = list(dict.fromkeys(name for _, result in results.values()
-                                for name in result["blocks"]))
-    values = values_of(frame(study, numbers))
-    rows = [TableRow(study.labels[row], tuple(
-        Cell(f"{of_first[0]:.1f}" if of_first and math.isfinite(of_first[0]) else "–")
-        for block in blocks for view in VIEWS
-        for of_first in (values.get((row, SEPARATED, f"{block}, {view}")),))) for row in results]
-    columns = [name for block in blocks for name in (f"{_block_name(block)}: clean", "noisy")]
+    blocks = list(dict.fromkeys(name for result in results.values() for name in result["blocks"]))
+    columns = [(SEPARATED, f"{block}, {view}", _first) for block in blocks for view in VIEWS]
     return Table(
         "How well each block’s features separate the classes: accuracy in % of the 5 nearest "
-        "neighbours.", ("Method", *columns), tuple(rows),
-        f"{listed(count(result['num_images']) for _, result in results.values())} test images; "
+        "neighbours.",
+        ("Method", *(name for block in blocks for name in (
+            f"{_block_name(block)}: clean", "noisy"))),
+        number_rows(study, results, numbers, columns),
+        f"{listed(count(result['num_images']) for result in results.values())} test images; "
         f"first seed of each method.",
         "How to read: the share of images whose class is the commonest among the five other "
         "images with the nearest features (averaged over the positions of the block’s outputs), "
@@ -162,27 +152,26 @@ def neighbours_table(study: Study, results: dict[str, tuple[Run, dict]]) -> Tabl
         "features themselves.")
 
 
-def blocks_picture(study: Study, results: dict[str, tuple[Run, dict]], view: str) -> Picture:
+def blocks_picture(study: Study, results: dict[str, dict], view: str) -> Picture:
     """Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
-    other = {"clean": "noisy", "noisy": "clean"}[view]
-    planes = [BlockPlanes(
-        study.labels[row],
-        tuple(f"{_block_name(block)} ({channels} channels)" for block, channels in zip(
-            result["blocks"], result["channels"], strict=True)),
-        result[view], result[other], result["label"]) for row, (_, result) in results.items()]
-    names = class_labels(next(iter(results.values()))[1]["class_names"])
-    noise = listed(result["noise_std"] for _, result in results.values())
+    names = class_labels(next(iter(results.values()))["class_names"])
+    noise = listed(result["noise_std"] for result in results.values())
     which, number = (("clean test images", 12) if view == "clean" else
                      (f"test images with Gaussian noise of std {noise} of the pixel range", 13))
     return Picture(
-        f"blocks_{view}", blocks_figure(planes, names),
+        f"blocks_{view}",
+        blocks_figure({study.labels[row]: result for row, result in results.items()}, view, names),
         f"Outputs of the network’s blocks, by t-SNE: {which} (the paper’s Fig. {number}).",
-        f"Scatter plots coloured by class, a panel for each block of {len(planes)} methods.",
+        f"Scatter plots coloured by class, a panel for each block of {len(results)} methods.",
         "How to read: a point for each test image, its block’s outputs averaged over their "
         "positions, colour and marker by its true class. Clean and noisy images share one "
         "embedding of each panel, so the same place in the clean and in the noisy figure is the "
         "same feature. Directions, distances between clusters and sizes have no meaning in "
         "t-SNE; the table above holds a number for each panel.")
+
+
+def _first(by_seed: Sequence[float]) -> str:
+    return f"{by_seed[0]:.1f}" if by_seed and math.isfinite(by_seed[0]) else "–"
 
 
 def _block_name(block: str) -> str:

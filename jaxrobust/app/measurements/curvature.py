@@ -13,25 +13,17 @@ import numpy as np
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.doubt import outputs_of
-from jaxrobust.app.measurements.accuracy import make_test_split
+from jaxrobust.app.measurements.accuracy import first_test_images
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import (
     CurvatureSample,
     curvature_figure,
     lowest_share,
-    row_style,
+    row_styles,
 )
 from jaxrobust.app.report.frame import Number, frame, values_of
-from jaxrobust.app.report.page import (
-    Cell,
-    Picture,
-    Section,
-    Table,
-    TableRow,
-    listed,
-    over_runs,
-)
+from jaxrobust.app.report.page import Picture, Section, Table, listed, over_runs, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.images import to_float
@@ -84,10 +76,8 @@ def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured
       InputError: (a ValueError) if logits are not finite.
     """
     settings = _with_smoothing(run, settings)
-    split = make_test_split(run.dataset, settings.test_size)
-    count = settings.num_images
-    _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
-    images, labels = split.images[:count], split.labels[:count]
+    images, labels = first_test_images(run, settings)
+    count = len(labels)
     _validate.finite("logits of test images", outputs_of(run, images)[0])
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
@@ -114,8 +104,7 @@ def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured
     return Measured({
         **work.asked, **work.facts, "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
-        "median": {name: float(np.median(table[name])) for name in (
-            "frobenius_squared", "finite_difference", "smoothed_frobenius_squared")},
+        "median": {name: float(np.median(table[name])) for name in CURVATURES},
     }, table)
 
 
@@ -266,7 +255,7 @@ def numbers(run: Run) -> Iterator[Number]:
 
 
 def _section(study: Study) -> Section | None:
-    if not _curvature_runs(study):
+    if not _curvatures(study):
         return None
     return Section(
         "curvature", "Curvature of the loss in input space",
@@ -275,52 +264,48 @@ def _section(study: Study) -> Section | None:
         (curvature_table(study),), (curvature_picture(study),))
 
 
+def _curvatures(study: Study) -> dict[str, list[dict]]:
+    """The results, by row."""
+    found = {row: [run.curvature for run in runs if run.curvature]
+             for row, runs in study.runs.items()}
+    return {row: results for row, results in found.items() if results}
+
+
+def _measures(found: dict[str, list[dict]]) -> dict[str, str]:
+    """Those of CURVATURES that every run has."""
+    return {key: name for key, name in CURVATURES.items()
+            if all(key in result for results in found.values() for result in results)}
+
+
 def curvature_table(study: Study) -> Table:
     """Medians and means of the curvatures over the images, by row."""
-    found, measures = _curvature_runs(study), _measures(study)
-    over = values_of(frame(study, numbers))
-    rows = []
-    for row in found:
-        cells = [Cell(over_runs(over[row, what, name]))
-                 for name in measures.values() for what in (MEDIAN, MEAN)]
-        hidden = [f"{sum(over[row, HIDDEN, name]):g}" for name in measures.values()]
-        rows.append(TableRow(study.labels[row], (*cells, Cell(" / ".join(hidden)))))
-    image_counts = listed(run.curvature["num_images"]
-                          for runs in _curvature_runs(study).values() for run in runs)
+    found, values = _curvatures(study), values_of(frame(study, numbers))
+    names = _measures(found).values()
+    rows = [text_row(study.labels[row], (
+        *(over_runs(values[row, what, name]) for name in names for what in (MEDIAN, MEAN)),
+        " / ".join(f"{sum(values[row, HIDDEN, name]):g}" for name in names))) for row in found]
+    num_images = listed(result["num_images"] for results in found.values() for result in results)
     return Table(
         "Curvature of the softmax loss in input space.",
-        ("Method", *(head for name in measures.values() for head in (f"{name}: median", "mean")),
+        ("Method", *(head for name in names for head in (f"{name}: median", "mean")),
          "Zero or less"), tuple(rows),
-        f"All of the {image_counts} test images of each run, not only the lowest 90 %.",
+        f"All of the {num_images} test images of each run, not only the lowest 90 %.",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
         "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
-        f"show (zero, negative or not finite), {' / '.join(measures.values()).lower()}.")
-
-
-def _measures(study: Study) -> dict[str, str]:
-    """Those of CURVATURES that every run has."""
-    return {key: name for key, name in CURVATURES.items()
-            if all(key in run.curvature
-                   for runs in _curvature_runs(study).values() for run in runs)}
-
-
-def _curvature_runs(study: Study) -> dict[str, list[Run]]:
-    found = {row: [run for run in runs if run.curvature] for row, runs in study.runs.items()}
-    return {row: runs for row, runs in found.items() if runs}
+        f"show (zero, negative or not finite), {' / '.join(names).lower()}.")
 
 
 def curvature_picture(study: Study) -> Picture:
     """Box plots of the curvatures."""
-    found, measures = _curvature_runs(study), _measures(study)
+    found, styles = _curvatures(study), row_styles(study.labels)
+    measures, facts = _measures(found), [one for results in found.values() for one in results]
     # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
     samples = [CurvatureSample(
-        study.labels[row], row_style(list(study.labels).index(row)),
-        {key: np.concatenate([lowest_share(run.curvature[key]) for run in runs])
-         for key in measures}) for row, runs in found.items()]
-    shown = [values for sample in samples for values in sample.values.values()]
-    hidden = sum(int((~(values > 0)).sum()) for values in shown)
-    facts = [run.curvature for runs in found.values() for run in runs]
+        study.labels[row], styles[row],
+        {key: np.concatenate([lowest_share(result[key]) for result in results])
+         for key in measures}) for row, results in found.items()]
+    shown = np.concatenate([values for sample in samples for values in sample.values.values()])
     step = listed(f"{one['step']:g}" for one in facts)
     titles = {"frobenius_squared": "$\\Vert H\\Vert_F^2$ of the exact Hessian",
               "finite_difference": f"$\\Lambda$ of Eq. 21 at $t$ = {step}"}
@@ -340,8 +325,8 @@ def curvature_picture(study: Study) -> Picture:
         f"{len(measures)} panels of box plots on a logarithmic axis, one box for each of "
         f"{len(samples)} methods. The curvature table holds medians and means.",
         f"How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
-        f"percentile. {hidden} of the {sum(map(len, shown))} values are zero or negative and are "
-        "not shown (they lie beyond the left edge, but count for the boxes). The panels show "
+        f"percentile. {(~(shown > 0)).sum()} of the {shown.size} values are zero or negative and "
+        "are not shown (they lie beyond the left edge, but count for the boxes). The panels show "
         f"different quantities, from left to right: {explained}. Do not compare the panels. "
         f"Derivatives with respect to {listed(one['with_respect_to'] for one in facts)}.")
 

@@ -3,19 +3,14 @@
 One point for each run, where :mod:`.noise_counts` has one for each image.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from jaxrobust.app.measurements.curvature import CURVATURES
 from jaxrobust.app.measurements.runner import Measurement
-from jaxrobust.app.report.figures import Style, add_legend, new_figure, row_style
+from jaxrobust.app.report.figures import add_legend, new_figure, row_styles, style_handles
 from jaxrobust.app.report.frame import table
-from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, level_name, listed
+from jaxrobust.app.report.page import Picture, Section, Table, level_name, listed, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.statistics import Coefficient, RankCorrelations
 
@@ -113,7 +108,7 @@ def numbers(study: Study) -> pd.DataFrame:
 
 
 def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
-    rows = [TableRow(head, tuple(Cell(text(one)) for one in by_measure.values()))
+    rows = [text_row(head, map(text, by_measure.values()))
             for head, by_measure in _correlations(found, levels).items()]
     return Table(
         "Spearman's rank correlation, over networks, of the median curvature at clean test images "
@@ -135,14 +130,28 @@ def text(found: Coefficient) -> str:
 
 
 def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Picture:
-    measures, methods = _measures(found), list(dict.fromkeys(study.methods.values()))
-    clean, noisy = _accuracies(found, 0), _accuracies(found, level)
-    networks = [Network(study.methods[row], row_style(methods.index(study.methods[row])),
-                        {key: run.medians[key] for key in measures}, float(accuracy),
-                        float(before - accuracy))
-                for (row, run), before, accuracy in zip(found, clean, noisy, strict=True)]
+    measures, methods = _measures(found), dict.fromkeys(study.methods.values())
+    styles, clean, noisy = row_styles(methods), _accuracies(found, 0), _accuracies(found, level)
+    figure = new_figure(3.7 * len(measures), 6.4)
+    axes = figure.subplots(2, len(measures), squeeze=False, sharex="col", sharey="row")
+    for column, (key, title) in zip(axes.T, measures.items(), strict=True):
+        medians = _medians(found, key)
+        for ax, outcome in zip(column, (noisy, clean - noisy), strict=True):
+            for (row, _), median, value in zip(found, medians, outcome, strict=True):
+                style = styles[study.methods[row]]
+                ax.plot(median, value, linestyle="none", marker=style.marker, color=style.color,
+                        alpha=0.75, markeredgecolor="white", markeredgewidth=0.5)
+        column[0].set_title(title)
+        column[1].set_xlabel("Median curvature [1/pixel⁴]")
+        if (medians > 0).any():
+            column[1].set_xscale("log", nonpositive="mask")
+    axes[0, 0].set_ylabel(f"Accuracy at {level_name(level)} [%]")
+    axes[1, 0].set_ylabel(f"Lost from clean to {level_name(level)} [points]")
+    shown = {method: styles[method] for method in dict.fromkeys(
+        study.methods[row] for row, _ in found)}
+    add_legend(figure, style_handles(shown, linestyle="none"), columns=5)
     return Picture(
-        "networks", networks_figure(networks, measures, level_name(level)),
+        "networks", figure,
         f"Median curvature and accuracy at {level_name(level)}, network by network.",
         f"Scatter plots of {len(found)} networks, a column for each of {len(measures)} measures of "
         "curvature: accuracy under noise above, loss of accuracy below.",
@@ -150,40 +159,6 @@ def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Pictur
         f"({listed(methods)}). Further left is flatter. Above: accuracy under noise, higher is "
         "better; below: clean accuracy less that, lower is more robust. Medians over the images, "
         "on a logarithmic axis; those of zero or less lie beyond its left edge.")
-
-
-class Network(NamedTuple):
-    """One run."""
-
-    method: str
-    style: Style  # of its method
-    curvature: dict[str, float]  # by measure, in 1/pixel^4
-    accuracy: float  # under noise, per cent
-    lost: float  # clean accuracy less that, in points
-
-
-def networks_figure(networks: Sequence[Network], measures: dict[str, str], level: str) -> Figure:
-    """Accuracy under the noise ``level``, and what it takes, against each curvature."""
-    figure = new_figure(3.7 * len(measures), 6.4)
-    axes = figure.subplots(2, len(measures), squeeze=False, sharex="col", sharey="row")
-    for column, (key, title) in enumerate(measures.items()):
-        for row, name in enumerate(("accuracy", "lost")):
-            for network in networks:
-                axes[row, column].plot(
-                    network.curvature[key], getattr(network, name), linestyle="none",
-                    marker=network.style.marker, color=network.style.color, alpha=0.75,
-                    markeredgecolor="white", markeredgewidth=0.5)
-        axes[0, column].set_title(title)
-        axes[1, column].set_xlabel("Median curvature [1/pixel⁴]")
-        if any(network.curvature[key] > 0 for network in networks):
-            axes[1, column].set_xscale("log", nonpositive="mask")
-    axes[0, 0].set_ylabel(f"Accuracy at {level} [%]")
-    axes[1, 0].set_ylabel(f"Lost from clean to {level} [points]")
-    styles = {network.method: network.style for network in networks}
-    add_legend(figure, [
-        Line2D([], [], linestyle="none", marker=style.marker, color=style.color, label=method)
-        for method, style in styles.items()], columns=5)
-    return figure
 
 
 NETWORKS = Measurement("networks", section=section)

@@ -1,6 +1,6 @@
 """Sharpness: the curvature of a loss's terms in the parameters, and the largest stable rate.
 
-The curvature of all else here is that in the image. That in the parameters bounds the learning
+All other curvatures here are in the image. The curvature in the parameters bounds the learning
 rate: gradient descent leaves a quadratic valley that curves more than its rate allows.
 """
 
@@ -18,23 +18,10 @@ from jaxrobust import _validate, data, training
 from jaxrobust.app import run_folder
 from jaxrobust.app.config import InputError, training_perturbation
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work
-from jaxrobust.app.program import (
-    class_weights_of,
-    initial_state,
-    method_of,
-    start_from,
-)
+from jaxrobust.app.program import class_weights_of, initial_state, method_of, start_from
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.frame import Number, frame, values_of
-from jaxrobust.app.report.page import (
-    Cell,
-    Section,
-    Table,
-    TableRow,
-    listed,
-    over_runs,
-    significant,
-)
+from jaxrobust.app.report.page import Section, Table, listed, over_runs, significant, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, load_run, make_splits
 from jaxrobust.parallel import make_layout
@@ -164,9 +151,9 @@ def _section(study: Study) -> Section | None:
     if not found:
         return None
     terms = list(dict.fromkeys(what for _, what, _ in found if what not in (LIMIT, RATE)))
-    rows = [TableRow(f"{study.labels[row]}, {state}", (
-        *(Cell(over_runs(found.get((row, what, state), ()))) for what in (*terms, LIMIT)),
-        Cell(listed(f"{rate:g}" for rate in found[row, RATE, state]))))
+    rows = [text_row(f"{study.labels[row]}, {state}", (
+        *(over_runs(found.get((row, what, state), ())) for what in (*terms, LIMIT)),
+        listed(f"{rate:g}" for rate in found[row, RATE, state])))
         for row, state in dict.fromkeys((row, state) for row, _, state in found)]
     images = listed(facts["settings"]["num_images"] for runs in study.runs.values() for run in runs
                     if (facts := run.facts("sharpness")))

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from jaxrobust import _validate, curvature
 from jaxrobust.app.config import check_length, distinct
-from jaxrobust.app.measurements.accuracy import make_test_split
+from jaxrobust.app.measurements.accuracy import first_test_images
 from jaxrobust.app.measurements.curvature import (
     PROBE_SEED,
     PROBES_AT_ONCE,
@@ -23,7 +23,7 @@ from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Number
-from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, listed, significant
+from jaxrobust.app.report.page import Picture, Section, Table, listed, significant, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.images import to_float
@@ -66,11 +66,9 @@ def _measure(run: TrainedRun, settings: StepSettings, work: Work) -> Measured:
     Raises:
       InputError: (a ValueError) if the network is not made of affine pieces.
     """
-    split = make_test_split(run.dataset, settings.test_size)
-    count = settings.num_images
-    _validate.in_range("num_images", count, 1, len(split.labels), open_high=False)
-    first = slice(min(count, BATCH_SIZE))
-    require_piecewise_linear(run, split.images[first], split.labels[first], "steps")
+    test_images, labels = first_test_images(run, settings)
+    count = len(labels)
+    require_piecewise_linear(run, test_images[:BATCH_SIZE], labels[:BATCH_SIZE], "steps")
     parts: list[dict[str, np.ndarray]] = []
     with progress(f"{work.label}, steps",
                   len(PRECISIONS) * len(settings.steps) * -(-count // BATCH_SIZE)) as shown:
@@ -82,8 +80,8 @@ def _measure(run: TrainedRun, settings: StepSettings, work: Work) -> Measured:
                     variables_of(run.state))
                 for first in range(0, count, BATCH_SIZE):
                     rows = np.arange(first, min(first + BATCH_SIZE, count))
-                    images = to_float(jnp.asarray(split.images[rows])).astype(precision)
-                    batch = (model, variables, images, jnp.asarray(split.labels[rows]),
+                    images = to_float(jnp.asarray(test_images[rows])).astype(precision)
+                    batch = (model, variables, images, jnp.asarray(labels[rows]),
                              jnp.asarray(rows))
                     exact = np.asarray(_exact(*batch[:3]))
                     for step in settings.steps:
@@ -147,25 +145,31 @@ def step_curves(label: str, table: dict[str, np.ndarray]) -> StepCurves:
         quantiles("finite_difference", 64, (0.25, 0.5, 0.75)), quantiles("smoothed", 64, 0.5))
 
 
-_EXACT, _SINGLE, _DOUBLE, _SMOOTHED = "#000000", "#D55E00", "#0072B2", "#009E73"
+LOOKS = {
+    "exact $\\Vert H\\Vert_F^2$ at the image": {"color": "#000000"},
+    "Eq. 21, float64 (band: quartiles)": {"color": "#0072B2", "marker": "o", "markersize": 5},
+    "Eq. 21, float32": {"color": "#D55E00", "marker": "x", "linestyle": (0, (4, 2))},
+    "smoothed $\\Vert H_\\sigma\\Vert_F^2$, float64": {
+        "color": "#009E73", "marker": "s", "markersize": 4.5, "linestyle": (0, (1, 1))}}
+"""How each curve is drawn, by its name in the legend."""
 
 
 def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
     """Curvature against the step, a panel for each run, all with the same axes."""
+    exact, double, single, smoothed = LOOKS.values()
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
     figure = figures.new_figure(3.9 * columns + 0.6, 3.1 * lines + 0.9)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for ax, curve in zip(axes.flat, curves, strict=False):
         ax.set_title(figures.wrap(curve.label), fontsize=11)
-        ax.axhline(curve.exact, color=_EXACT, linewidth=1.4)
-        ax.fill_between(curve.steps, curve.double[0], curve.double[2], color=_DOUBLE, alpha=0.2,
-                        linewidth=0)
-        ax.plot(curve.steps, curve.double[1], color=_DOUBLE, marker="o", markersize=5)
-        ax.plot(curve.steps, curve.single, color=_SINGLE, marker="x", linestyle=(0, (4, 2)))
+        ax.axhline(curve.exact, linewidth=1.4, **exact)
+        ax.fill_between(curve.steps, curve.double[0], curve.double[2], color=double["color"],
+                        alpha=0.2, linewidth=0)
+        ax.plot(curve.steps, curve.double[1], **double)
+        ax.plot(curve.steps, curve.single, **single)
         # An unbiased estimate may be negative, which this axis cannot show.
-        ax.plot(curve.steps, np.where(curve.smoothed > 0, curve.smoothed, np.nan),
-                color=_SMOOTHED, marker="s", markersize=4.5, linestyle=(0, (1, 1)))
+        ax.plot(curve.steps, np.where(curve.smoothed > 0, curve.smoothed, np.nan), **smoothed)
         ax.set_xscale("log")
         ax.set_yscale("log")
     for ax in axes.flat[len(curves):]:
@@ -174,13 +178,8 @@ def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
         ax.set_xlabel("step $t$, or noise $\\sigma$ [pixel values]")
     for ax in axes[:, 0]:
         ax.set_ylabel("median over the images [1/pixel$^4$]")
-    figures.add_legend(figure, [
-        Line2D([], [], color=_EXACT, label="exact $\\Vert H\\Vert_F^2$ at the image"),
-        Line2D([], [], color=_DOUBLE, marker="o", markersize=5,
-               label="Eq. 21, float64 (band: quartiles)"),
-        Line2D([], [], color=_SINGLE, marker="x", linestyle=(0, (4, 2)), label="Eq. 21, float32"),
-        Line2D([], [], color=_SMOOTHED, marker="s", markersize=4.5, linestyle=(0, (1, 1)),
-               label="smoothed $\\Vert H_\\sigma\\Vert_F^2$, float64")], columns=4)
+    figures.add_legend(figure, [Line2D([], [], label=label, **look)
+                                for label, look in LOOKS.items()], columns=4)
     return figure
 
 
@@ -200,31 +199,29 @@ def numbers(run: Run) -> Iterator[Number]:
 
 
 def _section(study: Study) -> Section | None:
-    found = [(study.labels[row], result) for row, (_, result) in
-             study.first_results("steps").items()]
+    found = study.first_results("steps")
     if not found:
         return None
-    curves = [step_curves(label, result) for label, result in found]
+    curves = [step_curves(study.labels[row], result) for row, result in found.items()]
     steps = curves[0].steps
     shown = range(0, len(steps), 2)  # The figure has them all.
     columns = ("Method", "Exact", *(f"Eq. 21, t = {steps[i]:g}" for i in shown),
                f"float32, t = {steps[0]:g}", f"Smoothed, σ = {steps[-1]:g}")
-    rows = [TableRow(curve.label, tuple(map(Cell, map(significant, (
-        curve.exact, *(curve.double[1][i] for i in shown), curve.single[0], curve.smoothed[-1])))))
+    rows = [text_row(curve.label, map(significant, (
+        curve.exact, *curve.double[1, shown], curve.single[0], curve.smoothed[-1])))
         for curve in curves]
-    settings = [result["settings"] for _, result in found]
+    settings = [result["settings"] for result in found.values()]
     details = (f"Medians over {listed(one['num_images'] for one in settings)} test images of the "
                f"first seed; {listed(one['num_probes'] for one in settings)} random directions; "
-               "float64 if not said otherwise; in 1/pixel⁴.")
+               "float64 unless stated otherwise; in 1/pixel⁴.")
     ratios = np.concatenate([curve.double[1] / curve.exact for curve in curves])
     return Section(
         "steps", "How Eq. 21 depends on its step",
         "Over these steps and methods the median of Eq. 21 lies between "
         f"{significant(ratios.min())} and {significant(ratios.max())} times the exact one. On a "
-        "smooth network both would agree as t goes to 0; on one with kinks Eq. 21 has no limit "
-        "to settle on.",
+        "smooth network both would agree as t goes to 0; on one with kinks Eq. 21 has no limit.",
         (Table("Eq. 21 against the step.", columns, tuple(rows), details,
-               "How to read: along a row, what the step alone does to the number."),),
+               "How to read: along a row, only the step changes."),),
         (Picture("steps", steps_figure(curves), "Eq. 21 and the smoothed curvature against their "
                  "scale, beside the exact curvature.",
                  "Line charts of curvature against the step on logarithmic axes, a panel for each "
@@ -232,7 +229,7 @@ def _section(study: Study) -> Section | None:
                  "How to read: the black line is what both would be on a quadratic loss. Eq. 21 "
                  "squares every jump of the gradient that a step crosses; the smoothed curvature "
                  "averages the jumps first, so that those to and fro cancel. Where float32 leaves "
-                 "float64, rounding has taken over. Median values of zero or less are left out."),
+                 "float64, rounding errors dominate. Medians of zero or less are left out."),
          ))
 
 

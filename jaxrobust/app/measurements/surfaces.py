@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import new_figure, wrap, write_across
 from jaxrobust.app.report.page import Picture, Section
-from jaxrobust.app.study.read import Run, Study
+from jaxrobust.app.study.read import Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.data.augment import to_float
+from jaxrobust.images import to_float
 
 SEED = 0
 NUM_SURFACES = 3
@@ -77,24 +76,17 @@ def _surface(model, variables, images, labels, indices, extent, resolution):
         indices=indices)
 
 
-class LossPlanes(NamedTuple):
-    """The loss of one row's run over a plane through each of a few images."""
-
-    label: str
-    offsets: np.ndarray  # [R]; pixel units, from -extent to extent
-    values: np.ndarray  # [K, R, R]; nats; second axis along the gradient
-
-
-def surfaces_figure(images: np.ndarray, names: Sequence[str],
-                    planes: Sequence[LossPlanes]) -> Figure:
+def surfaces_figure(images: np.ndarray, names: Sequence[str], offsets: np.ndarray,
+                    losses: dict[str, np.ndarray]) -> Figure:
     """Fig. 11: the negative loss, a line of panels for each image, on one scale within it.
 
     Args:
       images: [K, H, W, channels], uint8.
       names: K, of their classes.
-      planes: by row of the table.
+      offsets: [R], in pixel units, of the points along each direction.
+      losses: by label, [K, R, R], in nats; the second axis is along the gradient.
     """
-    columns = 1 + len(planes)
+    columns = 1 + len(losses)
     figure = new_figure(1.6 + 1.5 * columns, 0.9 + 1.6 * len(images))
     grid = figure.subplots(len(images), columns, squeeze=False)
     for number, (line, image, name) in enumerate(zip(grid, images, names, strict=True)):
@@ -103,15 +95,15 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str],
         line[0].imshow(channels, cmap="gray", interpolation="nearest")
         line[0].set_title(name, fontsize=9)
         line[0].set_axis_off()
-        values = [-plane.values[number] for plane in planes]
-        finite = np.concatenate([value[np.isfinite(value)] for value in values])
+        values = {label: -loss[number] for label, loss in losses.items()}
+        finite = np.concatenate([value[np.isfinite(value)] for value in values.values()])
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         levels = ticker.MaxNLocator(12, steps=(1, 2, 5, 10)).tick_values(
             low, high if high > low else low + 1)
-        for ax, plane, value in zip(line[1:], planes, values, strict=True):
-            filled = _contours(ax, plane.offsets, value, levels)
+        for ax, (label, value) in zip(line[1:], values.items(), strict=True):
+            filled = _contours(ax, offsets, value, levels)
             if number == 0:
-                ax.set_title(wrap(plane.label, 17), fontsize=9)
+                ax.set_title(wrap(label, 17), fontsize=9)
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_locator(ticker.MaxNLocator(4, steps=(1, 2, 5, 10)))
             ax.tick_params(labelsize=8, labelleft=ax is line[1], labelbottom=last)
@@ -146,22 +138,20 @@ def _section(study: Study) -> Section | None:
                    (surfaces_picture(study, results),)) if results else None
 
 
-def surfaces_picture(study: Study, results: dict[str, tuple[Run, dict]]) -> Picture:
+def surfaces_picture(study: Study, results: dict[str, dict]) -> Picture:
     """Fig. 11: the negative loss around a few images, the same for all methods."""
-    first = next(iter(results.values()))[1]
-    same = {row: result for row, (_, result) in results.items()
-            if np.array_equal(result["image"], first["image"])
-            and np.array_equal(result["offsets"], first["offsets"])}
-    planes = [LossPlanes(study.labels[row], result["offsets"],
-                                            result["values"]) for row, result in same.items()]
+    first = next(iter(results.values()))
+    same = {row: result for row, result in results.items()
+            if all(np.array_equal(result[name], first[name]) for name in ("image", "offsets"))}
+    losses = {study.labels[row]: result["values"] for row, result in same.items()}
     names = [first["class_names"][label] for label in first["label"]]
     left_out = [study.labels[row] for row in results if row not in same]
     return Picture(
-        "loss_surfaces", surfaces_figure(first["image"], names, planes),
+        "loss_surfaces", surfaces_figure(first["image"], names, first["offsets"], losses),
         "The negative of the softmax loss over a plane through a test image (the paper’s "
         "Fig. 11).",
         f"Filled contours of the negative loss, a panel for each of {len(names)} images and "
-        f"{len(planes)} methods.",
+        f"{len(losses)} methods.",
         "How to read: the dot is the image on the left, bright means a small loss. Up is the "
         "direction in which this network’s loss grows fastest at the image, right a random one "
         "at a right angle to it (the same random vector for all methods, before it is set at a "

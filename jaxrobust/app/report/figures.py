@@ -1,4 +1,4 @@
-"""The report's figures: pure functions from numbers to a matplotlib ``Figure``.
+"""Drawing for the report: styles, legends, and figures that several pages share.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; every row also has a
 marker and a line style of its own, for print in black and white. No function here touches
@@ -8,13 +8,13 @@ pyplot, whose figures are global state.
 import math
 import pathlib
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import threadpoolctl
-from matplotlib import cbook, patheffects, ticker
+from matplotlib import cbook, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,7 +23,7 @@ from sklearn.manifold import TSNE
 from jaxrobust.app.files import writing
 
 DPI = 150
-"""Of the PNG files, and of the points that an SVG file holds as an image."""
+"""Resolution of the PNG files, and of scatter plots, which SVG files hold as images."""
 
 _ORANGE, _SKY, _GREEN, _YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 _BLUE, _VERMILLION, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
@@ -56,18 +56,6 @@ class AccuracyLine(NamedTuple):
     std: np.ndarray  # [L]; per cent, 0 where unknown
 
 
-class TrainingCurve(NamedTuple):
-    """What one run logged."""
-
-    label: str
-    style: Style
-    epochs: np.ndarray  # [E]
-    loss: np.ndarray  # [E]; in nats
-    selection_epochs: np.ndarray  # [S]; a subset of the epochs, may be empty
-    selection_accuracy: np.ndarray  # [S]; per cent
-    chosen_epoch: int | None
-
-
 class CurvatureSample(NamedTuple):
     """Curvatures of the loss at the images of one row, of the runs of all seeds together."""
 
@@ -76,20 +64,15 @@ class CurvatureSample(NamedTuple):
     values: dict[str, np.ndarray]  # by measure, [n]
 
 
-class Embedding(NamedTuple):
-    """Features of one run in the plane."""
-
-    label: str
-    clean: np.ndarray  # [n, 2]
-    noisy: np.ndarray  # [n, 2]
-    classes: np.ndarray  # [n], integers
-    noise: str  # of the noisy view, in words
-
-
 def row_style(index: int) -> Style:
-    """The style of the ``index``-th row of the table; 56 differ, eight in colour."""
+    """Returns the style of the ``index``-th row of the table; 56 differ, eight in colour."""
     shape = (index + index // len(_ROW_COLORS)) % len(_ROW_MARKERS)
     return Style(_ROW_COLORS[index % len(_ROW_COLORS)], _ROW_MARKERS[shape], _ROW_DASHES[shape])
+
+
+def row_styles(names: Iterable[str]) -> dict[str, Style]:
+    """Returns the style of each row of the table, or of whatever else the colours tell apart."""
+    return {name: row_style(index) for index, name in enumerate(names)}
 
 
 def lowest_share(values: np.ndarray) -> np.ndarray:
@@ -150,8 +133,8 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
         axes[0].set_title("Ours and the paper's" if paper else "All")
         axes[1].set_title("Ours, enlarged (the weakest cut off)")
         axes[1].set_ylim(*limits)
-    handles = [Line2D([], [], color=line.style.color, marker=line.style.marker, linewidth=1.6,
-                      label=wrap(line.label)) for line in lines]
+    handles = style_handles({line.label: line.style for line in lines}, linestyle="-",
+                            linewidth=1.6)
     if paper:
         handles.append(Line2D([], [], color="#595959", linestyle=(0, (4, 3)), linewidth=0.8,
                               marker="o", markersize=4, markerfacecolor="white",
@@ -189,87 +172,30 @@ def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
     ax.set_yticks(range(len(names)), [name.replace("+", " +\n") for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("Test accuracy [%]")
-    add_legend(figure, [
-        Line2D([], [], color=line.style.color, marker=line.style.marker, linestyle="none",
-               label=wrap(line.label)) for line in lines])
+    add_legend(figure, style_handles({line.label: line.style for line in lines},
+                                     linestyle="none"))
     ax.grid(visible=False, axis="y")
-    return figure
-
-
-def training_figure(curves: Sequence[TrainingCurve], loss_name: str) -> Figure:
-    """Training loss, and the accuracy by which the epoch is chosen where there is any.
-
-    A thin line for each run; a large marker at the chosen epoch.
-    """
-    selected = any(len(curve.selection_epochs) for curve in curves)
-    figure = new_figure(11 if selected else 7, 5.2)
-    axes = figure.subplots(1, 2 if selected else 1, squeeze=False)[0]
-    for curve in curves:
-        look = {"color": curve.style.color, "linestyle": curve.style.dashes, "linewidth": 1.0,
-                "marker": curve.style.marker, "markersize": 3.5}
-        axes[0].plot(curve.epochs, curve.loss, markevery=max(1, len(curve.epochs) // 8), **look)
-        if selected:
-            axes[1].plot(curve.selection_epochs, curve.selection_accuracy,
-                         markevery=max(1, len(curve.selection_epochs) // 8), **look)
-            at = curve.selection_epochs == curve.chosen_epoch
-            axes[1].plot(curve.selection_epochs[at], curve.selection_accuracy[at],
-                         color=curve.style.color, marker=curve.style.marker, markersize=9,
-                         markeredgecolor="black", linestyle="none", zorder=3)
-    axes[0].set_yscale("log")
-    losses = np.concatenate([curve.loss for curve in curves])
-    losses = losses[np.isfinite(losses) & (losses > 0)]
-    # The default labels powers of ten only, of which a well-behaved loss may cross none.
-    if losses.size and losses.max() < 1000 * losses.min():
-        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0].set_ylabel(f"{loss_name} [nats]")
-    if selected:
-        axes[1].set_ylabel("Selection accuracy [%]")
-    for ax in axes:
-        ax.set_xlabel("Epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    styles = {curve.label: curve.style for curve in curves}
-    add_legend(figure, [Line2D([], [], color=style.color, marker=style.marker, markersize=5,
-                               linestyle=style.dashes, label=wrap(label))
-                        for label, style in styles.items()])
     return figure
 
 
 def curvature_figure(samples: Sequence[CurvatureSample], measures: dict[str, str]) -> Figure:
     """Box plots on a logarithmic axis of the lowest 90 % of each row's curvatures.
 
-    A panel for each of ``measures``, whose words head it. Boxes: quartiles; whiskers: the 5th and
-    95th percentile of what is shown. Values of zero or less lie beyond the left edge.
+    There is a panel for each of ``measures``, by key and title.
     """
     figure = new_figure(3 + 4 * len(measures), 1.9 + 0.6 * len(samples))
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for ax, (name, words) in zip(axes, measures.items(), strict=True):
-        _boxes(ax, [sample.values[name] for sample in samples], samples)
+        boxes(ax, [(place, lowest_share(sample.values[name]), sample.style)
+                   for place, sample in enumerate(samples)], width=0.55)
         ax.set_title(words)
         ax.set_xlabel("[1/pixel$^4$]")
         ax.tick_params(axis="y", left=ax is axes[0])
+        ax.set_axisbelow(True)
+        ax.grid(axis="x", **GRID)
+        ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
     axes[0].invert_yaxis()
-    return figure
-
-
-def tsne_figure(embeddings: Sequence[Embedding], class_names: dict[int, str]) -> Figure:
-    """Clean and noisy features side by side, two rows of the table on a line."""
-    columns = min(2, len(embeddings))
-    lines = math.ceil(len(embeddings) / columns)
-    figure = new_figure(5.7 * columns, 0.8 + 3.2 * lines)
-    parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.04, hspace=0.04).flat
-    for part, embedding in zip(parts, embeddings, strict=False):
-        part.suptitle(wrap(embedding.label, 60), fontsize=11, fontweight="bold")
-        clean, noisy = part.subplots(1, 2, sharex=True, sharey=True)
-        scatter(clean, embedding.clean, embedding.classes)
-        clean.set_title("clean")
-        clean.set_ylabel("t-SNE 2 (no unit)")
-        scatter(noisy, embedding.noisy, embedding.classes)
-        noisy.set_title(f"noisy, {embedding.noise}")
-    add_legend(figure, class_handles((int(c) for e in embeddings for c in e.classes),
-                                     class_names), columns=5)
     return figure
 
 
@@ -310,27 +236,36 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> N
         legend.remove()
 
 
-def _boxes(ax: Axes, values: Sequence[np.ndarray], samples: Sequence[CurvatureSample]) -> None:
-    stats = [cbook.boxplot_stats(lowest_share(v), whis=(5, 95))[0] for v in values]
-    for index, (stat, sample) in enumerate(zip(stats, samples, strict=True)):
-        ax.bxp([stat], positions=[index], orientation="horizontal", widths=0.55, showfliers=False,
-               patch_artist=True, boxprops={"facecolor": sample.style.color, "alpha": 0.55},
+def style_handles(styles: Mapping[str, Style], width: int = 30, **look) -> list[Line2D]:
+    """Returns the legend's lines, which look like these styles but for ``look``."""
+    return [Line2D([], [], **{"color": style.color, "marker": style.marker,
+                              "linestyle": style.dashes, "label": wrap(label, width)} | look)
+            for label, style in styles.items()]
+
+
+def boxes(ax: Axes, groups: Sequence[tuple[float, np.ndarray, Style]], *, width: float) -> None:
+    """Draws horizontal box plots on a logarithmic axis, from place, values [n] and style of each.
+
+    Boxes: quartiles; whiskers: the 5th and 95th percentile of the finite values. Values of zero or
+    less lie beyond the left edge.
+    """
+    ends = []
+    for place, values, style in groups:
+        stat = cbook.boxplot_stats(values[np.isfinite(values)], whis=(5, 95))[0]
+        ax.bxp([stat], positions=[place], orientation="horizontal", widths=width, showfliers=False,
+               patch_artist=True, boxprops={"facecolor": style.color, "alpha": 0.55},
                medianprops={"color": "black", "linewidth": 1.8}, manage_ticks=False)
         if not stat["whishi"] > 0:
             words = "no finite value" if np.isnan(stat["whishi"]) else "zero to the 95th percentile"
-            ax.text(0.5, index, words, transform=ax.get_yaxis_transform(), ha="center",
+            ax.text(0.5, place, words, transform=ax.get_yaxis_transform(), ha="center",
                     va="center", style="italic")
         if stat["med"] > 0:
-            ax.plot(stat["med"], index, marker=sample.style.marker, color="black", markersize=6,
+            ax.plot(stat["med"], place, marker=style.marker, color="black", markersize=6,
                     markeredgecolor="white", markeredgewidth=0.6)
-    ends = [stat[end] for stat in stats for end in ("whislo", "q1", "med", "q3", "whishi")]
-    positive = [float(end) for end in ends if end > 0]
-    low, high = (min(positive), max(positive)) if positive else (1e-6, 1.0)
-    ax.set_xlim(low / 3, high * 3)
+        ends += [float(stat[end]) for end in ("whislo", "q1", "med", "q3", "whishi")]
+    positive = [end for end in ends if end > 0]
+    ax.set_xlim(min(positive, default=1e-6) / 3, max(positive, default=1.0) * 3)
     ax.set_xscale("log", nonpositive="clip")
-    ax.set_axisbelow(True)
-    ax.grid(axis="x", **GRID)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def class_look(index: int) -> tuple[str, str]:

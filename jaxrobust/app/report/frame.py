@@ -8,12 +8,12 @@ A table has the columns of :data:`COLUMNS`. Accuracies are per cent.
 import math
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from jaxrobust.app.report.page import level_name
+from jaxrobust.app.report.page import TableRow, level_name, text_row
 from jaxrobust.app.study.read import Run, Study
 
 COLUMNS = {"study": "str", "row": "str", "seed": "Int64", "measurement": "str",
@@ -146,6 +146,18 @@ def values_of(table: pd.DataFrame) -> Values:
     found = over_seeds(table)
     return dict(zip(zip(found.row, found.measurement, found.condition, strict=True),
                     found.by_seed, strict=True))
+
+
+def number_rows(
+    study: Study, rows: Iterable[str], kind: Callable[[Run], Iterable[Number]],
+    columns: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]],
+) -> tuple[TableRow, ...]:
+    """Rows of a table: a cell for each measurement and condition, with how it shows the seeds'
+    numbers, of which there may be none."""
+    values = values_of(frame(study, kind))
+    return tuple(text_row(study.labels[row], (
+        show(values.get((row, measurement, condition), ()))
+        for measurement, condition, show in columns)) for row in rows)
 
 
 Accuracies = dict[str, dict[str, Any]]

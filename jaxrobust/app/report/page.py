@@ -10,22 +10,27 @@ from jaxrobust.app.report.figures import Figure
 
 
 class Cell(NamedTuple):
-    """Of a table."""
+    """A cell of a table."""
 
     text: str
     bold: bool = False
 
 
 class TableRow(NamedTuple):
-    """Of a table; the paper's rows are muted."""
+    """A row of a table; the paper's rows are muted."""
 
     head: str
     cells: tuple[Cell, ...]
     muted: bool = False
 
 
+def text_row(head: str, texts: Iterable[str]) -> TableRow:
+    """A row of plain cells."""
+    return TableRow(head, tuple(map(Cell, texts)))
+
+
 class Table(NamedTuple):
-    """As shown, in HTML and in Markdown alike."""
+    """A table, which HTML and Markdown show alike."""
 
     caption: str
     columns: tuple[str, ...]  # the first heads the rows
@@ -47,7 +52,7 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Of the page."""
+    """A section of the page."""
 
     anchor: str
     heading: str
@@ -91,12 +96,17 @@ def with_spread(mean: float, std: float | None) -> str:
 
 def over_runs(values: Sequence[float], show: Callable[[float], str] = significant,
               to: str = "–") -> str:
-    """The mean, and in brackets the lowest and the highest if there are several; a dash of none, or
-    where one is not finite."""
+    """The mean, followed by the lowest and the highest in brackets if there are several; a dash if
+    there are none, or one is not finite."""
     if not values or not all(map(math.isfinite, values)):
         return "–"
     mean = show(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} [{show(min(values))}{to}{show(max(values))}]"
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """The mean; a dash if there are no values, or one is not finite."""
+    return significant(statistics.fmean(values)) if values else "–"
 
 
 def listed(values: Iterable) -> str:

@@ -1,14 +1,16 @@
 """The figures of accuracy, of training and of features, from the numbers and files of a study."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import ticker
 
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Accuracies, accuracies, noise_level, published_accuracies
 from jaxrobust.app.report.page import Picture
 from jaxrobust.app.report.tables import levels_of, perturbations_of, several_seeds
-from jaxrobust.app.study.read import Run, Study
+from jaxrobust.app.study.read import Study
 
 
 def accuracy_picture(study: Study) -> Picture:
@@ -84,26 +86,47 @@ def _over(study: Study) -> str:
 
 def training_picture(study: Study) -> Picture | None:
     """Loss, and accuracy on the images for choosing the epoch; None without any metrics."""
-    logged = [(index, row, run) for index, row in enumerate(study.labels)
-              for run in study.runs[row] if run.epochs]
+    styles = figures.row_styles(study.labels)
+    logged = [(styles[row], run) for row in study.labels for run in study.runs[row] if run.epochs]
     if not logged:
         return None
-    key = "softmax" if all("softmax" in run.epochs[0] for *_, run in logged) else "loss"
+    key = "softmax" if all("softmax" in run.epochs[0] for _, run in logged) else "loss"
     name = {"softmax": "Softmax loss in training", "loss": "Loss in training"}[key]
-    curves = []
-    for index, row, run in logged:
-        selection = [line for line in run.epochs if line.get("selection_accuracy") is not None]
-        curves.append(figures.TrainingCurve(
-            study.labels[row], figures.row_style(index),
-            np.array([line["epoch"] for line in run.epochs]),
-            np.array([line[key] for line in run.epochs]),
-            np.array([line["epoch"] for line in selection]),
-            np.array([100 * line["selection_accuracy"] for line in selection]),
-            run.evaluation["epoch"] if run.evaluation else None))
+    selections = [[(line["epoch"], 100 * line["selection_accuracy"]) for line in run.epochs
+                   if line.get("selection_accuracy") is not None] for _, run in logged]
+    figure = figures.new_figure(11 if any(selections) else 7, 5.2)
+    axes = figure.subplots(1, 2 if any(selections) else 1, squeeze=False)[0]
+    for (style, run), selection in zip(logged, selections, strict=True):
+        look = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.0,
+                "marker": style.marker, "markersize": 3.5}
+        axes[0].plot([line["epoch"] for line in run.epochs], [line[key] for line in run.epochs],
+                     markevery=max(1, len(run.epochs) // 8), **look)
+        if selection:
+            axes[1].plot(*zip(*selection, strict=True), markevery=max(1, len(selection) // 8),
+                         **look)
+        for epoch, accuracy in selection:
+            if run.evaluation and epoch == run.evaluation["epoch"]:
+                axes[1].plot(epoch, accuracy, color=style.color, marker=style.marker, markersize=9,
+                             markeredgecolor="black", linestyle="none", zorder=3)
+    losses = [line[key] for _, run in logged for line in run.epochs
+              if math.isfinite(line[key]) and line[key] > 0]
+    axes[0].set_yscale("log")
+    # The default labels powers of ten only, of which a well-behaved loss may cross none.
+    if losses and max(losses) < 1000 * min(losses):
+        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    for ax, label in zip(axes, (f"{name} [nats]", "Selection accuracy [%]"), strict=False):
+        ax.set_xlabel("Epoch")
+        ax.set_ylabel(label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    shown = {study.labels[row]: style for row, style in styles.items()
+             if any(run.epochs for run in study.runs[row])}
+    figures.add_legend(figure, figures.style_handles(shown, markersize=5))
     return Picture(
-        "training", figures.training_figure(curves, name), "Training curves.",
+        "training", figure, "Training curves.",
         f"Line charts against the epoch: {name.lower()} and, where measured, the accuracy on the "
-        f"images for choosing the epoch; {len(curves)} runs.",
+        f"images for choosing the epoch; {len(logged)} runs.",
         "How to read: a thin line for each training run. Left: the loss as each method sees its "
         "own training images (clean, noisy or both), on a logarithmic axis, so heights of "
         "different methods do not compare directly. Right, where measured: the selection "
@@ -112,32 +135,38 @@ def training_picture(study: Study) -> Picture | None:
 
 def tsne_picture(study: Study) -> Picture | None:
     """Clean and noisy features of the first seed, by row; None if none can be embedded."""
-    embeddings, left_out = [], []
-    for row, run in _feature_runs(study).items():
-        planes = figures.joint_tsne(run.features["clean"], run.features["noisy"])
-        if planes is None:
-            left_out.append(study.labels[row])
-            continue
-        embeddings.append(figures.Embedding(
-            f"{study.labels[row]}, seed {run.seed}", *planes, run.features["labels"],
-            str(run.features["noise"])))
-    if not embeddings:
+    runs = {row: next((run for run in runs if run.features), None)
+            for row, runs in study.runs.items()}
+    planes = {row: figures.joint_tsne(run.features["clean"], run.features["noisy"])
+              for row, run in runs.items() if run}
+    shown = [row for row, both in planes.items() if both]
+    if not shown:
         return None
+    columns = min(2, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = figures.new_figure(5.7 * columns, 0.8 + 3.2 * lines)
+    parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.04, hspace=0.04).flat
+    classes = []
+    for part, row in zip(parts, shown, strict=False):
+        features = runs[row].features
+        classes += features["labels"].tolist()
+        part.suptitle(figures.wrap(f"{study.labels[row]}, seed {runs[row].seed}", 60), fontsize=11,
+                      fontweight="bold")
+        axes = part.subplots(1, 2, sharex=True, sharey=True)
+        for ax, plane, title in zip(axes, planes[row], ("clean", f"noisy, {features['noise']}"),
+                                    strict=True):
+            figures.scatter(ax, plane, features["labels"])
+            ax.set_title(title)
+        axes[0].set_ylabel("t-SNE 2 (no unit)")
+    figures.add_legend(figure, figures.class_handles(classes, study.class_names), columns=5)
     note = ("How to read: a point for each test image, colour and marker by its true class, the "
             "number at the median of its class; the same image is in both panels of a method, "
             "which share one embedding. Well separated clusters that stay in place under noise "
             "are what robust training aims at. Directions, distances between clusters and sizes "
             "have no meaning in t-SNE.")
-    if left_out:
+    if left_out := [study.labels[row] for row, both in planes.items() if not both]:
         note += f" Not shown, features not finite or all alike: {', '.join(left_out)}."
     return Picture(
-        "tsne", figures.tsne_figure(embeddings, study.class_names),
-        "Features of the penultimate layer, by t-SNE, as in the paper’s Fig. 1.",
+        "tsne", figure, "Features of the penultimate layer, by t-SNE, as in the paper’s Fig. 1.",
         f"Scatter plots of clean and noisy features in the plane, two panels for each of "
-        f"{len(embeddings)} methods, coloured by class.", note)
-
-
-def _feature_runs(study: Study) -> dict[str, Run]:
-    """The first seed's run with features, by row."""
-    found = {row: [run for run in runs if run.features] for row, runs in study.runs.items()}
-    return {row: runs[0] for row, runs in found.items() if runs}
+        f"{len(shown)} methods, coloured by class.", note)

@@ -80,14 +80,17 @@ class Study:
         """The evaluated runs of all rows."""
         return [run for row in self.labels for run in self.finished(row)]
 
-    def first_results(self, kind: str) -> dict[str, tuple[Run, dict]]:
-        """By row, the first run that has a kind of measurement, and its result."""
-        found: dict[str, tuple[Run, dict]] = {}
-        for row, runs in self.runs.items():
-            for run in runs:
-                if row not in found and (result := run.result(kind)):
-                    found[row] = run, result
-        return found
+    def first_results(self, kind: str) -> dict[str, dict]:
+        """By row, the result of the first run that has a kind of measurement."""
+        found = {row: next(filter(None, (run.result(kind) for run in runs)), None)
+                 for row, runs in self.runs.items()}
+        return {row: result for row, result in found.items() if result}
+
+    def results(self, kind: str) -> dict[str, list[dict]]:
+        """By row, the results of all runs that have a kind of measurement."""
+        found = {row: list(filter(None, (run.result(kind) for run in runs)))
+                 for row, runs in self.runs.items()}
+        return {row: results for row, results in found.items() if results}
 
 
 def load_study(folder: pathlib.Path) -> Study:

@@ -2,21 +2,27 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxrobust.app.measurements.theory import figures
-from jaxrobust.app.report.figures import row_style
-from jaxrobust.app.report.frame import Number, frame, values_of
+from jaxrobust.app.report.figures import (
+    GRID,
+    add_legend,
+    boxes,
+    new_figure,
+    row_styles,
+    style_handles,
+    wrap,
+)
+from jaxrobust.app.report.frame import Number, number_rows
 from jaxrobust.app.report.page import (
-    Cell,
     Picture,
     Section,
     Table,
-    TableRow,
     count,
     listed,
+    mean_text,
     significant,
 )
 from jaxrobust.app.study.read import Run, Study
@@ -48,9 +54,7 @@ DIVERGENCE = "divergence, median over the pairs"
 
 def section_of(study: Study) -> Section | None:
     """The section; None if no run of the study was checked."""
-    found = {row: [result for run in runs if (result := run.result("theory"))]
-             for row, runs in study.runs.items()}
-    found = {row: results for row, results in found.items() if results}
+    found = study.results("theory")
     if not found:
         return None
     return Section(
@@ -96,49 +100,42 @@ def numbers(run: Run) -> Iterator[Number]:
         yield Number(DIVERGENCE, name, float(np.median(separation[key])), "nats")
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1f}" if math.isfinite(share) else "–"
+def _mean_percent(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values or [math.nan])
+    return f"{mean:.1f}" if math.isfinite(mean) else "–"
+
+
+def _largest(values: Sequence[float]) -> str:
+    return significant(max(values, default=math.nan))
 
 
 CURVATURE_COLUMNS = {
-    "Eq. 14: residual": ("residual of Eq. 14, median", "", significant),
-    "Step 1, ‖H‖² [%]": ("holds", "eq22_pointwise", _percent),
-    "Step 1, ‖H_σ‖² [%]": ("holds", "eq22_smoothed", _percent),
-    "Eq. 15 holds [%]": ("holds", "thm61_upper_pointwise_median", _percent),
-    "Eq. 15 / ‖H‖²": ("looseness", "thm61_upper_pointwise_median", significant),
-    "Eq. 15 / ‖H_σ‖²": ("looseness", "thm61_upper_smoothed_median", significant),
-    "Eq. 16 holds, H [%]": ("holds", "thm61_lower_pointwise_median", _percent),
-    "Eq. 16 holds, H_σ [%]": ("holds", "thm61_lower_smoothed_median", _percent),
+    "Eq. 14: residual": ("residual of Eq. 14, median", "", mean_text),
+    "Step 1, ‖H‖² [%]": ("holds", "eq22_pointwise", _mean_percent),
+    "Step 1, ‖H_σ‖² [%]": ("holds", "eq22_smoothed", _mean_percent),
+    "Eq. 15 holds [%]": ("holds", "thm61_upper_pointwise_median", _mean_percent),
+    "Eq. 15 / ‖H‖²": ("looseness", "thm61_upper_pointwise_median", mean_text),
+    "Eq. 15 / ‖H_σ‖²": ("looseness", "thm61_upper_smoothed_median", mean_text),
+    "Eq. 16 holds, H [%]": ("holds", "thm61_lower_pointwise_median", _mean_percent),
+    "Eq. 16 holds, H_σ [%]": ("holds", "thm61_lower_smoothed_median", _mean_percent),
 }
 """Measurement, condition and how it is shown, by heading."""
 
 CLAIM_COLUMNS = {
-    "L_compact": ("L_compact", "training images", significant),
-    "L_margin": ("L_margin", "training images", significant),
-    "Within δ_v [%]": ("within δ_v", "training images", _percent),
-    "T_ν: same predictions [%]": ("same predictions", "T_ν", _percent),
+    "L_compact": ("L_compact", "training images", mean_text),
+    "L_margin": ("L_margin", "training images", mean_text),
+    "Within δ_v [%]": ("within δ_v", "training images", _mean_percent),
+    "T_ν: same predictions [%]": ("same predictions", "T_ν", _mean_percent),
     "6.2: largest error bounded below 1": (
-        "largest error bounded below 1", MAPPING["theorem"], significant),
+        "largest error bounded below 1", MAPPING["theorem"], _largest),
     "Fixed features: the same": (
-        "largest error bounded below 1", MAPPING["held_out"], significant),
-    "6.3: τ at δ_v": ("smallest τ", "δ_v", significant),
-    "τ, widest balls": ("smallest τ", "widest balls", significant),
-    "Bound there [nats]": ("bound on the divergence", "widest balls", significant),
-    "Divergence at least [nats]": ("smallest divergence", "features", significant),
+        "largest error bounded below 1", MAPPING["held_out"], _largest),
+    "6.3: τ at δ_v": ("smallest τ", "δ_v", mean_text),
+    "τ, widest balls": ("smallest τ", "widest balls", mean_text),
+    "Bound there [nats]": ("bound on the divergence", "widest balls", mean_text),
+    "Divergence at least [nats]": ("smallest divergence", "features", mean_text),
 }
 """As :data:`CURVATURE_COLUMNS`."""
-
-
-def _rows(study: Study, rows: Iterable[str], columns: Iterable[tuple]) -> tuple[TableRow, ...]:
-    """Means over the seeds; of the largest error, the largest."""
-    values = values_of(frame(study, numbers))
-
-    def cell(row, what, where, show):
-        found = values.get((row, what, where), (math.nan,))
-        return Cell(show(max(found) if what.startswith("largest") else statistics.fmean(found)))
-
-    return tuple(TableRow(study.labels[row], tuple(cell(row, *column) for column in columns))
-                 for row in rows)
 
 
 def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
@@ -148,7 +145,8 @@ def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
     sigmas = listed(f"{255 * result['sigma']:.3g}" for result in first)
     return Table(
         "Theorem 6.1: curvature between two bounds.",
-        ("Method", *CURVATURE_COLUMNS), _rows(study, found, CURVATURE_COLUMNS.values()),
+        ("Method", *CURVATURE_COLUMNS),
+        number_rows(study, found, numbers, CURVATURE_COLUMNS.values()),
         f"{settings['num_images']} test images of each run, noise of standard deviation "
         f"{sigmas}/255, "
         f"{settings['num_draws']} draws; δ is the median displacement of the run’s features "
@@ -169,7 +167,8 @@ def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
               for name in ("delta_v", "delta_d")}
     return Table(
         "Propositions 5.1 to 5.3, Theorems 6.2 and 6.3.",
-        ("Method", *CLAIM_COLUMNS), _rows(study, found, CLAIM_COLUMNS.values()),
+        ("Method", *CLAIM_COLUMNS),
+        number_rows(study, found, numbers, CLAIM_COLUMNS.values()),
         f"Losses and shares: {listed(count(r['num_train_images']) for r in results)} training "
         f"images, δ_v = {deltas['delta_v']}, δ_d = {deltas['delta_d']}; the rest: "
         f"{listed(count(r['num_test_images']) for r in results)} test images.",
@@ -190,7 +189,7 @@ def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
     return Table(
         "Theorem 6.3: how far apart two classes are in each layer, in nats.",
         ("Method", *columns),
-        _rows(study, found, [(DIVERGENCE, name, significant) for name in columns]),
+        number_rows(study, found, numbers, [(DIVERGENCE, name, mean_text) for name in columns]),
         "Median over the pairs of classes; with several seeds, the mean of that.",
         "How to read: higher is better separated; log 2 = 0.693 is complete separation. Layers: "
         "what a logistic regression shows the divergence to be at least. Right of them bounds that "
@@ -202,74 +201,112 @@ def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
 
 
 def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.1."""
-    samples = []
-    for row, results in found.items():
-        values = {label: np.concatenate([result[key] for result in results])
-                  for key, label in CURVATURES.items()}
-        change = CURVATURES["squared_change"]
-        values[change] = np.concatenate(
-            [2 / result["sigma"] ** 4 * result["squared_change"] for result in results])
-        samples.append(figures.BoundSample(study.labels[row], values))
-    hidden = sum(int((~(values > 0)).sum()) for sample in samples
-                 for values in sample.values.values())
-    total = sum(values.size for sample in samples for values in sample.values.values())
+    """Theorem 6.1: box plots of the curvatures and their bounds, a group for each row."""
+    styles, thickness = row_styles(CURVATURES.values()), 1 / (len(CURVATURES) + 1)
+    figure = new_figure(10, 2.2 + 0.28 * len(found) / thickness)
+    ax = figure.subplots()
+    groups = []
+    for place, results in enumerate(found.values()):
+        for index, (key, label) in enumerate(CURVATURES.items()):
+            scale = [2 / result["sigma"] ** 4 if key == "squared_change" else 1
+                     for result in results]
+            values = np.concatenate([factor * result[key] for factor, result in zip(
+                scale, results, strict=True)])
+            shift = index - (len(CURVATURES) - 1) / 2
+            groups.append((place + shift * thickness, values, styles[label]))
+    boxes(ax, groups, width=0.8 * thickness)
+    ax.set_xlabel("Squared Frobenius norm, or its bound [nats$^2$/pixel$^4$]")
+    ax.set_yticks(range(len(found)), [wrap(study.labels[row]) for row in found])
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    for place in range(1, len(found)):
+        ax.axhline(place - 0.5, color="#BFBFBF", linewidth=0.6)
+    add_legend(figure, style_handles(styles, 44, linestyle="none"), columns=2)
+    ax.grid(visible=False, axis="y")
+    hidden = sum(int((~(values > 0)).sum()) for _, values, _ in groups)
     return Picture(
-        "theory_curvature", figures.bounds_figure(samples),
+        "theory_curvature", figure,
         "Theorem 6.1: the curvature at test images, and what bounds it.",
-        f"Box plots on a logarithmic axis, {len(CURVATURES)} boxes for each of {len(samples)} "
+        f"Box plots on a logarithmic axis, {len(CURVATURES)} boxes for each of {len(found)} "
         "methods: two curvatures and two bounds on them.",
         "How to read: further left is flatter. Box: quartiles and median over the images; "
         "whiskers: 5th to 95th percentile. A bound’s box should lie right of a curvature’s; the "
         "distance between the two, in powers of ten, is how loose it is. The order of the methods "
         "by a loose bound need not be that by the curvature. "
-        f"{hidden} of the {total} values are zero or negative (estimates of ‖H_σ‖² scatter around "
-        "theirs) and lie beyond the left edge.")
+        f"{hidden} of the {sum(values.size for _, values, _ in groups)} values are zero or "
+        "negative (estimates of ‖H_σ‖² scatter around theirs) and lie beyond the left edge.")
 
 
 def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.2."""
-    curves = []
-    for row, results in found.items():
-        values = {label: np.mean([np.mean(result["mapping"][key], axis=0) for result in results],
-                                 axis=0) for key, label in MAPPING.items()}
-        curves.append(figures.MappingCurves(
-            study.labels[row], np.array(results[0]["mapping"]["radii_over_median_distance"]),
-            values))
-    settings = next(iter(found.values()))[0]["settings"]
+    """Theorem 6.2: the share of test images outside the ball, and its bounds, by radius."""
+    columns = min(3, len(found))
+    figure = new_figure(3.9 * columns, 1.3 + 2.7 * math.ceil(len(found) / columns))
+    axes = figure.subplots(math.ceil(len(found) / columns), columns, squeeze=False, sharey=True)
+    styles = row_styles(MAPPING.values())
+    for ax in axes.flat[len(found):]:
+        ax.remove()
+    for index, (ax, (row, results)) in enumerate(zip(axes.flat, found.items(), strict=False)):
+        ax.axhspan(1, 1.15, color="#EFEFEF", zorder=0)
+        for key, name in MAPPING.items():
+            curves = [np.mean(result["mapping"][key], axis=0) for result in results]
+            ax.plot(results[0]["mapping"]["radii_over_median_distance"], np.mean(curves, axis=0),
+                    color=styles[name].color, linestyle=styles[name].dashes,
+                    marker=styles[name].marker, markersize=4, linewidth=1.3)
+        ax.set_title(wrap(study.labels[row], 38), fontsize=10)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_ylim(-0.03, 1.15)
+        if index % columns == 0:
+            ax.set_ylabel("Share outside the ball")
+        if index + columns >= len(found):
+            ax.set_xlabel("Radius / median distance")
+    add_legend(figure, style_handles(styles, 44, markersize=5), columns=2)
+    failure = next(iter(found.values()))[0]["settings"]["failure_probability"]
     return Picture(
-        "theory_mapping", figures.mapping_figure(curves),
+        "theory_mapping", figure,
         "Theorem 6.2: the share of test images outside a ball around their class’s centroid.",
-        f"Line charts against the radius, one for each of {len(curves)} methods: the measured "
+        f"Line charts against the radius, one for each of {len(found)} methods: the measured "
         "share, and four bounds on it.",
         "How to read: means over the classes. Radius in units of the median distance of the "
         "class’s training images to their centroid. Grey: above 1 a bound says nothing; a line "
         "that is not seen lies above. The bounds for fixed features and Clopper and Pearson’s "
         "are made on one half of the test images; the measured share is of the other half. Each "
-        f"holds with probability {1 - settings['failure_probability']:g} for a class and radius.")
+        f"holds with probability {1 - failure:g} for a class and radius.")
 
 
 def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.3."""
-    lines = []
-    for row, results in found.items():
-        parts = [result["separation"] for result in results]
-        layers = tuple(parts[0]["layers"])
-        by_layer = [np.concatenate([part["divergence"][name] for part in parts])
-                    for name in layers]
-        bounds = {label: np.concatenate([part[key] for part in parts])
-                  for key, label in SEPARATION.items()}
-        lines.append(figures.SeparationLine(
-            study.labels[row], row_style(list(study.labels).index(row)), layers,
-            np.array([values.min() for values in by_layer]),
-            np.array([np.median(values) for values in by_layer]),
-            {label: (float(values.min()), float(np.median(values)))
-             for label, values in bounds.items()}))
+    """Theorem 6.3: divergences layer by layer, and the theorem's bounds beside them."""
+    layers = next(iter(found.values()))[0]["separation"]["layers"]
+    styles = row_styles(study.labels)
+    figure = new_figure(11, 5.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (name, statistic) in zip(axes, {"smallest": np.min, "median": np.median}.items(),
+                                     strict=True):
+        for index, (row, results) in enumerate(found.items()):
+            parts = [result["separation"] for result in results]
+            look = {"color": styles[row].color, "marker": styles[row].marker, "markersize": 6,
+                    "markeredgecolor": "white", "markeredgewidth": 0.6}
+            ax.plot([statistic([part["divergence"][layer] for part in parts]) for layer in layers],
+                    linestyle=styles[row].dashes, linewidth=1.3, **look)
+            shift = 0.07 * (index - (len(found) - 1) / 2)
+            ax.plot(len(layers) + np.arange(len(SEPARATION)) + shift,
+                    [statistic([part[key] for part in parts]) for key in SEPARATION],
+                    linestyle="none", **look)
+        ticks = [*layers, *SEPARATION.values()]
+        ax.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", rotation_mode="anchor")
+        ax.axvline(len(layers) - 0.5, color="#7F7F7F", linewidth=0.8)
+        ax.axhline(math.log(2), color="#7F7F7F", linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.set_title(f"{name.capitalize()} over the pairs of classes")
+    axes[0].set_ylabel("Jensen-Shannon divergence [nats]")
+    axes[0].text(0, math.log(2), "log 2, the largest value", fontsize=8, va="bottom")
+    add_legend(figure, style_handles({study.labels[row]: styles[row] for row in found},
+                                     markersize=5))
+    for ax in axes:
+        ax.grid(**GRID)
     return Picture(
-        "theory_separation", figures.separation_figure(lines),
+        "theory_separation", figure,
         "Theorem 6.3: how far apart two classes are in each layer, and what the theorem promises.",
         f"Two line charts of the Jensen-Shannon divergence against the layer, a line for each of "
-        f"{len(lines)} methods, and the theorem’s bounds beside them.",
+        f"{len(found)} methods, and the theorem’s bounds beside them.",
         "How to read: higher is better separated; 0.693 nats (log 2) is complete separation. "
         "Lines: what a logistic regression, fitted on one half of the test images and judged on "
         "the other, shows the divergence to be at least (features of a block: averages over its "
