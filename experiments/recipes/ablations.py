@@ -5,9 +5,9 @@
 
 Each row changes one thing of the paper's method and keeps all else; :data:`QUESTIONS` says which
 rows answer what. At full scale the rest is the recipe `cifar10` (for Table 5 `svhn` too). The small
-scale is half of `cifar10_small`: 5,120 training images, 12 epochs; the weights of the paper's loss
-are the small ones that its short schedule bears (see `cifar10_small`), so that what is alpha = 1 at
-full scale is 0.01 there, beta = 1 is 0.05 and lambda = 1 is 0.05.
+scale is half of `cifar10_small`: 5,120 training images, 12 epochs, and the small weights of the
+paper's loss that work in its short schedule (see `cifar10_small`): alpha = 1 at full scale is 0.01
+there, beta = 1 is 0.05 and lambda = 1 is 0.05.
 """
 
 import dataclasses
@@ -30,32 +30,26 @@ Rows = dict[str, tuple[str, RunConfig]]
 """By row, its label and its configuration."""
 
 
-class Base(NamedTuple):
-    """What all rows at a scale have in common."""
-
-    run: RunConfig  # of the method "robust"
-    evaluation: Evaluation
-    curvature: CurvatureConfig
-    note: str
-    cpu_hours: float  # of one run, as in Cost
-    cpu_gigabytes: float
-    gpu_hours: float
-    basis: str
+def _base(run: RunConfig, evaluation: Evaluation, cost: Cost, **settings) -> Recipe:
+    return Recipe("ablations", "", {"robust": run}, {}, evaluation, cost=cost, seeds=(0, 1, 2),
+                  may_diverge=True, **settings)
 
 
-FULL = Base(cifar10.RECIPE.rows["robust"], cifar10.RECIPE.evaluation, CurvatureConfig(), "",
-            cpu_hours=60.0, cpu_gigabytes=6.0, gpu_hours=0.15, basis="projected")
+FULL = _base(cifar10.RECIPE.rows["robust"], cifar10.RECIPE.evaluation, Cost(
+    cpu_hours=60.0, cpu_gigabytes=6.0, gpu_hours=0.15, basis="projected"))
+"""What all rows have in common at full scale: the paper's method, and the cost of one run."""
 
-SMALL = Base(
+SMALL = _base(
     dataclasses.replace(cifar10_small.BASE, train_size=5120, epochs=12),
     Evaluation(noise_levels=(0, 4, 8, 16, 20), num_draws=3, test_size=2000, tsne_images=200,
                perturb=cifar10.NOISES),
-    CurvatureConfig(num_images=200, num_probes=4, smoothing_draws=16),
-    "5,120 training images, a ResNet18 of width 8 and 960 steps instead of 156,000, with the "
-    "weights of the paper's loss that so short a schedule bears (alpha 0.01, beta 0.05, lambda "
-    "0.05 where the paper has 1): compare the rows with each other, not with the paper's.",
-    cpu_hours=0.04, cpu_gigabytes=4.0, gpu_hours=0.01,
-    basis=cifar10_small.RECIPE.cost.basis)
+    Cost(cpu_hours=0.04, cpu_gigabytes=4.0, gpu_hours=0.01, basis=cifar10_small.RECIPE.cost.basis),
+    curvature=CurvatureConfig(num_images=200, num_probes=4, smoothing_draws=16),
+    note="5,120 training images, a ResNet18 of width 8 and 960 steps instead of 156,000, with the "
+         "weights of the paper's loss that work in so short a schedule (alpha 0.01, beta 0.05, "
+         "lambda 0.05 where the paper has 1): compare the rows with each other, not with the "
+         "paper's.")
+"""The same at the small scale."""
 
 RATES = (0.005, 0.05, 0.2)
 """Learning rates of the rows that train without clipping; 0.05 is that of the small recipes."""
@@ -92,7 +86,7 @@ QUESTIONS: dict[str, Question] = {
         f"{method}_rate_{index}" for method in ("normal", "both", "paper")
         for index in range(len(RATES))), "both_rate_1"),
     "stabilisers": Question(
-        "What lets the paper's weights bear a high rate",
+        "What lets the paper's weights train at a high rate",
         ("both_rate_1", "paper_rate_1", "paper_clip", "paper_warm", "paper_linear",
          "paper_linear_clip", "paper_linear_warm_clip", "small_weights"), "both_rate_1"),
 }
@@ -100,12 +94,12 @@ QUESTIONS: dict[str, Question] = {
 
 
 def _changed(run: RunConfig, **settings) -> RunConfig:
-    """The run with other settings; __ stands for the dot in a name."""
+    """Changes settings of a run; __ stands for the dot in a name."""
     return with_settings(run, {name.replace("__", "."): value for name, value in settings.items()})
 
 
 def ablation_rows(run: RunConfig) -> Rows:
-    """The rows of all questions, from a run of the paper's method."""
+    """Makes the rows of all questions from a run of the paper's method."""
     by_method = {method: dataclasses.replace(run, method=method) for method in METHOD_LABELS}
     return {
         **{method: (METHOD_LABELS[method], by_method[method])
@@ -192,7 +186,7 @@ def _rate_rows(run: RunConfig) -> Rows:
 
 
 def table5_rows(run: RunConfig) -> Rows:
-    """The constraints one by one, and the weight of the norm, on clean images alone."""
+    """Varies the constraints one by one, and the weight of the norm, on clean images alone."""
     run = dataclasses.replace(run, method="robust_clean")
     return {
         "compact": ("Compactness alone (β = 0)", _changed(run, robust__beta=0.0)),
@@ -212,24 +206,23 @@ STUDIES = ("ablations", *TABLE5)
 
 
 def at_scale(study: str, scale: str) -> Recipe:
-    """The recipe of one of :data:`STUDIES` at one of the scales."""
-    small = scale == "small"
-    base = SMALL if small else FULL
+    """Makes the recipe of one of :data:`STUDIES` at one of the scales."""
+    base = SMALL if scale == "small" else FULL
+    run, evaluation, paper = base.rows["robust"], base.evaluation, {}
     if study == "ablations":
-        title, rows, paper = "Changes to the method, one at a time", ablation_rows(base.run), {}
+        title, rows = "Changes to the method, one at a time", ablation_rows(run)
     else:
         title = f"The constraints one by one: {TABLES[study].title}"
         peer = TABLE5[study].rows["robust"]
         rows = table5_rows(dataclasses.replace(
-            base.run, dataset=peer.dataset, noise_std=peer.noise_std))
-        base = base._replace(evaluation=dataclasses.replace(
-            base.evaluation, noise_levels=(0,), perturb=()))
+            run, dataset=peer.dataset, noise_std=peer.noise_std))
+        evaluation = dataclasses.replace(evaluation, noise_levels=(0,), perturb=())
         paper = {"paper_table": study, "paper_rows": {row: row for row in TABLES[study].rows}}
-    recipe = Recipe(
-        name=name_at(study, "small" if small else "full"), title=title,
+    cost = dataclasses.replace(base.cost, cpu_hours=base.cost.cpu_hours * len(rows),
+                               gpu_hours=base.cost.gpu_hours * len(rows))
+    recipe = dataclasses.replace(
+        base, name=name_at(study, "small" if base is SMALL else "full"), title=title,
         rows={row: run for row, (_, run) in rows.items()},
-        labels={row: label for row, (label, _) in rows.items()}, evaluation=base.evaluation,
-        curvature=base.curvature, seeds=(0, 1, 2), note=base.note, may_diverge=True,
-        cost=Cost(cpu_hours=base.cpu_hours * len(rows), cpu_gigabytes=base.cpu_gigabytes,
-                  gpu_hours=base.gpu_hours * len(rows), basis=base.basis), **paper)
+        labels={row: label for row, (label, _) in rows.items()}, evaluation=evaluation, cost=cost,
+        **paper)
     return tiny(recipe) if scale == "tiny" else recipe

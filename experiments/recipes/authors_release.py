@@ -15,7 +15,7 @@ from jaxrobust.losses import AUTHORS_RELEASE
 
 
 def as_released(recipe: Recipe) -> Recipe:
-    """The recipe with the settings of the authors' release."""
+    """Returns the recipe with the settings of the authors' release."""
     rows = {
         row: dataclasses.replace(
             config, robust=AUTHORS_RELEASE, independent_views=True, validation_size=0,

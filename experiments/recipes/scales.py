@@ -9,7 +9,7 @@ SCALES = ("full", "small", "tiny")
 
 
 def name_at(study: str, scale: str) -> str:
-    """The name of a study's recipe at a scale: the study's own for the full one."""
+    """Names a study's recipe at a scale: the study's own name at full scale."""
     return study if scale == "full" else f"{study}_{scale}"
 
 

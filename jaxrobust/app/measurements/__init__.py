@@ -22,6 +22,6 @@ MEASUREMENTS: list[Measurement] = [
 
 
 def named_results(folder: pathlib.Path) -> list[str]:
-    """The measurements of a run that have a name, as their files are called without the suffix."""
+    """Lists the measurements of a run that have a name, by their files' names without suffix."""
     return sorted(named for measurement in MEASUREMENTS if measurement.measure
                   for named in run_folder.named_facts(folder, measurement.kind))

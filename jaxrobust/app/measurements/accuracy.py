@@ -29,7 +29,7 @@ NOISE_SEED = 0
 
 
 def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
-    """The test images, or ``test_size`` of them drawn by class at random with seed 0."""
+    """Returns all test images, or ``test_size`` of them, drawn at random by class with seed 0."""
     if test_size is None or test_size == len(dataset.test.labels):
         return dataset.test
     _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
@@ -98,28 +98,20 @@ def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
 
 
 def class_accuracies(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The share of each class's images that are classified correctly, [C].
-
-    Args:
-      correct: [N], bool.
-      labels: [N], in [0, C).
-      num_classes: C.
-
-    Returns:
-      Float64; NaN for a class without images.
-    """
+    """Returns the share [C] of each class's images that are classified correctly, from ``correct``
+    and ``labels`` [N]; NaN for a class without images."""
     counts = np.bincount(labels, minlength=num_classes)
     right = np.bincount(labels, weights=correct, minlength=num_classes)
     return np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
 
 
 def mean_by_class(draws: Sequence[np.ndarray]) -> list[float | None]:
-    """Means over the draws of :func:`class_accuracies`, as JSON has them."""
+    """Averages :func:`class_accuracies` over the draws; None in the place of NaN."""
     return [None if np.isnan(value) else round(float(value), 6) for value in np.mean(draws, axis=0)]
 
 
 def _features_of(run: TrainedRun, split: Split, count: int) -> Arrays:
-    """Features of the first test images, clean and as the training perturbs them."""
+    """Returns features of the first test images, clean and perturbed as in training."""
     images = split.images[:count]
     variables, perturb = variables_of(run.state), training_perturbation(run.config)
     views = evaluation.map_batches(
@@ -131,7 +123,6 @@ def _features_of(run: TrainedRun, split: Split, count: int) -> Arrays:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _features(model, variables, perturb, images, indices):
-    """Penultimate features of either view, each [B, d]."""
     clean = to_float(images)
     noisy = perturbations.per_example(perturb, jax.random.key(NOISE_SEED), clean, indices)
     return {view: model.apply(variables, inputs, train=False).features
@@ -139,7 +130,7 @@ def _features(model, variables, perturb, images, indices):
 
 
 def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:
-    """Each block's outputs, averaged over their positions: [B, channels]."""
+    """Averages each block's outputs over their positions: [B, channels]."""
     return {name: jnp.mean(block, axis=(1, 2)) for name, block in outputs.blocks.items()}
 
 

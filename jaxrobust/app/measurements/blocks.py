@@ -40,16 +40,13 @@ VIEWS = ("clean", "noisy")
 class BlockSettings:
     """Which features are shown."""
 
-    num_images: int
-    """Test images: the first so many."""
-    test_size: int | None
-    """Test images, drawn by class at random with seed 0; none for all."""
-    noise_std: float
-    """Standard deviation of the Gaussian noise on the noisy images."""
+    num_images: int  # the first ones
+    test_size: int | None  # test images, drawn at random by class with seed 0; None for all
+    noise_std: float  # standard deviation of the Gaussian noise on the noisy images
 
 
 def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:
-    """Each block's pooled outputs in the plane, clean and noisy together."""
+    """Embeds each block's pooled outputs in the plane, clean and noisy together."""
     images, labels = first_test_images(run, settings)
     noise = perturbations.gaussian(settings.noise_std)
     variables = variables_of(run.state)
@@ -76,7 +73,6 @@ def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _pooled_blocks(model, variables, noise, images, indices):
-    """Global average pooling of each block's outputs, for either view: each [B, channels]."""
     clean = to_float(images)
     # The noise of the figure of the penultimate features.
     noisy = perturbations.per_example(noise, jax.random.key(NOISE_SEED), clean, indices)
@@ -126,7 +122,7 @@ def _section(study: Study) -> Section | None:
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """How well the features of each block separate the classes."""
+    """Yields how well the features of each block separate the classes."""
     blocks = run.result("blocks")
     for index, block in enumerate(blocks["blocks"] if blocks else ()):
         for view in VIEWS:
@@ -135,7 +131,7 @@ def numbers(run: Run) -> Iterator[Number]:
 
 
 def neighbours_table(study: Study, results: dict[str, dict]) -> Table:
-    """How well the features of each block separate the classes, in numbers."""
+    """Tabulates how well the features of each block separate the classes."""
     blocks = list(dict.fromkeys(name for result in results.values() for name in result["blocks"]))
     columns = [(SEPARATED, f"{block}, {view}", _first) for block in blocks for view in VIEWS]
     return Table(
@@ -153,7 +149,7 @@ def neighbours_table(study: Study, results: dict[str, dict]) -> Table:
 
 
 def blocks_picture(study: Study, results: dict[str, dict], view: str) -> Picture:
-    """Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
+    """Shows Fig. 12 (clean) or 13 (noisy): the outputs of each block in the plane."""
     names = class_labels(next(iter(results.values()))["class_names"])
     noise = listed(result["noise_std"] for result in results.values())
     which, number = (("clean test images", 12) if view == "clean" else

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ CURVATURES = {
 
 
 def _with_smoothing(run: TrainedRun, settings: CurvatureConfig) -> CurvatureConfig:
-    """The settings with a standard deviation of the noise, where none is given that of the run."""
+    """Fills in the standard deviation of the run's noise where none is given."""
     if settings.smoothing is not None:
         return settings
     scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
@@ -63,14 +64,13 @@ def _asked(run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path) -> 
 
 
 def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured:
-    """The table of the curvature, a column for each quantity, and its medians.
+    """Measures the curvature at the first ``num_images`` test images, a column for each quantity.
 
-    For the first ``num_images`` test images: the softmax loss and its squared gradient, whether
-    the image is classified correctly, the squared Frobenius norm, trace and spectral norm of the
-    Hessian, all C eigenvalues of its Gauss-Newton part, Eq. 21 and the smoothed curvature, each
-    with its standard error (0 where it is exact). On networks of affine pieces, which the gap
-    between Hessian and Gauss-Newton part tells, the norms are exact; on others they are
-    estimated with exact products.
+    The columns: the softmax loss and its squared gradient, whether the image is classified
+    correctly, the squared Frobenius norm, trace and spectral norm of the Hessian, all C eigenvalues
+    of its Gauss-Newton part, Eq. 21 and the smoothed curvature, each with its standard error (0
+    where it is exact). Norms are exact on networks of affine pieces, as the gap between the Hessian
+    and its Gauss-Newton part tells; on others they are estimated with exact products.
 
     Raises:
       InputError: (a ValueError) if logits are not finite.
@@ -109,7 +109,7 @@ def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured
 
 
 def losses_of(model, variables, labels):
-    """The loss and the logits, as functions of images, that the curvature functions take."""
+    """Returns the loss and the logits as functions of images, for the curvature functions."""
     def logits(images):
         return model.apply(variables, images, train=False).logits
 
@@ -175,7 +175,7 @@ def _part(part, model, layout, variables, *rows, settings: CurvatureConfig):
 
 
 def _inputs(model, settings, variables, rows):
-    """Loss, logits and images in the units asked for, and the arguments that estimates share."""
+    """Returns loss, logits, images in the units asked for, and what all estimates are given."""
     images, labels, indices = rows
     images = to_float(images)
     loss, logits = losses_of(model, variables, labels)
@@ -228,7 +228,6 @@ def _largest(model, settings, variables, rows):
 
 
 def _with_errors(estimates):
-    """Columns of estimates, each with its standard error."""
     return {column: values for name, (value, error) in estimates.items()
             for column, values in ((name, value), (f"{name}_standard_error", error))}
 
@@ -239,7 +238,7 @@ MEDIAN, MEAN, HIDDEN = "median curvature", "mean curvature", "curvatures of zero
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """Over the images; the medians alone where the arrays are not kept."""
+    """Yields medians and means over the images; the medians alone where the arrays are not kept."""
     for key, name in CURVATURES.items():
         if run.curvature and key in run.curvature:
             values = run.curvature[key]
@@ -265,31 +264,32 @@ def _section(study: Study) -> Section | None:
 
 
 def _curvatures(study: Study) -> dict[str, list[dict]]:
-    """The results, by row."""
     found = {row: [run.curvature for run in runs if run.curvature]
              for row, runs in study.runs.items()}
     return {row: results for row, results in found.items() if results}
 
 
-def _measures(found: dict[str, list[dict]]) -> dict[str, str]:
-    """Those of CURVATURES that every run has."""
-    return {key: name for key, name in CURVATURES.items()
-            if all(key in result for results in found.values() for result in results)}
+def measures_of(measures: dict[str, Any], results: Iterable[dict]) -> dict[str, Any]:
+    """Returns those of some measures of curvature, by key, that all results have."""
+    results = list(results)
+    return {key: measure for key, measure in measures.items()
+            if all(key in result for result in results)}
 
 
 def curvature_table(study: Study) -> Table:
-    """Medians and means of the curvatures over the images, by row."""
+    """Tabulates medians and means of the curvatures over the images, by row."""
     found, values = _curvatures(study), values_of(frame(study, numbers))
-    names = _measures(found).values()
+    facts = [result for results in found.values() for result in results]
+    names = measures_of(CURVATURES, facts).values()
     rows = [text_row(study.labels[row], (
         *(over_runs(values[row, what, name]) for name in names for what in (MEDIAN, MEAN)),
         " / ".join(f"{sum(values[row, HIDDEN, name]):g}" for name in names))) for row in found]
-    num_images = listed(result["num_images"] for results in found.values() for result in results)
     return Table(
         "Curvature of the softmax loss in input space.",
         ("Method", *(head for name in names for head in (f"{name}: median", "mean")),
          "Zero or less"), tuple(rows),
-        f"All of the {num_images} test images of each run, not only the lowest 90 %.",
+        f"All of the {listed(one['num_images'] for one in facts)} test images of each run, not "
+        "only the lowest 90 %.",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
         "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
@@ -297,9 +297,10 @@ def curvature_table(study: Study) -> Table:
 
 
 def curvature_picture(study: Study) -> Picture:
-    """Box plots of the curvatures."""
+    """Draws box plots of the curvatures."""
     found, styles = _curvatures(study), row_styles(study.labels)
-    measures, facts = _measures(found), [one for results in found.values() for one in results]
+    facts = [result for results in found.values() for result in results]
+    measures = measures_of(CURVATURES, facts)
     # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
     samples = [CurvatureSample(
         study.labels[row], styles[row],

@@ -6,7 +6,7 @@ One point for each run, where :mod:`.noise_counts` has one for each image.
 import numpy as np
 import pandas as pd
 
-from jaxrobust.app.measurements.curvature import CURVATURES
+from jaxrobust.app.measurements.curvature import CURVATURES, measures_of
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.report.figures import add_legend, new_figure, row_styles, style_handles
 from jaxrobust.app.report.frame import table
@@ -38,7 +38,7 @@ def section(study: Study) -> Section | None:
 
 
 def _found(study: Study) -> tuple[list[tuple[str, Run]], list[float]]:
-    """The networks, and the noise levels that all were tested at; none for no section."""
+    """Returns the networks, and the noise levels of all of them; no levels for no section."""
     found = _different([
         (row, run) for row in study.labels for run in study.finished(row)
         if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
@@ -65,12 +65,11 @@ def _medians(found: list[tuple[str, Run]], key: str) -> np.ndarray:
 
 
 def _measures(found: list[tuple[str, Run]]) -> dict[str, str]:
-    return {key: name for key, name in CURVATURES.items()
-            if all(key in run.medians for _, run in found)}
+    return measures_of(CURVATURES, [run.medians for _, run in found])
 
 
 def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
-    """Per cent, mean over the draws, by network."""
+    """Returns accuracies in per cent, averaged over the draws, by network."""
     return np.array([100 * np.mean(next(
         test["accuracies"] for test in run.evaluation["levels"] if test["std_255"] == level))
         for _, run in found])
@@ -78,7 +77,7 @@ def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
 
 def _correlations(found: list[tuple[str, Run]], levels: list[float]
                   ) -> dict[str, dict[str, Coefficient]]:
-    """By outcome and measure."""
+    """Returns the coefficients by outcome and measure."""
     groups = np.array([row for row, _ in found])
     measures, clean = _measures(found), _accuracies(found, 0)
     variables: dict[str | float, np.ndarray] = {key: _medians(found, key) for key in measures}
@@ -97,7 +96,7 @@ def _correlations(found: list[tuple[str, Run]], levels: list[float]
 
 
 def numbers(study: Study) -> pd.DataFrame:
-    """The coefficients, which are of no row, and the ends of their intervals."""
+    """Tabulates the coefficients, which belong to no row, and the ends of their intervals."""
     found, levels = _found(study)
     return table(
         (study.name, "", None, f"{COEFFICIENT}{end}",
@@ -123,7 +122,7 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
 
 
 def text(found: Coefficient) -> str:
-    """It with its interval."""
+    """Formats a coefficient with its interval."""
     if np.isnan(found.value):
         return "–"
     return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−")
@@ -147,8 +146,8 @@ def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Pictur
             column[1].set_xscale("log", nonpositive="mask")
     axes[0, 0].set_ylabel(f"Accuracy at {level_name(level)} [%]")
     axes[1, 0].set_ylabel(f"Lost from clean to {level_name(level)} [points]")
-    shown = {method: styles[method] for method in dict.fromkeys(
-        study.methods[row] for row, _ in found)}
+    shown = [(method, styles[method]) for method in dict.fromkeys(
+        study.methods[row] for row, _ in found)]
     add_legend(figure, style_handles(shown, linestyle="none"), columns=5)
     return Picture(
         "networks", figure,

@@ -3,7 +3,7 @@ with the curvature there: the paper's Fig. 8 and 9."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from jaxrobust import evaluation, perturbations
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.accuracy import first_test_images
+from jaxrobust.app.measurements.curvature import measures_of
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import (
@@ -54,18 +55,14 @@ FEW = 10
 class CountSettings:
     """What is counted."""
 
-    num_draws: int
-    """Independent draws of each noise."""
-    num_images: int
-    """Test images: the first so many."""
-    test_size: int | None
-    """Test images, drawn by class at random with seed 0; none for all."""
-    noise_std: float
-    """Standard deviation or amplitude of the noise."""
+    num_draws: int  # independent, of each noise
+    num_images: int  # the first ones
+    test_size: int | None  # test images, drawn at random by class with seed 0; None for all
+    noise_std: float  # standard deviation or amplitude
 
 
 def _measure(run: TrainedRun, settings: CountSettings, work: Work) -> Measured:
-    """For each draw of each noise, which images are still correct."""
+    """Finds, for each draw of each noise, the images that are still classified correctly."""
     images, labels = first_test_images(run, settings)
     draws = {}
     with progress(f"{work.label}, noise", len(PERTURBATIONS) * settings.num_draws) as shown:
@@ -130,7 +127,7 @@ def _counted(run: Run) -> dict | None:
 
 
 def _counted_runs(study: Study) -> tuple[Counted, list[str]]:
-    """The runs that are shown together, and the labels of those that do not fit the others."""
+    """Returns the runs that are shown together, and the labels of those that do not fit them."""
     found, left_out, num_draws = {}, [], None
     for row, runs in study.runs.items():
         for run in runs:
@@ -146,17 +143,12 @@ def _counted_runs(study: Study) -> tuple[Counted, list[str]]:
     return found, left_out
 
 
-def _measures(runs: Iterable[dict]) -> dict[str, Measure]:
-    """Those that every run has."""
-    return {key: measure for key, measure in MEASURES.items() if all(key in one for one in runs)}
-
-
 def _all(found: Counted) -> list[dict]:
     return [one for runs in found.values() for one in runs]
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """The coefficients, and what Fig. 8 and 9 show of this run."""
+    """Yields the coefficients, and what Fig. 8 and 9 show of this run."""
     found = _counted(run)
     if not found:
         return
@@ -166,7 +158,7 @@ def numbers(run: Run) -> Iterator[Number]:
         total = correct.sum(axis=0)
         for k, size in enumerate(np.bincount(total, minlength=num_draws + 1)):
             yield Number(SIZES, f"{name}, {k} of {num_draws}", int(size), "images")
-        for key, measure in _measures([found]).items():
+        for key, measure in measures_of(MEASURES, [found]).items():
             where = f"{name}, {num_draws} draws, {measure.title}"
             coefficients = correlation_with_counts(
                 found[key], total, found["correct"], num_draws)
@@ -186,11 +178,11 @@ def numbers(run: Run) -> Iterator[Number]:
 
 
 def correlation_table(study: Study, found: Counted, noise: str) -> Table:
-    """The coefficients for one noise, by row."""
+    """Tabulates the coefficients for one noise, by row."""
     runs = _all(found)
     where = f"{NOISES[noise]}, {runs[0]['num_draws']} draws"
     heads, columns = [], []
-    for measure in _measures(runs).values():
+    for measure in measures_of(MEASURES, runs).values():
         heads += [f"{measure.title}: {COEFFICIENTS[0]}", *COEFFICIENTS[1:]]
         columns += [(what, f"{where}, {measure.title}",
                      lambda values: over_runs(values, signed, " to ")) for what in COEFFICIENTS]
@@ -212,7 +204,7 @@ def correlation_table(study: Study, found: Counted, noise: str) -> Table:
 
 
 def sizes_table(study: Study, found: Counted) -> Table:
-    """How many images each mean of Fig. 9 rests on."""
+    """Tabulates how many images each mean of Fig. 9 rests on."""
     num_draws = _all(found)[0]["num_draws"]
     rows = []
     for row, runs in found.items():
@@ -248,7 +240,7 @@ class Panel(NamedTuple):
 
 
 def kept_share_figure(panels: Sequence[Panel]) -> Figure:
-    """Fig. 8: noisy accuracy of the images of lowest curvature, against the share kept."""
+    """Draws Fig. 8: noisy accuracy of the images of lowest curvature, against the share kept."""
     figure, grid = _grid(panels)
     for ax, panel in grid:
         for line in panel.lines:
@@ -301,7 +293,7 @@ def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]
 
 
 def _grid(panels: Sequence[Panel], sharey: bool | str = True):
-    """A figure, and each panel with its axes: noises are rows, measures columns."""
+    """Makes a figure and each panel's axes: noises are rows, measures columns."""
     noises, measures = (list(dict.fromkeys(values)) for values in (
         (panel.noise for panel in panels), (panel.measure for panel in panels)))
     figure = new_figure(max(7, 5.5 * len(measures)), 1.2 + 3.0 * len(noises))
@@ -315,12 +307,13 @@ def _grid(panels: Sequence[Panel], sharey: bool | str = True):
 
 def _with_legend(figure: Figure, panels: Sequence[Panel]) -> Figure:
     add_legend(figure, style_handles(
-        {line.label: line.style for panel in panels for line in panel.lines}, linewidth=1.4))
+        dict.fromkeys((line.label, line.style) for panel in panels for line in panel.lines),
+        linewidth=1.4))
     return figure
 
 
 def kept_share_picture(study: Study, found: Counted) -> Picture:
-    """Fig. 8: accuracy under noise against the share of images of lowest curvature."""
+    """Shows Fig. 8: accuracy under noise against the share of images of lowest curvature."""
     fewest = []
 
     def line(runs, key, noise):
@@ -344,7 +337,7 @@ def kept_share_picture(study: Study, found: Counted) -> Picture:
 
 
 def groups_picture(study: Study, found: Counted) -> Picture:
-    """Fig. 9: mean clean curvature by number of correct predictions."""
+    """Shows Fig. 9: mean clean curvature by number of correct predictions."""
     num_draws = _all(found)[0]["num_draws"]
 
     def line(runs, key, noise):
@@ -380,12 +373,13 @@ def _panels(study: Study, found: Counted, line: Callable) -> list[Panel]:
     return [Panel(NOISES[noise], measure.title, tuple(
         Line(study.labels[row], styles[row], *line(runs, key, noise))
         for row, runs in found.items()))
-        for noise in NOISES for key, measure in _measures(_all(found)).items()]
+        for noise in NOISES for key, measure in measures_of(MEASURES, _all(found)).items()]
 
 
 def _curvature_note(found: Counted) -> str:
     runs = _all(found)
-    infinite = sum(int((~np.isfinite(one[key])).sum()) for one in runs for key in _measures(runs))
+    infinite = sum(int((~np.isfinite(one[key])).sum()) for one in runs
+                   for key in measures_of(MEASURES, runs))
     return (" Exact Hessian: the squared Frobenius norm at the image itself, from exact products; "
             "Eq. 21: the paper’s finite differences, here at t = "
             f"{listed(one['step'] for one in runs)} of the pixel range."

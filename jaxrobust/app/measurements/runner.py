@@ -1,4 +1,4 @@
-"""What a measurement of a run is, and the one way in which all of them are made.
+"""Makes every measurement of a run in one way.
 
     settings ─ asked ─▶ there already? ─ measure ─▶ KIND.npz, KIND.json ─ section ─▶ report
 
@@ -25,14 +25,14 @@ Arrays = dict[str, np.ndarray]
 
 
 class Measured(NamedTuple):
-    """What came out: the JSON file has the facts, the settings and the provenance."""
+    """What a measurement found; the JSON file adds the settings and the provenance to the facts."""
 
     facts: dict[str, Any]
     arrays: Arrays | None = None  # None: there is no such file
 
 
 def settings_asked(run: TrainedRun, settings: Any, folder: pathlib.Path) -> dict[str, Any]:
-    """The fields of a dataclass of settings, as JSON has them."""
+    """Returns the fields of a dataclass of settings, with lists for tuples as in JSON."""
     del run, folder
     return {name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(settings).items()}
@@ -40,45 +40,32 @@ def settings_asked(run: TrainedRun, settings: Any, folder: pathlib.Path) -> dict
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Something to be measured of a run or, without ``measure``, to be shown of what others
-    measured."""
+    """A kind of measurement of runs; without ``measure``, one that shows what others measured."""
 
-    kind: str
-    """Names its files: KIND.json and KIND.npz."""
-    settings: Any = None
-    """A dataclass instance, the defaults of the command."""
+    kind: str  # names its files, KIND.json and KIND.npz
+    settings: Any = None  # defaults of the command: an instance of a dataclass
     measure: Callable[[TrainedRun, Any, "Work"], Measured] | None = None
-    """From a run and settings."""
     asked: Callable[[TrainedRun, Any, pathlib.Path], dict[str, Any]] = settings_asked
     """From a run, settings and the run's folder: what is recorded as the settings, and refused
     where a result with another value is there."""
-    arrays: str | None = None
-    """The kind of the file of its arrays, if it is another."""
-    section: Callable[[Study], Section | None] | None = None
-    """Makes its section of the report; None where there is nothing to show."""
-    numbers: tuple[Callable[[Run], Iterable[Number]], ...] = ()
-    """What the report's table of all numbers holds of a run."""
-    command: str | None = None
-    """The command that makes it; ``kind`` if none is given."""
-    about: str = ""
-    """What the command does, for its help."""
-    text: Callable[[dict[str, Any]], str] | None = None
-    """What the command prints of the facts."""
-    trained: bool = True
-    """Whether it takes a finished run; else the run has no state."""
-    parallel: bool = False
-    """Whether several devices share the work."""
+    arrays: str | None = None  # the kind that names the file of its arrays, if it is another
+    section: Callable[[Study], Section | None] | None = None  # of the report; None to show nothing
+    numbers: tuple[Callable[[Run], Iterable[Number]], ...] = ()  # for the report's tidy table
+    command: str | None = None  # the command that makes it, if it is not ``kind``
+    about: str = ""  # the command's help
+    text: Callable[[dict[str, Any]], str] | None = None  # formats the facts that it prints
+    trained: bool = True  # whether it needs a finished run; otherwise the run has no state
+    parallel: bool = False  # whether several devices share the work
 
 
 class Work:
-    """A measurement under way, and what there is of an interrupted one."""
+    """A measurement in progress, which resumes an interrupted one."""
 
     def __init__(self, folder: pathlib.Path, label: str, path: pathlib.Path, asked: dict,
                  command: str):
         self.folder, self.label, self.asked = folder, label, asked
         self._path = path
-        self.table: Arrays = {}
-        """Columns so far."""
+        self.table: Arrays = {}  # the columns so far
         self.facts: dict[str, Any] = {}
         if not self._path.is_file():
             return
@@ -94,14 +81,14 @@ class Work:
         return len(next(iter(self.table.values()), ()))
 
     def add(self, rows: Arrays) -> None:
-        """Adds rows to the columns, and saves them with the facts, for a kill to leave."""
+        """Adds rows to the columns, and saves them with the facts in case of a kill."""
         self.table = {name: np.concatenate([self.table[name], values]) if self.table else values
                       for name, values in rows.items()}
         files.write_arrays(self._path, {
             **self.table, "settings": json.dumps(self.asked), "facts": json.dumps(self.facts)})
 
     def end(self) -> None:
-        """Removes what is saved."""
+        """Removes the saved columns."""
         if files.is_writer():
             self._path.unlink(missing_ok=True)
 
@@ -113,13 +100,8 @@ def measure(
     """Measures a run, unless it is measured already with the same settings, and resumes an
     interrupted measurement.
 
-    Args:
-      measurement: what is measured.
-      run: that is measured.
-      settings: those of the measurement.
-      folder: of the run.
-      label: of the progress bar.
-      name: of the result, kept beside those with other settings.
+    With a ``name``, keeps the result beside those with other settings; ``label`` is that of the
+    progress bar.
 
     Returns:
       The facts, those of the settings included.
@@ -148,7 +130,7 @@ def measure(
 
 
 def sections(study: Study, measurements: Iterable[Measurement]) -> list[Section]:
-    """The sections of a report on what there is of these measurements."""
+    """Makes the sections of a report on these measurements."""
     return [section for measurement in measurements
             if measurement.section and (section := measurement.section(study))]
 

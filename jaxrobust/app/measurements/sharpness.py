@@ -106,7 +106,7 @@ def _measure(run: TrainedRun, settings: SharpnessSettings, work: Work) -> Measur
 
 
 def _values(model, config, class_weights, params, state, batch) -> dict[str, jax.Array]:
-    """The terms of the loss, each at weight 1, and the whole."""
+    """Returns the terms of the loss, each at weight 1, and the whole."""
     loss, evaluated = training.make_objective(model, method_of(config, class_weights))(
         params, state, batch)
     return {**{name: value for name, value in evaluated.metrics.items()
@@ -122,7 +122,7 @@ def _terms(model, config, class_weights, state, batch) -> list[str]:
 def _product(
     model, config, class_weights, weights: dict[str, jax.Array], state, batch, vector: jax.Array
 ) -> jax.Array:
-    """The Hessian, in the parameters, of the terms' weighted sum, times a vector [P]."""
+    """Multiplies the Hessian of the terms' weighted sum, in the parameters, by a vector [P]."""
     flat, unravel = ravel_pytree(state.params)
 
     def value(flat):
@@ -136,7 +136,7 @@ LIMIT, RATE = "largest stable learning rate", "learning rate"
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """The eigenvalues by state and term, and the learning rate beside its limit."""
+    """Yields the eigenvalues by state and term, and the learning rate beside its limit."""
     result = run.facts("sharpness") or {"eigenvalues": {}}
     for state, values in result["eigenvalues"].items():
         for term, value in values.items():
@@ -171,7 +171,7 @@ def _section(study: Study) -> Section | None:
 
 
 def table_text(facts: dict) -> str:
-    """The result as plain text, a line for each state and term."""
+    """Formats the result as plain text, a line for each state and term."""
     return "\n".join(
         f"{STATES[state]}: {term}: {significant(value)}; stable below a rate of "
         f"{significant(largest_stable_rate(value, facts['momentum']))}"

@@ -120,7 +120,7 @@ def _measure_batch(model, variables, images, labels, indices, step, num_probes):
 
 
 class StepCurves(NamedTuple):
-    """Medians over the images of one run, and for Eq. 21 the quartiles."""
+    """Medians over the images of one run, with quartiles for Eq. 21."""
 
     label: str
     steps: np.ndarray  # [T]
@@ -131,7 +131,7 @@ class StepCurves(NamedTuple):
 
 
 def step_curves(label: str, table: dict[str, np.ndarray]) -> StepCurves:
-    """The curves of a ``steps.npz``."""
+    """Computes the curves of a ``steps.npz``."""
     steps = np.unique(table["step"])
 
     def quantiles(name, bits, shares):
@@ -155,7 +155,7 @@ LOOKS = {
 
 
 def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
-    """Curvature against the step, a panel for each run, all with the same axes."""
+    """Draws curvature against the step, a panel for each run, all with the same axes."""
     exact, double, single, smoothed = LOOKS.values()
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
@@ -184,7 +184,7 @@ def steps_figure(curves: Sequence[StepCurves]) -> figures.Figure:
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """The medians over the images."""
+    """Yields the medians over the images."""
     result = run.result("steps")
     if not result:
         return

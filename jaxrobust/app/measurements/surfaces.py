@@ -32,23 +32,19 @@ NUM_SURFACES = 3
 class SurfaceSettings:
     """Which surfaces are measured."""
 
-    images: tuple[int, ...]
-    """Numbers of the test images."""
-    resolution: int
-    """Points along each direction; odd, so that the image is among them."""
-    test_size: int | None
-    """Test images, drawn by class at random with seed 0; none for all."""
-    noise_std: float
-    """Standard deviation of the noise: the plane reaches as far as its typical vector."""
+    images: tuple[int, ...]  # numbers of the test images
+    resolution: int  # points along each direction; odd, so that the image is among them
+    test_size: int | None  # test images, drawn at random by class with seed 0; None for all
+    noise_std: float  # standard deviation; the plane reaches as far as its typical vector
 
 
 def first_of_classes(labels: np.ndarray, count: int) -> list[int]:
-    """The first image of each of the ``count`` classes that come first."""
+    """Finds the first image of each of the ``count`` lowest classes."""
     return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
 
 
 def _measure(run: TrainedRun, settings: SurfaceSettings, work: Work) -> Measured:
-    """The loss of each image over the plane."""
+    """Computes the loss over the plane through each image."""
     split = make_test_split(run.dataset, settings.test_size)
     for number in settings.images:
         _validate.in_range("surface image", number, 0, len(split.labels))
@@ -117,7 +113,7 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str], offsets: np.ndarra
 
 
 def _contours(ax: Axes, offsets: np.ndarray, values: np.ndarray, levels: np.ndarray):
-    """Filled contours with lines between them, and the image itself as a dot."""
+    """Draws filled contours with lines between them, and the image itself as a dot."""
     masked = np.ma.masked_invalid(values)
     filled = ax.contourf(offsets, offsets, masked, levels=levels, cmap="viridis")
     # Without a level within its values, a set of lines warns.
@@ -139,7 +135,7 @@ def _section(study: Study) -> Section | None:
 
 
 def surfaces_picture(study: Study, results: dict[str, dict]) -> Picture:
-    """Fig. 11: the negative loss around a few images, the same for all methods."""
+    """Shows Fig. 11: the negative loss around a few images, the same for all methods."""
     first = next(iter(results.values()))
     same = {row: result for row, result in results.items()
             if all(np.array_equal(result[name], first[name]) for name in ("image", "offsets"))}

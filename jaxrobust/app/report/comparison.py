@@ -21,12 +21,12 @@ FEWEST_SEEDS = 3
 
 
 def error_of_images(accuracy: Any) -> float:
-    """Standard error, in percentage points, that comes of the choice of test images."""
+    """Returns the standard error, in percentage points, due to the choice of test images."""
     return 100 * share_error(accuracy.mean / 100, int(accuracy.num_images))
 
 
 class Difference(NamedTuple):
-    """Of two mean accuracies, in percentage points."""
+    """A difference of two mean accuracies, in percentage points."""
 
     points: float
     seeds: float | None  # half of the 95 % interval over trainings; None below FEWEST_SEEDS
@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Of the interval that holds both; without the trainings where they are too few."""
+        """Half of the interval over both; over the images alone where trainings are too few."""
         return math.hypot(self.seeds or 0.0, self.images)
 
     @property
@@ -65,7 +65,7 @@ def difference(own: Any, peer: Any) -> Difference:
 
 
 def evaluation_text(evaluation: dict) -> str:
-    """One evaluation in a line: accuracies, balanced ones, and that of the commonest class."""
+    """Sums up an evaluation: accuracies, balanced ones, and that of the commonest class."""
     parts = [f"{name} {100 * statistics.fmean(test['accuracies']):.2f} % (balanced "
              f"{balanced(test):.2f} %)" for name, test in tests(evaluation)]
     classes = Classes(*map(tuple, evaluation["classes"].values()))
@@ -74,14 +74,14 @@ def evaluation_text(evaluation: dict) -> str:
 
 
 class Classes(NamedTuple):
-    """Of the test images."""
+    """The classes of the test images."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]  # test images of each
 
     @property
     def commonest(self) -> tuple[str, float]:
-        """The class of most test images, and its share in per cent."""
+        """The class with most test images, and its share in per cent."""
         index = int(np.argmax(self.counts))
         return self.names[index], 100 * self.counts[index] / sum(self.counts)
 
@@ -104,7 +104,7 @@ FAR_BELOW = 5.0
 
 
 def warnings_of_classes(study: Study) -> list[str]:
-    """Sentences on what accuracies hide where classes are unevenly common."""
+    """Says what accuracies hide where some classes are much more common than others."""
     classes = classes_of(study.all_finished())
     if classes is None:
         return []

@@ -8,7 +8,7 @@ pyplot, whose figures are global state.
 import math
 import pathlib
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -76,21 +76,16 @@ def row_styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def lowest_share(values: np.ndarray) -> np.ndarray:
-    """The lowest 90 % of the finite values [n], sorted, as in the paper's Fig. 10."""
+    """Returns the lowest 90 % of the finite values [n], sorted, as in the paper's Fig. 10."""
     finite = np.sort(values[np.isfinite(values)])
     return finite[:math.ceil(9 * len(finite) / 10)]
 
 
 def joint_tsne(clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """One t-SNE embedding of the clean and noisy features together.
+    """Embeds clean and noisy features together by t-SNE.
 
-    Args:
-      clean: [n, d].
-      noisy: [n, d], row i from the same image as ``clean[i]``.
-
-    Returns:
-      Both, each [n, 2]; None if there is nothing to embed: fewer than 4 points, features that
-      are not finite, or all features alike, as of a training that diverged.
+    Row i of both, [n, d], comes from the same image. Returns both, each [n, 2]; None for fewer than
+    4 points, or features that are not finite or all alike, as in a training that diverged.
     """
     points = np.concatenate([clean, noisy]).astype(np.float64)
     if len(points) < 4 or not np.isfinite(points).all() or np.ptp(points, axis=0).max() == 0:
@@ -103,7 +98,7 @@ def joint_tsne(clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]) -> Figure:
-    """Accuracy against the noise level; ``paper`` holds the paper's lines, in the rows' styles.
+    """Draws accuracy against the noise level, with the paper's lines in the rows' styles.
 
     Where the paper's lines or the weakest row take much of the range, a second panel shows ours
     enlarged, down to where the second weakest ends; rows that lie wholly below are left out of it.
@@ -133,7 +128,7 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
         axes[0].set_title("Ours and the paper's" if paper else "All")
         axes[1].set_title("Ours, enlarged (the weakest cut off)")
         axes[1].set_ylim(*limits)
-    handles = style_handles({line.label: line.style for line in lines}, linestyle="-",
+    handles = style_handles([(line.label, line.style) for line in lines], linestyle="-",
                             linewidth=1.6)
     if paper:
         handles.append(Line2D([], [], color="#595959", linestyle=(0, (4, 3)), linewidth=0.8,
@@ -145,7 +140,7 @@ def accuracy_figure(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine]
 
 def _enlarged(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine],
               ) -> tuple[float, float] | None:
-    """The range of all lines but the weakest; None if it is most of the whole."""
+    """Returns the range of all lines but the weakest; None if it is most of the whole."""
     if len(lines) < 3:
         return None
     weakest, low = sorted(float((line.mean - line.std).min()) for line in lines)[:2]
@@ -172,14 +167,14 @@ def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
     ax.set_yticks(range(len(names)), [name.replace("+", " +\n") for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("Test accuracy [%]")
-    add_legend(figure, style_handles({line.label: line.style for line in lines},
+    add_legend(figure, style_handles([(line.label, line.style) for line in lines],
                                      linestyle="none"))
     ax.grid(visible=False, axis="y")
     return figure
 
 
 def curvature_figure(samples: Sequence[CurvatureSample], measures: dict[str, str]) -> Figure:
-    """Box plots on a logarithmic axis of the lowest 90 % of each row's curvatures.
+    """Draws box plots, on a logarithmic axis, of the lowest 90 % of each row's curvatures.
 
     There is a panel for each of ``measures``, by key and title.
     """
@@ -207,19 +202,19 @@ def save(figure: Figure, stem: pathlib.Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose parts make room for each other."""
+    """Makes an empty figure, in inches, whose parts make room for each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
 
 def wrap(label: str, width: int = 30) -> str:
-    """A label over as many lines as it needs."""
+    """Breaks a label into as many lines as it needs."""
     return textwrap.fill(label, width)
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
-    """One legend below all panels, which get their grid and lose their upper right spines.
+    """Adds one legend below all panels, which get their grid and lose their upper right spines.
 
     In as many columns, up to ``columns``, as the figure is wide.
     """
@@ -236,11 +231,11 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> N
         legend.remove()
 
 
-def style_handles(styles: Mapping[str, Style], width: int = 30, **look) -> list[Line2D]:
-    """Returns the legend's lines, which look like these styles but for ``look``."""
+def style_handles(styles: Iterable[tuple[str, Style]], width: int = 30, **look) -> list[Line2D]:
+    """Returns the legend's lines, from labels and styles that ``look`` overrides."""
     return [Line2D([], [], **{"color": style.color, "marker": style.marker,
                               "linestyle": style.dashes, "label": wrap(label, width)} | look)
-            for label, style in styles.items()]
+            for label, style in styles]
 
 
 def boxes(ax: Axes, groups: Sequence[tuple[float, np.ndarray, Style]], *, width: float) -> None:
@@ -269,20 +264,20 @@ def boxes(ax: Axes, groups: Sequence[tuple[float, np.ndarray, Style]], *, width:
 
 
 def class_look(index: int) -> tuple[str, str]:
-    """Colour and marker of a class."""
+    """Returns the colour and the marker of a class."""
     return (_CLASS_COLORS[index % len(_CLASS_COLORS)],
             _CLASS_MARKERS[index % len(_CLASS_MARKERS)])
 
 
 def class_handles(classes: Iterable[int], class_names: dict[int, str]) -> list[Line2D]:
-    """The legend of a scatter plot by class."""
+    """Returns the legend's entries for a scatter plot by class."""
     return [Line2D([], [], color=class_look(c)[0], marker=class_look(c)[1], linestyle="none",
                    label=class_names.get(c, str(c))) for c in sorted(set(classes))]
 
 
 def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 9,
             numbers: bool = True) -> None:
-    """Points of the plane [n, 2] by class, with the number of each class at its median."""
+    """Draws points of the plane [n, 2] by class, with the number of each class at its median."""
     for c in np.unique(classes):
         color, marker = class_look(int(c))
         # As an image: thousands of markers would make the SVG file, and the page, slow.

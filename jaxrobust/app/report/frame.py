@@ -43,19 +43,19 @@ class Number(NamedTuple):
 
 
 def frame(study: Study, *kinds: Callable[[Run], Iterable[Number]]) -> pd.DataFrame:
-    """The numbers of these kinds of all runs, in the order of the rows and their seeds."""
+    """Collects the numbers of these kinds of all runs, in the order of the rows and their seeds."""
     return table((study.name, row, run.seed, *number) for row, runs in study.runs.items()
                  for run in runs for kind in kinds for number in kind(run))
 
 
 def table(lines: Iterable[tuple]) -> pd.DataFrame:
-    """From lines of study, row, seed, and the fields of :class:`Number`."""
+    """Makes a table from lines of study, row, seed, and the fields of :class:`Number`."""
     columns = ["study", "row", "seed", *Number._fields]
     return pd.DataFrame(lines, columns=columns).astype(COLUMNS)[list(COLUMNS)]
 
 
 def training_numbers(run: Run) -> Iterator[Number]:
-    """How long a training took and what came of it."""
+    """Yields a training's time, its epoch kept and the accuracy then, or where it diverged."""
     if run.evaluation:
         yield Number("epoch kept", "", run.evaluation["epoch"], "epoch")
         if run.evaluation["selected_on"] == "validation":
@@ -68,7 +68,7 @@ def training_numbers(run: Run) -> Iterator[Number]:
 
 
 def accuracy_numbers(run: Run) -> Iterator[Number]:
-    """Accuracy by test and draw; the mean over the classes, and each, where they are known."""
+    """Yields accuracies by test and draw, and by class and balanced where classes are known."""
     evaluation = run.evaluation
     if not evaluation:
         return
@@ -87,19 +87,19 @@ def accuracy_numbers(run: Run) -> Iterator[Number]:
 
 
 def tests(evaluation: dict) -> list[tuple[str, dict]]:
-    """The tests of an evaluation, each with its condition in the table."""
+    """Lists the tests of an evaluation, each with its condition in the table."""
     return [*((level_name(test["std_255"]).lower(), test) for test in evaluation["levels"]),
             # Older evaluations have noise levels alone.
             *((test["perturb"], test) for test in evaluation.get("perturbations", ()))]
 
 
 def balanced(test: dict) -> float:
-    """Per cent; the mean of the accuracies on the images of each class that has any."""
+    """Averages the accuracies on each class that has test images, in per cent."""
     return 100 * statistics.fmean(share for share in test["by_class"] if share is not None)
 
 
 def published_accuracies(study: Study) -> list[tuple[str, str, tuple[float, float | None]]]:
-    """(row, condition, (mean, std)) in per cent, the paper's, of the rows that it has too."""
+    """Lists row, condition and the paper's (mean, std) in per cent, for the rows that it has."""
     if study.paper is None:
         return []
     return [(row, level_name(level).lower(), number) for row in study.labels
@@ -108,7 +108,7 @@ def published_accuracies(study: Study) -> list[tuple[str, str, tuple[float, floa
 
 
 def published_numbers(study: Study) -> pd.DataFrame:
-    """:func:`published_accuracies` as a table."""
+    """Makes a table of :func:`published_accuracies`."""
     return table((study.name, row, None, measurement, condition, value, "%", None)
                   for row, condition, number in published_accuracies(study)
                   for measurement, value in zip((PUBLISHED, PUBLISHED_STD), number, strict=True)
@@ -116,7 +116,7 @@ def published_numbers(study: Study) -> pd.DataFrame:
 
 
 def noise_level(condition: str) -> float | None:
-    """The noise level in units of 1/255; None of another perturbation."""
+    """Returns the noise level in units of 1/255; None for another perturbation."""
     number, is_level, rest = condition.partition("/255")
     return 0.0 if condition == "clean" else float(number) if is_level and not rest else None
 
@@ -142,7 +142,7 @@ Values = dict[tuple[str, str, str], tuple[float, ...]]
 
 
 def values_of(table: pd.DataFrame) -> Values:
-    """The numbers of a table, as the cells of tables take them."""
+    """Looks the numbers of a table up as the cells of tables need them."""
     found = over_seeds(table)
     return dict(zip(zip(found.row, found.measurement, found.condition, strict=True),
                     found.by_seed, strict=True))
@@ -166,12 +166,12 @@ tuple, with ``num_images`` and ``balanced`` (NaN where it is not known)."""
 
 
 def accuracies(study: Study) -> Accuracies:
-    """Those of a study's finished runs; of every row, in their order."""
+    """Returns the accuracies of a study's finished runs, for every row."""
     return accuracies_of(frame(study, accuracy_numbers), study.labels)
 
 
 def accuracies_of(table: pd.DataFrame, rows: Iterable[str]) -> Accuracies:
-    """Those in a table of numbers."""
+    """Returns the accuracies in a table of numbers."""
     found = over_seeds(table)
     others = found.set_index(["measurement", "row", "condition"])["mean"]
     lines = found[found.measurement == "accuracy"]
@@ -186,18 +186,18 @@ def accuracies_of(table: pd.DataFrame, rows: Iterable[str]) -> Accuracies:
 
 
 def summary(table: pd.DataFrame) -> list[dict]:
-    """:func:`over_seeds` for a JSON file, what is not known left out."""
+    """Returns :func:`over_seeds` for a JSON file, without unknown values."""
     return [{name: value for name, value in line.items() if value == value}
             for line in over_seeds(table.dropna(subset="value")).drop(
                 columns="study").to_dict("records")]
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """The content of a CSV file."""
+    """Formats a table as CSV."""
     return table.to_csv(index=False, lineterminator="\n", float_format=f"%.{DIGITS}g")
 
 
 def read_csv(path: pathlib.Path) -> pd.DataFrame:
-    """The table in a file that :func:`to_csv` made."""
+    """Reads a table from a file that :func:`to_csv` made."""
     return pd.read_csv(path, dtype=COLUMNS, keep_default_na=False,
                        na_values=dict.fromkeys(("seed", "draw", "value"), [""]))

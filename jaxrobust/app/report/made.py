@@ -4,12 +4,19 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from jaxrobust.app.measurements import named_results
-from jaxrobust.app.report.page import Cell, Table, TableRow, duration
+from jaxrobust.app.report.page import Table, duration, text_row
 from jaxrobust.app.study.read import Run, Study
 
 
+def tables(study: Study) -> tuple[Table, ...]:
+    """Tabulates what made the numbers of a study."""
+    found = (common_provenance_table(study), run_table(study), other_measurements_table(study),
+             *configuration_tables(study))
+    return tuple(filter(None, found))
+
+
 def run_table(study: Study) -> Table:
-    """Every run: its seed, the epoch kept, and of its provenance what differs between runs."""
+    """Tabulates each run's seed, the epoch kept, and the provenance in which runs differ."""
     described = {(row, run.seed): _provenance(run) for row in study.labels
                  for run in study.runs[row] if run.provenance}
     fields = _differing(described.values())
@@ -21,7 +28,7 @@ def run_table(study: Study) -> Table:
             cells = [str(run.seed), kept, run.provenance.get("started", "–"),
                      duration(run.provenance["seconds"]) if "seconds" in run.provenance else "–",
                      *(values.get(field, "–") for field in fields)]
-            rows.append(TableRow(study.labels[row], tuple(map(Cell, cells))))
+            rows.append(text_row(study.labels[row], cells))
     return Table("Runs: what made each number.",
                  ("Method", "Seed", "Epoch kept", "Started", "Training time", *fields),
                  tuple(rows), note="How to read: a line for each training. A dash: not there.",
@@ -29,8 +36,8 @@ def run_table(study: Study) -> Table:
 
 
 def other_measurements_table(study: Study) -> Table | None:
-    """Measurements with a name, which the report does not show; None if there are none."""
-    rows = [TableRow(study.labels[row], (Cell(str(run.seed)), Cell(", ".join(named))))
+    """Lists measurements with a name, which the report does not show; None if there are none."""
+    rows = [text_row(study.labels[row], (str(run.seed), ", ".join(named)))
             for row in study.labels for run in study.runs[row]
             if (named := named_results(run.folder))]
     if not rows:
@@ -41,7 +48,7 @@ def other_measurements_table(study: Study) -> Table | None:
 
 
 def common_provenance_table(study: Study) -> Table:
-    """What is the same for all runs, and the study's own command and commit."""
+    """Tabulates the provenance that all runs share, and the study's own command and commit."""
     described = [_provenance(run) for runs in study.runs.values() for run in runs
                  if run.provenance]
     differing = _differing(described)
@@ -51,7 +58,7 @@ def common_provenance_table(study: Study) -> Table:
         if common.get(field) != value:
             common[f"{field} of the {'report' if study.name == 'runs' else 'study'}"] = value
     return Table("Common to all runs.", ("What", "Value"),
-                 tuple(TableRow(name, (Cell(value),)) for name, value in common.items()),
+                 tuple(text_row(name, [value]) for name, value in common.items()),
                  numeric=False)
 
 
@@ -63,21 +70,21 @@ def _provenance(run: Run) -> dict[str, str]:
 
 
 def _differing(described: Iterable[dict[str, str]]) -> list[str]:
-    """The keys whose values are not the same everywhere, in the order of the first."""
+    """Returns the keys whose values are not the same everywhere, in the order of the first."""
     described = list(described)
     return [key for key in (described[0] if described else ())
             if len({values[key] for values in described}) > 1]
 
 
 def configuration_tables(study: Study) -> tuple[Table, ...]:
-    """The fields in which rows differ, and those that they share."""
+    """Tabulates the fields in which rows differ, and those that they share."""
     by_row = {row: _row_configuration(runs) for row, runs in study.runs.items()
               if any(run.config for run in runs)}
     differing = _differing(by_row.values())
-    rows = tuple(TableRow(study.labels[row], tuple(Cell(values[field]) for field in differing))
+    rows = tuple(text_row(study.labels[row], (values[field] for field in differing))
                  for row, values in by_row.items())
     first = next(iter(by_row.values()), {})
-    common = tuple(TableRow(field, (Cell(value),)) for field, value in first.items()
+    common = tuple(text_row(field, [value]) for field, value in first.items()
                    if field not in differing)
     return (
         Table("Configuration: the fields in which the rows differ.", ("Method", *differing), rows,
@@ -88,7 +95,7 @@ def configuration_tables(study: Study) -> tuple[Table, ...]:
 
 
 def _row_configuration(runs: Sequence[Run]) -> dict[str, str]:
-    """Of all seeds of a row; where seeds differ in more than the seed, every value is given."""
+    """Returns a row's settings; every value of those in which its seeds differ."""
     flat = [_flatten(dataclasses.asdict(run.config)) for run in runs if run.config]
     return {field: " / ".join(dict.fromkeys(values[field] for values in flat))
             for field in flat[0] if field != "seed"}

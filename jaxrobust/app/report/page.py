@@ -10,7 +10,6 @@ from jaxrobust.app.report.figures import Figure
 
 
 class Cell(NamedTuple):
-    """A cell of a table."""
 
     text: str
     bold: bool = False
@@ -25,7 +24,7 @@ class TableRow(NamedTuple):
 
 
 def text_row(head: str, texts: Iterable[str]) -> TableRow:
-    """A row of plain cells."""
+    """Makes a row of plain cells."""
     return TableRow(head, tuple(map(Cell, texts)))
 
 
@@ -52,7 +51,6 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of the page."""
 
     anchor: str
     heading: str
@@ -62,17 +60,17 @@ class Section(NamedTuple):
 
 
 def level_name(level: float) -> str:
-    """A noise level (std in units of 1/255) as the paper writes it."""
+    """Names a noise level (std in units of 1/255) as the paper does."""
     return f"{level:g}/255" if level else "Clean"
 
 
 def signed(points: float) -> str:
-    """A difference with its sign, two decimals."""
+    """Formats a difference with its sign and two decimals."""
     return f"{points:+.2f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units, as ``1 h 05 min``."""
+    """Formats a time in its two largest units, such as ``1 h 05 min``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (f"{hours} h {minutes:02d} min" if hours else
@@ -80,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits, written out between 0.001 and 100,000; a dash for NaN."""
+    """Formats three significant digits, written out between 0.001 and 100,000; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     if value == 0 or not 1e-3 <= abs(value) < 1e5:
@@ -89,7 +87,7 @@ def significant(value: float) -> str:
 
 
 def with_spread(mean: float, std: float | None) -> str:
-    """``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
+    """Formats ``mean ± std`` with two decimals; the mean alone where the spread is unknown."""
     unknown = std is None or math.isnan(std)
     return f"{mean:.2f}" if unknown else f"{mean:.2f} ± {std:.2f}"
 
@@ -105,20 +103,20 @@ def over_runs(values: Sequence[float], show: Callable[[float], str] = significan
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """The mean; a dash if there are no values, or one is not finite."""
+    """Formats the mean; a dash if there are no values, or one is not finite."""
     return significant(statistics.fmean(values)) if values else "–"
 
 
 def listed(values: Iterable) -> str:
-    """The different values, sorted, with commas between them."""
+    """Lists the different values, sorted, with commas between them."""
     return ", ".join(str(value) for value in sorted(set(values)))
 
 
 def count(number: int) -> str:
-    """A number with commas between its thousands."""
+    """Formats a number with commas between its thousands."""
     return f"{number:,}"
 
 
 def paragraphs(note: str) -> list[str]:
-    """The paragraphs of a plain text, which blank lines separate."""
+    """Splits a plain text at blank lines."""
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n", note) if part.strip()]

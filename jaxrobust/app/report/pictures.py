@@ -9,12 +9,12 @@ from matplotlib import ticker
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Accuracies, accuracies, noise_level, published_accuracies
 from jaxrobust.app.report.page import Picture
-from jaxrobust.app.report.tables import levels_of, perturbations_of, several_seeds
+from jaxrobust.app.report.tables import levels_of, perturbations_of, several_seeds, spread_of
 from jaxrobust.app.study.read import Study
 
 
 def accuracy_picture(study: Study) -> Picture:
-    """Accuracy against the noise level."""
+    """Shows accuracy against the noise level."""
     by_row, paper, shown = accuracies(study), [], set()
     levels = levels_of(by_row)
     lines = _lines(study, by_row, levels, [noise_level(level) for level in levels])
@@ -38,7 +38,7 @@ def accuracy_picture(study: Study) -> Picture:
 
 
 def perturbation_picture(study: Study) -> Picture | None:
-    """Accuracy under each perturbation; None without any."""
+    """Shows accuracy under each perturbation; returns None without any."""
     by_row = accuracies(study)
     tests = perturbations_of(by_row)
     return _dots(study, "perturbations", by_row, tests,
@@ -46,7 +46,7 @@ def perturbation_picture(study: Study) -> Picture | None:
 
 
 def levels_picture(study: Study) -> Picture:
-    """As :func:`accuracy_picture`, for so few noise levels that there is no line to draw."""
+    """Shows accuracy where there are too few noise levels to draw a line."""
     by_row = accuracies(study)
     return _dots(study, "accuracy", by_row, levels_of(by_row), "Test accuracy.")
 
@@ -65,8 +65,7 @@ def _dots(study: Study, name: str, by_row: Accuracies, tests: Sequence[str], cap
 
 def _lines(study: Study, by_row: Accuracies, tests: Sequence[str], places: Sequence[float]
            ) -> list[figures.AccuracyLine]:
-    """A line for each row that has any of the tests, which stand at ``places``."""
-    spread = "std_over_seeds" if several_seeds(study) else "std_over_draws"
+    """Returns a line for each row that has any of the tests, which stand at ``places``."""
     lines = []
     for index, (row, values) in enumerate(by_row.items()):
         found = [(place, values[test]) for test, place in zip(tests, places, strict=True)
@@ -76,7 +75,7 @@ def _lines(study: Study, by_row: Accuracies, tests: Sequence[str], places: Seque
                 study.labels[row], figures.row_style(index),
                 np.array([place for place, _ in found]),
                 np.array([one.mean for _, one in found]),
-                np.nan_to_num([getattr(one, spread) for _, one in found])))
+                np.nan_to_num([getattr(one, spread_of(study)) for _, one in found])))
     return lines
 
 
@@ -85,7 +84,7 @@ def _over(study: Study) -> str:
 
 
 def training_picture(study: Study) -> Picture | None:
-    """Loss, and accuracy on the images for choosing the epoch; None without any metrics."""
+    """Shows the loss, and the accuracy that chooses the epoch; returns None without any metrics."""
     styles = figures.row_styles(study.labels)
     logged = [(styles[row], run) for row in study.labels for run in study.runs[row] if run.epochs]
     if not logged:
@@ -120,8 +119,8 @@ def training_picture(study: Study) -> Picture | None:
         ax.set_xlabel("Epoch")
         ax.set_ylabel(label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    shown = {study.labels[row]: style for row, style in styles.items()
-             if any(run.epochs for run in study.runs[row])}
+    shown = [(study.labels[row], style) for row, style in styles.items()
+             if any(run.epochs for run in study.runs[row])]
     figures.add_legend(figure, figures.style_handles(shown, markersize=5))
     return Picture(
         "training", figure, "Training curves.",
@@ -134,7 +133,7 @@ def training_picture(study: Study) -> Picture | None:
 
 
 def tsne_picture(study: Study) -> Picture | None:
-    """Clean and noisy features of the first seed, by row; None if none can be embedded."""
+    """Shows the first seed's clean and noisy features; returns None if none can be embedded."""
     runs = {row: next((run for run in runs if run.features), None)
             for row, runs in study.runs.items()}
     planes = {row: figures.joint_tsne(run.features["clean"], run.features["noisy"])

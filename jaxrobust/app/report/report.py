@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jinja2
 import pandas as pd
@@ -21,12 +22,8 @@ from jaxrobust.app.files import make_folder, write_text
 from jaxrobust.app.measurements import MEASUREMENTS, curvature, networks
 from jaxrobust.app.measurements.robustness import FIGURES
 from jaxrobust.app.measurements.runner import sections as sections_of
-from jaxrobust.app.report import figures
-from jaxrobust.app.report.comparison import (
-    FEWEST_SEEDS,
-    Difference,
-    warnings_of_classes,
-)
+from jaxrobust.app.report import figures, made
+from jaxrobust.app.report.comparison import FEWEST_SEEDS, Difference, warnings_of_classes
 from jaxrobust.app.report.frame import (
     Accuracies,
     Number,
@@ -37,18 +34,8 @@ from jaxrobust.app.report.frame import (
     summary,
     to_csv,
 )
-from jaxrobust.app.report.made import (
-    common_provenance_table,
-    configuration_tables,
-    other_measurements_table,
-    run_table,
-)
 from jaxrobust.app.report.page import Section, Table, paragraphs, signed
-from jaxrobust.app.report.tables import (
-    differences,
-    levels_of,
-    several_seeds,
-)
+from jaxrobust.app.report.tables import differences, levels_of, several_seeds
 from jaxrobust.app.study.read import Run, Study, check_same_data, load_study, study_of_runs
 
 PEERS = ("both", "stability")
@@ -81,21 +68,23 @@ def write_report_of_runs(folders: Sequence[pathlib.Path], out: pathlib.Path) -> 
 
 
 def _write_report(study: Study, folder: pathlib.Path) -> pathlib.Path:
-    sections = _sections(study)
-    pictures = [picture for section in sections for picture in section.pictures]
-    make_folder(folder / "figures")
-    for picture in pictures:
-        figures.save(picture.figure, folder / "figures" / picture.name)
-    images = {picture.name: _data_uri(folder / "figures" / f"{picture.name}.svg")
-              for picture in pictures}
-    write_text(folder / "report.md", markdown(study, sections))
-    numbers = numbers_of(study)
+    sections = [*sections_of(study, MEASUREMENTS), Section(
+        "provenance", "How these numbers were made", "", made.tables(study))]
+    _save_pictures(sections, folder / "figures")
+    words, numbers = _words(study), numbers_of(study)
+    write_text(folder / "report.md", _markdown(study, words, sections))
     write_text(folder / "report.csv", to_csv(numbers))
     write_text(folder / "report.json", json.dumps(
-        summary_json(study, numbers), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    page = folder / "report.html"
-    write_text(page, html(study, sections, images))
-    return page
+        _json(study, words, numbers), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(folder / "report.html", _html(study, words, sections, folder / "figures"))
+    return folder / "report.html"
+
+
+def _save_pictures(sections: Iterable[Section], folder: pathlib.Path) -> None:
+    make_folder(folder)
+    for section in sections:
+        for picture in section.pictures:
+            figures.save(picture.figure, folder / picture.name)
 
 
 def write_figures(
@@ -120,10 +109,7 @@ def write_figures(
     if alone:
         out = out or alone[0].parent / ("figures" if name is None else f"figures-{name}")
         sections = sections_of(study_of_runs(alone, name=name), FIGURES)
-        make_folder(out)
-        for section in sections:
-            for picture in section.pictures:
-                figures.save(picture.figure, out / picture.name)
+        _save_pictures(sections, out)
         write_text(out / "figures.md", "\n\n".join(
             part for section in sections for part in section_markdown(section, "")) + "\n")
         written.append(out / "figures.md")
@@ -171,7 +157,7 @@ def numbers_of(study: Study, kinds: Iterable[Callable[[Run], Iterable[Number]]] 
 
 
 def best_rows(study: Study) -> list[str]:
-    """A sentence each on the best row for clean images and at the strongest noise."""
+    """Names the best row on clean images and at the strongest noise, a sentence each."""
     by_row = accuracies(study)
     levels = levels_of(by_row)
     sentences = []
@@ -184,7 +170,7 @@ def best_rows(study: Study) -> list[str]:
 
 
 def comparisons(study: Study) -> list[str]:
-    """A sentence or two on each row of the method "robust" against each of its peers."""
+    """Compares each row of the method "robust" with each of its peers, in words."""
     by_row = accuracies(study)
     found = {peer: differences(by_row, peer, levels_of(by_row))
              for peer in study.labels if study.methods[peer] in PEERS}
@@ -201,7 +187,7 @@ def _best(study: Study, by_row: Accuracies, level: str) -> str:
 
 
 def _comparison(label: str, peer_label: str, differences: dict[str, Difference]) -> str:
-    """In words, at which levels a row is above another, level with it, or below."""
+    """Says at which levels a row is above another, level with it, or below."""
     known = all(found.seeds is not None for found in differences.values())
     words = (("clearly better", "no clear difference", "clearly worse") if known else
              ("higher", "equal", "lower"))
@@ -218,7 +204,7 @@ def _comparison(label: str, peer_label: str, differences: dict[str, Difference])
 
 
 def missing_runs(study: Study) -> list[str]:
-    """The runs without an evaluation, and how far each has come."""
+    """Lists the runs without an evaluation, with the progress of each."""
     return [f"{study.labels[row]}, seed {run.seed}: {_progress(run)}"
             for row in study.labels for run in study.runs[row] if not run.evaluation]
 
@@ -235,7 +221,7 @@ def _progress(run: Run) -> str:
 
 
 def chosen_on_test(study: Study) -> list[str]:
-    """Labels of the rows whose epoch was chosen on the test images, which leaks them."""
+    """Lists the labels of the rows whose epoch was chosen on the test images."""
     return [study.labels[row] for row in study.labels
             if any(run.evaluation["selected_on"] == "test" for run in study.finished(row))]
 
@@ -244,7 +230,7 @@ def chosen_on_test(study: Study) -> list[str]:
 
 
 def lead(study: Study) -> str:
-    """The summary's opening paragraph: what is best, and what the comparisons rest on."""
+    """Writes the opening paragraph: which rows are best, and how they are compared."""
     if several_seeds(study):
         basis = ("Below, a difference between the means over the training seeds is called clear "
                  "if its 95 % interval (±), over trainings and test images, excludes 0; of "
@@ -258,52 +244,58 @@ def lead(study: Study) -> str:
 # --- Files -----------------------------------------------------------------------------------
 
 
-def _sections(study: Study) -> list[Section]:
-    tables = (common_provenance_table(study), run_table(study), other_measurements_table(study),
-              *configuration_tables(study))
-    return [*sections_of(study, MEASUREMENTS), Section(
-        "provenance", "How these numbers were made", "", tuple(filter(None, tables)))]
+class _Words(NamedTuple):
+    """What a report says, beside its sections."""
+
+    lead: str
+    comparisons: list[str]
+    missing: list[str]  # runs
+    warning: str
 
 
-def _warning(study: Study) -> str:
+def _words(study: Study) -> _Words:
     rows = chosen_on_test(study)
-    if not rows:
-        return ""
     names = ", ".join(rows) if len(rows) < len(study.labels) else "all rows"
-    return ("Warning: the epoch was chosen on the test set, so the test set has leaked into the "
-            f"choice and these accuracies are too high: {names}.")
+    warning = ("Warning: the epoch was chosen on the test set, so the test set has leaked into the "
+               f"choice and these accuracies are too high: {names}.")
+    return _Words(lead(study), comparisons(study), missing_runs(study), warning if rows else "")
 
 
-def html(study: Study, sections: Sequence[Section], images: dict[str, str]) -> str:
-    """The page as one self-contained text; ``images`` holds a data URI for each picture."""
+def _html(study: Study, words: _Words, sections: Sequence[Section], folder: pathlib.Path) -> str:
+    """Renders the page as one self-contained text, with the pictures in ``folder``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True)
+    images = {picture.name: "data:image/svg+xml;base64," + base64.b64encode(
+        (folder / f"{picture.name}.svg").read_bytes()).decode("ascii")
+        for section in sections for picture in section.pictures}
     return environment.get_template("report.html.jinja").render(
-        study=study, note=paragraphs(study.note), lead=lead(study),
-        comparisons=comparisons(study), missing=missing_runs(study), warning=_warning(study),
-        sections=sections, images=images)
+        study=study, note=paragraphs(study.note), sections=sections, images=images,
+        **words._asdict())
 
 
-def markdown(study: Study, sections: Sequence[Section]) -> str:
-    """The same content in Markdown, figures by reference."""
+def _markdown(study: Study, words: _Words, sections: Sequence[Section]) -> str:
+    """Renders the same content in Markdown, with links to the figures."""
     parts = [f"# {_md(study.title)}", *map(_md, paragraphs(study.note)), "## Summary"]
-    if _warning(study):
-        parts.append(f"> **{_md(_warning(study))}**")
-    if missing_runs(study):
-        parts += ["**Missing runs:**",
-                  "\n".join(f"- {_md(text)}" for text in missing_runs(study))]
-    parts.append(_md(lead(study)))
-    if comparisons(study):
-        parts.append("\n".join(f"- {_md(text)}" for text in comparisons(study)))
+    if words.warning:
+        parts.append(f"> **{_md(words.warning)}**")
+    if words.missing:
+        parts += ["**Missing runs:**", _items(words.missing)]
+    parts.append(_md(words.lead))
+    if words.comparisons:
+        parts.append(_items(words.comparisons))
     for section in sections:
         parts += section_markdown(section, "figures/")
     return "\n\n".join(parts) + "\n"
 
 
+def _items(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {_md(text)}" for text in texts)
+
+
 def section_markdown(section: Section, folder: str) -> list[str]:
-    """The paragraphs of a section whose figures are in ``folder``."""
+    """Renders a section whose figures are in ``folder`` as paragraphs of Markdown."""
     return [f"## {_md(section.heading)}", *([_md(section.lead)] if section.lead else []),
             *map(_md_table, section.tables),
             *(f"![{_md(picture.alt)}]({folder}{picture.name}.png)\n\n"
@@ -311,42 +303,37 @@ def section_markdown(section: Section, folder: str) -> list[str]:
 
 
 def paragraph_markdown(text: str) -> str:
-    """Plain text as paragraphs of Markdown."""
+    """Renders plain text as paragraphs of Markdown."""
     return "\n\n".join(map(_md, paragraphs(text)))
 
 
 def _md_table(table: Table) -> str:
     align = "---:" if table.numeric else "---"
-    lines = [table.columns, ("---", *[align] * (len(table.columns) - 1))]
-    escaped = ["| " + " | ".join(map(_md, lines[0])) + " |", "| " + " | ".join(lines[1]) + " |"]
+    lines = [list(map(_md, table.columns)), ["---", *[align] * (len(table.columns) - 1)]]
     for row in table.rows:
-        head = f"*{_md(row.head)}*" if row.muted else _md(row.head)
-        cells = [f"**{_md(cell.text)}**" if cell.bold else _md(cell.text) for cell in row.cells]
-        escaped.append("| " + " | ".join([head, *cells]) + " |")
+        lines.append([f"*{_md(row.head)}*" if row.muted else _md(row.head), *(
+            f"**{_md(cell.text)}**" if cell.bold else _md(cell.text) for cell in row.cells)])
     note = f"\n\n{_md(table.note)}" if table.note else ""
     details = f" {_md(table.details)}" if table.details else ""
-    return f"**{_md(table.caption)}**{details}\n\n" + "\n".join(escaped) + note
+    return f"**{_md(table.caption)}**{details}\n\n" + "\n".join(
+        f"| {' | '.join(line)} |" for line in lines) + note
 
 
 def _md(text: str) -> str:
-    """Plain text with everything escaped that Markdown or HTML in it would take as markup."""
+    """Escapes everything in a plain text that Markdown or HTML would take as markup."""
     return re.sub(r"([\\`*_\[\]|<>&#~])", r"\\\1", " ".join(text.split()))
 
 
-def summary_json(study: Study, numbers: pd.DataFrame) -> dict:
-    """What the report says, and its numbers by row."""
+def _json(study: Study, words: _Words, numbers: pd.DataFrame) -> dict:
+    """Returns the report's words and, by row, its numbers."""
     return {
         "name": study.name,
         "title": study.title,
-        "summary": [lead(study), *comparisons(study)],
-        "missing": missing_runs(study),
+        "summary": [words.lead, *words.comparisons],
+        "missing": words.missing,
         "epoch_chosen_on_test": chosen_on_test(study),
         "rows": [{"row": row, "label": label, "method": study.methods[row],
                   "seeds": [run.seed for run in study.finished(row)]}
                  for row, label in study.labels.items()],
         "numbers": summary(numbers),
     }
-
-
-def _data_uri(path: pathlib.Path) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -20,7 +20,7 @@ from jaxrobust.app.study.sweep import combinations, number_text, setting_name
 
 
 class Setting(NamedTuple):
-    """What came of one combination of values."""
+    """Results of one combination of values."""
 
     values: dict[str, float]
     num_finished: int
@@ -30,13 +30,13 @@ class Setting(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The accuracy, and how many runs it leaves out."""
+        """Formats the accuracy, and how many runs it leaves out."""
         accuracy = "diverged" if self.mean is None else with_spread(self.mean, self.std)
         return accuracy + (f" ({self.num_diverged} diverged)" if self.num_diverged else "")
 
 
 def section(study: Study) -> Section | None:
-    """Validation accuracy by setting; None if the study is no sweep, or holds out no images."""
+    """Shows validation accuracy by setting; None for no sweep, or without held-out images."""
     finished = study.all_finished()
     if not study.swept or any(run.config.select != "validation" for run in finished):
         return None
@@ -60,7 +60,7 @@ def section(study: Study) -> Section | None:
 
 
 def settings_of(study: Study) -> list[Setting]:
-    """The combinations in the order of the rows."""
+    """Lists the combinations in the order of the rows."""
     found, numbers = [], values_of(frame(study, training_numbers))
     for values in combinations(study.swept):
         runs = study.runs[setting_name(values)]
@@ -73,7 +73,7 @@ def settings_of(study: Study) -> list[Setting]:
 
 
 def best_settings(settings: Sequence[Setting]) -> list[int]:
-    """Indices of the settings with the best mean, several if they are equal."""
+    """Returns the indices of the settings with the best mean, several if they are equal."""
     means = {index: setting.mean for index, setting in enumerate(settings)
              if setting.mean is not None and not setting.num_diverged}
     return [index for index, mean in means.items() if mean == max(means.values())]
@@ -90,7 +90,7 @@ def _pictures(swept, settings, best) -> tuple[Picture, ...]:
 
 def line_figure(swept: dict[str, Sequence[float]], settings: Sequence[Setting],
                 best: Sequence[int]) -> Figure:
-    """Validation accuracy against the one setting swept."""
+    """Draws validation accuracy against the one setting swept."""
     (name, values), = swept.items()
     figure = new_figure(6, 4)
     ax = figure.subplots()
@@ -107,7 +107,7 @@ def line_figure(swept: dict[str, Sequence[float]], settings: Sequence[Setting],
 
 def heat_figure(swept: dict[str, Sequence[float]], settings: Sequence[Setting],
                 best: Sequence[int]) -> Figure:
-    """Validation accuracy over two settings, in a colour map that grows in lightness."""
+    """Draws validation accuracy over two settings, in a colour map that grows in lightness."""
     (first, rows), (second, columns) = swept.items()
     shape = len(rows), len(columns)
     mean = np.reshape([math.nan if setting.mean is None else setting.mean for setting in settings],

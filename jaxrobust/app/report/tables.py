@@ -23,6 +23,7 @@ from jaxrobust.app.report.page import (
     duration,
     listed,
     signed,
+    text_row,
     with_spread,
 )
 from jaxrobust.app.study.read import Study
@@ -32,20 +33,25 @@ PAPER_DRAWS = 10
 
 
 def levels_of(by_row: Accuracies) -> list[str]:
-    """The noise levels of all rows, increasing."""
+    """Lists the noise levels of all rows, increasing."""
     found = {test for values in by_row.values() for test in values}
     return sorted((test for test in found if noise_level(test) is not None), key=noise_level)
 
 
 def perturbations_of(by_row: Accuracies) -> list[str]:
-    """The other perturbations of all rows, in the order of the first of each."""
+    """Lists the other perturbations of all rows, each where it first occurs."""
     return list(dict.fromkeys(test for values in by_row.values() for test in values
                               if noise_level(test) is None))
 
 
 def several_seeds(study: Study) -> bool:
-    """Whether the ± of the tables is the spread over trainings, not over noise draws."""
+    """Tells whether the ± of the tables is the spread over trainings, not over noise draws."""
     return any(len(study.finished(row)) > 1 for row in study.labels)
+
+
+def spread_of(study: Study) -> str:
+    """Returns the column of :func:`~jaxrobust.app.report.frame.over_seeds` that the ± shows."""
+    return "std_over_seeds" if several_seeds(study) else "std_over_draws"
 
 
 def accuracy_cells(by_row: Accuracies, tests: Sequence[str], absent: Callable[[str], str],
@@ -65,12 +71,8 @@ def accuracy_cells(by_row: Accuracies, tests: Sequence[str], absent: Callable[[s
     return {row: tuple(cell(row, test) for test in tests) for row in by_row}
 
 
-def _spread(study: Study) -> str:
-    return "std_over_seeds" if several_seeds(study) else "std_over_draws"
-
-
 def accuracy_table(study: Study) -> Table:
-    """Rows are methods, columns noise levels; the paper's row below ours where there is one."""
+    """Tabulates methods by noise level, with the paper's row below ours where there is one."""
     by_row = accuracies(study)
     levels = levels_of(by_row)
     times = over_seeds(frame(study, training_numbers)).query(
@@ -80,7 +82,7 @@ def accuracy_table(study: Study) -> Table:
         return "diverged" if any(run.diverged for run in study.runs[row]) else "–"
 
     rows = []
-    for row, cells in accuracy_cells(by_row, levels, absent, _spread(study)).items():
+    for row, cells in accuracy_cells(by_row, levels, absent, spread_of(study)).items():
         time = Cell(duration(times[row]) if row in times else "–")
         rows.append(TableRow(study.labels[row], (*cells, time)))
         theirs = list(map(published_by_test(study, row).get, levels))
@@ -95,13 +97,13 @@ def accuracy_table(study: Study) -> Table:
 
 
 def perturbation_table(study: Study) -> Table | None:
-    """Rows are perturbations, columns methods, as in the paper's Table 4; None without any."""
+    """Tabulates perturbations by method, as in the paper's Table 4; returns None without any."""
     by_row = accuracies(study)
     tests = perturbations_of(by_row)
     shown = [row for row in by_row if any(test in by_row[row] for test in tests)]
     if not shown:
         return None
-    cells = accuracy_cells(by_row, tests, lambda row: "–", _spread(study))
+    cells = accuracy_cells(by_row, tests, lambda row: "–", spread_of(study))
     rows = []
     for index, test in enumerate(tests):
         key = study.paper_perturbations.get(test)
@@ -124,18 +126,18 @@ def perturbation_table(study: Study) -> Table | None:
 
 
 def published_by_test(study: Study, row: str) -> dict[str, tuple[float, float | None]]:
-    """The paper's (mean, std) of a row of ours, by noise level as the numbers name it."""
+    """Returns the paper's (mean, std) for a row of ours, by noise level as the numbers name it."""
     return {test: number for key, test, number in published_accuracies(study) if key == row}
 
 
 def _paper_rows(name: str, ours: Sequence, theirs: Sequence[tuple[float, float | None] | None],
                 ) -> list[TableRow]:
-    """The paper's (mean, std) below a row of ours, and ours less the paper's."""
+    """Makes the rows below one of ours: the paper's (mean, std), and ours less the paper's."""
     papers = ["–" if number is None else with_spread(*number) for number in theirs]
     differences = ["–" if own is None or number is None else signed(own.mean - number[0])
                    for own, number in zip(ours, theirs, strict=True)]
-    return [TableRow(head, tuple(map(Cell, cells)), muted=True)
-            for head, cells in ((f"paper: {name}", papers), ("difference", differences))]
+    return [text_row(f"paper: {name}", papers)._replace(muted=True),
+            text_row("difference", differences)._replace(muted=True)]
 
 
 def _commonest_row(study: Study, num_cells: int, num_others: int = 0) -> list[TableRow]:
@@ -145,18 +147,18 @@ def _commonest_row(study: Study, num_cells: int, num_others: int = 0) -> list[Ta
     if classes is None:
         return []
     name, share = classes.commonest
-    cells = [Cell(f"{share:.2f}")] * num_cells + [Cell("–")] * num_others
-    return [TableRow(f"always “{name}”, the commonest class", tuple(cells), muted=True)]
+    cells = [f"{share:.2f}"] * num_cells + ["–"] * num_others
+    return [text_row(f"always “{name}”, the commonest class", cells)._replace(muted=True)]
 
 
 def balanced_table(study: Study) -> Table | None:
-    """As :func:`accuracy_table`, every class counting the same; None where they are not known."""
+    """Tabulates accuracies averaged over the classes; returns None where these are not known."""
     by_row, classes = accuracies(study), classes_of(study.all_finished())
     levels = levels_of(by_row)
     if classes is None:
         return None
-    rows = [TableRow(study.labels[row], tuple(
-        Cell(f"{values[level].balanced:.2f}" if level in values else "–") for level in levels))
+    rows = [text_row(study.labels[row], (
+        f"{values[level].balanced:.2f}" if level in values else "–" for level in levels))
         for row, values in by_row.items() if values]
     shown = sum(number > 0 for number in classes.counts)
     return Table(
@@ -180,43 +182,51 @@ def class_table(study: Study) -> Table | None:
     rows = []
     for name, number in zip(classes.names, classes.counts, strict=True):
         values = [found.get((row, f"accuracy on {name}", level)) for row, level in columns]
-        rows.append(TableRow(f"{name} ({count(number)} images)", tuple(
-            Cell("–" if value is None else f"{value:.1f}") for value in values)))
+        rows.append(text_row(f"{name} ({count(number)} images)", (
+            "–" if value is None else f"{value:.1f}" for value in values)))
     return Table(
         "Accuracy in % by class.",
         ("Class", *(f"{study.labels[row]}: {level}" for row, level in columns)), tuple(rows),
-        note="How to read: of the test images of each class, the share that is classified "
-        "correctly. Means over the noise draws and training seeds. With few images of a class one "
-        "image more or less moves its number far.", folded=not classes.uneven)
+        note="How to read: the share of each class’s test images that is classified correctly. "
+        "Means over the noise draws and training seeds. With few images in a class, one image more "
+        "or less changes its number considerably.", folded=not classes.uneven)
 
 
 def difference_table(study: Study, reference: str) -> Table | None:
-    """Each other row's accuracies less those of the row ``reference``; None without that row."""
+    """Subtracts the accuracies of the row ``reference`` from the others'; None without that row."""
     by_row = accuracies(study)
     levels = levels_of(by_row)
     found = differences(by_row, reference, levels)
-    if not found:
-        return None
-    return Table(f"Accuracy less that of “{study.labels[reference]}”, in percentage points.",
-                 ("Method", *map(str.capitalize, levels)),
-                 tuple(TableRow(study.labels[row], difference_cells(ones, levels))
-                       for row, ones in found.items()),
-                 note=_difference_note(study, found))
+    rows = [TableRow(study.labels[row], difference_cells(ones, levels))
+            for row, ones in found.items()]
+    return _difference_table(study, reference, found, "Accuracy", (
+        "Method", *map(str.capitalize, levels)), rows)
 
 
 def perturbation_difference_table(study: Study, reference: str) -> Table | None:
-    """The same of :func:`perturbation_table`; None without perturbations of that row."""
+    """Does the same as :func:`difference_table` under other perturbations, which are the rows."""
     by_row = accuracies(study)
     tests = [test for test in perturbations_of(by_row) if test in by_row[reference]]
     found = differences(by_row, reference, tests)
+    cells = zip(*(difference_cells(ones, tests) for ones in found.values()), strict=True)
+    return _difference_table(
+        study, reference, found, "Accuracy under other perturbations",
+        ("Perturbation", *(study.labels[row] for row in found)), map(TableRow, tests, cells))
+
+
+def _difference_table(study, reference, found, what, columns, rows) -> Table | None:
     if not found:
         return None
-    cells = [difference_cells(ones, tests) for ones in found.values()]
-    return Table(f"Accuracy under other perturbations less that of “{study.labels[reference]}”, "
-                 "in percentage points.",
-                 ("Perturbation", *(study.labels[row] for row in found)),
-                 tuple(map(TableRow, tests, zip(*cells, strict=True))),
-                 note=_difference_note(study, found))
+    images = max(one.images for ones in found.values() for one in ones.values())
+    spread = ("; ± half of the 95 % interval over trainings, on these test images (Student’s t, "
+              "from the seeds of the two rows). Bold: the interval excludes 0. With many "
+              "differences one in twenty does so by chance" if several_seeds(study) else
+              "; each was trained once, so that the spread over trainings is unknown")
+    return Table(
+        f"{what} less that of “{study.labels[reference]}”, in percentage points.", columns,
+        tuple(rows), note=f"How to read: above 0 is better{spread}. Other test images may change a "
+        f"difference by up to ± {images:.2f} (95 %, as if the two rows were tested on different "
+        "ones).")
 
 
 def differences(by_row: Accuracies, reference: str, tests: Iterable[str],
@@ -236,16 +246,6 @@ def difference_cells(found: dict[str, Difference], tests: Iterable[str]) -> tupl
     return tuple(Cell("–") if test not in found else Cell(
         signed((one := found[test]).points) + ("" if one.seeds is None else f" ± {one.seeds:.2f}"),
         bold=one.beyond_seeds) for test in tests)
-
-
-def _difference_note(study: Study, found: dict[str, dict[str, Difference]]) -> str:
-    images = max(one.images for ones in found.values() for one in ones.values())
-    spread = ("; ± half of the 95 % interval over trainings, on these test images (Student’s t, "
-              "from the seeds of the two rows). Bold: the interval excludes 0. With many "
-              "differences one in twenty does so by chance" if several_seeds(study) else
-              "; each was trained once, so that the spread over trainings is unknown")
-    return (f"How to read: above 0 is better{spread}. Other test images may move a difference by "
-            f"up to ± {images:.2f} (95 %, as if the two rows were tested on different ones).")
 
 
 def _accuracy_details(study: Study, by_row: Accuracies) -> str:

@@ -137,7 +137,7 @@ def _measure(run: TrainedRun, settings: TheorySettings, work: Work) -> Measured:
 
 
 def training_images(run: TrainedRun, size: int | None) -> Split:
-    """The training images, or so many of them, drawn by class at random."""
+    """Returns all training images, or so many of them, drawn at random by class."""
     split = make_splits(run.dataset, run.config).train
     if size is None or size >= len(split.labels):
         return split
@@ -145,7 +145,7 @@ def training_images(run: TrainedRun, size: int | None) -> Split:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with None in the place of NaN and infinity, which JSON does not have."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: without_nan(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,7 +154,7 @@ def without_nan(value: Any) -> Any:
 
 
 def table_text(facts: dict) -> str:
-    """The claims as plain text, each on two lines."""
+    """Formats the claims as plain text, each on two lines."""
     lines = []
     for line in (Claim(**values) for values in facts["claims"]):
         holds = "" if line.holds is None else f"holds {100 * line.holds:.1f} %"

@@ -23,7 +23,7 @@ FORWARD_BATCH_SIZE = 250
 
 
 class Claim(NamedTuple):
-    """A line of the table: what the paper claims and what was found."""
+    """What the paper claims, and what was found."""
 
     key: str
     claim: str
@@ -33,19 +33,19 @@ class Claim(NamedTuple):
 
 
 def share(holds: np.ndarray) -> float | None:
-    """The share of the cases in which a claim holds; None without any case."""
+    """Returns the share of the cases in which a claim holds; None without any case."""
     return float(np.mean(holds)) if np.size(holds) else None
 
 
 def median_ratio(bound: np.ndarray | float, value: np.ndarray) -> float | None:
-    """Median of bound / value over the cases with a value above 0; None without any."""
+    """Returns the median of bound / value over the cases with a value above 0; None without any."""
     kept = value > 0
     bound = np.broadcast_to(bound, value.shape)
     return float(np.median(bound[kept] / value[kept])) if kept.any() else None
 
 
 def median_text(values: Any) -> str:
-    """The median of the finite values; a dash if there are none."""
+    """Formats the median of the finite values; a dash if there are none."""
     finite = np.asarray(values)[np.isfinite(values)]
     return significant(float(np.median(finite))) if finite.size else "–"
 
@@ -55,7 +55,7 @@ def _yes(condition: bool) -> str:
 
 
 class Layers(NamedTuple):
-    """What the network makes of some images."""
+    """Outputs of the network's layers for some images."""
 
     features: jax.Array  # [N, d]
     logits: np.ndarray  # [N, C]
@@ -63,11 +63,11 @@ class Layers(NamedTuple):
     labels: jax.Array  # [N]
 
     def distances(self, centres: jax.Array) -> np.ndarray:
-        """[N], of each example's features to the centre of its class."""
+        """Returns each example's distance [N] to the centre of its class."""
         return np.asarray(geometry.safe_norm(self.features - centres[self.labels]))
 
     def class_means(self) -> centroids.Centroids:
-        """The centroids of these images alone."""
+        """Returns the centroids of these images alone."""
         state = centroids.init_centroids(self.logits.shape[1], self.features.shape[1])
         return centroids.update_centroids(state, self.features, self.labels)[0]
 
@@ -79,7 +79,7 @@ def _forward(model, variables, images):
 
 
 def layers_of(run: TrainedRun, split: Split, params: Any = None) -> Layers:
-    """What a run's network, or the one with these parameters, makes of the images.
+    """Applies a run's network, with other parameters if given, to the images.
 
     Raises:
       InputError: (a ValueError) if logits are not finite.
@@ -96,7 +96,7 @@ def layers_of(run: TrainedRun, split: Split, params: Any = None) -> Layers:
 
 
 def check_geometry(run: TrainedRun, train: Layers, test: Layers) -> tuple[dict, list[Claim]]:
-    """Definitions 3.1 and 5.1, Propositions 5.1 and 5.2: premises and conclusions."""
+    """Checks premises and conclusions of Propositions 5.1 and 5.2."""
     kernel, bias = head_parameters(run.state.params)
     delta_v, delta_d = run.config.robust.delta_v, run.config.robust.delta_d
     means = train.class_means()
@@ -143,7 +143,7 @@ def check_geometry(run: TrainedRun, train: Layers, test: Layers) -> tuple[dict, 
 
 def check_rescaling(run: TrainedRun, split: Split, nus: tuple[float, ...]
                     ) -> tuple[dict, list[Claim]]:
-    """Proposition 5.3 and its corollary, on the run's own network and these images."""
+    """Checks Proposition 5.3 and its corollary on the run's own network and these images."""
     def measure(params):
         layers, head = layers_of(run, split, params), head_parameters(params)
         return (layers.logits.argmax(axis=1),
@@ -177,7 +177,7 @@ def check_rescaling(run: TrainedRun, split: Split, nus: tuple[float, ...]
 
 
 def check_hinge_gradients(run: TrainedRun, train: Layers) -> tuple[dict, list[Claim]]:
-    """Appendix A.1: norms of the gradient of each example's hinge."""
+    """Checks Appendix A.1: norms of the gradient of each example's hinge."""
     kernel, bias = head_parameters(run.state.params)
     delta_v = run.config.robust.delta_v
     means = train.class_means()
@@ -221,7 +221,7 @@ MAPPING_CLAIMS = {
 
 
 def check_mapping(train: Layers, test: Layers, settings: Any) -> tuple[dict, list[Claim]]:
-    """Bounds on the share of a class's test images outside a ball around its centroid.
+    """Bounds the share of a class's test images outside a ball around its centroid.
 
     Those for held-out images are made on one half of them and judged on the other.
     """
@@ -284,7 +284,7 @@ def _mapping_bounds(rows, distances, centre, radius, settings):
 
 
 def check_separation(run: TrainedRun, train: Layers, test: Layers) -> tuple[dict, list[Claim]]:
-    """Theorem 6.3's bound, and lower bounds of the divergence it bounds, layer by layer."""
+    """Compares Theorem 6.3's bound with measured lower bounds of the divergence in each layer."""
     means, labels = np.asarray(train.class_means().current), np.asarray(test.labels)
     distances, classes = test.distances(jnp.asarray(means)), range(len(means))
     pairs = list(itertools.combinations(classes, 2))
@@ -348,7 +348,7 @@ def check_separation(run: TrainedRun, train: Layers, test: Layers) -> tuple[dict
 
 def divergences(values: np.ndarray, labels: np.ndarray, pairs: list[tuple[int, int]]
                 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lower bounds [P] of the pairs' divergences in nats, not below 0, and standard errors [P].
+    """Estimates lower bounds [P] of the pairs' divergences in nats, with standard errors [P].
 
     A logistic regression for each pair is fitted on every other image of a class, and judged on
     the rest.

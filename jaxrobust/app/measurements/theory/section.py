@@ -53,7 +53,7 @@ DIVERGENCE = "divergence, median over the pairs"
 
 
 def section_of(study: Study) -> Section | None:
-    """The section; None if no run of the study was checked."""
+    """Makes the section; returns None if no run of the study was checked."""
     found = study.results("theory")
     if not found:
         return None
@@ -69,7 +69,7 @@ def section_of(study: Study) -> Section | None:
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """Each claim, and what the tables show of the measurements behind the claims."""
+    """Yields each claim, and the measurements behind the claims that the tables show."""
     facts, whole = run.facts("theory"), run.result("theory")
     if whole:
         yield Number("residual of Eq. 14, median", "",
@@ -139,7 +139,7 @@ CLAIM_COLUMNS = {
 
 
 def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
-    """Theorem 6.1 and its assumption, by row."""
+    """Tabulates Theorem 6.1 and its assumption, by row."""
     first = [result for results in found.values() for result in results]
     settings = first[0]["settings"]
     sigmas = listed(f"{255 * result['sigma']:.3g}" for result in first)
@@ -161,7 +161,7 @@ def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
 
 
 def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
-    """Sections 5, 6.2 and 6.3, by row."""
+    """Tabulates Sections 5, 6.2 and 6.3, by row."""
     results = [result for row in found.values() for result in row]
     deltas = {name: listed(f"{result[name]:g}" for result in results)
               for name in ("delta_v", "delta_d")}
@@ -183,7 +183,7 @@ def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
 
 
 def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
-    """Theorem 6.3 layer by layer, by row."""
+    """Tabulates Theorem 6.3 layer by layer, by row."""
     layers = next(iter(found.values()))[0]["separation"]["layers"]
     columns = (*layers, *SEPARATION.values())
     return Table(
@@ -201,7 +201,7 @@ def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
 
 
 def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.1: box plots of the curvatures and their bounds, a group for each row."""
+    """Shows Theorem 6.1: box plots of the curvatures and their bounds, a group for each row."""
     styles, thickness = row_styles(CURVATURES.values()), 1 / (len(CURVATURES) + 1)
     figure = new_figure(10, 2.2 + 0.28 * len(found) / thickness)
     ax = figure.subplots()
@@ -220,7 +220,7 @@ def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
     ax.set_ylim(len(found) - 0.5, -0.5)
     for place in range(1, len(found)):
         ax.axhline(place - 0.5, color="#BFBFBF", linewidth=0.6)
-    add_legend(figure, style_handles(styles, 44, linestyle="none"), columns=2)
+    add_legend(figure, style_handles(styles.items(), 44, linestyle="none"), columns=2)
     ax.grid(visible=False, axis="y")
     hidden = sum(int((~(values > 0)).sum()) for _, values, _ in groups)
     return Picture(
@@ -237,7 +237,7 @@ def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
 
 
 def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.2: the share of test images outside the ball, and its bounds, by radius."""
+    """Shows Theorem 6.2: the share of test images outside the ball, and its bounds, by radius."""
     columns = min(3, len(found))
     figure = new_figure(3.9 * columns, 1.3 + 2.7 * math.ceil(len(found) / columns))
     axes = figure.subplots(math.ceil(len(found) / columns), columns, squeeze=False, sharey=True)
@@ -259,7 +259,7 @@ def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
             ax.set_ylabel("Share outside the ball")
         if index + columns >= len(found):
             ax.set_xlabel("Radius / median distance")
-    add_legend(figure, style_handles(styles, 44, markersize=5), columns=2)
+    add_legend(figure, style_handles(styles.items(), 44, markersize=5), columns=2)
     failure = next(iter(found.values()))[0]["settings"]["failure_probability"]
     return Picture(
         "theory_mapping", figure,
@@ -274,7 +274,7 @@ def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
 
 
 def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
-    """Theorem 6.3: divergences layer by layer, and the theorem's bounds beside them."""
+    """Shows Theorem 6.3: divergences layer by layer, and the theorem's bounds beside them."""
     layers = next(iter(found.values()))[0]["separation"]["layers"]
     styles = row_styles(study.labels)
     figure = new_figure(11, 5.4)
@@ -298,7 +298,7 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
         ax.set_title(f"{name.capitalize()} over the pairs of classes")
     axes[0].set_ylabel("Jensen-Shannon divergence [nats]")
     axes[0].text(0, math.log(2), "log 2, the largest value", fontsize=8, va="bottom")
-    add_legend(figure, style_handles({study.labels[row]: styles[row] for row in found},
+    add_legend(figure, style_handles([(study.labels[row], styles[row]) for row in found],
                                      markersize=5))
     for ax in axes:
         ax.grid(**GRID)
@@ -316,6 +316,6 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
 
 
 def _informative_error(mapping: dict, name: str) -> float:
-    """The largest measured error among the classes and radii with a bound below 1."""
+    """Returns the largest measured error among the classes and radii with a bound below 1."""
     errors, bounds = np.array(mapping["error"]), np.array(mapping[name])
     return float(errors[bounds < 1].max(initial=0))

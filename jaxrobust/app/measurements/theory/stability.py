@@ -27,7 +27,7 @@ _SMOOTHED_CHUNK = 4
 
 @functools.partial(jax.jit, static_argnames=("model", "sigma"))
 def _draw(model, variables, images, labels, key, indices, *, sigma):
-    """One draw of the noise: displacement, loss, quadratic model and largest logit, each [B]."""
+    """Draws the noise once: displacement, loss, quadratic model and largest logit, each [B]."""
     def outputs(x):
         return model.apply(variables, x, train=False)
 
@@ -41,7 +41,7 @@ def _draw(model, variables, images, labels, key, indices, *, sigma):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _pointwise(model, variables, images, labels):
-    """Loss, prediction, gradient and the exact spectrum at the images themselves."""
+    """Measures loss, prediction, gradient and the exact spectrum at the images themselves."""
     loss, logits_fn = losses_of(model, variables, labels)
     logits = logits_fn(images)
     gradient = jax.grad(lambda x: jnp.sum(loss(x)))(images)
@@ -56,7 +56,7 @@ def _pointwise(model, variables, images, labels):
 
 @functools.partial(jax.jit, static_argnames=("model", "sigma"))
 def _smoothed(model, variables, images, labels, key, indices, *, sigma):
-    """Hessian and gradient of the noise-averaged loss, from one group of draws."""
+    """Estimates Hessian and gradient of the noise-averaged loss from one group of draws."""
     loss, _ = losses_of(model, variables, labels)
     settings = {"sigma": sigma, "num_draws": SMOOTHED_GROUP, "chunk_size": _SMOOTHED_CHUNK,
                 "indices": indices}
@@ -67,7 +67,7 @@ def _smoothed(model, variables, images, labels, key, indices, *, sigma):
 
 
 def _mean_of_groups(groups: list[dict[str, probes.Estimate]]) -> dict[str, np.ndarray]:
-    """The mean of independent estimates, with its standard error."""
+    """Averages independent estimates, with the standard error of the mean."""
     mean = {name: np.mean([group[name].value for group in groups], axis=0) for name in groups[0]}
     errors = {f"{name}_standard_error": np.sqrt(np.sum(
         [np.square(group[name].standard_error) for group in groups], axis=0)) / len(groups)
@@ -77,7 +77,7 @@ def _mean_of_groups(groups: list[dict[str, probes.Estimate]]) -> dict[str, np.nd
 
 def measure_images(run: TrainedRun, images: Split, settings: Any, shown: Any
                    ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Columns [N] at the images, and what :func:`_draw` gives, each [num_draws, N]."""
+    """Returns columns [N] at the images, and the results of :func:`_draw`, each [num_draws, N]."""
     variables, sigma = variables_of(run.state), run.config.noise_std
     size = len(images.labels)
     draw_key, smooth_key = (jax.random.fold_in(jax.random.key(SEED), part) for part in (0, 1))
@@ -107,7 +107,7 @@ def measure_images(run: TrainedRun, images: Split, settings: Any, shown: Any
 
 def check_curvature(run: TrainedRun, columns: dict[str, np.ndarray], drawn: list[np.ndarray]
                     ) -> tuple[dict[str, np.ndarray], dict, list[Claim]]:
-    """Theorem 6.1 and Eq. 14, from :func:`measure_images`: more columns, facts and claims."""
+    """Checks Theorem 6.1 and Eq. 14 on :func:`measure_images`: more columns, facts and claims."""
     displacement, *_, noisy_logits = drawn
     draws = theory.NoiseDraws(*map(jnp.asarray, drawn[:3]))
     kernel, _ = head_parameters(run.state.params)
@@ -165,7 +165,7 @@ def check_curvature(run: TrainedRun, columns: dict[str, np.ndarray], drawn: list
 
 
 def _claims_at(name: str, delta: float, columns: dict) -> list[Claim]:
-    """Both bounds of Theorem 6.1 at one delta, for either Hessian."""
+    """Checks both bounds of Theorem 6.1 at one delta, for either Hessian."""
     which = f"delta = {significant(delta)}, " + {
         "run": "2 delta_v", "median": "the median displacement"}[name]
     eta, upper, lower = (np.asarray(columns[f"{column}_{name}"])
