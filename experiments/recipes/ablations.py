@@ -90,7 +90,6 @@ QUESTIONS: dict[str, Question] = {
         ("both_rate_1", "paper_rate_1", "paper_clip", "paper_warm", "paper_linear",
          "paper_linear_clip", "paper_linear_warm_clip", "small_weights"), "both_rate_1"),
 }
-"""By name."""
 
 
 def _changed(run: RunConfig, **settings) -> RunConfig:
@@ -123,7 +122,7 @@ def _centroid_rows(run: RunConfig) -> Rows:
 
 def _noise_rows(run: RunConfig) -> Rows:
     std = run.noise_std
-    # Of the same power as the Gaussian noise; speckle on values with a mean square of 1/4.
+    # The power of the Gaussian noise, for speckle on values with a mean square of 1/4.
     families = {"uniform": f"uniform({std * 3 ** 0.5:.3g})", "laplace": f"laplace({std:g})",
                 "speckle": f"speckle({2 * std:g})",
                 "salt_and_pepper": f"salt_and_pepper({4 * std**2:.2g})"}
@@ -202,7 +201,6 @@ TABLE5 = {"table5_cifar10": cifar10.RECIPE, "table5_svhn": svhn.RECIPE}
 """By study, the recipe whose data set and noise it has."""
 
 STUDIES = ("ablations", *TABLE5)
-"""Of this module."""
 
 
 def at_scale(study: str, scale: str) -> Recipe:

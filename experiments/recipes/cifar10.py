@@ -15,7 +15,7 @@ from jaxrobust.app.config import Evaluation, RunConfig
 from jaxrobust.app.recipe import METHOD_LABELS, METHOD_PAPER_ROWS, Cost, Recipe, method_rows
 
 NOISES = ("uniform(0.104)", "laplace(0.06)", "speckle(0.12)", "salt_and_pepper(0.014)")
-"""Of the power of the Gaussian noise of training, speckle on values with a mean square of 1/4."""
+"""Noise of the power of the training noise, for speckle on values with a mean square of 1/4."""
 
 MASKS = ("occlusion(4,6)", "stripes(3,2)", "down_up(2)")
 """The paper's perturbations of road images, at the size of these."""

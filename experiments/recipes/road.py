@@ -1,4 +1,4 @@
-"""The paper's road experiment (Tables 3 and 4, Appendix H.2) on anybody's folder of photographs.
+"""The paper's road experiment (Tables 3 and 4, Appendix H.2) on any folder of photographs.
 
     python -m experiments reproduce road --data folder:PATH --init-from mobilenet_v3_small.pth
 
@@ -7,9 +7,10 @@ torchvision's), all layers trained; images of 400 x 500; Adam at 1e-4, a tenth o
 of 70; noise of 40/255; the epoch that is best on an eighth of the training images; tested by every
 row of Tables 3 and 4. It needs a GPU.
 
-Open in the paper, and chosen here: the small one of the two MobileNetV3, its own 1,024 features,
-batches of 64, no weight decay. The paper says 80 % and 20 % and "the best models based on the
-validation accuracy", so that its test images probably chose the epoch; here they do not.
+The paper leaves open, and this recipe chooses, the small one of the two MobileNetV3, its own 1,024
+features, batches of 64, and no weight decay. The paper says 80 % and 20 % and "the best models
+based on the validation accuracy", so that its test images probably chose the epoch; here they do
+not.
 
     python -m experiments reproduce road_small --data folder:PATH
 

@@ -1,4 +1,4 @@
-"""What can be measured of a run: a module each, and :data:`MEASUREMENTS`, which lists them."""
+"""Measurements of runs, a module each; :data:`MEASUREMENTS` lists them."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""The outputs of the network's blocks in the plane, clean and noisy: the paper's Fig. 12 and 13."""
+"""Embeds the outputs of the blocks in the plane, clean and noisy: the paper's Fig. 12 and 13."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from jaxrobust.images import to_float
 from jaxrobust.statistics import neighbour_accuracy
 
 NEIGHBOURS = 5
-"""That vote in the classifier whose accuracy says how well features separate the classes."""
+"""Number of neighbours whose vote tells how well features separate the classes."""
 SEPARATED = "accuracy of the 5 nearest neighbours"
 VIEWS = ("clean", "noisy")
 

@@ -1,4 +1,4 @@
-"""The curvature of the loss in input space, at test images: the paper's Fig. 10."""
+"""Measures the curvature of the loss in input space at test images: the paper's Fig. 10."""
 
 import dataclasses
 import functools

@@ -15,14 +15,14 @@ from jaxrobust.app.study.read import Run, Study
 from jaxrobust.statistics import Coefficient, RankCorrelations
 
 FEWEST = 8
-"""Networks without which there is no section."""
+"""Smallest number of networks for which there is a section."""
 
 CONFIDENCE = 0.95
-"""That a correlation is within its interval."""
+"""Level of the intervals of correlations."""
 
 COEFFICIENT = "rank correlation with the median curvature"
 ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interval")
-"""Tell a coefficient and the ends of its interval apart, in the table of numbers."""
+"""Endings that tell a coefficient and the ends of its interval apart in the table of numbers."""
 
 
 def section(study: Study) -> Section | None:

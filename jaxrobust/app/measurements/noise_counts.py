@@ -1,5 +1,5 @@
-"""Counts the draws of the test noise that leave an image correctly classified, and compares them
-with the curvature there: the paper's Fig. 8 and 9."""
+"""Counts the noise draws in which an image is classified correctly, and compares the counts with
+the curvature there: the paper's Fig. 8 and 9."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ PERTURBATIONS = {"gaussian": perturbations.gaussian, "uniform": perturbations.un
 """By name; each with the run's training noise as its standard deviation or amplitude."""
 
 FEW = 10
-"""Images below which a group's mean is marked as resting on few."""
+"""Number of images below which a group's mean is marked as resting on few."""
 
 
 @dataclasses.dataclass(frozen=True)

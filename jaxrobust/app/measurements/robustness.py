@@ -1,4 +1,4 @@
-"""What the command ``figures`` measures: all that the paper's Fig. 8, 9 and 11 to 13 show."""
+"""Measures for the command ``figures`` all that the paper's Fig. 8, 9 and 11 to 13 show."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,7 @@ from jaxrobust.app.measurements.surfaces import (
 from jaxrobust.app.trainer import TrainedRun
 
 FIGURES = NOISE_COUNTS, SURFACES, BLOCKS
-"""What is measured, beside the curvature."""
+"""The measurements of the command, beside the curvature."""
 
 
 @dataclasses.dataclass(frozen=True)

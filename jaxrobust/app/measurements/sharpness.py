@@ -31,7 +31,7 @@ SEED = 0
 """Seeds the noise of the noisy views, and Lanczos' first vector."""
 
 STATES = {"initial": "before training", "best": "trained"}
-"""The states measured, in words."""
+"""The states measured, by the names in the report."""
 
 
 @dataclasses.dataclass(frozen=True)

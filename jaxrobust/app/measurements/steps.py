@@ -1,4 +1,4 @@
-"""How Eq. 21 depends on its step: beside the exact curvature and the smoothed one."""
+"""Measures how Eq. 21 depends on its step, beside the exact and the smoothed curvature."""
 
 import dataclasses
 import functools

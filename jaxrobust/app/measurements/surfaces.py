@@ -1,4 +1,4 @@
-"""The loss over a plane through a few test images: the paper's Fig. 11."""
+"""Measures the loss over a plane through a few test images: the paper's Fig. 11."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from jaxrobust.images import to_float
 
 SEED = 0
 NUM_SURFACES = 3
-"""Images whose surface is shown where none are named."""
+"""Number of images whose surface is shown by default."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Accuracies of rows of runs, what of a difference between two of them is chance, and what the
-classes have to do with it.
+"""Compares accuracies of rows: how much of a difference is chance, and how uneven the classes are.
 
 Accuracies are fractions in the files of the runs and per cent from here on.
 """
@@ -49,14 +48,14 @@ class Difference(NamedTuple):
 
 
 def difference(own: Any, peer: Any) -> Difference:
-    """Of two of the lines of :data:`~jaxrobust.app.report.frame.Accuracies`, with what chance
-    there is in the trainings and in the test images.
+    """Compares two lines of :data:`~jaxrobust.app.report.frame.Accuracies`, with intervals over
+    trainings and over test images.
 
-    Over trainings it is :func:`~jaxrobust.statistics.mean_difference_interval`, with the standard
-    deviation of these two rows alone: other methods may scatter more, or less. Over test images it
-    is as if each row had been tested on images of its own: both saw the same, and where the same
-    are hard for both, it is too wide. The two are independent, so that the whole is the root of the
-    sum of their squares.
+    The interval over trainings is :func:`~jaxrobust.statistics.mean_difference_interval`, with the
+    standard deviation of these two rows alone, since other methods may vary more or less. That over
+    test images assumes that the rows were tested on different images, and is too wide where both
+    find the same images hard. The two are independent, and combine as the root of the sum of their
+    squares.
     """
     enough = min(len(own.by_seed), len(peer.by_seed)) >= FEWEST_SEEDS
     seeds = mean_difference_interval(own.by_seed, peer.by_seed) if enough else None

@@ -1,4 +1,4 @@
-"""Drawing for the report: styles, legends, and figures that several pages share.
+"""Draws for the report: styles, legends, and figures that several pages share.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; every row also has a
 marker and a line style of its own, for print in black and white. No function here touches

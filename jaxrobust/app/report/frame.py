@@ -1,4 +1,4 @@
-"""Every number of a study in one tidy table, from which tables, figures, CSV and JSON are made.
+"""Collects every number of a study in one tidy table, for tables, figures, CSV and JSON.
 
     Run ─ a measurement's numbers ─▶ Number ─ frame ─▶ a line a number ─ over_seeds ─▶ a line a row
 
@@ -18,14 +18,14 @@ from jaxrobust.app.study.read import Run, Study
 
 COLUMNS = {"study": "str", "row": "str", "seed": "Int64", "measurement": "str",
            "condition": "str", "draw": "Int64", "value": "float64", "unit": "str"}
-"""Of the table, and their types. ``row`` is the key of a row, ``seed`` the training's and ``draw``
-counts the draws of the noise; each is empty for a number of several together."""
+"""The table's columns and their types. ``row`` is the key of a row, ``seed`` the training's, and
+``draw`` counts the draws of the noise; each is empty for a number over several."""
 
 DIGITS = 10
-"""Significant ones of a number in a CSV file."""
+"""Significant digits of a number in a CSV file."""
 
 VALIDATION = "validation accuracy"
-"""That on the images by which the epoch was chosen, in this epoch."""
+"""The accuracy, in the epoch kept, on the images that chose it."""
 
 DIVERGED = "diverged in"
 PUBLISHED = "published accuracy"

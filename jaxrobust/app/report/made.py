@@ -1,4 +1,4 @@
-"""What made the numbers of a study: its runs, their provenance and their configurations."""
+"""Tabulates how the numbers of a study were made: runs, provenance and configurations."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

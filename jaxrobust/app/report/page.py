@@ -1,4 +1,4 @@
-"""What a page of results is made of, and the words for its numbers."""
+"""The parts of a page of results, and the formats of its numbers."""
 
 import math
 import re

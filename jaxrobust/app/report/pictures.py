@@ -1,4 +1,4 @@
-"""The figures of accuracy, of training and of features, from the numbers and files of a study."""
+"""Draws the figures of accuracy, training and features from the results of a study."""
 
 import math
 from collections.abc import Sequence

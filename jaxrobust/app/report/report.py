@@ -1,4 +1,4 @@
-"""The report of a comparison: reads a study's runs, writes tables, figures and one page.
+"""Writes the report of a study: tables, figures and one page.
 
     study folder ─ load_study ─▶ Study ─ tables, summary, figures ─▶ report.html, .md, .csv, .json
 

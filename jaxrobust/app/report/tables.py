@@ -1,4 +1,4 @@
-"""The tables of accuracy, from the numbers of a study; rows in grey are the paper's."""
+"""Tabulates accuracies from the numbers of a study; rows in grey are the paper's."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

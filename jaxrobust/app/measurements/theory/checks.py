@@ -1,4 +1,4 @@
-"""Claims of the paper, and the checks of those on features: Sections 5, 6.2, 6.3 and A.1."""
+"""Checks the paper's claims on features: Sections 5, 6.2, 6.3 and A.1."""
 
 import functools
 import itertools

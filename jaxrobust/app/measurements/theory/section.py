@@ -1,4 +1,4 @@
-"""The report's section on the checked theorems, from what the command ``theory`` wrote."""
+"""Makes the report's section on the checked theorems from the files of the command ``theory``."""
 
 import math
 import statistics
