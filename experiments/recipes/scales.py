@@ -14,7 +14,7 @@ def name_at(study: str, scale: str) -> str:
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """A recipe that runs through the same code in seconds, and whose numbers say nothing.
+    """Returns a recipe that runs the same code in seconds; its numbers say nothing.
 
     A network of two convolutions, 80 training images, one epoch, 60 test images; images of a
     folder at 32 x 40.

@@ -115,18 +115,17 @@ def test_the_report_holds_the_numbers_of_the_runs_and_marks_the_best(swept):
     assert there["seeds"] == list(SEEDS) and there["name"] == "sweep-digits-robust"
 
 
-def test_two_settings_are_drawn_as_a_heat_map(swept):
-    study = load_study(swept)
-    settings = sweep_section.settings_of(study)
-    ax = sweep_section.heat_figure(study.swept, settings, [1]).axes[0]
-    image = np.asarray(ax.get_images()[0].get_array())
-    for (row, lam), (column, std) in itertools.product(enumerate(LAMS), enumerate(STDS)):
-        mean, deviation = recomputed(swept, lam, std)[0]
-        assert image[row, column] == pytest.approx(mean)
-        text, = (text for text in ax.texts if text.get_position() == (column, row))
-        assert text.get_text() == f"{mean:.2f}\n± {deviation:.2f}"
-        assert (text.get_bbox_patch() is not None) == ((row, column) == (0, 1))
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["0.1", "1"]
+def test_settings_are_drawn_one_below_the_other_with_the_best_apart(swept):
+    picture, = sweep_section.section(load_study(swept)).pictures
+    ax, = picture.figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        f"lam={lam:g},noise_std={std:g}" for lam, std in itertools.product(LAMS, STDS)]
+    drawn = sorted((round(place), mean) for container in ax.containers
+                   for mean, place in container.lines[0].get_xydata())
+    expected = [recomputed(swept, lam, std)[0][0] for lam, std in itertools.product(LAMS, STDS)]
+    assert [mean for _, mean in drawn] == pytest.approx(expected)
+    best = ax.containers[0].lines[0].get_xdata()
+    assert set(best) == {pytest.approx(max(expected))}
 
 
 def test_what_is_done_is_not_done_again_and_another_sweep_is_refused(swept, capsys):
@@ -289,17 +288,11 @@ def test_the_best_is_chosen_among_whole_settings(means, diverged, expected):
     assert sweep_section.best_settings(settings_of(means, diverged)) == expected
 
 
-def test_one_setting_is_a_line_plot_with_a_gap_where_all_diverged():
-    figure = sweep_section.line_figure(
-        {"robust.lam": (0.01, 0.1, 1, 10)}, settings_of((50, 60, 70, 80), (0, 0, 3, 1)), [1])
-    ax, = figure.axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.01", "0.1", "1", "10"]
-    np.testing.assert_array_equal(np.float64(ax.lines[0].get_ydata()), [50, 60, np.nan, 80])
-
-
-def test_a_cell_in_which_all_diverged_says_so():
+def test_a_setting_of_which_all_runs_diverged_is_a_gap_and_the_table_says_so():
     settings = settings_of((50, 60, 70, 80), (0, 1, 3, 0))
-    figure = sweep_section.heat_figure(
-        {"robust.lam": (1, 2), "noise_std": (0.1, 0.2)}, settings, [3])
-    texts = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
-    assert texts[0, 1] == "diverged\n(3 diverged)" and texts[1, 0] == "60.00\n± 0.50 (1 diverged)"
+    ax, = sweep_section._picture(settings, [3]).figure.axes
+    best, others = (container.lines[0].get_xdata() for container in ax.containers)
+    np.testing.assert_array_equal(best, [80])
+    np.testing.assert_array_equal(others, [50, 60, np.nan])
+    assert [setting.text for setting in settings] == [
+        "50.00 ± 0.50", "60.00 ± 0.50 (1 diverged)", "diverged (3 diverged)", "80.00 ± 0.50"]

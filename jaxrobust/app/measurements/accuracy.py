@@ -37,7 +37,10 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
 
 
 def first_test_images(run: TrainedRun, settings: Any, least: int = 1) -> Split:
-    """The first ``settings.num_images``, at least ``least``, of ``settings.test_size`` test images.
+    """Returns the first ``settings.num_images`` of ``settings.test_size`` test images.
+
+    Raises:
+      InputError: (a ValueError) unless these are at least ``least``, and there.
     """
     split = make_test_split(run.dataset, settings.test_size)
     count = settings.num_images
@@ -49,7 +52,7 @@ def evaluate_run(
     run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str,
     name: str | None = None,
 ) -> dict:
-    """Measures :data:`ACCURACY`, whose facts it returns, and the run's doubt, unless it is there.
+    """Measures :data:`ACCURACY` and, if it is missing, the run's doubt; returns the former's facts.
 
     Raises:
       InputError: (a ValueError) if there is an evaluation with other settings, or the images are
@@ -61,9 +64,11 @@ def evaluate_run(
 
 
 def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
-    """Accuracy at each noise level, noise clipped to [0, 1], and under each other perturbation, for
-    each draw; once where there is no randomness, as for clean images; and for each class, the mean
-    over the draws."""
+    """Measures accuracy at each noise level, clipped to [0, 1], and under each other perturbation.
+
+    For each draw, or once where there is no randomness, as for clean images; and for each class,
+    averaged over the draws.
+    """
     split = make_test_split(run.dataset, settings.test_size)
     tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
              for level in settings.noise_levels]

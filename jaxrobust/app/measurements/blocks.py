@@ -81,7 +81,7 @@ def _pooled_blocks(model, variables, noise, images, indices):
 
 
 def blocks_figure(results: dict[str, dict], view: str, class_names: dict[int, str]) -> Figure:
-    """Fig. 12 and 13: the outputs of each block in one view, a line of panels for each label.
+    """Draws Fig. 12 and 13: the outputs of each block in one view, a line of panels for each label.
 
     A result is that of :data:`BLOCKS`: titles ``blocks`` and ``channels`` [K], the views in the
     plane [K, n, 2], NaN for a block that could not be embedded, and ``label`` [n]. Both views of a
@@ -144,8 +144,8 @@ def neighbours_table(study: Study, results: dict[str, dict]) -> Table:
         f"first seed of each method.",
         "How to read: the share of images whose class is the commonest among the five other "
         "images with the nearest features (averaged over the positions of the block’s outputs), "
-        "clean among clean, noisy among noisy. Unlike the t-SNE pictures below, a number of the "
-        "features themselves.")
+        "clean among clean, noisy among noisy. Unlike t-SNE pictures, it measures the features "
+        "themselves.")
 
 
 def blocks_picture(study: Study, results: dict[str, dict], view: str) -> Picture:

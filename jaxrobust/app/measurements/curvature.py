@@ -144,7 +144,7 @@ def _gap(model, layout, variables, *rows):
 
 
 def _measure_batch(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
-    """One batch's columns.
+    """Measures the columns of one batch.
 
     Estimates by products are a program each: XLA's threads on CPUs may wait for each other forever
     where several of them, with their factorisations, are parts of one.
@@ -325,10 +325,10 @@ def curvature_picture(study: Study) -> Picture:
         "the paper’s Fig. 10.",
         f"{len(measures)} panels of box plots on a logarithmic axis, one box for each of "
         f"{len(samples)} methods. The curvature table holds medians and means.",
-        f"How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
-        f"percentile. {(~(shown > 0)).sum()} of the {shown.size} values are zero or negative and "
-        "are not shown (they lie beyond the left edge, but count for the boxes). The panels show "
-        f"different quantities, from left to right: {explained}. Do not compare the panels. "
+        "How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
+        f"percentile. {(~(shown > 0)).sum()} of the {shown.size} values are zero or negative; they "
+        "lie beyond the left edge, but count for the boxes. The panels show different quantities, "
+        f"which do not compare, from left to right: {explained}. "
         f"Derivatives with respect to {listed(one['with_respect_to'] for one in facts)}.")
 
 

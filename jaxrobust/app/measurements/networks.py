@@ -26,8 +26,8 @@ ENDS = ("", ", lower end of its 95 % interval", ", upper end of its 95 % interva
 
 
 def section(study: Study) -> Section | None:
-    """The section; None for fewer than :data:`FEWEST` networks with curvature, or without clean
-    and noisy accuracies that all of them have."""
+    """Makes the section; returns None for fewer than :data:`FEWEST` networks with curvature, or
+    without clean and noisy accuracies that all of them have."""
     found, levels = _found(study)
     if not levels:
         return None
@@ -49,7 +49,7 @@ def _found(study: Study) -> tuple[list[tuple[str, Run]], list[float]]:
 
 
 def _different(found: list[tuple[str, Run]]) -> list[tuple[str, Run]]:
-    """Without those that are an earlier one again, to the last digit.
+    """Leaves out networks that equal an earlier one to the last digit.
 
     A setting that does nothing in two rows, such as a bound that no gradient reaches, makes them
     one network, which must not count twice.
@@ -116,9 +116,9 @@ def _table(found: list[tuple[str, Run]], levels: list[float]) -> Table:
         f"{len(found)} different networks of {len({row for row, _ in found})} rows; in brackets "
         f"the {100 * CONFIDENCE:g} % interval over resampled rows.",
         "How to read: if low curvature goes with robustness, accuracy has a negative coefficient "
-        "and the loss of accuracy a positive one. Networks that are flat because they have "
-        "learnt little have low accuracy and lose little: that is taken out where the ranks of the "
-        "clean accuracy are held fixed (partial coefficients).")
+        "and the loss of accuracy a positive one. Networks that are flat because they have learnt "
+        "little have low accuracy and lose little; partial coefficients, with the ranks of the "
+        "clean accuracy held fixed, remove this effect.")
 
 
 def text(found: Coefficient) -> str:

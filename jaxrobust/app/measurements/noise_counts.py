@@ -115,7 +115,7 @@ Counted = dict[str, list[dict]]
 
 
 def _counted(run: Run) -> dict | None:
-    """The curvature and the noise counts of a run together.
+    """Returns the curvature and the noise counts of a run together.
 
     None unless arrays match by position: both hold the first images of one test split.
     """
@@ -254,7 +254,7 @@ def kept_share_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]) -> Figure:
-    """Fig. 9: mean clean curvature by number of correct predictions, on a logarithmic axis.
+    """Draws Fig. 9: mean clean curvature by number of correct predictions, on a logarithmic axis.
 
     The size of a marker grows with its group; an open one stands for fewer than :data:`FEW`
     images. Means of zero or less are not shown. ``units`` gives the axis label by measure.

@@ -95,8 +95,7 @@ def measure_robustness(
 
 
 def _curvature_settings(run, settings, folder, name) -> CurvatureConfig:
-    """Those of the run's curvature that is there or, if none is, of its evaluation, where the
-    settings do not say."""
+    """Fills in what the settings leave open from the run's curvature or else its evaluation."""
     asked = {"num_images": settings.curvature_images, "num_probes": settings.curvature_probes,
              "test_size": settings.test_size}
     asked = {setting: value for setting, value in asked.items() if value is not None}

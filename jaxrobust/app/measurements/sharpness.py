@@ -56,8 +56,9 @@ def _asked(run: TrainedRun, settings: SharpnessSettings, folder: pathlib.Path) -
 
 
 def _measure(run: TrainedRun, settings: SharpnessSettings, work: Work) -> Measured:
-    """The largest Hessian eigenvalue, in the parameters, by state (``initial``, ``best``) and term;
-    ``loss`` is the whole.
+    """Measures the largest Hessian eigenvalue in the parameters, by state and term of the loss.
+
+    States are ``initial`` and ``best``; the term ``loss`` is the whole.
 
     Each term of the run's method is taken at weight 1, and the whole loss with the run's weights,
     at a batch of training images without augmentation, with batch norm in training mode; before
@@ -158,16 +159,16 @@ def _section(study: Study) -> Section | None:
     images = listed(facts["settings"]["num_images"] for runs in study.runs.values() for run in runs
                     if (facts := run.facts("sharpness")))
     return Section(
-        "sharpness", "How sharply the loss bends in the parameters",
-        "A learning rate above the limit throws gradient descent out of the valley that it is in.",
+        "sharpness", "Sharpness of the loss in the parameters",
+        "At a learning rate above the limit, gradient descent leaves the valley that it is in.",
         (Table("Largest eigenvalue of the Hessian in the parameters.",
                ("Method", *(what.partition(", ")[2] for what in terms), "Limit of the rate",
                 "Rate"), tuple(rows),
                f"At {images} training images; terms at weight 1, the whole loss with the run's "
                "weights. Mean over the seeds [lowest–highest].",
                "How to read: the limit is 2 (1 + m) / ((1 + 2 m) λ) for the whole loss and "
-               "momentum m, that of a quadratic; training may bear more for some steps, since it "
-               "moves to flatter places."),))
+               "momentum m, that of a quadratic; training may tolerate more for some steps, since "
+               "it moves to flatter regions."),))
 
 
 def table_text(facts: dict) -> str:

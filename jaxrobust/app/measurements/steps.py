@@ -58,7 +58,7 @@ class StepSettings:
 
 
 def _measure(run: TrainedRun, settings: StepSettings, work: Work) -> Measured:
-    """A table with a row for each precision, step and image.
+    """Measures a table with a row for each precision, step and image.
 
     In float32 and float64, with respect to pixels in [0, 1]: Eq. 21 with each step t, the
     smoothed curvature with noise of standard deviation t, and the exact squared Frobenius norm.

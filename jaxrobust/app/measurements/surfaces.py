@@ -74,7 +74,7 @@ def _surface(model, variables, images, labels, indices, extent, resolution):
 
 def surfaces_figure(images: np.ndarray, names: Sequence[str], offsets: np.ndarray,
                     losses: dict[str, np.ndarray]) -> Figure:
-    """Fig. 11: the negative loss, a line of panels for each image, on one scale within it.
+    """Draws Fig. 11: the negative loss, a line of panels for each image, on one scale within it.
 
     Args:
       images: [K, H, W, channels], uint8.
@@ -148,14 +148,14 @@ def surfaces_picture(study: Study, results: dict[str, dict]) -> Picture:
         "Fig. 11).",
         f"Filled contours of the negative loss, a panel for each of {len(names)} images and "
         f"{len(losses)} methods.",
-        "How to read: the dot is the image on the left, bright means a small loss. Up is the "
-        "direction in which this network’s loss grows fastest at the image, right a random one "
-        "at a right angle to it (the same random vector for all methods, before it is set at a "
-        f"right angle). Offsets are Euclidean distances in pixel units, up to "
-        f"{first['extent']:.2f}: the length of a typical noise vector, the training noise’s "
-        f"standard deviation {first['noise_std']:g} times the square root of the number of "
-        "values in an image. Colours compare within a line of panels, not between lines. Closely "
-        "spaced contours that bend are a curved loss. Points outside [0, 1] are not clipped."
+        "How to read: the dot is the image on the left; bright means a small loss. Up: the "
+        "direction in which this network’s loss grows fastest at the image; right: a random "
+        "direction at a right angle to it, from the same random vector for all methods. Offsets "
+        f"are Euclidean distances in pixel units, up to {first['extent']:.2f}, the length of a "
+        f"typical noise vector: the training noise’s standard deviation {first['noise_std']:g} "
+        "times the square root of the number of values in an image. Colours compare within a line "
+        "of panels, not between lines. Closely spaced contours that bend show a curved loss. "
+        "Points outside [0, 1] are not clipped."
         + (f" Not shown, of other images: {', '.join(left_out)}." if left_out else ""))
 
 

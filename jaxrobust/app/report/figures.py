@@ -152,9 +152,10 @@ def _enlarged(lines: Sequence[AccuracyLine], paper: Sequence[AccuracyLine],
     return low - margin, high + margin
 
 
-def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
-    """Accuracy in tests of these names, one below the other, and in each the rows; the lines'
-    levels are the tests' numbers among the names."""
+def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine],
+                of: str = "Test accuracy") -> Figure:
+    """Draws accuracies under these names, one below the other; the lines' levels are places among
+    the names."""
     figure = new_figure(9.5, 1.2 + len(names) * (0.22 + 0.09 * len(lines)))
     ax = figure.subplots()
     for index, line in enumerate(lines):
@@ -166,7 +167,7 @@ def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine]) -> Figure:
         ax.axhline(border - 0.5, **GRID)
     ax.set_yticks(range(len(names)), [name.replace("+", " +\n") for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel("Test accuracy [%]")
+    ax.set_xlabel(f"{of} [%]")
     add_legend(figure, style_handles([(line.label, line.style) for line in lines],
                                      linestyle="none"))
     ax.grid(visible=False, axis="y")

@@ -122,7 +122,7 @@ def noise_level(condition: str) -> float | None:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row, measurement and condition, in the order of the first of each.
+    """Returns a line for each row, measurement and condition, where the first of each was.
 
     Returns:
       Beside these and ``study`` and ``unit``: ``mean`` over the seeds of the mean over the draws,
@@ -152,8 +152,8 @@ def number_rows(
     study: Study, rows: Iterable[str], kind: Callable[[Run], Iterable[Number]],
     columns: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]],
 ) -> tuple[TableRow, ...]:
-    """Rows of a table: a cell for each measurement and condition, with how it shows the seeds'
-    numbers, of which there may be none."""
+    """Makes rows of cells, one for each measurement and condition, with the function that formats
+    the seeds' numbers, of which there may be none."""
     values = values_of(frame(study, kind))
     return tuple(text_row(study.labels[row], (
         show(values.get((row, measurement, condition), ()))

@@ -94,7 +94,7 @@ def with_spread(mean: float, std: float | None) -> str:
 
 def over_runs(values: Sequence[float], show: Callable[[float], str] = significant,
               to: str = "–") -> str:
-    """The mean, followed by the lowest and the highest in brackets if there are several; a dash if
+    """Formats the mean, with the lowest and the highest in brackets if there are several; a dash if
     there are none, or one is not finite."""
     if not values or not all(map(math.isfinite, values)):
         return "–"

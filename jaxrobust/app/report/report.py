@@ -92,14 +92,10 @@ def write_figures(
 ) -> list[pathlib.Path]:
     """Shows what the command ``figures`` measured of the runs in these folders.
 
-    The report of each study that runs belong to is written anew. Runs of no study are shown
-    together: PNG and SVG files, and ``figures.md`` with the tables and how to read them.
-
-    Args:
-      folders: of runs.
-      out: where the figures of runs of no study go; ``figures`` beside the first if None, or
-        ``figures-NAME``.
-      name: of the measurements to be shown, which no study's report shows; None for those without.
+    Rewrites the report of each study that runs belong to. Runs of no study are shown together in
+    ``out``, by default ``figures`` or ``figures-NAME`` beside the first: PNG and SVG files, and
+    ``figures.md`` with the tables and how to read them. With a ``name``, shows all runs so, with
+    the measurements of that name.
 
     Returns:
       Paths of the reports and of ``figures.md``.
@@ -118,7 +114,7 @@ def write_figures(
 
 def group_by_study(folders: Sequence[pathlib.Path]
                    ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """The folders of the studies that these runs belong to, and the runs that belong to none.
+    """Returns the folders of the studies that runs belong to, and the runs that belong to none.
 
     Raises:
       InputError: (a ValueError) if a study has no finished run, or the runs that belong to none
@@ -144,8 +140,8 @@ def group_by_study(folders: Sequence[pathlib.Path]
 
 def numbers_of(study: Study, kinds: Iterable[Callable[[Run], Iterable[Number]]] | None = None
                ) -> pd.DataFrame:
-    """All that the report shows of these kinds, or of all, with the paper's accuracies beside those
-    of the runs, and the correlations with their curvature."""
+    """Collects the report's numbers of these kinds, or of all, with the paper's accuracies beside
+    those of the runs, and the correlations with their curvature."""
     if kinds is None:
         kinds = [kind for measurement in MEASUREMENTS for kind in measurement.numbers]
     parts = [frame(study, *kinds)]
@@ -245,7 +241,7 @@ def lead(study: Study) -> str:
 
 
 class _Words(NamedTuple):
-    """What a report says, beside its sections."""
+    """The words of a report that belong to no section."""
 
     lead: str
     comparisons: list[str]

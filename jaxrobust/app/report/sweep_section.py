@@ -8,11 +8,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
-from jaxrobust.app.report.figures import new_figure
+from jaxrobust.app.report.figures import AccuracyLine, dots_figure, row_styles
 from jaxrobust.app.report.frame import VALIDATION, frame, training_numbers, values_of
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, with_spread
 from jaxrobust.app.study.read import Study
@@ -54,9 +52,9 @@ def section(study: Study) -> Section | None:
             for first, *others in [setting.values.values()]),
         "On the images that choose the epoch. Mean ± standard deviation over the n finished "
         "training seeds; with one, its spread is unknown.",
-        "Bold: the best. The test images have no say in that, and a setting of which a run "
-        "diverged cannot be the best: the others alone flatter it.")
-    return Section("sweep", "Sweep", lead, (table,), _pictures(study.swept, settings, best))
+        "Bold: the best. Test images do not affect this choice, and a setting with a run that "
+        "diverged cannot be the best, because its other runs alone would flatter it.")
+    return Section("sweep", "Sweep", lead, (table,), (_picture(settings, best),))
 
 
 def settings_of(study: Study) -> list[Setting]:
@@ -79,52 +77,20 @@ def best_settings(settings: Sequence[Setting]) -> list[int]:
     return [index for index, mean in means.items() if mean == max(means.values())]
 
 
-def _pictures(swept, settings, best) -> tuple[Picture, ...]:
-    if len(swept) > 2:
-        return ()
-    figure = (line_figure if len(swept) == 1 else heat_figure)(swept, settings, best)
-    return (Picture("sweep", figure, "Validation accuracy by setting.",
-                    f"Validation accuracy over {' and '.join(swept)}.",
-                    "Marked: the best setting. A gap: all runs diverged."),)
-
-
-def line_figure(swept: dict[str, Sequence[float]], settings: Sequence[Setting],
-                best: Sequence[int]) -> Figure:
-    """Draws validation accuracy against the one setting swept."""
-    (name, values), = swept.items()
-    figure = new_figure(6, 4)
-    ax = figure.subplots()
-    x = np.arange(len(values))
-    mean = [math.nan if setting.mean is None else float(setting.mean) for setting in settings]
-    ax.errorbar(x, mean, yerr=[setting.std or 0.0 for setting in settings], capsize=3, marker="o")
-    for index in best:
-        ax.axvline(x[index], color="#D9D9D9", linewidth=9, zorder=0)
-    ax.set_xticks(x, map(number_text, values))
-    ax.set_xlabel(f"{name} (not to scale)")
-    ax.set_ylabel("Validation accuracy [%]")
-    return figure
-
-
-def heat_figure(swept: dict[str, Sequence[float]], settings: Sequence[Setting],
-                best: Sequence[int]) -> Figure:
-    """Draws validation accuracy over two settings, in a colour map that grows in lightness."""
-    (first, rows), (second, columns) = swept.items()
-    shape = len(rows), len(columns)
-    mean = np.reshape([math.nan if setting.mean is None else setting.mean for setting in settings],
-                      shape)
-    figure = new_figure(max(4.2, 1.8 + 0.9 * len(columns)), 1.6 + 0.5 * len(rows))
-    ax = figure.subplots()
-    image = ax.imshow(np.ma.masked_invalid(mean), cmap=matplotlib.colormaps["cividis"],
-                      aspect="auto")
-    for (row, column), value in np.ndenumerate(mean):
-        index = row * shape[1] + column
-        light = not np.isnan(value) and image.norm(value) > 0.5
-        ax.text(column, row, settings[index].text.replace(" ", "\n", 1), ha="center", va="center",
-                fontsize=8, color="black" if light or np.isnan(value) else "white",
-                bbox={"fill": False, "edgecolor": "red"} if index in best else None)
-    ax.set_xticks(range(shape[1]), map(number_text, columns))
-    ax.set_yticks(range(shape[0]), map(number_text, rows))
-    ax.set_xlabel(second)
-    ax.set_ylabel(first)
-    figure.colorbar(image, ax=ax).set_label("Validation accuracy [%]")
-    return figure
+def _picture(settings: Sequence[Setting], best: Sequence[int]) -> Picture:
+    others = [index for index in range(len(settings)) if index not in best]
+    lines = [AccuracyLine(
+        label, style, np.array(places),
+        np.array([math.nan if settings[index].mean is None else settings[index].mean
+                  for index in places]),
+        np.array([settings[index].std or 0.0 for index in places]))
+        for (label, style), places in zip(
+            row_styles(("best", "others")).items(), (best, others), strict=True) if places]
+    return Picture(
+        "sweep", dots_figure([setting_name(setting.values) for setting in settings], lines,
+                             "Validation accuracy"),
+        "Validation accuracy by setting.",
+        f"Dot plot of the validation accuracy of {len(settings)} settings; the table holds the "
+        "numbers.",
+        "How to read: further right is better; error bars: standard deviation over the training "
+        "seeds. A gap: all runs diverged.")

@@ -56,7 +56,7 @@ def spread_of(study: Study) -> str:
 
 def accuracy_cells(by_row: Accuracies, tests: Sequence[str], absent: Callable[[str], str],
                    spread: str | None) -> dict[str, tuple[Cell, ...]]:
-    """By row, a cell for each test with the mean and its ``spread``, a column of
+    """Returns by row a cell for each test with the mean and its ``spread``, a column of
     :func:`~jaxrobust.app.report.frame.over_seeds`; bold in the best row of each test."""
     best = {test: max((round(values[test].mean, 2) for values in by_row.values()
                        if test in values), default=None) for test in tests}
@@ -141,8 +141,8 @@ def _paper_rows(name: str, ours: Sequence, theirs: Sequence[tuple[float, float |
 
 
 def _commonest_row(study: Study, num_cells: int, num_others: int = 0) -> list[TableRow]:
-    """The accuracy of always saying the commonest class, below the rows of a table; none if the
-    classes of the test images are not known."""
+    """Makes the last row: the accuracy of always saying the commonest class; no row if the classes
+    of the test images are not known."""
     classes = classes_of(study.all_finished())
     if classes is None:
         return []
@@ -169,7 +169,7 @@ def balanced_table(study: Study) -> Table | None:
 
 
 def class_table(study: Study) -> Table | None:
-    """Accuracy on the images of each class, clean and at the strongest noise; None where the
+    """Tabulates accuracy by class, clean and at the strongest noise; returns None where the
     classes are not known."""
     by_row, classes = accuracies(study), classes_of(study.all_finished())
     levels = levels_of(by_row)
@@ -231,8 +231,8 @@ def _difference_table(study, reference, found, what, columns, rows) -> Table | N
 
 def differences(by_row: Accuracies, reference: str, tests: Iterable[str],
                 ) -> dict[str, dict[str, Difference]]:
-    """By row and test, of the tests that the row and the reference share; rows without are left
-    out."""
+    """Compares each row with the reference in the tests that both have; leaves out rows without
+    any."""
     peer = by_row[reference]
     found = {row: {test: difference(own[test], peer[test]) for test in tests
                    if test in own and test in peer}
@@ -241,8 +241,8 @@ def differences(by_row: Accuracies, reference: str, tests: Iterable[str],
 
 
 def difference_cells(found: dict[str, Difference], tests: Iterable[str]) -> tuple[Cell, ...]:
-    """The difference of each test with its sign, and half of its interval over trainings if it has
-    one; bold if that excludes 0."""
+    """Formats the difference of each test with its sign, and half of its interval over trainings if
+    it has one; bold if that excludes 0."""
     return tuple(Cell("–") if test not in found else Cell(
         signed((one := found[test]).points) + ("" if one.seeds is None else f" ± {one.seeds:.2f}"),
         bold=one.beyond_seeds) for test in tests)

@@ -89,7 +89,7 @@ class TheorySettings:
 
 
 def _measure(run: TrainedRun, settings: TheorySettings, work: Work) -> Measured:
-    """A table image by image, and for each claim what was found.
+    """Measures a table image by image, and checks each claim.
 
     What is measured, and how to read it, is in ``docs/theory.md``.
 

@@ -168,11 +168,11 @@ def check_rescaling(run: TrainedRun, split: Split, nus: tuple[float, ...]
     return facts, [
         Claim("prop53", "Prop. 5.3: T_nu keeps predictions and multiplies margin and dispersion by "
               "nu (test images and factors)",
-              f"nu = {', '.join(f'{nu:g}' for nu in nus)}; factors off by at most "
-              f"{significant(max(errors))}, relatively", share(same)),
+              f"nu = {', '.join(f'{nu:g}' for nu in nus)}; relative error of the factors at most "
+              f"{significant(max(errors))}", share(same)),
         Claim("cor51", "Cor. 5.1: T_nu and T_1/nu move the parameters in opposite directions "
               "(pairs of factors)",
-              "cosines " + (", ".join(f"{c:.6f}" for c in cosines) or "of no pair"),
+              "cosines: " + (", ".join(f"{c:.6f}" for c in cosines) or "no pair"),
               share(np.array(cosines) < -0.9999))]
 
 
@@ -252,10 +252,10 @@ def check_mapping(train: Layers, test: Layers, settings: Any) -> tuple[dict, lis
 
 
 def _mapping_bounds(rows, distances, centre, radius, settings):
-    """The test error at one radius, and each bound on it (the best over rho).
+    """Returns the test error at one radius, and each bound on it (the best over rho).
 
-    ``rows`` and ``distances`` are of the class's training images, the test images that make
-    the bounds, and those that judge them.
+    ``rows`` and ``distances`` belong to the class's training images, the test images from which
+    bounds are computed, and those on which they are evaluated.
     """
     failure = settings.failure_probability / len(settings.rho_shares)
     norms = [np.linalg.norm(part, axis=1) for part in rows]
@@ -329,10 +329,10 @@ def check_separation(run: TrainedRun, train: Layers, test: Layers) -> tuple[dict
               "disjoint balls)",
               f"smallest tau {significant(at_delta_v.min())}; centroids more than 2 delta_v apart: "
               f"{_yes(disjoint)}; bound {significant(facts['bound_at_delta_v'])} of at most log 2 "
-              f"= {math.log(2):.3f} nats; with balls as wide as disjoint ones can be: smallest tau "
+              f"= {math.log(2):.3f} nats; with the widest disjoint balls: smallest tau "
               f"{significant(widest.min())}, bound {significant(facts['bound_at_widest'])}",
               float(at_delta_v.min() >= 0.5 and disjoint)),
-        Claim("thm63_decision", "In the place of the balls each pair's decision hyperplane, in "
+        Claim("thm63_decision", "Each pair's decision hyperplane instead of the balls, in "
               "every layer (pairs with a bound above that of Eq. 20)",
               f"bound: smallest {significant(by_decision.min())}, median "
               f"{median_text(by_decision)} nats", share(by_decision > pair_bound)),

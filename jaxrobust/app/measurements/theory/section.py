@@ -148,16 +148,15 @@ def curvature_table(study: Study, found: dict[str, list[dict]]) -> Table:
         ("Method", *CURVATURE_COLUMNS),
         number_rows(study, found, numbers, CURVATURE_COLUMNS.values()),
         f"{settings['num_images']} test images of each run, noise of standard deviation "
-        f"{sigmas}/255, "
-        f"{settings['num_draws']} draws; δ is the median displacement of the run’s features "
-        "(half of all draws stay within it).",
-        "How to read: Eq. 14 takes the loss as quadratic at the scale of the noise; its residual "
-        "is the part of E(l(x+ε) − l(x))² that the quadratic model misses: 0 is a quadratic loss, "
-        "1 no better than a constant, more than 1 is worse; median over the images. Step 1: share "
-        "of the images with a curvature below 2/σ⁴ E(l(x+ε) − l(x))², assumed for the pointwise "
-        "Hessian H, a theorem for H_σ, that of the noise-averaged loss. Eq. 15, 16: share of the "
-        "images for which the bound holds (Eq. 16: of those for which it is above 0), and the "
-        "median of bound over value: 1 would be tight. With several seeds, means over them.")
+        f"{sigmas}/255, {settings['num_draws']} draws; δ is the median displacement of the run’s "
+        "features (half of all draws stay within it).",
+        "How to read: Eq. 14 assumes a quadratic loss at the scale of the noise; its residual is "
+        "the part of E(l(x+ε) − l(x))² that the quadratic model misses (0: quadratic, 1: no better "
+        "than a constant), median over the images. Step 1: share of the images with a curvature "
+        "below 2/σ⁴ E(l(x+ε) − l(x))², an assumption for the pointwise Hessian H, a theorem for "
+        "H_σ, that of the noise-averaged loss. Eq. 15, 16: share of the images for which the bound "
+        "holds (Eq. 16: of those for which it is above 0), and median of bound over value, 1 if "
+        "tight. Means over the seeds.")
 
 
 def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
@@ -173,13 +172,12 @@ def claims_table(study: Study, found: dict[str, list[dict]]) -> Table:
         f"images, δ_v = {deltas['delta_v']}, δ_d = {deltas['delta_d']}; the rest: "
         f"{listed(count(r['num_test_images']) for r in results)} test images.",
         "How to read: Propositions 5.1 and 5.2 assume that L_compact and L_margin are exactly 0; "
-        "rows that were trained without these terms are shown for comparison. T_ν must leave every "
-        "prediction as it is. A bound on the share of images outside a ball says something only "
-        "below 1: the largest error that is bounded below 1 is 0 for Theorem 6.2, which is then "
-        "about balls that hold every feature. Theorem 6.3 needs τ ≥ 1/2 in the worst class; at "
-        "the run’s δ_v and with the widest balls that are still disjoint; its bound, in nats, "
-        "beside what a classifier shows the divergence of the closest pair of classes to be at "
-        "least, in the penultimate layer.")
+        "rows that were trained without these terms are shown for comparison. T_ν must keep every "
+        "prediction. A bound on the share of images outside a ball is informative only below 1: "
+        "the largest error with such a bound is 0 for Theorem 6.2, which then concerns balls that "
+        "contain every feature. Theorem 6.3 needs τ ≥ 1/2 in the worst class, at the run’s δ_v or "
+        "with the widest disjoint balls. Its bound, in nats, stands beside a lower bound, from a "
+        "classifier, on the divergence of the closest two classes in the penultimate layer.")
 
 
 def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
@@ -192,12 +190,11 @@ def separation_table(study: Study, found: dict[str, list[dict]]) -> Table:
         number_rows(study, found, numbers, [(DIVERGENCE, name, mean_text) for name in columns]),
         "Median over the pairs of classes; with several seeds, the mean of that.",
         "How to read: higher is better separated; log 2 = 0.693 is complete separation. Layers: "
-        "what a logistic regression shows the divergence to be at least. Right of them bounds that "
-        "hold for every layer at once: that of Eq. 20 and the sharpest under its hypotheses, for "
-        "balls around the two centroids that touch, and that from the sides of the network’s "
-        "own decision hyperplane (docs/theory.md). No layer’s divergence is below that of a later "
-        "one, so that a number of an earlier layer below one on its right says how little a linear "
-        "classifier sees there.")
+        "lower bounds from a logistic regression. Right of them, bounds that hold for every layer "
+        "at once: Eq. 20 and the sharpest under its hypotheses, for balls around the two centroids "
+        "that touch, and that from the sides of the network’s own decision hyperplane "
+        "(docs/theory.md). No layer’s divergence is below that of a later one: where its number is "
+        "lower, a linear classifier sees little of it.")
 
 
 def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
@@ -223,17 +220,17 @@ def bounds_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
     add_legend(figure, style_handles(styles.items(), 44, linestyle="none"), columns=2)
     ax.grid(visible=False, axis="y")
     hidden = sum(int((~(values > 0)).sum()) for _, values, _ in groups)
+    number = sum(values.size for _, values, _ in groups)
     return Picture(
         "theory_curvature", figure,
         "Theorem 6.1: the curvature at test images, and what bounds it.",
         f"Box plots on a logarithmic axis, {len(CURVATURES)} boxes for each of {len(found)} "
         "methods: two curvatures and two bounds on them.",
         "How to read: further left is flatter. Box: quartiles and median over the images; "
-        "whiskers: 5th to 95th percentile. A bound’s box should lie right of a curvature’s; the "
-        "distance between the two, in powers of ten, is how loose it is. The order of the methods "
-        "by a loose bound need not be that by the curvature. "
-        f"{hidden} of the {sum(values.size for _, values, _ in groups)} values are zero or "
-        "negative (estimates of ‖H_σ‖² scatter around theirs) and lie beyond the left edge.")
+        "whiskers: 5th to 95th percentile. A bound’s box should lie right of a curvature’s; their "
+        "distance, in powers of ten, shows how loose it is. A loose bound need not order the "
+        f"methods as the curvature does. {hidden} of the {number} values are zero or negative "
+        "(estimates of ‖H_σ‖² scatter) and lie beyond the left edge.")
 
 
 def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
@@ -267,10 +264,10 @@ def mapping_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
         f"Line charts against the radius, one for each of {len(found)} methods: the measured "
         "share, and four bounds on it.",
         "How to read: means over the classes. Radius in units of the median distance of the "
-        "class’s training images to their centroid. Grey: above 1 a bound says nothing; a line "
-        "that is not seen lies above. The bounds for fixed features and Clopper and Pearson’s "
-        "are made on one half of the test images; the measured share is of the other half. Each "
-        f"holds with probability {1 - failure:g} for a class and radius.")
+        "class’s training images to their centroid. Grey: above 1 a bound says nothing; lines that "
+        "are not visible lie above. The bounds for fixed features and Clopper and Pearson’s use "
+        "one half of the test images, the measured share the other. Each holds with probability "
+        f"{1 - failure:g} for a class and radius.")
 
 
 def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
@@ -308,11 +305,9 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
         f"Two line charts of the Jensen-Shannon divergence against the layer, a line for each of "
         f"{len(found)} methods, and the theorem’s bounds beside them.",
         "How to read: higher is better separated; 0.693 nats (log 2) is complete separation. "
-        "Lines: what a logistic regression, fitted on one half of the test images and judged on "
-        "the other, shows the divergence to be at least (features of a block: averages over its "
-        "pixels). Right of the vertical line, bounds that hold for every layer: that of Eq. 20 and "
-        "the sharpest that its hypotheses allow, for balls around the two classes’ centroids that "
-        "touch each other, and that from the sides of the network’s decision hyperplanes.")
+        "Lines: lower bounds from a logistic regression that is fitted on one half of the test "
+        "images and judged on the other (features of a block: averages over its pixels). Right of "
+        "the vertical line: the bounds of the table, which hold for every layer.")
 
 
 def _informative_error(mapping: dict, name: str) -> float:
