@@ -17,6 +17,7 @@ import scipy.stats
 from command_line import call, one_line
 
 from jaxrobust.app.config import InputError, RunConfig, to_json
+from jaxrobust.app.measurements import curvature
 from jaxrobust.app.report import comparison, figures, frame, page, report, tables
 from jaxrobust.app.study import read
 
@@ -558,16 +559,16 @@ def test_significant_keeps_three_digits(value, text):
 
 def test_curvature_figure_bears_zeros_alone_and_values_that_are_not_finite(tmp_path):
     style = figures.row_style(0)
-    samples = [figures.CurvatureSample(name, style, {"exact": values, "other": np.zeros(5)})
+    samples = [(name, style, {"exact": values, "other": np.zeros(5)})
                for name, values in (("zeros", np.zeros(5)), ("nan", np.full(5, np.nan)))]
     titles = {"exact": "Exact", "other": "Other"}
-    figures.save(figures.curvature_figure(samples, titles), tmp_path / "figure")
+    figures.save(curvature.curvature_figure(samples, titles), tmp_path / "figure")
     assert (tmp_path / "figure.png").stat().st_size
 
 
 def test_lowest_share_keeps_nine_in_ten():
     values = np.array([10.0, np.nan, *range(9), np.inf])
-    np.testing.assert_array_equal(figures.lowest_share(values), np.arange(9))
+    np.testing.assert_array_equal(curvature.lowest_share(values), np.arange(9))
 
 
 def test_features_of_a_diverged_run_are_left_out_and_named(tmp_path):

@@ -1,5 +1,6 @@
 """Robustness against curvature: numbers against plain loops, and figures of odd values."""
 
+import itertools
 import json
 
 import numpy as np
@@ -21,11 +22,10 @@ def test_the_first_images_of_different_classes():
 
 def panels(values):
     """Two noises by two measures, with a line for each of the rows of ``values``."""
-    lines = tuple(noise_counts.Line(
+    lines = [noise_counts.Line(
         f"method {index}", figures.row_style(index), np.arange(len(row)), row,
-        np.arange(len(row))) for index, row in enumerate(values))
-    return [noise_counts.Panel(noise, measure, lines)
-            for noise in ("Gaussian", "uniform") for measure in ("exact", "Eq. 21")]
+        np.arange(len(row))) for index, row in enumerate(values)]
+    return dict.fromkeys(itertools.product(("Gaussian", "uniform"), ("exact", "Eq. 21")), lines)
 
 
 def saved(figure, stem):
@@ -45,8 +45,7 @@ def test_line_figures_bear_zeros_one_run_and_values_that_are_not_finite(values, 
 
 
 def test_groups_of_few_images_have_open_markers():
-    line = panels([np.arange(1.0, 31)])[0]
-    figure = noise_counts.groups_figure([line], 29, UNITS)
+    figure = noise_counts.groups_figure(panels([np.arange(1.0, 31)]), 29, UNITS)
     many, few = figure.axes[0].collections
     assert len(few.get_offsets()) == noise_counts.FEW
     assert few.get_facecolor()[0].tolist() == [1, 1, 1, 1] != many.get_facecolor()[0].tolist()

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
 from jaxrobust.app.config import CurvatureConfig, InputError
@@ -17,12 +18,7 @@ from jaxrobust.app.doubt import outputs_of
 from jaxrobust.app.measurements.accuracy import first_test_images
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
-from jaxrobust.app.report.figures import (
-    CurvatureSample,
-    curvature_figure,
-    lowest_share,
-    row_styles,
-)
+from jaxrobust.app.report.figures import GRID, Style, boxes, new_figure, row_styles, wrap
 from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import Picture, Section, Table, listed, over_runs, text_row
 from jaxrobust.app.study.read import Run, Study
@@ -296,17 +292,45 @@ def curvature_table(study: Study) -> Table:
         f"show (zero, negative or not finite), {' / '.join(names).lower()}.")
 
 
+def lowest_share(values: np.ndarray) -> np.ndarray:
+    """Returns the lowest 90 % of the finite values [n], sorted, as in the paper's Fig. 10."""
+    finite = np.sort(values[np.isfinite(values)])
+    return finite[:math.ceil(9 * len(finite) / 10)]
+
+
+def curvature_figure(samples: Sequence[tuple[str, Style, dict[str, np.ndarray]]],
+                     measures: dict[str, str]) -> Figure:
+    """Draws box plots, on a logarithmic axis, of the lowest 90 % of each row's curvatures.
+
+    A sample is a row's label, its style and its values [n] by measure; there is a panel for each of
+    ``measures``, by key and title.
+    """
+    figure = new_figure(3 + 4 * len(measures), 1.9 + 0.6 * len(samples))
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for ax, (name, words) in zip(axes, measures.items(), strict=True):
+        boxes(ax, [(place, lowest_share(values[name]), style)
+                   for place, (_, style, values) in enumerate(samples)], width=0.55)
+        ax.set_title(words)
+        ax.set_xlabel("[1/pixel$^4$]")
+        ax.tick_params(axis="y", left=ax is axes[0])
+        ax.set_axisbelow(True)
+        ax.grid(axis="x", **GRID)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(samples)), [wrap(label) for label, *_ in samples])
+    axes[0].invert_yaxis()
+    return figure
+
+
 def curvature_picture(study: Study) -> Picture:
     """Draws box plots of the curvatures."""
     found, styles = _curvatures(study), row_styles(study.labels)
     facts = [result for results in found.values() for result in results]
     measures = measures_of(CURVATURES, facts)
     # The lowest 90 % of each run, so that one seed's outliers do not displace another's images.
-    samples = [CurvatureSample(
-        study.labels[row], styles[row],
-        {key: np.concatenate([lowest_share(result[key]) for result in results])
-         for key in measures}) for row, results in found.items()]
-    shown = np.concatenate([values for sample in samples for values in sample.values.values()])
+    samples = [(study.labels[row], styles[row], {
+        key: np.concatenate([lowest_share(result[key]) for result in results])
+        for key in measures}) for row, results in found.items()]
+    shown = np.concatenate([values for *_, by_key in samples for values in by_key.values()])
     step = listed(f"{one['step']:g}" for one in facts)
     titles = {"frobenius_squared": "$\\Vert H\\Vert_F^2$ of the exact Hessian",
               "finite_difference": f"$\\Lambda$ of Eq. 21 at $t$ = {step}"}

@@ -2,13 +2,15 @@
 the curvature there: the paper's Fig. 8 and 9."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxrobust import evaluation, perturbations
@@ -231,19 +233,16 @@ class Line(NamedTuple):
     sizes: np.ndarray  # [n]; images behind each point
 
 
-class Panel(NamedTuple):
-    """One kind of noise and one measure of the curvature."""
-
-    noise: str  # the same along a row of panels
-    measure: str  # the same along a column
-    lines: tuple[Line, ...]
+Panels = dict[tuple[str, str], list[Line]]
+"""By kind of noise, the same along a row of panels, and measure, the same along a column."""
 
 
-def kept_share_figure(panels: Sequence[Panel]) -> Figure:
+def kept_share_figure(panels: Panels) -> Figure:
     """Draws Fig. 8: noisy accuracy of the images of lowest curvature, against the share kept."""
-    figure, grid = _grid(panels)
-    for ax, panel in grid:
-        for line in panel.lines:
+    figure, axes = _grid(panels)
+    for place, lines in panels.items():
+        ax = axes[place]
+        for line in lines:
             ax.plot(line.x, line.y, color=line.style.color, marker=line.style.marker,
                     linestyle=line.style.dashes, linewidth=1.3, markersize=5,
                     markeredgecolor="white", markeredgewidth=0.5)
@@ -253,19 +252,20 @@ def kept_share_figure(panels: Sequence[Panel]) -> Figure:
     return _with_legend(figure, panels)
 
 
-def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]) -> Figure:
+def groups_figure(panels: Panels, num_draws: int, units: dict[str, str]) -> Figure:
     """Draws Fig. 9: mean clean curvature by number of correct predictions, on a logarithmic axis.
 
     The size of a marker grows with its group; an open one stands for fewer than :data:`FEW`
     images. Means of zero or less are not shown. ``units`` gives the axis label by measure.
     """
-    figure, grid = _grid(panels, sharey="col")
-    shown = {panel.measure: [] for panel in panels}
-    for ax, panel in grid:
-        for line in panel.lines:
+    figure, axes = _grid(panels, sharey="col")
+    shown = {measure: [] for _, measure in panels}
+    for (noise, measure), lines in panels.items():
+        ax = axes[noise, measure]
+        for line in lines:
             on = np.isfinite(line.y) & (line.y > 0)
             x, y, sizes = line.x[on], line.y[on], line.sizes[on]
-            shown[panel.measure] += y.tolist()
+            shown[measure] += y.tolist()
             ax.plot(x, y, color=line.style.color, linestyle=line.style.dashes, linewidth=1.1)
             for many in (True, False):
                 of_kind = (sizes >= FEW) == many
@@ -273,8 +273,8 @@ def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]
                     sizes[of_kind] / max(1, line.sizes.sum())), marker=line.style.marker,
                     facecolor=line.style.color if many else "white", linewidths=1,
                     edgecolor="white" if many else line.style.color, zorder=3)
-    for ax, panel in grid:
-        values = shown[panel.measure]
+    for (_, measure), ax in axes.items():
+        values = shown[measure]
         if not values:
             write_across(ax, "no mean above zero")
         ax.set_yscale("log")
@@ -288,26 +288,23 @@ def groups_figure(panels: Sequence[Panel], num_draws: int, units: dict[str, str]
         ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=11))
         if ax.get_subplotspec().is_last_row():
             ax.set_xlabel(f"Correct predictions in {num_draws} draws")
-        ax.set_ylabel(units[panel.measure])
+        ax.set_ylabel(units[measure])
     return _with_legend(figure, panels)
 
 
-def _grid(panels: Sequence[Panel], sharey: bool | str = True):
-    """Makes a figure and each panel's axes: noises are rows, measures columns."""
-    noises, measures = (list(dict.fromkeys(values)) for values in (
-        (panel.noise for panel in panels), (panel.measure for panel in panels)))
+def _grid(panels: Panels, sharey: bool | str = True) -> tuple[Figure, dict[tuple, Axes]]:
+    noises, measures = map(dict.fromkeys, zip(*panels, strict=True))
     figure = new_figure(max(7, 5.5 * len(measures)), 1.2 + 3.0 * len(noises))
-    axes = figure.subplots(len(noises), len(measures), squeeze=False, sharex=True, sharey=sharey)
-    grid = [(axes[noises.index(panel.noise), measures.index(panel.measure)], panel)
-            for panel in panels]
-    for ax, panel in grid:
-        ax.set_title(f"{panel.measure}, {panel.noise}", fontsize=11)
-    return figure, grid
+    grid = figure.subplots(len(noises), len(measures), squeeze=False, sharex=True, sharey=sharey)
+    axes = dict(zip(itertools.product(noises, measures), grid.flat, strict=True))
+    for (noise, measure), ax in axes.items():
+        ax.set_title(f"{measure}, {noise}", fontsize=11)
+    return figure, axes
 
 
-def _with_legend(figure: Figure, panels: Sequence[Panel]) -> Figure:
+def _with_legend(figure: Figure, panels: Panels) -> Figure:
     add_legend(figure, style_handles(
-        dict.fromkeys((line.label, line.style) for panel in panels for line in panel.lines),
+        dict.fromkeys((line.label, line.style) for lines in panels.values() for line in lines),
         linewidth=1.4))
     return figure
 
@@ -349,8 +346,8 @@ def groups_picture(study: Study, found: Counted) -> Picture:
     panels = _panels(study, found, line)
     figure = groups_figure(
         panels, num_draws, {measure.title: measure.axis for measure in MEASURES.values()})
-    sizes, means = (np.concatenate([getattr(line, name) for panel in panels
-                                    for line in panel.lines]) for name in ("sizes", "y"))
+    sizes, means = (np.concatenate([getattr(line, name) for lines in panels.values()
+                                    for line in lines]) for name in ("sizes", "y"))
     hidden = int((means <= 0).sum())
     zeros = f" {hidden} means of zero or less are not shown." if hidden else ""
     return Picture(
@@ -368,12 +365,13 @@ def groups_picture(study: Study, found: Counted) -> Picture:
         + _curvature_note(found))
 
 
-def _panels(study: Study, found: Counted, line: Callable) -> list[Panel]:
+def _panels(study: Study, found: Counted, line: Callable) -> Panels:
     styles = row_styles(study.labels)
-    return [Panel(NOISES[noise], measure.title, tuple(
+    return {(name, measure.title): [
         Line(study.labels[row], styles[row], *line(runs, key, noise))
-        for row, runs in found.items()))
-        for noise in NOISES for key, measure in measures_of(MEASURES, _all(found)).items()]
+        for row, runs in found.items()]
+        for noise, name in NOISES.items()
+        for key, measure in measures_of(MEASURES, _all(found)).items()}
 
 
 def _curvature_note(found: Counted) -> str:

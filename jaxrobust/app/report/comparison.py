@@ -91,8 +91,8 @@ class Classes(NamedTuple):
 
 
 def classes_of(runs: Sequence[Run]) -> Classes | None:
-    """Returns the classes of evaluated runs' test images; None where older evaluations do not record
-    them, or runs were tested on different images."""
+    """Returns the classes of evaluated runs' test images; None where older evaluations do not
+    record them, or runs were tested on different images."""
     found = {(tuple(there["names"]), tuple(there["counts"])) if there else None
              for there in (run.evaluation.get("classes") for run in runs)}
     return Classes(*found.pop()) if len(found) == 1 and None not in found else None

@@ -5,7 +5,6 @@ marker and a line style of its own, for print in black and white. No function he
 pyplot, whose figures are global state.
 """
 
-import math
 import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -56,14 +55,6 @@ class AccuracyLine(NamedTuple):
     std: np.ndarray  # [L]; per cent, 0 where unknown
 
 
-class CurvatureSample(NamedTuple):
-    """Curvatures of the loss at the images of one row, of the runs of all seeds together."""
-
-    label: str
-    style: Style
-    values: dict[str, np.ndarray]  # by measure, [n]
-
-
 def row_style(index: int) -> Style:
     """Returns the style of the ``index``-th row of the table; 56 differ, eight in colour."""
     shape = (index + index // len(_ROW_COLORS)) % len(_ROW_MARKERS)
@@ -73,12 +64,6 @@ def row_style(index: int) -> Style:
 def row_styles(names: Iterable[str]) -> dict[str, Style]:
     """Returns the style of each row of the table, or of whatever else the colours tell apart."""
     return {name: row_style(index) for index, name in enumerate(names)}
-
-
-def lowest_share(values: np.ndarray) -> np.ndarray:
-    """Returns the lowest 90 % of the finite values [n], sorted, as in the paper's Fig. 10."""
-    finite = np.sort(values[np.isfinite(values)])
-    return finite[:math.ceil(9 * len(finite) / 10)]
 
 
 def joint_tsne(clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -171,27 +156,6 @@ def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine],
     add_legend(figure, style_handles([(line.label, line.style) for line in lines],
                                      linestyle="none"))
     ax.grid(visible=False, axis="y")
-    return figure
-
-
-def curvature_figure(samples: Sequence[CurvatureSample], measures: dict[str, str]) -> Figure:
-    """Draws box plots, on a logarithmic axis, of the lowest 90 % of each row's curvatures.
-
-    There is a panel for each of ``measures``, by key and title.
-    """
-    figure = new_figure(3 + 4 * len(measures), 1.9 + 0.6 * len(samples))
-    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for ax, (name, words) in zip(axes, measures.items(), strict=True):
-        boxes(ax, [(place, lowest_share(sample.values[name]), sample.style)
-                   for place, sample in enumerate(samples)], width=0.55)
-        ax.set_title(words)
-        ax.set_xlabel("[1/pixel$^4$]")
-        ax.tick_params(axis="y", left=ax is axes[0])
-        ax.set_axisbelow(True)
-        ax.grid(axis="x", **GRID)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(samples)), [wrap(sample.label) for sample in samples])
-    axes[0].invert_yaxis()
     return figure
 
 
