@@ -8,7 +8,7 @@ A table has the columns of :data:`COLUMNS`. Accuracies are per cent.
 import math
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -150,7 +150,7 @@ def values_of(table: pd.DataFrame) -> Values:
 
 def number_rows(
     study: Study, rows: Iterable[str], kind: Callable[[Run], Iterable[Number]],
-    columns: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]],
+    columns: Collection[tuple[str, str, Callable[[Sequence[float]], str]]],
 ) -> tuple[TableRow, ...]:
     """Makes rows of cells, one for each measurement and condition, with the function that formats
     the seeds' numbers, of which there may be none."""

@@ -31,7 +31,7 @@ def run_table(study: Study) -> Table:
             rows.append(text_row(study.labels[row], cells))
     return Table("Runs: what made each number.",
                  ("Method", "Seed", "Epoch kept", "Started", "Training time", *fields),
-                 tuple(rows), note="How to read: a line for each training. A dash: not there.",
+                 tuple(rows), note="How to read: a line for each training. A dash: not available.",
                  numeric=False)
 
 
