@@ -18,7 +18,8 @@ class of its own that is never certified or predicted.
 
 Source: Cohen, Rosenfeld and Kolter, *Certified Adversarial Robustness via Randomized Smoothing*,
 2019, https://arxiv.org/abs/1902.02918. The theorem is about exact arithmetic; for what rounding may
-do to it, see Voráček and Hein, *Sound Randomized Smoothing in Floating-Point Arithmetic*, 2022.
+do to it, see Voráček and Hein, *Sound Randomized Smoothing in Floating-Point Arithmetics*, 2022,
+https://arxiv.org/abs/2207.07209.
 """
 
 import bisect

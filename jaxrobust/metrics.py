@@ -140,7 +140,8 @@ def classwise_calibration_error(
     Raises:
       InputError: (a ValueError) as :func:`reliability_diagram`.
 
-    Source: Kull et al., *Beyond temperature scaling*, 2019, Eq. 4.
+    Source: Kull et al., *Beyond temperature scaling: Obtaining well-calibrated multiclass
+    probabilities with Dirichlet calibration*, 2019, https://arxiv.org/abs/1910.12656.
     """
     log_probabilities, labels = _log_probabilities(logits, labels)
     return float(np.mean([
