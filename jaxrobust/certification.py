@@ -242,7 +242,7 @@ def count_labels(
 
 
 def certified_radius(hits: int, n: int, *, sigma: float, alpha: float) -> float | None:
-    r"""The radius :math:`\sigma \Phi^{-1}(\underline{p})` that so many hits certify.
+    r"""Computes the radius :math:`\sigma \Phi^{-1}(\underline{p})` that so many hits certify.
 
     Args:
       hits: draws of the class, in [0, n].
@@ -267,7 +267,7 @@ def certified_radius(hits: int, n: int, *, sigma: float, alpha: float) -> float 
 def certified_accuracy(
     certificate: Certificate, labels: np.ndarray, radii: np.ndarray
 ) -> np.ndarray:
-    r"""The share of images certified as their label at each radius.
+    r"""Computes the share of images certified as their label at each radius.
 
     .. math:: A(r) = mean_n 1\{c_n = y_n, R_n \ge r\}
 

@@ -24,7 +24,7 @@ BINS = ("equal width", "equal mass")
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    r"""The mean of :math:`-\log p_y`, in nats, with the probabilities p = softmax(z).
+    r"""Computes the mean of :math:`-\log p_y`, in nats, with the probabilities p = softmax(z).
 
     Args:
       logits: z [N, C], C >= 2.
@@ -32,14 +32,14 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Raises:
       InputError: (a ValueError) if shapes do not match, a label is outside [0, C), or logits are
-        not finite; it says how many.
+        not finite; it says of how many images.
     """
     log_probabilities, labels = _log_probabilities(logits, labels)
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
 def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
-    r"""The mean squared distance of the probabilities from the label's one-hot vector.
+    r"""Computes the mean squared distance of the probabilities from the label's one-hot vector.
 
     .. math:: mean_n \sum_c (p_{nc} - 1\{y_n = c\})^2
 
@@ -103,7 +103,7 @@ def reliability_diagram(
 def expected_calibration_error(
     logits: np.ndarray, labels: np.ndarray, *, num_bins: int = 15, bins: str = "equal width"
 ) -> float:
-    r"""The mean difference between accuracy and confidence over the bins, each by its share.
+    r"""Averages the difference between accuracy and confidence over the bins, by their shares.
 
     .. math:: ECE = \sum_m \frac{N_m}{N} |accuracy_m - confidence_m|
 
@@ -124,7 +124,7 @@ def expected_calibration_error(
 def classwise_calibration_error(
     logits: np.ndarray, labels: np.ndarray, *, num_bins: int = 15, bins: str = "equal width"
 ) -> float:
-    r"""The mean over classes of the calibration error of the class's probability.
+    r"""Averages the calibration error of each class's probability over the classes.
 
     .. math:: \frac1C \sum_c \sum_m \frac{N_{mc}}{N} |share_{mc} - probability_{mc}|
 
@@ -150,7 +150,7 @@ def classwise_calibration_error(
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    r"""The temperature T for which z / T has the least negative log likelihood.
+    r"""Finds the temperature T for which z / T has the least negative log likelihood.
 
     .. math:: T = 1 / \beta, \qquad \frac{d}{d\beta} mean_n
         \Big(\log \sum_i e^{\beta z_{ni}} - \beta z_{n y_n}\Big) = 0
@@ -203,7 +203,7 @@ def _checked(logits, labels):
     num_classes = _validate.shapes(logits=(logits, "N C"), labels=(labels, "N"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
     _validate.labels("labels", labels, num_classes)
-    _validate.finite("logits", logits)
+    _validate.finite_logits(np.isfinite(logits).all(axis=1))
     return logits, labels
 
 
@@ -244,7 +244,7 @@ def _calibration_error(probability, happened, num_bins, bins):
 
 
 def improbability(logits: jax.Array) -> jax.Array:
-    r"""One less the largest softmax probability, without cancellation.
+    r"""Computes 1 less the largest softmax probability, without cancellation.
 
     .. math:: 1 - \max_i p_i = \sum_{i \ne k} p_i, \quad k = \arg\max_i z_i
 
@@ -266,7 +266,7 @@ def improbability(logits: jax.Array) -> jax.Array:
 
 
 def energy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    r"""The free energy of the logits.
+    r"""Computes the free energy of the logits.
 
     .. math:: E = -T \log \sum_i \exp(z_i / T)
 
@@ -338,7 +338,7 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, num_classes: int)
 def scaled_distance(
     features: jax.Array, classes: jax.Array, statistics: ClassStatistics
 ) -> jax.Array:
-    r"""The distance of features to the centroid of a class, over that class's typical one.
+    r"""Measures the distance of features to a class's centroid, over that class's typical one.
 
     .. math:: \|q - m_c\| / s_c
 
@@ -358,7 +358,7 @@ def scaled_distance(
 def mahalanobis_distance(
     features: jax.Array, classes: jax.Array, statistics: ClassStatistics
 ) -> jax.Array:
-    r"""The distance of features to the centroid of a class, in units of the shared covariance.
+    r"""Measures the distance of features to a class's centroid, in units of the shared covariance.
 
     .. math:: \sqrt{(q - m_c)^T \Sigma^{-1} (q - m_c)}
 
@@ -384,7 +384,7 @@ def nearest_distance(
     distance: Callable[[jax.Array, jax.Array, ClassStatistics], jax.Array], features: jax.Array,
     statistics: ClassStatistics,
 ) -> jax.Array:
-    r"""The distance of features to the class that is nearest, :math:`\min_c distance(q, c)`.
+    r"""Measures the distance of features to the nearest class, :math:`\min_c distance(q, c)`.
 
     Args:
       distance: :func:`mahalanobis_distance` or :func:`scaled_distance`.
@@ -403,7 +403,7 @@ def nearest_distance(
 def knn_distance(
     features: np.ndarray, training_features: np.ndarray, num_neighbours: int = 50
 ) -> np.ndarray:
-    r"""The distance of normalised features to the k-th nearest ones of the training images.
+    r"""Measures the distance of normalised features to the k-th nearest training features.
 
     .. math:: \|q / \|q\| - q_{(k)} / \|q_{(k)}\|\|
 
@@ -441,10 +441,11 @@ def knn_distance(
 
 
 def auroc(doubt: np.ndarray, correct: np.ndarray) -> float:
-    """The share of pairs of a wrong and a right prediction in which the wrong one is more doubtful.
+    """Computes the share of pairs of a wrong and a right prediction that are in order of doubt.
 
-    Pairs with the same doubt count half. It is the area under the receiver operating characteristic
-    of a detector of wrong predictions: 1 is perfect, 0.5 is chance.
+    The wrong one is to be more doubtful; pairs with the same doubt count half. It is the area under
+    the receiver operating characteristic of a detector of wrong predictions: 1 is perfect, 0.5 is
+    chance.
 
     Args:
       doubt: [N].
@@ -465,7 +466,7 @@ def auroc(doubt: np.ndarray, correct: np.ndarray) -> float:
 
 
 def doubt_threshold(doubt: np.ndarray, coverage: float) -> float:
-    """The smallest of these scores that at least a share ``coverage`` of them does not exceed.
+    """Finds the smallest of these scores that at least a share ``coverage`` does not exceed.
 
     Args:
       doubt: [N].
@@ -490,7 +491,7 @@ class CoverageCurve(NamedTuple):
 
 
 def coverage_curve(doubt: np.ndarray, correct: np.ndarray) -> CoverageCurve:
-    r"""The accuracy-coverage curve of a score of doubt, and the area under it.
+    r"""Computes the accuracy-coverage curve of a score of doubt, and the area under it.
 
     .. math:: accuracy(k / N) = \frac1k \sum_{n \le k} correct_{(n)}, \qquad
         area = \frac1N \sum_k accuracy(k / N) = 1 - AURC

@@ -59,16 +59,13 @@ def share_upper_bound(successes: int, number: int, failure_probability: float) -
 
 
 def sign_test(first: int, second: int) -> float:
-    r"""The two-sided p-value of so many cases against so many, if both are equally probable.
+    r"""Computes the p-value of two counts, two-sided, if both outcomes are equally probable.
 
     .. math:: p(a, b) = \min(1, 2 P(Bin(a + b, 1/2) \ge \max(a, b)))
 
     Args:
       first: a, >= 0.
       second: b, >= 0; one of the two at least 1.
-
-    Raises:
-      InputError: (a ValueError) if one is out of range.
 
     >>> sign_test(5, 0) == 2 / 2**5
     True

@@ -217,8 +217,8 @@ def with_logits(place, value):
     metrics.expected_calibration_error, metrics.classwise_calibration_error,
     metrics.fit_temperature])
 @pytest.mark.parametrize("logits, labels, message", [
-    (with_logits([0, 7], np.nan), LABELS, "Expected finite logits, got 8 that are NaN or infinite"),
-    (with_logits(3, -np.inf), LABELS, "got 4 that are NaN or infinite"),
+    (with_logits([0, 7], np.nan), LABELS, "for 2 of 300 images, the first at index 0"),
+    (with_logits(3, -np.inf), LABELS, "for 1 of 300 images, the first at index 3"),
     (LOGITS, np.where(np.arange(300) == 5, 4, LABELS), r"labels in \[0, 4\), got 4 at index 5"),
     (LOGITS, LABELS - 1, "got -1 at index"),
     (LOGITS, LABELS[:9], "Expected labels of shape"),
