@@ -16,7 +16,8 @@ def _knows_option(name: str) -> bool:
     for path in pathlib.Path(folder).glob("*.so"):
         with path.open("rb") as file, mmap.mmap(
                 file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(name.encode()) >= 0:
+            # Between the zeros of a C string: elsewhere it may be a field that is reserved.
+            if content.find(b"\0" + name.encode() + b"\0") >= 0:
                 return True
     return False
 
