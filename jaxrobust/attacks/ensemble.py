@@ -56,8 +56,8 @@ def auto_attack(
     :class:`~jaxrobust.attacks.Randomised` classifier gets the version for such: ``apgd-ce`` and
     ``apgd-dlr`` through expectations. Every success is confirmed on the attacked image.
 
-    The warnings are AutoAttack's: ``probabilities``, where the outputs of the first batch look like
-    probabilities instead of logits; ``random``, where five passes over it differ;
+    The warnings are AutoAttack's: ``probabilities``, where outputs look like probabilities instead
+    of logits; ``random``, where five passes over the first batch differ;
     ``zero_gradients``, where the softmax loss has none; ``black_box``, where Square, which uses no
     gradients, takes more than 0.2 points of accuracy from what those with gradients left;
     ``few_classes``, where ``apgd-t``, which needs 4 classes (``apgd-dlr`` 3), is left out.

@@ -353,6 +353,7 @@ def test_bad_arguments_are_named(network):
             (lambda: attacks.apgd(logits_fn, images, labels, KEY, norm="l2", epsilon=1,
                                   loss="dl"), "Did you mean 'dlr'"),
             (lambda: attacks.Randomised(logits_fn, 0), "num_draws=0"),
+            (lambda: attacks.Randomised(logits_fn, chunk_size=0), "chunk_size=0"),
             (lambda: attacks.fab(attacks.Randomised(logits_fn), images, labels, norm="l2"),
              "deterministic logits_fn"),
             (lambda: attacks.auto_attack(logits_fn, images, labels * 0 - 1, KEY, norm="l2",
@@ -367,7 +368,7 @@ def test_randomised_classifiers_are_attacked_through_means_over_their_draws(netw
     def scaled(key, x):  # Sometimes of the wrong class, which no single draw may decide.
         return jnp.where(jax.random.uniform(key) < 1 / 8, -1.0, 1.0) * logits_fn(x)
 
-    randomised = attacks.Randomised(scaled, 8)
+    randomised = attacks.Randomised(scaled, 8, chunk_size=3)
     problem = common.prepare(images, labels, KEY, norm="l2", epsilon=0, indices=None)
     objective = gradient.OBJECTIVES["cross_entropy"]
     drawn, mean = jax.jit(lambda problem: common.evaluate_with_gradient(
