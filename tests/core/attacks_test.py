@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxrobust import InputError, attacks, losses
+from jaxrobust import InputError, _eager, attacks, losses
 from jaxrobust.attacks import boundary, common, gradient, square
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -317,6 +317,19 @@ def test_attacks_under_jit_are_those_without(network):
                                    epsilon=RADII[norm])
         np.testing.assert_allclose(jax.jit(lambda x: attack(images=x))(images[:8]),  # noqa: B023
                                    attack(images=images[:8]), atol=1e-5)
+
+
+def test_a_second_attack_compiles_nothing_and_sees_what_has_changed():
+    def attack(sign, epsilon, num_steps):
+        kernel = sign * jnp.array([[1.0, -1.0]])
+        return attacks.pgd(lambda x: x.reshape(2, -1) @ kernel, jnp.full((2, 1, 1, 1), 0.5),
+                           np.zeros(2, np.int32), KEY, norm="linf", epsilon=epsilon,
+                           num_steps=num_steps).ravel()
+
+    np.testing.assert_allclose(attack(1.0, 0.25, 4), 0.25)
+    before = _eager._run._cache_size()
+    np.testing.assert_allclose(attack(-1.0, 0.125, 6), 0.625)
+    assert _eager._run._cache_size() == before
 
 
 def test_logits_that_are_not_finite_are_counted(network):
