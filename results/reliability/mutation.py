@@ -39,7 +39,7 @@ def prepare(module: str, folder: pathlib.Path) -> None:
                "-p", "no:cacheprovider", *tests, f"jaxrobust/{module}.py"]
     shutil.copy(folder / "jaxrobust" / f"{module}.py", folder / "original.py")
     (folder / "session.toml").write_text(
-        f'[cosmic-ray]\nmodule-path = "jaxrobust/{module}.py"\ntimeout = 3600.0\n'
+        f'[cosmic-ray]\nmodule-path = "jaxrobust/{module}.py"\ntimeout = 400.0\n'
         f"excluded-modules = []\ntest-command = '''{shlex.join(command)}'''\n"
         '[cosmic-ray.distributor]\nname = "local"\n')
     subprocess.run(["cosmic-ray", "init", "session.toml", "session.sqlite"], cwd=folder, check=True)

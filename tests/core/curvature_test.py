@@ -1,6 +1,7 @@
 """Curvature against jax.hessian, in float64, on small networks."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -827,7 +828,39 @@ def test_the_default_of_the_density_suits_small_images():
         np.sum(found.density) * (found.grid[0, 1] - found.grid[0, 0]), 1, atol=1e-3)
 
 
-def test_too_many_images_for_a_processor_are_refused():
+DEFAULTS = {
+    "squared_frobenius": {"num_probes": 20, "rtol": None, "chunk_size": 1},
+    "finite_difference_curvature": {"step": 1e-2, "num_probes": 20, "chunk_size": 1},
+    "smoothed_curvature": {"num_draws": 32, "chunk_size": 1},
+    "spectral_density": {"num_probes": 8, "relative_width": 0.02, "num_points": 200},
+    "loss_surface": {"resolution": 21},
+}
+"""What results were made with, and the paper's."""
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_settings_that_are_not_given_stay_what_they_were(name):
+    parameters = inspect.signature(getattr(curvature, name)).parameters
+    assert {key: parameters[key].default for key in DEFAULTS[name]} == DEFAULTS[name]
+
+
+def test_the_defaults_are_the_numbers_that_are_stated():
+    loss, x = make_quadratics("float32")
+    for measure, stated in ((functools.partial(curvature.top_eigenvalues, k=2),
+                             {"num_products": 24}),
+                            (functools.partial(curvature.spectral_density, num_probes=2),
+                             {"num_products": 30}),
+                            (curvature.hessian_trace, {"num_probes": 16})):
+        by_default, as_stated = (jax.jit(functools.partial(measure, loss, **options))(x, KEY)
+                                 for options in ({}, stated))
+        chex.assert_trees_all_equal(by_default, as_stated)
+
+
+def test_more_than_32_images_are_refused_on_a_processor():
+    def trace(number):
+        return curvature.hessian_trace(
+            lambda x: jnp.sum(x**2, axis=1), jnp.zeros((number, 4)), KEY, num_probes=2).value
+
+    np.testing.assert_allclose(trace(32), 8, rtol=1e-5)
     with pytest.raises(InputError, match="number of images=33"):
-        curvature.hessian_trace(
-            lambda x: jnp.sum(x**2, axis=1), jnp.zeros((33, 4)), jax.random.key(0), num_probes=2)
+        trace(33)
