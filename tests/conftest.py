@@ -48,11 +48,6 @@ def enable_x64():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """The default by now."""
-
-
-@pytest.fixture(scope="module")
 def full_compilation():
     """For tests of last digits: programs are optimised as they are for users."""
     jax.config.update("jax_disable_most_optimizations", False)

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from jaxrobust import InputError, _eager, attacks, losses
 from jaxrobust.attacks import boundary, common, gradient, square
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
 NORMS = ("linf", "l2")

@@ -20,8 +20,6 @@ from jaxrobust import certification, parallel, statistics
 from jaxrobust._validate import InputError
 from jaxrobust.certification import Certificate, certify, count_labels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
 KEY = jax.random.key(0)
 SIGMA = 0.25
