@@ -19,8 +19,8 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
-# The core at the lower bounds in pyproject.toml. Fewer of XLA's optimizations save time. The warnings
-# are caused by Flax 0.12.0, which looks for a name that JAX 0.8.0 has changed.
+# The core at the lower bounds in pyproject.toml. The warnings are caused by Flax 0.12.0, which looks
+# for names that JAX 0.8.0 has changed.
 $(LOWEST)/installed: $(VENV)/installed pyproject.toml
 	$(VENV)/bin/uv venv --quiet --clear --python 3.11 $(LOWEST)
 	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
@@ -28,7 +28,7 @@ $(LOWEST)/installed: $(VENV)/installed pyproject.toml
 	touch $@
 
 test-lowest: $(LOWEST)/installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(LOWEST)/bin/python -m pytest tests/core -m "not slow" \
+	$(LOWEST)/bin/python -m pytest tests/core -m "not slow" \
 		-W "ignore:jax.array_ref is deprecated:DeprecationWarning" \
 		-W "ignore:jax.ArrayRef is deprecated:DeprecationWarning"
 
