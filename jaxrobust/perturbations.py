@@ -5,7 +5,8 @@ bfloat16, whose uniform draws are multiples of 2^-7, a probability of 0.004 woul
 
 Each is made by a function of its strength, is registered in :data:`PERTURBATIONS` by that
 function's name, and can be written as text: ``gaussian(40/255)+occlusion(20, 70)`` adds Gaussian
-noise and then masks patches (:func:`parse_perturbation`). These functions raise InputError (a
+noise and then masks patches (:func:`parse_perturbation`), and the corruptions of
+:mod:`jaxrobust.corruptions` by their severity, ``fog(3)``. These functions raise InputError (a
 ValueError) if an argument is out of its range, and so do the perturbations if images are not of a
 floating dtype or too small.
 """
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust.corruptions import CORRUPTIONS, MAKERS, Corruption
 
 Perturbation = Callable[[jax.Array, jax.Array], jax.Array]
 """``(key, images [B, H, W, channels]) -> images``. Those made here are pytrees. The strength of
@@ -160,7 +162,7 @@ def compose(*perturbations: Perturbation) -> Perturbation:
 PERTURBATIONS: dict[str, Callable[..., Perturbation]] = {
     make.__name__: make for make in (
         identity, gaussian, uniform, laplace, speckle, salt_and_pepper, occlusion, down_up, stripes)
-}
+} | MAKERS
 """The functions that make perturbations, by their names in :func:`parse_perturbation`."""
 
 
@@ -188,7 +190,9 @@ def parse_perturbation(text: str) -> Perturbation:
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise _validate.InputError(
             f"Expected perturbation={_shown(text)} as NAME(NUMBER, ...)+NAME(...), such as "
-            f"gaussian(40/255)+occlusion(20, 70), of: {', '.join(PERTURBATIONS)}.") from error
+            "gaussian(40/255)+occlusion(20, 70), of: "
+            f"{', '.join(name for name in PERTURBATIONS if name not in CORRUPTIONS)}, or a "
+            "corruption with its severity, such as fog(3).") from error
     return compose(*(_make(text, *call) for call in calls))
 
 
@@ -255,10 +259,12 @@ def _make(text, name, values, named):
 
 
 def is_random(perturb: Perturbation) -> bool:
-    """Whether a perturbation made here depends on the key, unlike down-up sampling."""
+    """Whether a perturbation made here depends on the key, unlike down-up sampling or a blur."""
     function = perturb.func
     if function is _composed:
         return any(is_random(part) for part in perturb.args[0])
+    if isinstance(function, Corruption):
+        return function.is_random
     return not (function is _identity or isinstance(function, _DownUp))
 
 

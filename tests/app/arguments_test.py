@@ -123,6 +123,7 @@ def test_a_warmup_that_would_not_end_keeps_its_share_of_the_epochs(capsys):
 
 @pytest.mark.parametrize("command", [
     ("train", "digits/both", "--perturb", "occlusion(2,9)"),
+    ("train", "digits/both", "--perturb", "saturate(2)"),
     ("train", "road_small/both", "--data", "folder:nowhere", "--image-size", "20", "30",
      "--perturb", "gaussian(0.1)+stripes(1,31)"),
 ])

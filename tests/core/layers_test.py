@@ -14,8 +14,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "attacks", "centroids",
-        "certification", "curvature", "geometry", "images", "losses", "methods", "parallel",
-        "perturbations", "probes", "statistics", "theory")
+        "certification", "corruptions", "curvature", "geometry", "images", "losses", "methods",
+        "parallel", "perturbations", "probes", "statistics", "theory")
 """Rooms of the library that need nothing but JAX, NumPy, chex, matfree, SciPy for the statistics,
 and each other. Not the metrics, which are scikit-learn's where it has them."""
 HEAVY = ("flax", "matplotlib", "optax", "orbax", "PIL", "scipy", "sklearn", "tensorflow", "tyro")

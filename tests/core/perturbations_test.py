@@ -11,6 +11,7 @@ import scipy.ndimage
 from hypothesis import strategies as st
 
 from jaxrobust import InputError
+from jaxrobust.corruptions import CORRUPTIONS
 from jaxrobust.data import make_batch
 from jaxrobust.perturbations import (
     PERTURBATIONS,
@@ -310,11 +311,12 @@ def test_an_expression_is_the_perturbation_it_names(text, expected):
 
 
 def test_every_registered_name_can_be_written():
-    assert set(PERTURBATIONS) == {*STRENGTHS, "identity", "occlusion", "stripes", "down_up"}
+    arguments = {**dict.fromkeys(STRENGTHS, 0.1), **dict.fromkeys(CORRUPTIONS, 3)}
+    assert set(PERTURBATIONS) == {*arguments, "identity", "occlusion", "stripes", "down_up"}
     for name, make in PERTURBATIONS.items():
-        argument = "0.1" if name in STRENGTHS else ""
-        chex.assert_trees_all_equal(
-            parse_perturbation(f"{name}({argument})"), make(*[0.1] * bool(argument)))
+        values = [arguments[name]] if name in arguments else []
+        text = ", ".join(map(str, values))
+        chex.assert_trees_all_equal(parse_perturbation(f"{name}({text})"), make(*values))
 
 
 @pytest.mark.parametrize("text, message", [
