@@ -7,6 +7,13 @@ from jaxrobust.data.augment import (
     standard_augmentation,
 )
 from jaxrobust.data.batching import batch_sizes, epoch_order, group_batches
+from jaxrobust.data.corrupted import (
+    Corrupted,
+    Perturbed,
+    load_corrupted,
+    load_corrupted_tfds,
+    load_perturbed,
+)
 from jaxrobust.data.decoded import read_image
 from jaxrobust.data.folders import FOLDER_PREFIX, BadFiles, load_folder
 from jaxrobust.data.sources import (
@@ -29,10 +36,10 @@ from jaxrobust.data.types import (
 )
 
 __all__ = [
-    "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Dataset", "File", "NotPrepared",
-    "Split", "StoredImages", "batch_sizes", "check_same_files", "default_data_dir",
-    "epoch_order", "files_from_csv", "files_to_csv", "group_batches", "host_epoch_order",
-    "load_dataset", "load_folder", "make_batch", "photo_augmentation", "read_image",
-    "split_off", "split_rows", "standard_augmentation", "stream_batches", "take_rows",
-    "tfds_builder",
+    "DATASETS", "FOLDER_PREFIX", "Augmentation", "BadFiles", "Corrupted", "Dataset", "File",
+    "NotPrepared", "Perturbed", "Split", "StoredImages", "batch_sizes", "check_same_files",
+    "default_data_dir", "epoch_order", "files_from_csv", "files_to_csv", "group_batches",
+    "host_epoch_order", "load_corrupted", "load_corrupted_tfds", "load_dataset", "load_folder",
+    "load_perturbed", "make_batch", "photo_augmentation", "read_image", "split_off", "split_rows",
+    "standard_augmentation", "stream_batches", "take_rows", "tfds_builder",
 ]

@@ -108,7 +108,7 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> D
             f"tfds_builder({name!r}, {str(folder)!r}).download_and_prepare()")
 
     def read(split):
-        images, labels = _open_tfds(builder, split, f"{name} {split} in {folder}")
+        images, labels = open_tfds(builder, split, f"{name} {split} in {folder}")
         return Split(images[:] if in_memory else images, labels)
 
     facts = _TFDS[name]
@@ -117,7 +117,7 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> D
                    mean=facts.mean, std=facts.std, flip=facts.flip)
 
 
-def _open_tfds(builder, split: str, name: str) -> Split:
+def open_tfds(builder, split: str, name: str) -> Split:
     """A split with its images stored; only the labels are decoded."""
     import tensorflow_datasets as tfds
 
