@@ -16,8 +16,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m "not slow"
 
+# The core's tests with all of XLA's optimizations, as users have them.
 test-all: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest tests/core jaxrobust
+	$(VENV)/bin/python -m pytest tests/app tests/paper
 
 # The core at the lower bounds in pyproject.toml. The warnings are caused by Flax 0.12.0, which looks
 # for names that JAX 0.8.0 has changed.

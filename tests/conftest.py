@@ -4,15 +4,16 @@ import gc
 import os
 import pathlib
 
-import environment  # noqa: F401  Before JAX, which reads it when it is imported.
+import environment  # Before JAX, which reads what it sets.
 import hypothesis
 import jax
 import pytest
 
 from jaxrobust import data, parallel, probes
 
-# Each iteration of a loop that is written out is compiled by itself.
-_LONGEST_WRITTEN_OUT, probes.LONGEST_WRITTEN_OUT = probes.LONGEST_WRITTEN_OUT, 1
+_LONGEST_WRITTEN_OUT = probes.LONGEST_WRITTEN_OUT
+if environment.QUICK:  # Each iteration of a loop that is written out is compiled by itself.
+    probes.LONGEST_WRITTEN_OUT = 1
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -53,7 +54,7 @@ def full_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
     _drop_programs()
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", environment.QUICK)
     _drop_programs()
 
 

@@ -1,6 +1,7 @@
 """Settings that JAX and XLA read when they are imported, for tests and the processes they start.
 
-The tests compile much and compute little: most of their time goes into XLA and LLVM.
+The tests compile much and compute little: most of their time goes into XLA and LLVM, which are
+therefore asked for less. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 they compile as users do.
 """
 
 import importlib.util
@@ -23,12 +24,12 @@ def _knows_option(name: str) -> bool:
 
 
 _options = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-if _knows_option("xla_cpu_use_fusion_emitters"):
+# XLA leaves out its costly passes, here and in the processes that tests start.
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+if QUICK and _knows_option("xla_cpu_use_fusion_emitters"):
     # The emitters that it had before take a third of the time.
     _options.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_options).strip()
-# XLA leaves out its costly passes, here and in the processes that tests start.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept for this session, unless a folder is named: for the tests that make
 # the same ones anew, the workers, which inherit these settings, and the processes of tests.

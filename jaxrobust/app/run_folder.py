@@ -190,3 +190,13 @@ def checkpoints_path(folder: pathlib.Path) -> pathlib.Path:
 def has_checkpoint(folder: pathlib.Path) -> bool:
     """Whether there is a checkpoint to resume from."""
     return any(checkpoints_path(folder).glob("[0-9]*"))
+
+
+def check_checkpoints(folder: pathlib.Path) -> None:
+    """Raises InputError if what is stored as checkpoints is none that training can resume from: to
+    start again would overwrite the run's log."""
+    place = checkpoints_path(folder)
+    names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    if names and not any(name[0].isdigit() for name in names):
+        raise InputError(f"Expected checkpoints in {place}, named by a number of updates, found "
+                         f"{names[0]!r}. Train again in another folder.")

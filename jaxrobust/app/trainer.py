@@ -95,6 +95,8 @@ def train_together(
     for folder in folders:
         if run_folder.is_begun(folder) and not resume:
             raise InputError(f"{folder} already holds a run. Add --resume to resume it.")
+        if not run_folder.is_trained(folder):
+            run_folder.check_checkpoints(folder)
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Raises before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))

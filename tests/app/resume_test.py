@@ -155,6 +155,15 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_made_anew(
 
 
 @pytest.mark.parametrize("best", [2, EPOCHS])
+def test_a_run_with_checkpoints_of_another_kind_is_not_trained_again(digits, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "latest").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(InputError, match="named by a number of updates, found 'latest'"):
+        trainer.train(TINY, digits, folder, resume=True)
+    assert metrics_of(folder) == [{"epoch": 1}]
+
+
 def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
         best, digits, tmp_path, capsys, monkeypatch):
     run = dataclasses.replace(TINY, checkpoint_every=1)
