@@ -154,7 +154,6 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_made_anew(
     chex.assert_trees_all_equal(final(folder, digits), whole[2])
 
 
-@pytest.mark.parametrize("best", [2, EPOCHS])
 def test_a_run_with_checkpoints_of_another_kind_is_not_trained_again(digits, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "latest").mkdir(parents=True)
@@ -164,6 +163,7 @@ def test_a_run_with_checkpoints_of_another_kind_is_not_trained_again(digits, tmp
     assert metrics_of(folder) == [{"epoch": 1}]
 
 
+@pytest.mark.parametrize("best", [2, EPOCHS])
 def test_a_finished_run_with_a_damaged_checkpoint_is_not_another_one(
         best, digits, tmp_path, capsys, monkeypatch):
     run = dataclasses.replace(TINY, checkpoint_every=1)
