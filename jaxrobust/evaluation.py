@@ -16,7 +16,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.centroids import counted
 from jaxrobust.data.types import StoredImages
-from jaxrobust.images import LogitsFn, Outputs, to_float
+from jaxrobust.images import FeaturesFn, LogitsFn, Outputs, to_float
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
 
@@ -50,17 +50,31 @@ def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Logits:
-    """``(variables, images) -> logits`` of a model; compared by value, as jit needs it."""
+class _Output:
+    """``(variables, images) -> output`` of a model; compared by value, as jit needs it."""
 
     model: nn.Module
+    name: str  # of a field of Outputs
 
     def __call__(self, variables, images):
         outputs = self.model.apply(variables, images, train=False)
         if not isinstance(outputs, Outputs):
             raise _validate.InputError("Expected a model that returns jaxrobust.models.Outputs, "
                                        f"got one that returns a {type(outputs).__name__}.")
-        return outputs.logits
+        return getattr(outputs, self.name)
+
+
+def logits_fn_of(model: nn.Module, variables: Any) -> LogitsFn:
+    """Makes the function of images in [0, 1] that returns a model's logits in evaluation mode.
+
+    It is a ``jax.tree_util.Partial``, whose variables are arguments of compiled programs.
+    """
+    return jax.tree_util.Partial(_Output(model, "logits"), variables)
+
+
+def features_fn_of(model: nn.Module, variables: Any) -> FeaturesFn:
+    """Makes the function that returns a model's features, as :func:`logits_fn_of` does."""
+    return jax.tree_util.Partial(_Output(model, "features"), variables)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -127,7 +141,7 @@ def evaluate(
     if isinstance(classifier, nn.Module):
         _require_arguments("model, variables, images, labels", 3, arguments)
         variables, images, labels = arguments
-        logits_fn = jax.tree_util.Partial(_Logits(classifier), variables)
+        logits_fn = logits_fn_of(classifier, variables)
     elif callable(classifier):
         _require_arguments("logits_fn, images, labels", 2, arguments)
         images, labels = arguments

@@ -35,6 +35,22 @@ def share_error(share: float, number: int) -> float:
     return math.sqrt(adjusted * (1 - adjusted) / (number + 2))
 
 
+def share_interval(successes: int, number: int, confidence: float = 0.95
+                   ) -> tuple[float, float]:
+    r"""Computes Wilson's score interval of a probability, from the successes in independent trials.
+
+    .. math:: \frac{\hat p + z^2 / 2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4n^2}}
+        {1 + z^2 / n}
+
+    Source: Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, 1927.
+    """
+    _validate.in_range("number", number, 1)
+    _validate.in_range("successes", successes, 0, number, open_high=False)
+    _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+    found = stats.binomtest(int(successes), int(number)).proportion_ci(confidence, "wilson")
+    return float(found.low), float(found.high)
+
+
 def share_upper_bound(successes: int, number: int, failure_probability: float) -> float:
     """Bounds a probability of success from above, by the successes in independent trials.
 

@@ -11,6 +11,7 @@ import tyro
 from jaxrobust import _validate
 from jaxrobust.app import (
     arguments,
+    classifiers,
     doubt,
     files,
     perturb_figure,
@@ -30,11 +31,11 @@ from jaxrobust.app.config import (
 )
 from jaxrobust.app.datasets import check_perturbations, open_dataset
 from jaxrobust.app.execution import Execution, Feed
-from jaxrobust.app.measurements import accuracy, robustness, runner
+from jaxrobust.app.measurements import MEASUREMENTS, accuracy, robustness, runner
 from jaxrobust.app.measurements.robustness import FigureSettings
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.recipe import RECIPES, get_recipe
-from jaxrobust.app.report import comparison, report
+from jaxrobust.app.report import card, comparison, report
 from jaxrobust.app.study import sweep
 from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sources
 from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
@@ -347,24 +348,117 @@ def command_of(measurement: Measurement) -> type[OnRuns]:
         namespace={"__doc__": measurement.about, "__module__": __name__, "__call__": call})
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate(OnRuns):
-    """Test finished runs under Gaussian noise and other perturbations."""
+SUITES = {measurement.suite: measurement for measurement in MEASUREMENTS if measurement.suite}
+"""The measurements of the command ``evaluate``, by their names for --suite."""
 
+NOISE, EVERY = "noise", "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluate(OnRuns):
+
+    runs: Positional[tuple[pathlib.Path, ...]]
+    """Folders of finished runs, exported FILE.stablehlo, or module:function from images in [0, 1]
+    to logits; the latter two with --data."""
+    suite: tuple[str, ...] = (NOISE,)
+    """What to measure: any of noise, corruptions, attacks, certify, calibration, ood, curvature; or
+    all."""
+    limit: int | None = None
+    """Number of test images for each measurement, drawn at random by class with seed 0; by default
+    all of them, but 500 for attacks and certify."""
+    data: str | None = None
+    """Data set of models that are no runs, such as cifar10 or folder:PATH."""
+    image_size: tuple[int, int] | None = None
+    """Height and width to which a function gets the images of a folder."""
+    out: pathlib.Path | None = None
+    """Folder of the results of a model that is no run; runs/NAME by default."""
     settings: Annotated[Evaluation, tyro.conf.arg(name="")] = Evaluation(
         noise_levels=(0, 2, 4, 8, 16, 20))
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
+    def __post_init__(self):
+        _validate.in_range("number of suites", len(self.suite), 1)
+        distinct("suite", self.suite)
+        for suite in self.suite:
+            _validate.one_of("suite", suite, (*SUITES, EVERY))
+        if self.limit is not None:
+            _validate.in_range("limit", self.limit, 1)
+        foreign = [model for model in self.runs if classifiers.is_foreign(model)]
+        if foreign and self.data is None:
+            raise InputError(f"Expected --data for {foreign[0]}, which is no run, got none.")
+        for name in () if foreign else ("data", "image_size", "out"):
+            if getattr(self, name) is not None:
+                raise InputError(f"Expected {name} only with models that are no runs, got "
+                                 f"{getattr(self, name)}.")
+        if len(foreign) > 1 and self.out is not None:
+            raise InputError(f"Expected out only with one model, got {self.out} for "
+                             f"{len(foreign)}.")
+        for model in foreign:
+            for suite in self.suite:
+                if suite != EVERY and not SUITES[suite].foreign:
+                    raise InputError(f"Expected runs for the suite {suite!r}, got {model}.")
+
     def __call__(self) -> None:
         layout = self.execution.start()
-        for _, config in self.configs():
+        if not self.runs:
+            raise InputError("Expected at least one model, got none.")
+        foreign = [model for model in self.runs if classifiers.is_foreign(model)]
+        runs = dataclasses.replace(self, runs=tuple(
+            model for model in self.runs if model not in foreign), data=None, image_size=None,
+            out=None) if len(foreign) < len(self.runs) else None
+        for _, config in runs.configs() if runs else ():
             check_perturbations(config, self.settings.perturb)
-        for folder, run in self.load(layout):
-            found = accuracy.evaluate_run(run, self.settings, folder, folder.name, self.name)
-            files.barrier("evaluated")
-            files.say(comparison.evaluation_text(found))
-            files.say(doubt.doubt_text(doubt.load_doubt(folder)))
-            files.say(f"Measured: {run_folder.facts_path(folder, 'evaluation', self.name)}")
+        for folder, run in runs.load(layout) if runs else ():
+            self._measure(run, folder)
+        for model in foreign:
+            self._measure(*self._open(model, layout))
+
+    def _open(self, model, layout):
+        """Opens a foreign model, and claims the folder of its results."""
+        folder = self.out or pathlib.Path("runs") / classifiers.name_of(model)
+        files.require_writable(folder)
+        dataset = classifiers.open_data(model, self.data, self.data_dir, self.image_size)
+        opened = classifiers.open_foreign(model, dataset, layout)
+        classifiers.claim(model, dataset, folder)
+        return opened, folder
+
+    def _measure(self, run, folder):
+        """Measures what is missing, and writes the card."""
+        foreign = run.config is None
+        suites = [suite for suite in SUITES if SUITES[suite].foreign or not foreign
+                  ] if EVERY in self.suite else self.suite
+        for suite in suites:
+            measurement = SUITES[suite]
+            settings = self.settings if suite == NOISE else getattr(self, suite)
+            if self.limit is not None:
+                number = min(self.limit, len(run.dataset.test.labels))
+                settings = dataclasses.replace(settings, **{measurement.limited: number})
+            if suite == NOISE:
+                facts = accuracy.evaluate_run(run, settings, folder, folder.name, self.name)
+                files.barrier("evaluated")
+                files.say(comparison.evaluation_text(facts))
+                if not foreign:
+                    files.say(doubt.doubt_text(doubt.load_doubt(folder)))
+            else:
+                facts = runner.measure(measurement, run, settings, folder, folder.name, self.name)
+                files.barrier("measured")
+                if measurement.text is not None:
+                    files.say(measurement.text(facts))
+            path = run_folder.facts_path(folder, measurement.kind, self.name)
+            files.say(f"Measured: {path}")
+        if files.is_writer() and (foreign or tuple(self.suite) != (NOISE,)):
+            files.say(f"The card is in {card.write_card(folder, self.name)}")
+
+
+Evaluate = dataclasses.make_dataclass(
+    "Evaluate", [(suite, type(measurement.settings), measurement.settings)
+                 for suite, measurement in SUITES.items() if measurement.settings is not None],
+    bases=(_Evaluate,), frozen=True, namespace={"__module__": __name__, "__doc__": """Test models:
+    noise by default, or the whole suite of robustness.
+
+    Measures what is missing and resumes what was interrupted. With more than noise, or models that
+    are no runs, writes the robustness card, card.html and card.md, beside the results.
+    """})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +499,8 @@ class Report:
         first = self.folders[0]
         if self.out is not None:
             files.require_writable(self.out)
-        if len(self.folders) == 1 and not run_folder.is_run(first):
+        if len(self.folders) == 1 and not (
+                run_folder.is_run(first) or run_folder.is_foreign(first)):
             if self.out is not None:
                 raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
                                  f"report. Got {self.out}.")

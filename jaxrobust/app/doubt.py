@@ -85,7 +85,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     files.barrier("doubt")  # All processes look before one writes.
     splits = make_splits(run.dataset, run.config)
     num_classes = len(run.dataset.class_names)
-    train = _draw(splits.train, [np.flatnonzero(splits.train.labels == label)
+    train = draw_images(splits.train, [np.flatnonzero(splits.train.labels == label)
                                  for label in range(num_classes)])
     features = outputs_of(run, train.images)[1]
     _validate.finite("features of training images", features)
@@ -94,7 +94,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     if run.config.select == "validation":
         held_out = {"validation": splits.selection} | held_out
     for name, split in held_out.items():
-        split = _draw(split, [np.arange(len(split.labels))])
+        split = draw_images(split, [np.arange(len(split.labels))])
         logits, features = outputs_of(run, split.images)
         _validate.finite(f"logits of {name} images", logits)
         _validate.finite(f"features of {name} images", features)
@@ -110,7 +110,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
         **facts, "epoch": run.epoch, "provenance": provenance.describe()})
 
 
-def _draw(split: Split, groups: Sequence[np.ndarray]) -> Split:
+def draw_images(split: Split, groups: Sequence[np.ndarray]) -> Split:
     """Draws :data:`MOST_IMAGES` rows, an equal number from each group; keeps their order."""
     random, most = np.random.default_rng(0), -(-MOST_IMAGES // len(groups))
     rows = np.sort(np.concatenate([random.permutation(group)[:most] for group in groups]))

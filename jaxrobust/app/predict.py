@@ -65,15 +65,19 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
     r"""Applies a run to images [B, H, W, channels], uint8 or in [0, 1].
 
     Returns:
-      ``probabilities`` [B, C]; ``doubt`` [B], the run's score, larger for more doubtful; and
-      ``distances`` [B, C] of the features to the centroids of the classes, :math:`\|q - m_c\|`,
-      infinite for a class that was never seen.
+      ``logits`` and ``probabilities`` [B, C]; ``features`` [B, d]; ``doubt`` [B], the run's score,
+      larger for more doubtful; and ``distances`` [B, C] of the features to the centroids of the
+      classes, :math:`\|q - m_c\|`, infinite for a class that was never seen. The last two have no
+      derivatives.
     """
     outputs = run.model.apply(variables_of(run.state), to_float(images), train=False)
+    # Square roots at 0 would make derivatives of the logits NaN.
+    logits, features = jax.lax.stop_gradient((outputs.logits, outputs.features))
     centroids = run.state.centroids
-    distances = jnp.linalg.norm(outputs.features[:, None] - centroids.mean[None], axis=-1)
-    return {"probabilities": jax.nn.softmax(outputs.logits),
-            "doubt": doubt_of(doubt.score, outputs.logits, outputs.features, doubt.statistics),
+    distances = jnp.linalg.norm(features[:, None] - centroids.mean[None], axis=-1)
+    return {"logits": outputs.logits, "probabilities": jax.nn.softmax(outputs.logits),
+            "features": outputs.features,
+            "doubt": doubt_of(doubt.score, logits, features, doubt.statistics),
             "distances": jnp.where(centroids.seen[None], distances, jnp.inf)}
 
 
@@ -119,10 +123,10 @@ def require_exportable(path: pathlib.Path) -> None:
 def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     """Writes a run's network for use without this package.
 
-    ``.stablehlo``: :func:`classify` as serialised by ``jax.export``, with normalisation and
-    weights, for any number of images, on any of :data:`PLATFORMS`; beside it ``.json`` with the
-    inputs, the outputs and the names of the classes. ``.safetensors``, ``.pth``: the weights, in
-    PyTorch's names and layout.
+    ``.stablehlo``: :func:`classify` of float32 images in [0, 1] as serialised by ``jax.export``,
+    with its first derivatives, normalisation and weights, for any number of images, on any of
+    :data:`PLATFORMS`; beside it ``.json`` with the inputs, the outputs and the names of the
+    classes. ``.safetensors``, ``.pth``: the weights, in PyTorch's names and layout.
     """
     if path.suffix in pytorch.SUFFIXES:
         state_dict = pytorch.to_torch_state_dict(
@@ -135,14 +139,15 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     batch, = jax.export.symbolic_shape("b")
     exported = jax.export.export(
         jax.jit(lambda images: classify(run, doubt, images)), platforms=PLATFORMS)(
-            jax.ShapeDtypeStruct((batch, *shape), jnp.uint8))
+            jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
     files.make_folder(path.parent)
     with files.replacing(path) as partial:
-        partial.write_bytes(exported.serialize())
+        partial.write_bytes(exported.serialize(vjp_order=1))
     files.write_text(path.with_suffix(".json"), json.dumps({
-        "input": {"shape": ["b", *shape], "dtype": "uint8", "values": "RGB or grey, 0 to 255"},
-        "output": {"probabilities": ["b", len(run.network.class_names)], "doubt": ["b"],
-                   "distances": ["b", len(run.network.class_names)]},
+        "input": {"shape": ["b", *shape], "dtype": "float32", "values": "RGB or grey, in [0, 1]"},
+        "output": {name: ["b", *output.shape[1:]] for name, output in zip(
+            ("distances", "doubt", "features", "logits", "probabilities"), exported.out_avals,
+            strict=True)},
         "doubt": {"what": doubt_text(doubt), **(doubt.facts or {})},
         "class_names": list(run.network.class_names),
         "use": "jax.export.deserialize(open(path, 'rb').read()).call(images)",

@@ -14,6 +14,10 @@ The folder of a run holds:
     doubt.json, .npz        the doubt score of predictions
     KIND.json, .npz         a measurement, or KIND-NAME.json, .npz for one with a name
     KIND.partial.npz        an interrupted measurement
+    card.html, .md, .csv    the robustness card, with its figures in card-figures/
+
+A folder of results of a model that was not trained here has model.json instead of config.json, and
+measurements.
 
 The folder of a study holds study.json and a folder for each run, ROW-seedSEED. Arrays are written
 before the JSON file beside them: if that exists, they are complete.
@@ -33,6 +37,11 @@ from jaxrobust.app.config import BEFORE_CHOICES, InputError, RunConfig, from_dic
 def is_run(folder: pathlib.Path) -> bool:
     """Whether the folder belongs to a run."""
     return facts_path(folder, "config").is_file()
+
+
+def is_foreign(folder: pathlib.Path) -> bool:
+    """Whether the folder holds the results of a model that was not trained here."""
+    return facts_path(folder, "model").is_file()
 
 
 def is_begun(folder: pathlib.Path) -> bool:

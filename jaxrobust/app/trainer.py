@@ -39,6 +39,7 @@ from jaxrobust.app.program import (
 )
 from jaxrobust.app.progress import compiling, progress
 from jaxrobust.data import Dataset, Split
+from jaxrobust.images import FeaturesFn, LogitsFn
 from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
 
@@ -463,6 +464,21 @@ class TrainedRun(NamedTuple):
     state: TrainState | None  # the best; None where it is not loaded
     epoch: int | None
     layout: Layout
+
+    @property
+    def logits_fn(self) -> LogitsFn:
+        """Returns logits [B, C] of images [B, H, W, channels] in [0, 1]."""
+        return evaluation.logits_fn_of(self.model, variables_of(self.state))
+
+    @property
+    def features_fn(self) -> FeaturesFn:
+        """Returns features [B, d] of images [B, H, W, channels] in [0, 1]."""
+        return evaluation.features_fn_of(self.model, variables_of(self.state))
+
+    @property
+    def splits(self) -> Splits:
+        """The images that it was trained on, and those that chose its epoch."""
+        return make_splits(self.dataset, self.config)
 
 
 def open_run(

@@ -57,11 +57,11 @@ def test_so_many_images_are_drawn_that_no_class_is_left_out(monkeypatch):
         lambda rows: [np.full((1, 1, 1), row, np.uint8) for row in rows], 54, (1, 1, 1), "images")
     for images in (stored, np.arange(54, dtype=np.uint8).reshape(54, 1, 1, 1)):
         split = data.Split(images, labels)
-        drawn = doubt._draw(split, [np.flatnonzero(labels == label) for label in range(3)])
+        drawn = doubt.draw_images(split, [np.flatnonzero(labels == label) for label in range(3)])
         np.testing.assert_array_equal(np.bincount(drawn.labels), [4, 1, 3])
         np.testing.assert_array_equal(labels[drawn.images[:].ravel()], drawn.labels)
         assert len(set(drawn.images[:].ravel())) == 8
-        assert len(doubt._draw(split, [np.arange(54)]).labels) == 10
+        assert len(doubt.draw_images(split, [np.arange(54)]).labels) == 10
 
 
 @pytest.fixture(name="run", scope="module")

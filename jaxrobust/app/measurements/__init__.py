@@ -4,10 +4,15 @@ import pathlib
 
 from jaxrobust.app import run_folder
 from jaxrobust.app.measurements.accuracy import ACCURACY, FEATURES, TRAINING
+from jaxrobust.app.measurements.attacks import ATTACKS
 from jaxrobust.app.measurements.blocks import BLOCKS
+from jaxrobust.app.measurements.calibration import CALIBRATION
+from jaxrobust.app.measurements.certificates import CERTIFICATES
+from jaxrobust.app.measurements.corruptions import CORRUPTIONS
 from jaxrobust.app.measurements.curvature import CURVATURE
 from jaxrobust.app.measurements.networks import NETWORKS
 from jaxrobust.app.measurements.noise_counts import NOISE_COUNTS
+from jaxrobust.app.measurements.ood import OOD
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.measurements.sharpness import SHARPNESS
 from jaxrobust.app.measurements.steps import STEPS
@@ -16,7 +21,8 @@ from jaxrobust.app.measurements.theory import THEORY
 from jaxrobust.app.report import sweep_section
 
 MEASUREMENTS: list[Measurement] = [
-    ACCURACY, Measurement("sweep", section=sweep_section.section), TRAINING, CURVATURE, NETWORKS,
+    ACCURACY, Measurement("sweep", section=sweep_section.section), CORRUPTIONS,
+    ATTACKS, CERTIFICATES, CALIBRATION, OOD, TRAINING, CURVATURE, NETWORKS,
     STEPS, NOISE_COUNTS, SURFACES, BLOCKS, FEATURES, THEORY, SHARPNESS]
 """In the order of their sections in the report."""
 

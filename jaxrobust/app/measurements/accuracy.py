@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, data, evaluation, perturbations
+from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import Evaluation, training_perturbation
 from jaxrobust.app.doubt import measure_doubt
 from jaxrobust.app.execution import batch_size_of
+from jaxrobust.app.measurements.estimates import Estimate, share
 from jaxrobust.app.measurements.runner import Arrays, Measured, Measurement, Work, measure
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import pictures, tables
 from jaxrobust.app.report.frame import accuracy_numbers, training_numbers
+from jaxrobust.app.report.frame import tests as tests_of
 from jaxrobust.app.report.page import Section
-from jaxrobust.app.study.read import Study
+from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Dataset, Split
 from jaxrobust.images import to_float
@@ -49,7 +52,7 @@ def first_test_images(run: TrainedRun, settings: Any, least: int = 1) -> Split:
 
 
 def evaluate_run(
-    run: TrainedRun, settings: Evaluation, folder: pathlib.Path, label: str,
+    run: TrainedRun | ForeignModel, settings: Evaluation, folder: pathlib.Path, label: str,
     name: str | None = None,
 ) -> dict:
     """Measures :data:`ACCURACY` and, if it is missing, the run's doubt; returns the former's facts.
@@ -59,15 +62,16 @@ def evaluate_run(
         too small for a perturbation.
     """
     facts = measure(ACCURACY, run, settings, folder, label, name)
-    measure_doubt(run, folder)
+    if run.config is not None:
+        measure_doubt(run, folder)
     return facts
 
 
-def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
+def _measure(run: TrainedRun | ForeignModel, settings: Evaluation, work: Work) -> Measured:
     """Measures accuracy at each noise level, clipped to [0, 1], and under each other perturbation.
 
     For each draw, or once where there is no randomness, as for clean images; and for each class,
-    averaged over the draws.
+    averaged over the draws. Features are kept of trained runs alone.
     """
     split = make_test_split(run.dataset, settings.test_size)
     tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
@@ -83,7 +87,7 @@ def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
                 zip(tests, draws, strict=True)):
             accuracies, by_class = [], []
             for correct in evaluation.evaluate(
-                run.model, variables_of(run.state), split.images, split.labels, perturb=perturb,
+                run.logits_fn, split.images, split.labels, perturb=perturb,
                 key=jax.random.fold_in(jax.random.key(NOISE_SEED), index),
                 num_draws=num_draws, batch_size=batch_size_of(split.images), layout=run.layout,
             ):
@@ -93,12 +97,12 @@ def _measure(run: TrainedRun, settings: Evaluation, work: Work) -> Measured:
             results.append({**what, "accuracies": accuracies, "by_class": mean_by_class(by_class)})
     num_levels = len(settings.noise_levels)
     return Measured({
-        "epoch": run.epoch, "selected_on": run.config.select, "split": "test",
+        "epoch": run.epoch, "selected_on": run.config and run.config.select, "split": "test",
         "num_images": len(split.labels), "num_draws": settings.num_draws,
         "classes": {"names": list(names),
                     "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
-    }, _features_of(run, split, settings.tsne_images))
+    }, run.config and _features_of(run, split, settings.tsne_images))
 
 
 
@@ -139,6 +143,16 @@ def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:
     return {name: jnp.mean(block, axis=(1, 2)) for name, block in outputs.blocks.items()}
 
 
+def estimates(run: Run) -> Iterator[Estimate]:
+    """Yields the accuracy under each test: the mean over the draws, with Wilson's interval at the
+    mean share for the number of images, as if each image had one draw."""
+    evaluation = run.evaluation
+    for condition, test in tests_of(evaluation) if evaluation else ():
+        number = evaluation["num_images"]
+        mean = float(np.mean(test["accuracies"]))
+        yield share("accuracy", condition, round(mean * number), number)._replace(value=100 * mean)
+
+
 # --- The report ------------------------------------------------------------------------------
 
 
@@ -162,6 +176,7 @@ def _features_section(study: Study) -> Section | None:
 
 
 ACCURACY = Measurement("evaluation", measure=_measure, command="evaluate", arrays="features",
-                       section=_section, numbers=(training_numbers, accuracy_numbers))
+                       section=_section, numbers=(training_numbers, accuracy_numbers),
+                       estimates=estimates, suite="noise", limited="test_size", card=False)
 TRAINING = Measurement("training", section=_training_section)
 FEATURES = Measurement("features", section=_features_section)

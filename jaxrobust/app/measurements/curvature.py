@@ -358,6 +358,7 @@ def curvature_picture(study: Study) -> Picture:
 
 CURVATURE = Measurement(
     "curvature", CurvatureConfig(), _measure, _asked, section=_section, numbers=(numbers,),
-    parallel=True, about="""Measure the curvature of finished runs' loss at test images.
+    suite="curvature", limited="num_images", foreign=False, parallel=True,
+    about="""Measure the curvature of finished runs' loss at test images.
 
     Resumes interrupted measurements.""")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrobust.app import files, provenance, run_folder
+from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import InputError
 from jaxrobust.app.report.frame import Number
 from jaxrobust.app.report.page import Section
@@ -44,13 +45,19 @@ class Measurement:
 
     kind: str  # names its files, KIND.json and KIND.npz
     settings: Any = None  # defaults of the command: an instance of a dataclass
-    measure: Callable[[TrainedRun, Any, "Work"], Measured] | None = None
+    measure: Callable[[TrainedRun | ForeignModel, Any, "Work"], Measured] | None = None
     asked: Callable[[TrainedRun, Any, pathlib.Path], dict[str, Any]] = settings_asked
     """From a run, settings and the run's folder: what is recorded as the settings, and refused
     where a result with another value is there."""
     arrays: str | None = None  # the kind that names the file of its arrays, if it is another
     section: Callable[[Study], Section | None] | None = None  # of the report; None to show nothing
     numbers: tuple[Callable[[Run], Iterable[Number]], ...] = ()  # for the report's tidy table
+    estimates: Callable[[Run], Iterable[Any]] | None = None
+    """Yields :class:`jaxrobust.app.measurements.estimates.Estimate`, for the robustness card."""
+    suite: str | None = None  # its name for the option --suite of the command ``evaluate``
+    limited: str = "limit"  # the setting that the option --limit of that command sets
+    foreign: bool = True  # whether the suite measures it of models that were not trained here
+    card: bool = True  # whether the robustness card shows the section
     command: str | None = None  # the command that makes it, if it is not ``kind``
     about: str = ""  # the command's help
     text: Callable[[dict[str, Any]], str] | None = None  # formats the facts that it prints
@@ -94,8 +101,8 @@ class Work:
 
 
 def measure(
-    measurement: Measurement, run: TrainedRun, settings: Any, folder: pathlib.Path, label: str,
-    name: str | None = None,
+    measurement: Measurement, run: TrainedRun | ForeignModel, settings: Any,
+    folder: pathlib.Path, label: str, name: str | None = None,
 ) -> dict[str, Any]:
     """Measures a run, unless it is measured already with the same settings, and resumes an
     interrupted measurement.

@@ -56,7 +56,7 @@ def table(lines: Iterable[tuple]) -> pd.DataFrame:
 
 def training_numbers(run: Run) -> Iterator[Number]:
     """Yields a training's time, its epoch kept and the accuracy then, or where it diverged."""
-    if run.evaluation:
+    if run.evaluation and run.evaluation["epoch"] is not None:
         yield Number("epoch kept", "", run.evaluation["epoch"], "epoch")
         if run.evaluation["selected_on"] == "validation":
             yield from (Number(VALIDATION, "", 100 * line["selection_accuracy"], "%")

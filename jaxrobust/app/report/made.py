@@ -24,8 +24,9 @@ def run_table(study: Study) -> Table:
     for row in study.labels:
         for run in study.runs[row]:
             values = described.get((row, run.seed), {})
-            kept = f"{run.evaluation['epoch']}" if run.evaluation else "–"
-            cells = [str(run.seed), kept, run.provenance.get("started", "–"),
+            kept = (run.evaluation or {}).get("epoch")
+            cells = [str(run.seed) if run.config else "–", "–" if kept is None else str(kept),
+                     run.provenance.get("started", "–"),
                      duration(run.provenance["seconds"]) if "seconds" in run.provenance else "–",
                      *(values.get(field, "–") for field in fields)]
             rows.append(text_row(study.labels[row], cells))

@@ -70,17 +70,18 @@ def write_report_of_runs(folders: Sequence[pathlib.Path], out: pathlib.Path) -> 
 def _write_report(study: Study, folder: pathlib.Path) -> pathlib.Path:
     sections = [*sections_of(study, MEASUREMENTS), Section(
         "provenance", "How these numbers were made", "", made.tables(study))]
-    _save_pictures(sections, folder / "figures")
+    save_pictures(sections, folder / "figures")
     words, numbers = _words(study), numbers_of(study)
-    write_text(folder / "report.md", _markdown(study, words, sections))
+    write_text(folder / "report.md", markdown_of(study, words, sections))
     write_text(folder / "report.csv", to_csv(numbers))
     write_text(folder / "report.json", json.dumps(
         _json(study, words, numbers), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    write_text(folder / "report.html", _html(study, words, sections, folder / "figures"))
+    write_text(folder / "report.html", html_of(study, words, sections, folder / "figures"))
     return folder / "report.html"
 
 
-def _save_pictures(sections: Iterable[Section], folder: pathlib.Path) -> None:
+def save_pictures(sections: Iterable[Section], folder: pathlib.Path) -> None:
+    """Writes the figures of sections into a folder."""
     make_folder(folder)
     for section in sections:
         for picture in section.pictures:
@@ -105,7 +106,7 @@ def write_figures(
     if alone:
         out = out or alone[0].parent / ("figures" if name is None else f"figures-{name}")
         sections = sections_of(study_of_runs(alone, name=name), FIGURES)
-        _save_pictures(sections, out)
+        save_pictures(sections, out)
         write_text(out / "figures.md", "\n\n".join(
             part for section in sections for part in section_markdown(section, "")) + "\n")
         written.append(out / "figures.md")
@@ -240,7 +241,7 @@ def lead(study: Study) -> str:
 # --- Files -----------------------------------------------------------------------------------
 
 
-class _Words(NamedTuple):
+class Words(NamedTuple):
     """The words of a report that belong to no section."""
 
     lead: str
@@ -249,15 +250,15 @@ class _Words(NamedTuple):
     warning: str
 
 
-def _words(study: Study) -> _Words:
+def _words(study: Study) -> Words:
     rows = chosen_on_test(study)
     names = ", ".join(rows) if len(rows) < len(study.labels) else "all rows"
     warning = ("Warning: the epoch was chosen on the test set, so the test set has leaked into the "
                f"choice and these accuracies are too high: {names}.")
-    return _Words(lead(study), comparisons(study), missing_runs(study), warning if rows else "")
+    return Words(lead(study), comparisons(study), missing_runs(study), warning if rows else "")
 
 
-def _html(study: Study, words: _Words, sections: Sequence[Section], folder: pathlib.Path) -> str:
+def html_of(study: Study, words: Words, sections: Sequence[Section], folder: pathlib.Path) -> str:
     """Renders the page as one self-contained text, with the pictures in ``folder``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -271,8 +272,9 @@ def _html(study: Study, words: _Words, sections: Sequence[Section], folder: path
         **words._asdict())
 
 
-def _markdown(study: Study, words: _Words, sections: Sequence[Section]) -> str:
-    """Renders the same content in Markdown, with links to the figures."""
+def markdown_of(study: Study, words: Words, sections: Sequence[Section],
+                folder: str = "figures/") -> str:
+    """Renders the same content in Markdown, with links to the figures in ``folder``."""
     parts = [f"# {_md(study.title)}", *map(_md, paragraphs(study.note)), "## Summary"]
     if words.warning:
         parts.append(f"> **{_md(words.warning)}**")
@@ -282,7 +284,7 @@ def _markdown(study: Study, words: _Words, sections: Sequence[Section]) -> str:
     if words.comparisons:
         parts.append(_items(words.comparisons))
     for section in sections:
-        parts += section_markdown(section, "figures/")
+        parts += section_markdown(section, folder)
     return "\n\n".join(parts) + "\n"
 
 
@@ -320,7 +322,7 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|<>&#~])", r"\\\1", " ".join(text.split()))
 
 
-def _json(study: Study, words: _Words, numbers: pd.DataFrame) -> dict:
+def _json(study: Study, words: Words, numbers: pd.DataFrame) -> dict:
     """Returns the report's words and, by row, its numbers."""
     return {
         "name": study.name,

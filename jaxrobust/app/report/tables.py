@@ -273,8 +273,9 @@ def _selection_sentence(study: Study) -> str:
         "last": "the last",
         "test": "the best on the test images themselves (this leaks)",
     }
-    used = sorted({run.evaluation["selected_on"] for run in study.all_finished()})
-    return f"Epoch kept: {', or '.join(words[name] for name in used)}."
+    used = sorted({chosen for run in study.all_finished()
+                   if (chosen := run.evaluation["selected_on"]) is not None})
+    return f"Epoch kept: {', or '.join(words[name] for name in used)}." if used else ""
 
 
 def _accuracy_note(study: Study) -> str:

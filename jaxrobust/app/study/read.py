@@ -140,7 +140,7 @@ def with_rows(study: Study, rows: Sequence[str] | None) -> Study:
 def study_of_runs(
     folders: Sequence[pathlib.Path], *, together: bool = False, name: str | None = None
 ) -> Study:
-    """Makes a study of any runs, each a row named after its folder.
+    """Makes a study of any runs, and results of foreign models, each a row named after its folder.
 
     Equal names are prefixed with the name of the parent folder. With ``together``, runs that differ
     only in the seed form one row, named after the first without its seed. With a ``name``, reads
@@ -149,8 +149,9 @@ def study_of_runs(
     check_same_data(folders)
     rows: dict[str | RunConfig, list[Run]] = {}
     for folder in folders:
-        run = _load_run(folder, run_folder.read_config(folder).seed, name)
-        row = dataclasses.replace(run.config, seed=0) if together else str(folder)
+        config = None if run_folder.is_foreign(folder) else run_folder.read_config(folder)
+        run = _load_run(folder, 0 if config is None else config.seed, name)
+        row = dataclasses.replace(config, seed=0) if together and config else str(folder)
         for other in rows.get(row, ()):
             if other.seed == run.seed:
                 raise InputError(f"Expected different runs, got {other.folder} and {folder}, which "
@@ -165,7 +166,8 @@ def study_of_runs(
     return Study(
         name="runs", title="Runs", note="", command=provenance.command_line(),
         commit=provenance.commit(), labels=labels,
-        methods={row: of_row[0].config.method for row, of_row in runs.items()},
+        methods={row: of_row[0].config.method if of_row[0].config else ""
+                 for row, of_row in runs.items()},
         seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
         paper=None, paper_rows={}, paper_perturbed=None, paper_perturbations={},
         class_names=class_labels(_class_names(run for of_row in runs.values() for run in of_row)),
@@ -174,15 +176,22 @@ def study_of_runs(
 
 def check_same_data(folders: Sequence[pathlib.Path]) -> None:
     """Checks that runs share one test set, without which their numbers cannot be compared."""
-    configs = [run_folder.read_config(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        split = config.dataset.startswith(FOLDER_PREFIX)  # Other data sets have their own split.
-        for name in ("dataset", "split_seed") if split else ("dataset",):
-            first, other = getattr(configs[0], name), getattr(config, name)
+    all_data = [_data_of(folder) for folder in folders]
+    for folder, its_data in zip(folders, all_data, strict=True):
+        for name in its_data:
+            first, other = all_data[0].get(name), its_data[name]
             if first != other:
                 raise InputError(f"Expected runs with one test set, got {folders[0]} with "
                                  f"{name}={first} and {folder} with {name}={other}. Use one "
                                  "command for each.")
+
+
+def _data_of(folder: pathlib.Path) -> dict:
+    """What tells the test set of a run, or of the results of a foreign model."""
+    foreign = run_folder.read_facts(folder, "model")
+    values = foreign or dataclasses.asdict(run_folder.read_config(folder))
+    split = values["dataset"].startswith(FOLDER_PREFIX)  # Other data sets have their own split.
+    return {name: values[name] for name in (("dataset", "split_seed") if split else ("dataset",))}
 
 
 def _class_names(runs: Iterable[Run]) -> Sequence[str]:

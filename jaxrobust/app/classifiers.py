@@ -1,0 +1,167 @@
+"""Opens classifiers that were not trained here: exported artefacts and functions of modules."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from jaxrobust import _validate
+from jaxrobust._errors import reason_of
+from jaxrobust.app import files
+from jaxrobust.app.config import InputError, RunConfig
+from jaxrobust.app.datasets import open_dataset
+from jaxrobust.app.trainer import Splits
+from jaxrobust.data import Dataset
+from jaxrobust.images import FeaturesFn, LogitsFn
+from jaxrobust.parallel import Layout, make_layout
+
+ARTEFACT = ".stablehlo"
+"""The suffix of exported artefacts."""
+
+
+class ForeignModel(NamedTuple):
+    """A classifier that measurements take in the place of a trained run."""
+
+    name: str
+    dataset: Dataset  # whose test images it is tested on
+    layout: Layout
+    logits_fn: LogitsFn
+    features_fn: FeaturesFn | None = None
+    config: None = None  # it has none, as it was not trained here
+    epoch: None = None
+
+    @property
+    def splits(self) -> Splits:
+        """The data set's training images, and its validation images if it has some."""
+        return Splits(self.dataset.train, self.dataset.validation)
+
+
+def is_foreign(model: pathlib.Path) -> bool:
+    """Whether a command line names an artefact, or ``module:function``, instead of a run."""
+    return model.suffix == ARTEFACT or (":" in str(model) and not model.is_dir())
+
+
+def name_of(model: pathlib.Path) -> str:
+    """The name under which a foreign model's results are kept."""
+    return model.stem if model.suffix == ARTEFACT else str(model).replace(":", ".")
+
+
+def open_foreign(model: pathlib.Path, dataset: Dataset, layout: Layout | None = None
+                 ) -> ForeignModel:
+    """Opens ``FILE.stablehlo``, made by the command ``export``, or ``module:function``.
+
+    The function takes images [B, H, W, channels], float32 in [0, 1], and returns logits [B, C]; it
+    must be one that JAX can trace. Its module is imported from the current folder or from wherever
+    Python finds it.
+
+    Raises:
+      InputError: (a ValueError) if there is no such file, module or function, or its logits are not
+        [B, C] with the data set's number of classes.
+    """
+    layout = make_layout("jit") if layout is None else layout
+    features_fn = None
+    if model.suffix == ARTEFACT:
+        logits_fn, features_fn = _artefact(model)
+    else:
+        logits_fn = jax.tree_util.Partial(_function(str(model)))
+    found = ForeignModel(name_of(model), dataset, layout, logits_fn, features_fn)
+    _check_logits(model, found)
+    return found
+
+
+def identity_of(model: pathlib.Path, dataset: Dataset) -> dict:
+    """What the results of a foreign model belong to: the file, by its digest, and the data set."""
+    path = model if model.suffix == ARTEFACT else pathlib.Path(
+        importlib.import_module(str(model).partition(":")[0]).__file__)
+    return {"model": str(model), "dataset": dataset.name, "split_seed": RunConfig.split_seed,
+            "class_names": list(dataset.class_names),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def claim(model: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
+    """Makes a folder that of a foreign model's results, unless it is already."""
+    files.claim(folder / "model.json", json.dumps(identity_of(model, dataset), indent=2) + "\n")
+
+
+def open_data(model: pathlib.Path, data: str, data_dir: pathlib.Path,
+              image_size: tuple[int, int] | None) -> Dataset:
+    """Opens the data set that a foreign model is tested on.
+
+    Images of a folder get the size that an artefact takes, or ``image_size`` for a function.
+    """
+    shape = image_shape_of(model)
+    size = image_size if shape is None else shape[:2]
+    config = RunConfig(dataset=data)
+    return open_dataset(config if size is None else dataclasses.replace(config, image_size=size),
+                        data_dir)
+
+
+def image_shape_of(model: pathlib.Path) -> tuple[int, int, int] | None:
+    """Height, width and channels of the images that an artefact takes; None for a function."""
+    return _read(model).in_avals[0].shape[1:] if model.suffix == ARTEFACT else None
+
+
+def _read(path: pathlib.Path) -> jax.export.Exported:
+    if not path.is_file():
+        raise InputError(f"Expected an exported artefact in {path}, found no such file.")
+    try:
+        return jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception as error:  # It raises whatever the bytes lead to.
+        raise InputError(f"Cannot read {path} as an exported artefact: {reason_of(error)}."
+                         ) from error
+
+
+def _artefact(path: pathlib.Path) -> tuple[LogitsFn, FeaturesFn]:
+    exported = _read(path)
+    images, = exported.in_avals
+    names = _names_of(exported)
+    if images.dtype != jnp.float32 or not {"logits", "features"} <= set(names):
+        raise InputError(f"Expected {path} to take float32 images and to return logits and "
+                         f"features, got {images.dtype} and {', '.join(names)}. Export the run "
+                         "again.")
+
+    def output(name: str) -> Callable[[jax.Array], jax.Array]:
+        return jax.tree_util.Partial(lambda images: exported.call(images)[name])
+
+    return output("logits"), output("features")
+
+
+def _names_of(exported: jax.export.Exported) -> list[str]:
+    """The names of the outputs; none if they have none."""
+    outputs = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
+    return list(outputs) if isinstance(outputs, dict) else []
+
+
+def _function(text: str) -> LogitsFn:
+    module_name, _, name = text.partition(":")
+    if "" not in sys.path and str(pathlib.Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"Cannot import {module_name!r} of {text}: {reason_of(error)}.") from error
+    functions = [key for key, value in vars(module).items()
+                 if callable(value) and not key.startswith("_")]
+    _validate.one_of(f"function of {module_name}", name, functions)
+    return getattr(module, name)
+
+
+def _check_logits(path: pathlib.Path, model: ForeignModel) -> None:
+    shape, num_classes = model.dataset.image_shape, len(model.dataset.class_names)
+    try:
+        logits = jax.eval_shape(model.logits_fn, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+    except Exception as error:  # The user's code may raise anything.
+        raise InputError(f"{path} fails on float32 images {[2, *shape]} of {model.dataset.name}: "
+                         f"{reason_of(error)}.") from error
+    if getattr(logits, "shape", None) != (2, num_classes):
+        raise InputError(
+            f"Expected {path} to return logits [2, {num_classes}] of 2 images of "
+            f"{model.dataset.name}, got {getattr(logits, 'shape', type(logits).__name__)}.")
