@@ -1,6 +1,7 @@
 """Calibration of probabilities, before and after temperature scaling."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from jaxrobust.app.report.page import Picture, Section
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
 
+Score = Callable[[np.ndarray, np.ndarray], float]
+"""Of logits [N, C] and labels [N]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationSettings:
@@ -42,21 +46,22 @@ class CalibrationSettings:
             _validate.in_range(name, getattr(self, name), 1)
 
 
-def _scores(num_bins: int) -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
-    """By name, functions of logits [N, C] and labels [N]."""
+def _scores(num_bins: int) -> dict[str, tuple[Score, float]]:
+    """By name, the scores, each with its largest possible value."""
+    error = functools.partial(metrics.expected_calibration_error, num_bins=num_bins)
+
+    def area(logits, labels):
+        doubt = np.asarray(metrics.improbability(jnp.asarray(logits, jnp.float32)))
+        return metrics.coverage_curve(doubt, logits.argmax(axis=1) == labels).area
+
     return {
-        "ECE, equal width": lambda logits, labels: metrics.expected_calibration_error(
-            logits, labels, num_bins=num_bins),
-        "ECE, equal mass": lambda logits, labels: metrics.expected_calibration_error(
-            logits, labels, num_bins=num_bins, bins="equal mass"),
-        "classwise ECE": lambda logits, labels: metrics.classwise_calibration_error(
-            logits, labels, num_bins=num_bins),
-        "Brier score": metrics.brier_score,
-        "negative log likelihood": metrics.negative_log_likelihood,
-        "area under accuracy against coverage": lambda logits, labels: metrics.coverage_curve(
-            np.asarray(metrics.improbability(jnp.asarray(logits, jnp.float32))),
-            logits.argmax(axis=1) == labels).area,
-    }
+        "ECE, equal width": (error, 1),
+        "ECE, equal mass": (functools.partial(error, bins="equal mass"), 1),
+        "classwise ECE": (functools.partial(
+            metrics.classwise_calibration_error, num_bins=num_bins), 1),
+        "Brier score": (metrics.brier_score, 2),
+        "negative log likelihood": (metrics.negative_log_likelihood, np.inf),
+        "area under accuracy against coverage": (area, 1)}
 
 
 BEFORE, AFTER = "as it is", "temperature scaled"
@@ -89,13 +94,18 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
     variants = {BEFORE: logits} | ({AFTER: logits / temperature} if temperature else {})
     scores, arrays = {}, {}
     for place, (name, values) in enumerate(variants.items()):
-        scores[name] = {score: bootstrapped(function, values, labels)
-                        for score, function in _scores(settings.num_bins).items()}
+        scores[name] = {score: bootstrapped(
+            functools.partial(_of_rows, function, values, labels), len(labels), most=most)
+            for score, (function, most) in _scores(settings.num_bins).items()}
         diagram = metrics.reliability_diagram(values, labels, num_bins=settings.num_bins)
         arrays |= {f"{field}_{place}": value for field, value in diagram._asdict().items()}
     return Measured({
         "subset": subset, "num_images": len(labels), "fitted_on": fitted_on,
         "temperature": temperature, "without_temperature": refused, "scores": scores}, arrays)
+
+
+def _of_rows(score, logits, labels, rows):
+    return score(logits[rows], labels[rows])
 
 
 def _held_out(run):

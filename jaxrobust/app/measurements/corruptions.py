@@ -94,9 +94,9 @@ def _measure(run: TrainedRun | ForeignModel, settings: CorruptionSettings, work:
                for packed, number in zip(table["correct"], table["number"], strict=True)]
 
     def mean(names):
-        rows = [correct[numbers[name, severity]] for name in names
-                for severity in settings.severities]
-        return bootstrapped(np.mean, np.mean(rows, axis=0))
+        by_image = np.mean([correct[numbers[name, severity]] for name in names
+                            for severity in settings.severities], axis=0)
+        return bootstrapped(lambda rows: by_image[rows].mean(), len(by_image), most=1)
 
     return Measured({
         "origin": "generated" if settings.files is None else "official",

@@ -18,7 +18,7 @@ from jaxrobust.images import FeaturesFn, LogitsFn, to_float
 from jaxrobust.parallel import Layout, map_examples, replicate
 from jaxrobust.statistics import share_interval
 
-WILSON, BOOTSTRAP = "Wilson, 95 %", "bootstrap over images, 95 %"
+WILSON, BOOTSTRAP = "Wilson, 95 %", "bootstrap over images, centred, 95 %"
 """The kinds of intervals."""
 
 
@@ -104,15 +104,21 @@ def outputs_of(function: LogitsFn | FeaturesFn, images, layout: Layout) -> np.nd
 RESAMPLES = 200
 
 
-def bootstrapped(statistic: Callable[..., float], *samples: np.ndarray) -> list[float]:
-    """Returns a statistic of independent samples with the ends of its percentile interval.
+def bootstrapped(statistic: Callable[..., float], *sizes: int, most: float = np.inf
+                 ) -> list[float]:
+    """Returns a statistic of images with the ends of its interval, in [0, ``most``].
 
-    The samples are resampled :data:`RESAMPLES` times along their first axis, with seed 0.
+    The statistic takes the rows of each of several independent samples of these sizes; they are
+    drawn with replacement :data:`RESAMPLES` times, with seed 0. The ends are the statistic plus the
+    2.5 and 97.5 percentiles of the resamples' deviations from their own mean: that mean is far off
+    for a calibration error, which repeated images make larger.
     """
     random = np.random.default_rng(0)
-    values = [statistic(*(sample[random.integers(len(sample), size=len(sample))]
-                          for sample in samples)) for _ in range(RESAMPLES)]
-    return [float(statistic(*samples)), *map(float, np.quantile(values, (0.025, 0.975)))]
+    value = float(statistic(*map(np.arange, sizes)))
+    resamples = np.array([statistic(*(random.integers(size, size=size) for size in sizes))
+                          for _ in range(RESAMPLES)])
+    ends = value + np.quantile(resamples - resamples.mean(), (0.025, 0.975))
+    return [value, *np.clip(ends, 0, most).tolist()]
 
 
 # --- The report ------------------------------------------------------------------------------

@@ -126,12 +126,17 @@ def _scores(run) -> Callable[..., dict[str, np.ndarray]]:
 
 
 def _quality(familiar: np.ndarray, strange: np.ndarray) -> dict[str, list[float]]:
-    return {"AUROC": bootstrapped(
-        lambda one, other: metrics.detection_quality(one, other).auroc, familiar, strange),
-        **{name: getattr(metrics.detection_quality(familiar, strange), field)
-           for name, field in (("AUPR, strange positive", "aupr_strange"),
-                               ("AUPR, familiar positive", "aupr_familiar"),
-                               ("FPR at 95 %", "fpr"))}}
+    whole = metrics.detection_quality(familiar, strange)
+
+    def area(one, other):
+        scores = np.concatenate([familiar[one], strange[other]])
+        return metrics.auroc(scores, np.arange(len(scores)) < len(one))
+
+    return {"AUROC": bootstrapped(area, len(familiar), len(strange), most=1),
+            **{name: getattr(whole, field)
+               for name, field in (("AUPR, strange positive", "aupr_strange"),
+                                   ("AUPR, familiar positive", "aupr_familiar"),
+                                   ("FPR at 95 %", "fpr"))}}
 
 
 def _strange(kind: str, shape: tuple[int, int, int], settings: OodSettings, number: int

@@ -1,0 +1,310 @@
+"""The suite of robustness measurements: of a run, an exported artefact and functions of images."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from command_line import call, one_line
+
+from jaxrobust import corruptions, metrics
+from jaxrobust.app import files, run_folder
+from jaxrobust.app.measurements import attacks, estimates
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+CORRUPT = ("--corruptions.names", "contrast", "--corruptions.severities", 1, 5)
+CERTIFY = ("--certify.n0", 5, "--certify.n", 40, "--certify.sigma", 0.1)
+ATTACK = ("--attacks.num-steps", 2, "--attacks.num-targets", 1, "--attacks.num-queries", 3,
+          "--attacks.l2", 0)
+
+PLAIN = '''
+import jax.numpy as jnp
+
+
+def brightness(images):
+    """A plain function: ten classes by how bright an image is."""
+    return -10 * jnp.abs(images.mean(axis=(1, 2, 3))[:, None] - jnp.linspace(0.1, 0.5, 10))
+
+
+def broken(images):
+    return jnp.full((len(images), 10), jnp.nan)
+
+
+def few(images):
+    return brightness(images)[:, :3]
+'''
+
+NNX = '''
+import jax
+from flax import nnx
+
+network = nnx.Linear(64, 10, rngs=nnx.Rngs(0))
+graph, state = nnx.split(network)
+
+
+def logits(images):
+    return nnx.merge(graph, state)(images.reshape(len(images), -1))
+'''
+
+TORCH = '''
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+
+
+def forward(images):
+    with torch.no_grad():
+        nchw = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)
+        return network(nchw).numpy()
+
+
+def backward(images, cotangents):
+    nchw = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).requires_grad_()
+    network(nchw).backward(torch.tensor(np.asarray(cotangents)))
+    return nchw.grad.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@jax.custom_vjp
+def logits(images):
+    return jax.pure_callback(
+        forward, jax.ShapeDtypeStruct((len(images), 10), jnp.float32), images)
+
+
+logits.defvjp(
+    lambda images: (logits(images), images),
+    lambda images, cotangents: (jax.pure_callback(
+        backward, jax.ShapeDtypeStruct(images.shape, jnp.float32), images, cotangents),))
+'''
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(shared_study, tmp_path_factory):
+    """A trained run, measured by the whole suite but the curvature."""
+    folder = tmp_path_factory.mktemp("suite") / "run"
+    shutil.copytree(shared_study / "robust-seed0", folder)
+    assert call("evaluate", folder, "--suite", "corruptions", "attacks", "certify", "calibration",
+                "ood", "--limit", 20, *CORRUPT, *CERTIFY, *ATTACK) == 0
+    return folder
+
+
+@pytest.fixture(name="modules")
+def _modules(tmp_path, monkeypatch):
+    """A folder, which is the current one, with the user's modules."""
+    for name, text in (("plain_user", PLAIN), ("nnx_user", NNX), ("torch_user", TORCH)):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_corruptions_are_counted_as_the_library_counts_them(run):
+    facts = files.read_json(run / "corruptions.json")
+    assert facts["origin"] == "generated" and facts["num_images"] == 20
+    assert "20 of 360 test images, drawn at random by class with seed 0" == facts["subset"]
+    counts = {(one["name"], one["severity"]): one["right"] for one in facts["counts"]}
+    assert set(counts) == {("clean", 0), ("contrast", 1), ("contrast", 5)}
+    errors = {"contrast": [1 - counts["contrast", severity] / 20 for severity in (1, 5)]}
+    value, low, high = facts["mean"]
+    assert value == pytest.approx(corruptions.mean_corruption_accuracy(errors))
+    assert 0 <= low <= value <= high <= 1
+
+
+def test_certificates_abstentions_and_radii_are_consistent(run):
+    facts = files.read_json(run / "certificates.json")
+    found = run_folder.read_arrays(run, "certificates")
+    assert len(found["label"]) == 20 == facts["num_images"]
+    assert facts["abstained"] == (found["label"] == -1).sum()
+    right = found["label"] == found["target"]
+    for one in facts["curve"]:
+        assert one["right"] == (right & (found["radius"] >= one["radius"])).sum()
+    assert found["radius"].max() <= facts["largest_radius"]
+
+
+def test_a_certification_resumes_where_it_was_interrupted(run, tmp_path, monkeypatch):
+    from jaxrobust.app.measurements import certificates
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "certificates.json").unlink()
+    done, whole = [], certificates.certify
+
+    def killed(*arguments, **options):
+        if options["indices"] == [7] and not done.count("killed"):
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append(options["indices"][0])
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(certificates, "certify", killed)
+    again = ("evaluate", folder, "--suite", "certify", "--limit", 20, *CERTIFY)
+    assert call(*again) == 130
+    assert call(*again) == 0
+    assert done == [*range(7), "killed", *range(7, 20)]
+    before, after = (run_folder.read_arrays(place, "certificates") for place in (run, folder))
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+
+
+def test_attacks_only_lower_the_accuracy_and_every_image_is_accounted_for(run):
+    facts = files.read_json(run / "attacks.json")
+    one, = facts["norms"]
+    assert one["norm"] == "linf" and one["epsilon"] == 8 / 255
+    assert list(one["robust"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    left = list(one["robust"].values())
+    assert left == sorted(left, reverse=True)
+    broken = run_folder.read_arrays(run, "attacks")["broken_by"]
+    assert (broken == "").sum() == left[-1] and len(broken) == 20
+
+
+def test_square_beyond_gradients_is_warned_of_over_all_batches():
+    batch = {"attacks": ["clean", "apgd-ce", "square"], "warnings": {"random": "once"}}
+    few = attacks._of_norm("l2", 0.5, np.array(["square"] + [""] * 999), [batch, batch])
+    many = attacks._of_norm("l2", 0.5, np.array(["square"] * 3 + [""] * 997), [batch])
+    assert few["warnings"] == {"random": "once"} and few["robust"]["square"] == 999
+    assert "0.30 points" in many["warnings"]["black_box"]
+
+
+def test_the_temperature_is_fitted_on_held_out_images_and_lowers_nothing_but_confidence(run):
+    facts = files.read_json(run / "calibration.json")
+    assert "validation images" in facts["fitted_on"] and facts["num_images"] == 20
+    for scores in facts["scores"].values():
+        for value, low, high in scores.values():
+            assert low <= value <= high
+    if facts["temperature"] is None:
+        assert "a temperature is the better" in facts["without_temperature"]
+    else:
+        before, after = facts["scores"].values()
+        area = "area under accuracy against coverage"
+        assert 0 < after[area][0] <= 1 and before.keys() == after.keys()
+
+
+def test_strange_images_are_told_apart_by_scores_of_logits_and_features(run):
+    facts = files.read_json(run / "ood.json")
+    assert facts["settings"]["strange"] == ["uniform_noise"]  # Digits are the run's own data set.
+    scores = facts["detection"]["uniform_noise"]
+    assert set(scores) == {"probability", "energy", "Mahalanobis", "centroid", "neighbours"}
+    assert scores["neighbours"]["AUROC"][0] > 0.75  # Noise looks like no digit.
+
+
+def test_a_second_call_measures_nothing_and_other_settings_are_refused(run, capsys):
+    times = {path: path.stat().st_mtime_ns for path in run.glob("*.json")}
+    again = ("evaluate", run, "--suite", "corruptions", "certify", *CERTIFY, *CORRUPT)
+    assert call(*again, "--limit", 20) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*.json")} == times
+    capsys.readouterr()
+    assert call(*again, "--limit", 10) == 2
+    assert "was made with limit=20, not 10" in one_line(capsys)
+
+
+def test_the_card_states_every_number_with_interval_subset_and_seed(run):
+    page, text = ((run / f"card.{suffix}").read_text() for suffix in ("html", "md"))
+    for words in ("Robustness card", "Not measured: curvature", "robust accuracy",
+                  "drawn at random by class with seed 0", "sigma 0.1"):
+        assert words in page and words in text.replace("\\", "")
+    table = pd.read_csv(run / "card.csv")
+    assert set(table.suite) >= {"corruptions", "attacks", "certify", "calibration", "ood"}
+    assert set(table.seed) == {0}
+    assert table.subset.notna().all()
+    known = table.dropna(subset="low")
+    assert ((known.low <= known.value) & (known.value <= known.high)).all() and len(known) > 20
+    assert (known.interval != "").all()
+
+
+def test_an_exported_artefact_gives_the_numbers_of_its_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("export", run, "--out", tmp_path / "net.stablehlo") == 0
+    assert call("evaluate", tmp_path / "net.stablehlo", "--data", "digits", "--suite",
+                "corruptions", "attacks", "ood", "--limit", 20, *CORRUPT, *ATTACK) == 0
+    folder = tmp_path / "runs" / "net"
+    for kind, part in (("corruptions", "counts"), ("attacks", "norms")):
+        own, its = (files.read_json(place / f"{kind}.json")[part] for place in (folder, run))
+        assert own == its
+    own, its = (files.read_json(place / "ood.json")["detection"]["uniform_noise"]
+                for place in (folder, run))
+    assert own["energy"]["AUROC"][0] == pytest.approx(its["energy"]["AUROC"][0], abs=0.01)
+    assert own.keys() == its.keys()
+    assert (folder / "card.html").is_file()
+
+
+@pytest.mark.parametrize("model", ["plain_user:brightness", "nnx_user:logits", "torch_user:logits"])
+def test_a_users_own_model_is_tested_like_a_run(model, modules):
+    if model.startswith("torch"):
+        pytest.importorskip("torch")
+    assert call("evaluate", model, "--data", "digits", "--limit", 20, "--noise-levels", 0, 32,
+                "--num-draws", 1, "--suite", "noise", "attacks", "ood", *ATTACK) == 0
+    folder = modules / "runs" / model.replace(":", ".")
+    assert set(files.read_json(folder / "ood.json")["detection"]["uniform_noise"]) == {
+        "probability", "energy"}
+    assert files.read_json(folder / "evaluation.json")["num_images"] == 20
+    assert model in (folder / "card.md").read_text().replace("\\", "")
+
+
+def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
+    assert call("evaluate", "plain_user:brightness", "--data", "digits", "--limit", 20,
+                "--noise-levels", 0, 32, "--num-draws", 1, "--suite", "noise", "corruptions",
+                *CORRUPT) == 0
+    folder = modules / "runs" / "plain_user.brightness"
+    assert call("report", run, folder, "--out", modules / "report") == 0
+    page = (modules / "report" / "report.html").read_text()
+    assert 'id="corruptions"' in page and 'id="certificates"' in page
+    assert "plain_user.brightness" in page
+    numbers = (modules / "report" / "report.csv").read_text()
+    assert "robust accuracy,L∞ 8/255" in numbers and "upper end (Wilson, 95 %)" in numbers
+
+
+@pytest.mark.parametrize("words, expected", [
+    (("RUN", "--suite", "corruption"), "Unknown suite 'corruption'. Did you mean 'corruptions'?"),
+    (("RUN", "--suite", "noise", "noise"), "suite"),
+    (("plain_user:brightness",), "Expected --data for plain_user:brightness"),
+    (("RUN", "--data", "digits"), "Expected data only with models that are no runs"),
+    (("plain_user:brightnes", "--data", "digits"), "Did you mean 'brightness'?"),
+    (("nowhere_user:f", "--data", "digits"), "Cannot import 'nowhere_user'"),
+    (("plain_user:few", "--data", "digits"), "Expected plain_user:few to return logits [2, 10]"),
+    (("plain_user:broken", "--data", "digits", "--limit", 20), "for 20 of 20 images"),
+    (("plain_user:brightness", "--data", "digits", "--suite", "curvature"), "Expected runs for"),
+    (("nowhere.stablehlo", "--data", "digits"), "found no such file"),
+    (("RUN", "--suite", "attacks", "--attacks.linf", 0, "--attacks.l2", 0), "to be > 0"),
+    (("RUN", "--suite", "ood", "--ood.strange", "digits"), "its own data set"),
+    (("RUN", "--suite", "corruptions", "--corruptions.names", "fogg"), "Did you mean 'fog'?"),
+])
+def test_bad_input_is_one_line(words, expected, run, modules, capsys):
+    assert call("evaluate", *(run if word == "RUN" else word for word in words)) == 2
+    assert expected in one_line(capsys)
+
+
+def test_official_files_of_corruptions_are_read_and_said_to_be(run, tmp_path, capsys):
+    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(10, np.int64))
+    assert call("evaluate", run, "--suite", "corruptions", "--corruptions.names", "fog",
+                "--corruptions.files", tmp_path, "--name", "official", "--limit", 20) == 2
+    assert "Expected images [8, 8, 1] as of digits" in one_line(capsys)
+
+
+def test_an_interval_holds_the_estimate_and_shrinks_with_the_images():
+    random = np.random.default_rng(1)
+    values = random.uniform(size=4000)
+    _, low, high = estimates.bootstrapped(lambda rows: values[rows].mean(), 4000, most=1)
+    error = values.std() / np.sqrt(4000)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
+    logits = random.normal(size=(500, 5))
+    labels = np.array([random.choice(5, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+    value, low, high = estimates.bootstrapped(
+        lambda rows: metrics.expected_calibration_error(logits[rows], labels[rows]), 500)
+    assert low <= value <= high
+
+
+def test_a_function_of_a_module_that_changed_has_other_results(modules, capsys):
+    again = ("evaluate", "plain_user:brightness", "--data", "digits", "--limit", 20,
+             "--noise-levels", 0)
+    assert call(*again) == 0
+    path = pathlib.Path("plain_user.py")
+    path.write_text(path.read_text() + "\n# Other.\n")
+    capsys.readouterr()
+    assert call(*again) == 2
+    assert "holds another configuration (see model.json there)" in one_line(capsys)
