@@ -99,7 +99,7 @@ def open_data(model: pathlib.Path, data: str, data_dir: pathlib.Path,
     """
     shape = image_shape_of(model)
     size = image_size if shape is None else shape[:2]
-    config = RunConfig(dataset=data)
+    config = RunConfig(dataset=data, select="last")
     return open_dataset(config if size is None else dataclasses.replace(config, image_size=size),
                         data_dir)
 

@@ -2,7 +2,11 @@
 
 import pathlib
 import shutil
+import sys
 
+import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +29,7 @@ import jax.numpy as jnp
 
 def brightness(images):
     """A plain function: ten classes by how bright an image is."""
-    return -10 * jnp.abs(images.mean(axis=(1, 2, 3))[:, None] - jnp.linspace(0.1, 0.5, 10))
+    return -10 * jnp.abs(images.mean(axis=(1, 2, 3))[:, None] - jnp.linspace(0.1, 0.5, 10)[None])
 
 
 def broken(images):
@@ -87,7 +91,8 @@ logits.defvjp(
 def _run(shared_study, tmp_path_factory):
     """A trained run, measured by the whole suite but the curvature."""
     folder = tmp_path_factory.mktemp("suite") / "run"
-    shutil.copytree(shared_study / "robust-seed0", folder)
+    shutil.copytree(shared_study / "robust-seed0", folder,
+                    ignore=shutil.ignore_patterns("curvature*"))
     assert call("evaluate", folder, "--suite", "corruptions", "attacks", "certify", "calibration",
                 "ood", "--limit", 20, *CORRUPT, *CERTIFY, *ATTACK) == 0
     return folder
@@ -98,6 +103,7 @@ def _modules(tmp_path, monkeypatch):
     """A folder, which is the current one, with the user's modules."""
     for name, text in (("plain_user", PLAIN), ("nnx_user", NNX), ("torch_user", TORCH)):
         (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
@@ -221,6 +227,10 @@ def test_an_exported_artefact_gives_the_numbers_of_its_run(run, tmp_path, monkey
     assert call("export", run, "--out", tmp_path / "net.stablehlo") == 0
     assert call("evaluate", tmp_path / "net.stablehlo", "--data", "digits", "--suite",
                 "corruptions", "attacks", "ood", "--limit", 20, *CORRUPT, *ATTACK) == 0
+    exported = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
+    images = jnp.zeros((3, 8, 8, 1))  # Where distances of features may have no derivatives.
+    gradient = jax.grad(lambda images: exported.call(images)["logits"][:, 0].sum())(images)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
     folder = tmp_path / "runs" / "net"
     for kind, part in (("corruptions", "counts"), ("attacks", "norms")):
         own, its = (files.read_json(place / f"{kind}.json")[part] for place in (folder, run))

@@ -178,7 +178,7 @@ def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tm
     script = ("import sys, pathlib, numpy as np, jax.export\n"
               "folder = pathlib.Path(sys.argv[1])\n"
               "network = jax.export.deserialize((folder / 'model.stablehlo').read_bytes())\n"
-              "found = network.call(np.load(folder / 'images.npy'))\n"
+              "found = network.call(np.float32(np.load(folder / 'images.npy')) / 255)\n"
               "np.savez(folder / 'found.npz', **found)\n"
               "assert not {'jaxrobust', 'flax', 'experiments'} & set(sys.modules)\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -190,7 +190,9 @@ def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tm
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["class_names"] == ["dry", "snow", "wet"]
     assert facts["doubt"]["threshold"] == files.read_json(run / "doubt.json")["threshold"]
-    assert facts["input"]["shape"] == ["b", 16, 20, 3]
+    assert facts["input"] == {"shape": ["b", 16, 20, 3], "dtype": "float32",
+                              "values": "RGB or grey, in [0, 1]"}
+    assert facts["output"]["logits"] == ["b", 3]
 
 
 def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
@@ -209,7 +211,8 @@ def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
         facts = json.loads((tmp_path / f"{name}.json").read_text())
         del facts["provenance"]
         exported = jax.export.deserialize((tmp_path / f"{name}.stablehlo").read_bytes())
-        found = exported.call(np.stack([data.read_image(path, (16, 20)) for path in paths]))
+        found = exported.call(np.float32(np.stack(
+            [data.read_image(path, (16, 20)) for path in paths])) / 255)
         return (said, facts, {name: np.asarray(values).tolist() for name, values in found.items()},
                 (tmp_path / f"{name}.safetensors").read_bytes())
 

@@ -145,7 +145,7 @@ def _strange(kind: str, shape: tuple[int, int, int], settings: OodSettings, numb
     height, width, channels = shape
     if kind == NOISE:
         return np.asarray(jax.random.uniform(jax.random.key(SEED), (number, *shape)))
-    config = RunConfig(dataset=kind)
+    config = RunConfig(dataset=kind, select="last")
     if kind.startswith(data.FOLDER_PREFIX):
         config = dataclasses.replace(config, image_size=(height, width))
     images = open_dataset(config, pathlib.Path(settings.data_dir)).test.images
