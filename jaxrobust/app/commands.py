@@ -433,6 +433,8 @@ class _Evaluate(OnRuns):
             if self.limit is not None:
                 number = min(self.limit, len(run.dataset.test.labels))
                 settings = dataclasses.replace(settings, **{measurement.limited: number})
+            if hasattr(settings, "data_dir"):
+                settings = dataclasses.replace(settings, data_dir=str(self.data_dir))
             if suite == NOISE:
                 facts = accuracy.evaluate_run(run, settings, folder, folder.name, self.name)
                 files.barrier("evaluated")

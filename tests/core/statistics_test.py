@@ -315,3 +315,18 @@ def test_the_upper_bound_leaves_so_few_successes_just_plausible(successes):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("successes, number", [(0, 10), (3, 10), (10, 10), (480, 500)])
+def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_reject(successes, number):
+    # The ends p solve (s / n - p)^2 = z^2 p (1 - p) / n.
+    z = stats.norm.ppf(0.975)
+    share = successes / number
+    expected = np.sort(np.roots([1 + z**2 / number, -2 * share - z**2 / number, share**2]))
+    np.testing.assert_allclose(
+        statistics.share_interval(successes, number), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_wilsons_interval_refuses_more_successes_than_trials():
+    with pytest.raises(InputError, match=r"Expected successes=11 in \[0, 10\]"):
+        statistics.share_interval(11, 10)

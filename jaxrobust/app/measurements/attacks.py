@@ -12,6 +12,7 @@ from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements.estimates import (
     Estimate,
+    Limit,
     dots_picture,
     found_of,
     numbers_of,
@@ -52,7 +53,7 @@ class AttackSettings:
     """Largest number of classes that targeted attacks aim at; 9 in the standard version."""
     num_queries: int = 5000
     """Queries of Square; 5000 in the standard version."""
-    limit: int | None = 500
+    limit: Limit = 500
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
     def __post_init__(self):

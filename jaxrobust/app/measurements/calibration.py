@@ -12,6 +12,7 @@ from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements.estimates import (
     Estimate,
+    Limit,
     bootstrapped,
     estimate,
     found_of,
@@ -38,7 +39,7 @@ class CalibrationSettings:
 
     num_bins: int = 15
     """Bins of confidence."""
-    limit: int | None = None
+    limit: Limit = None
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ from jaxrobust import _validate
 from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.measurements.estimates import (
     Estimate,
+    Limit,
     found_of,
     numbers_of,
     share,
@@ -50,7 +51,7 @@ class CertificateSettings:
     """Draws that bound its probability; published numbers use 100,000."""
     alpha: float = 0.001
     """Largest probability of a wrong certificate of an image."""
-    limit: int | None = 500
+    limit: Limit = 500
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
     def __post_init__(self):

@@ -13,6 +13,7 @@ from jaxrobust.app.config import InputError, distinct
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.estimates import (
     Estimate,
+    Limit,
     bootstrapped,
     dots_picture,
     estimate,
@@ -47,7 +48,7 @@ class CorruptionSettings:
     files: str | None = None
     """Folder of the official files, NAME.npy and labels.npy as in CIFAR-10-C; without it
     corruptions are generated."""
-    limit: int | None = None
+    limit: Limit = None
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
     def __post_init__(self):

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
+import tyro
 
 from jaxrobust import _validate, data, evaluation
 from jaxrobust.app.execution import batch_size_of
@@ -20,6 +21,10 @@ from jaxrobust.statistics import share_interval
 
 WILSON, BOOTSTRAP = "Wilson, 95 %", "bootstrap over images, centred, 95 %"
 """The kinds of intervals."""
+
+
+Limit = Annotated[int | None, tyro.conf.Suppress]
+"""A number of images, which the option --limit of the command sets for all measurements."""
 
 
 class Estimate(NamedTuple):

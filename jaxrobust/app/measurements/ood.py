@@ -3,10 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from jaxrobust import _validate, data, metrics
 from jaxrobust.app.classifiers import ForeignModel
@@ -15,6 +17,7 @@ from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.doubt import draw_images
 from jaxrobust.app.measurements.estimates import (
     Estimate,
+    Limit,
     bootstrapped,
     dots_picture,
     estimate,
@@ -47,9 +50,10 @@ class OodSettings:
     strange: tuple[str, ...] | None = None
     """Strange images: "uniform_noise", names of other data sets, whose test images are taken, or
     folder:PATH; uniform noise and digits by default."""
-    data_dir: str = dataclasses.field(default_factory=lambda: str(data.default_data_dir()))
-    """Folder of TensorFlow Datasets for the data sets of strange images."""
-    limit: int | None = None
+    data_dir: Annotated[str | None, tyro.conf.Suppress] = None
+    """Folder of TensorFlow Datasets for the data sets of strange images, which --data-dir sets; none
+    for its default."""
+    limit: Limit = None
     """Largest number of test images, and of strange images of a kind, drawn at random with seed 0;
     none for all."""
 
@@ -148,7 +152,8 @@ def _strange(kind: str, shape: tuple[int, int, int], settings: OodSettings, numb
     config = RunConfig(dataset=kind, select="last")
     if kind.startswith(data.FOLDER_PREFIX):
         config = dataclasses.replace(config, image_size=(height, width))
-    images = open_dataset(config, pathlib.Path(settings.data_dir)).test.images
+    images = open_dataset(config, pathlib.Path(
+        settings.data_dir or data.default_data_dir())).test.images
     rows = np.random.default_rng(SEED).permutation(len(images))[:settings.limit]
     images = to_float(jnp.asarray(images[np.sort(rows)]))
     if images.shape[-1] != channels:
