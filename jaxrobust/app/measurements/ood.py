@@ -51,8 +51,8 @@ class OodSettings:
     """Strange images: "uniform_noise", names of other data sets, whose test images are taken, or
     folder:PATH; uniform noise and digits by default."""
     data_dir: Annotated[str | None, tyro.conf.Suppress] = None
-    """Folder of TensorFlow Datasets for the data sets of strange images, which --data-dir sets; none
-    for its default."""
+    """Folder of TensorFlow Datasets for strange images, which --data-dir sets; none for the default
+    one."""
     limit: Limit = None
     """Largest number of test images, and of strange images of a kind, drawn at random with seed 0;
     none for all."""

@@ -82,7 +82,7 @@ def _estimates(run: Run, measured: list[Measurement]
 
 
 def _summary(run: Run, measured: list[Measurement]) -> Table:
-    rows = [text_row(one.measurement, (one.condition, f"{with_interval(one, 2)} {one.unit}".strip(),
+    rows = [text_row(one.measurement, (one.condition, _value(one),
                                        one.interval or "–"))
             for _, ones in _estimates(run, measured) for one in ones[:HEADLINES]]
     return Table(
@@ -90,6 +90,10 @@ def _summary(run: Run, measured: list[Measurement]) -> Table:
         note="How to read: the first numbers of each measurement, with their intervals in "
         "brackets. All are in the sections below and, as one table, in the CSV file beside this "
         "page.", numeric=False)
+
+
+def _value(one: Estimate) -> str:
+    return f"{with_interval(one, 2)} %" if one.unit == "%" else with_interval(one, 4)
 
 
 def _how(run: Run, measured: list[Measurement]) -> Table:
