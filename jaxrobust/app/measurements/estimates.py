@@ -186,10 +186,15 @@ def dots_picture(study: Study, estimates: Estimates, measurement: str, name: str
         lines.append(AccuracyLine(
             study.labels[row], styles[row], np.array([place for place, _ in there], float),
             np.array([np.mean([one.value for one in values]) for _, values in there]),
-            np.array([(values[0].high - values[0].low) / 2 if len(values) == 1 and
-                      values[0].low is not None else np.std([one.value for one in values])
-                      for _, values in there])))
+            np.array([_spread(values) for _, values in there]).reshape(-1, 2).T))
     return Picture(name, dots_figure(conditions, lines, of), caption,
                    f"{of} under {len(conditions)} conditions for {len(lines)} models.",
-                   f"{note} Bars: half the width of the 95 % interval of one run, or the standard "
-                   "deviation over several.")
+                   f"{note} Bars: the 95 % interval of one run, or the standard deviation over "
+                   "several.")
+
+
+def _spread(values: Sequence[Estimate]) -> tuple[float, float]:
+    """How far the bar of some runs' mean reaches down and up."""
+    if len(values) == 1 and values[0].low is not None:
+        return values[0].value - values[0].low, values[0].high - values[0].value
+    return (float(np.std([one.value for one in values])),) * 2

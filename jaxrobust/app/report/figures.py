@@ -52,7 +52,7 @@ class AccuracyLine(NamedTuple):
     style: Style
     levels: np.ndarray  # [L]; std of the noise in units of 1/255, increasing
     mean: np.ndarray  # [L]; per cent
-    std: np.ndarray  # [L]; per cent, 0 where unknown
+    std: np.ndarray  # [L]; per cent, 0 where unknown; or [2, L], down and up
 
 
 def row_style(index: int) -> Style:
