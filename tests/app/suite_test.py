@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from command_line import call, one_line
 
-from jaxrobust import corruptions, metrics
-from jaxrobust.app import files, run_folder
+from jaxrobust import corruptions, data, metrics
+from jaxrobust.app import classifiers, files, run_folder
 from jaxrobust.app.measurements import attacks, estimates
+from jaxrobust.app.measurements.corruptions import CORRUPTIONS, CorruptionSettings
+from jaxrobust.app.measurements.runner import measure
+from jaxrobust.parallel import make_layout
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -294,6 +297,24 @@ def test_official_files_of_corruptions_are_read_and_said_to_be(run, tmp_path, ca
     assert call("evaluate", run, "--suite", "corruptions", "--corruptions.names", "fog",
                 "--corruptions.files", tmp_path, "--name", "official", "--limit", 20) == 2
     assert "Expected images [8, 8, 1] as of digits" in one_line(capsys)
+
+
+def test_official_files_are_measured_with_their_own_images_and_labels(tmp_path):
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(15, 4, 4, 3), dtype=np.uint8)  # 3 images, 5 severities.
+    images[:, 0, 0, 0] = np.tile([0, 255, 255], 5)
+    labels = np.array([0, 1, 0] * 4 + [0, 1, 1])  # The last severity is all right.
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    split = data.Split(images[:3], np.array([0, 1, 1], np.int32))
+    dataset = data.Dataset("mine", split, split, ("dark", "bright"), (0.5,) * 3, (0.2,) * 3, False)
+    model = classifiers.ForeignModel("mine", dataset, make_layout("jit"), jax.tree_util.Partial(
+        lambda images: jnp.stack([1 - images[:, 0, 0, 0], images[:, 0, 0, 0]], axis=1)))
+    facts = measure(CORRUPTIONS, model, CorruptionSettings(
+        ("fog",), (4, 5), str(tmp_path)), tmp_path, "mine")
+    assert facts["origin"] == "official" and f"of the files {tmp_path}" in facts["subset"]
+    assert [one["right"] for one in facts["counts"]] == [3, 2, 3]
+    assert facts["mean"][0] == pytest.approx(5 / 6)
 
 
 def test_an_interval_holds_the_estimate_and_shrinks_with_the_images():
