@@ -78,9 +78,18 @@ def open_foreign(model: pathlib.Path, dataset: Dataset, layout: Layout | None = 
 
 
 def identity_of(model: pathlib.Path, dataset: Dataset) -> dict:
-    """What the results of a foreign model belong to: the file, by its digest, and the data set."""
-    path = model if model.suffix == ARTEFACT else pathlib.Path(
-        importlib.import_module(str(model).partition(":")[0]).__file__)
+    """What the results of a foreign model belong to: the file, by its digest, and the data set.
+
+    Raises:
+      InputError: (a ValueError) if the module of a function is no file.
+    """
+    path = model
+    if model.suffix != ARTEFACT:
+        file = getattr(importlib.import_module(str(model).partition(":")[0]), "__file__", None)
+        if file is None:
+            raise InputError(f"Expected {model} in a module with a file, whose digest tells its "
+                             "results from those of another.")
+        path = pathlib.Path(file)
     return {"model": str(model), "dataset": dataset.name, "split_seed": RunConfig.split_seed,
             "class_names": list(dataset.class_names),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

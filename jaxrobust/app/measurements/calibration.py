@@ -90,7 +90,8 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
             raise InputError(f"Expected at least 2 test images, got {len(labels)}: half of them "
                              "set the temperature.")
         fitting, logits, labels = (logits[half], labels[half]), logits[~half], labels[~half]
-        fitted_on = f"{half.sum():,} of these test images, which are left out otherwise"
+        fitted_on = f"{half.sum():,} test images that are left out otherwise"
+        subset = f"{len(labels):,} images, one half of {subset}"
     temperature, refused = _temperature(*fitting)
     variants = {BEFORE: logits} | ({AFTER: logits / temperature} if temperature else {})
     scores, arrays = {}, {}

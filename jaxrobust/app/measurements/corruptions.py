@@ -72,15 +72,15 @@ def _measure(run: TrainedRun | ForeignModel, settings: CorruptionSettings, work:
     test = subset_of(run.dataset.test, settings.limit)
     every = [(CLEAN, 0), *((name, severity) for name in settings.names
                            for severity in settings.severities)]
-    whole = run.dataset.test
+    whole = run.dataset.test if settings.files is None else _official(
+        run, settings, settings.names[0], settings.severities[0])
     with progress(f"{work.label}, corruptions", len(every), done=work.rows) as shown:
         for name, severity in every[work.rows:]:
             split, perturb = test, None
             if name != CLEAN and settings.files is None:
                 perturb = common.corruption(name, severity)
             elif name != CLEAN:
-                whole = _official(run, settings, name, severity)
-                split = subset_of(whole, settings.limit)
+                split = subset_of(_official(run, settings, name, severity), settings.limit)
             correct, = evaluation.evaluate(
                 run.logits_fn, split.images, split.labels, perturb=perturb,
                 key=jax.random.fold_in(jax.random.key(SEED), _number(name, severity)),
