@@ -123,6 +123,10 @@ def _official(run, settings, name, severity) -> Split:
         raise InputError(f"Expected images {list(run.dataset.image_shape)} as of "
                          f"{run.dataset.name} in {found.source}, got "
                          f"{list(found.images.shape[1:])}.")
+    if len(found.labels) != len(run.dataset.test.labels):
+        raise InputError(f"Expected {len(run.dataset.test.labels)} images at each severity in "
+                         f"{found.source}, as many as test images of {run.dataset.name}, got "
+                         f"{len(found.labels)}.")
     _validate.labels(f"labels of {found.source}", found.labels, len(run.dataset.class_names))
     return Split(found.images, found.labels)
 
