@@ -23,10 +23,12 @@ test-all: $(VENV)/installed
 
 # The core at the lower bounds in pyproject.toml. The warnings are caused by Flax 0.12.0, which looks
 # for names that JAX 0.8.0 has changed.
-$(LOWEST)/installed: $(VENV)/installed pyproject.toml
-	$(VENV)/bin/uv venv --quiet --clear --python 3.11 $(LOWEST)
-	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
-		--resolution lowest-direct -e '.[app,weights,dev]'
+$(LOWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -c "import tomllib; print(*(bound.replace('>=', '==') for bound in \
+		tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']), sep='\n')" \
+		> $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet -e '.[app,weights,dev]' -c $(LOWEST)/lowest.txt
 	touch $@
 
 test-lowest: $(LOWEST)/installed
