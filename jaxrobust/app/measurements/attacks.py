@@ -13,6 +13,7 @@ from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
+    check_counts,
     dots_picture,
     found_of,
     numbers_of,
@@ -61,9 +62,7 @@ class AttackSettings:
             _validate.in_range(name, getattr(self, name), 0)
         if not self.norms:
             raise InputError(f"Expected linf={self.linf:g} or l2={self.l2:g} to be > 0.")
-        for name in ("num_steps", "num_targets", "num_queries") + (
-                () if self.limit is None else ("limit",)):
-            _validate.in_range(name, getattr(self, name), 1)
+        check_counts(self, "num_steps", "num_targets", "num_queries", "limit")
 
     @property
     def norms(self) -> dict[str, float]:

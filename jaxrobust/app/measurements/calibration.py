@@ -14,6 +14,7 @@ from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
     bootstrapped,
+    check_counts,
     estimate,
     found_of,
     numbers_of,
@@ -43,8 +44,7 @@ class CalibrationSettings:
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
     def __post_init__(self):
-        for name in ("num_bins",) + (() if self.limit is None else ("limit",)):
-            _validate.in_range(name, getattr(self, name), 1)
+        check_counts(self, "num_bins", "limit")
 
 
 def _scores(num_bins: int) -> dict[str, tuple[Score, float]]:

@@ -12,6 +12,7 @@ from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
+    check_counts,
     found_of,
     numbers_of,
     share,
@@ -57,8 +58,7 @@ class CertificateSettings:
     def __post_init__(self):
         _validate.in_range("sigma", self.sigma, 0, open_low=True)
         _validate.in_range("alpha", self.alpha, 0, 1, open_low=True)
-        for name in ("n0", "n") + (() if self.limit is None else ("limit",)):
-            _validate.in_range(name, getattr(self, name), 1)
+        check_counts(self, "n0", "n", "limit")
 
 
 def _classify(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:

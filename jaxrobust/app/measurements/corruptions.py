@@ -15,6 +15,7 @@ from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
     bootstrapped,
+    check_counts,
     dots_picture,
     estimate,
     numbers_of,
@@ -59,8 +60,7 @@ class CorruptionSettings:
             common.corruption(name, 1)
         for severity in self.severities:
             common.corruption("fog", severity)
-        if self.limit is not None:
-            _validate.in_range("limit", self.limit, 1)
+        check_counts(self, "limit")
 
 
 def _measure(run: TrainedRun | ForeignModel, settings: CorruptionSettings, work: Work) -> Measured:

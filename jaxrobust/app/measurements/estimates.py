@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,6 +70,13 @@ def numbers_of(estimates: Estimates) -> Callable[[Run], Iterator[Number]]:
 
 
 # --- Images ----------------------------------------------------------------------------------
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises InputError if one of these settings is less than 1; None is no number."""
+    for name in names:
+        if getattr(settings, name) is not None:
+            _validate.in_range(name, getattr(settings, name), 1)
 
 
 def subset_of(split: Split, limit: int | None) -> Split:

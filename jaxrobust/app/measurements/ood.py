@@ -19,6 +19,7 @@ from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
     bootstrapped,
+    check_counts,
     dots_picture,
     estimate,
     found_of,
@@ -64,8 +65,7 @@ class OodSettings:
             for name in self.strange:
                 if not name.startswith(data.FOLDER_PREFIX):
                     _validate.one_of("strange images", name, (NOISE, *data.DATASETS))
-        if self.limit is not None:
-            _validate.in_range("limit", self.limit, 1)
+        check_counts(self, "limit")
 
 
 def _asked(run: TrainedRun | ForeignModel, settings: OodSettings, folder: pathlib.Path) -> dict:
