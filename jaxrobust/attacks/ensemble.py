@@ -56,6 +56,11 @@ def auto_attack(
     :class:`~jaxrobust.attacks.Randomised` classifier gets the version for such: ``apgd-ce`` and
     ``apgd-dlr`` through expectations. Every success is confirmed on the attacked image.
 
+    Differences from the authors' code: Square draws places for each image instead of for each
+    batch, and in L2 passes on the mass of each channel as its paper does
+    (:func:`~jaxrobust.attacks.square_attack`); FAB ends with a bisection; the gradient of the
+    softmax loss keeps its digits where the network is confident.
+
     The warnings are AutoAttack's: ``probabilities``, where outputs look like probabilities instead
     of logits; ``random``, where five passes over the first batch differ;
     ``zero_gradients``, where the softmax loss has none; ``black_box``, where Square, which uses no

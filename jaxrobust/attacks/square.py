@@ -37,6 +37,15 @@ def square_attack(
     falls. The share of the image that a window covers is 0.8 at first, and is halved after 10, 50,
     200, 500, 1000, 2000, 4000, 6000 and 8000 queries. An image is done when it is misclassified.
 
+    In L2 channel i of the first window gets the norm
+
+    .. math:: \sqrt{\|\nu_{W_1 \cup W_2, i}\|^2 + (\epsilon^2 - \|\nu\|^2) / c}
+
+    with :math:`\nu` the perturbation, :math:`W_1, W_2` the windows and c channels: each channel
+    passes on its own mass, as in the paper (Algorithm 3) and its authors' code. AutoAttack's code
+    gives every channel the mass of all of them before it scales the whole to :math:`\epsilon`, so
+    that a query moves up to c times as much mass into the window.
+
     Args:
       logits_fn: as for :func:`~jaxrobust.attacks.pgd`.
       images: [B, H, W, channels], uint8 or floats in [0, 1]; for "l2", H and W >= 3.

@@ -308,6 +308,17 @@ def test_windows_of_square_shrink_as_published():
         assert (pattern[:side // 2] >= 0).all() and (pattern[side // 2:] <= 0).all()
 
 
+def test_each_channel_passes_on_its_own_mass_in_squares_of_l2():
+    image = jnp.full((5, 5, 3), 0.5)
+    change = np.random.default_rng(0).normal(size=image.shape) * np.array([3, 1, 0.2])
+    change = jnp.asarray(0.3 * change / np.linalg.norm(change), jnp.float32)
+    old = jnp.sum(jnp.square(change), axis=(0, 1))
+    for epsilon in (0.3, 0.5):  # Nothing is left, and something that the channels share.
+        proposed = square._propose_l2(KEY, image, image + change, epsilon, 0)  # One window: all.
+        np.testing.assert_allclose(jnp.sum(jnp.square(proposed - image), axis=(0, 1)),
+                                   old + (epsilon**2 - 0.3**2) / 3, rtol=1e-4)
+
+
 def test_attacks_under_jit_are_those_without(network):
     logits_fn, images, labels = network
     for name, norm in (("pgd", "l2"), ("apgd", "linf"), ("square", "linf")):
