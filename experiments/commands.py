@@ -24,8 +24,9 @@ class Reproduce(Compare):
     """A table, figure or question, such as table1, figure9 or centroids; "paper", "questions" or
     "all" for several; or a recipe, such as digits, cifar10_small or road."""
     scale: str | None = None
-    """Scale of tables, figures and questions: "full", the paper's, for GPUs; "small", for CPUs;
-    "tiny", to see that everything runs. "full" by default; a recipe has its own."""
+    """Scale of tables, figures and questions: "full", the paper's, for GPUs; "medium",
+    minutes on a GPU, of CIFAR-10 alone; "small", for CPUs; "tiny", to see that everything runs.
+    "full" by default; a recipe has its own."""
     studies: tuple[str, ...] | None = None
     """Studies to use for tables and figures made from several, such as "cifar10" and "svhn"; all by
     default."""

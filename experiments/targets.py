@@ -197,6 +197,7 @@ def make_plan(
             for one, target in chosen.items()}
         chosen = {one: target for one, target in chosen.items() if target.studies}
     studies: dict[str, StudyPlan] = {}
+    chosen = _at_scale(name, chosen, scale)
     for target in chosen.values():
         for study in target.studies:
             recipe = STUDIES[study][scale]
@@ -213,6 +214,20 @@ def make_plan(
                 tuple(seeds or recipe.seeds),
                 tuple(row for row in recipe.rows if row in measured))
     return Plan(chosen, scale, studies, root / scale)
+
+
+def _at_scale(name: str, targets: dict[str, Target], scale: str) -> dict[str, Target]:
+    """The targets that can be made at a scale, each from its studies that have a recipe there."""
+    kept = {one: dataclasses.replace(target, studies=tuple(
+        study for study in target.studies if scale in STUDIES[study]))
+        for one, target in targets.items()}
+    kept = {one: target for one, target in kept.items() if target.studies}
+    if not kept:
+        known = {each for target in targets.values() for study in target.studies
+                 for each in STUDIES[study]}
+        raise InputError(f"Expected scale={scale!r} as one of "
+                         f"{', '.join(each for each in SCALES if each in known)} for {name}.")
+    return kept
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:

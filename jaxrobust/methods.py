@@ -178,8 +178,9 @@ def _robust(config: RobustLossConfig, *, align: bool = True) -> Added:
     return add
 
 
-METHODS = ("normal", "noisy", "both", "stability", "robust", "robust_clean")
-"""The rows of the paper's tables in their order, and the method of its ablation (Table 5)."""
+METHODS = ("normal", "noisy", "both", "stability", "robust", "robust_clean", "robust_both")
+"""The rows of the paper's tables in their order, the method of its ablation (Table 5), and one
+beyond the paper."""
 
 
 def make_method(
@@ -195,14 +196,15 @@ def make_method(
     ``normal``: softmax loss on clean images. ``noisy``: on noisy images. ``both``: on both,
     in one pass. ``stability``: on clean images, plus the distance between the features of
     both. ``robust``: on clean images, plus the paper's loss (Eq. 13). ``robust_clean``: the same
-    without noisy images (Eq. 7).
+    without noisy images (Eq. 7). ``robust_both``, beyond the paper: the softmax loss of ``both``
+    plus the paper's loss.
 
     Args:
       name: one of :data:`METHODS`.
-      robust: for ``robust`` and ``robust_clean``.
+      robust: for ``robust``, ``robust_clean`` and ``robust_both``.
       stability_weight: for ``stability``, >= 0.
       class_weights: [C], > 0, for every softmax loss, see :func:`softmax_loss`; None for 1 each.
-        The terms that ``stability``, ``robust`` and ``robust_clean`` add are not weighted.
+        The terms added to the softmax losses are not weighted.
       one_pass: for ``stability`` and ``robust``: whether clean and noisy images go through the
         network together, as they always do for ``both``, or one after the other, as in the paper.
 
@@ -226,5 +228,7 @@ def make_method(
         "stability": _two_views(softmax, _stability(stability_weight), one_pass=one_pass),
         "robust": _two_views(softmax, _robust(robust), one_pass=one_pass),
         "robust_clean": _one_view("clean", softmax, _robust(robust, align=False)),
+        "robust_both": _two_views(
+            softmax, _robust(robust), one_pass=True, softmax_on_noisy=True),
     }
     return Method(name, objectives[name])

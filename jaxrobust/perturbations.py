@@ -51,6 +51,32 @@ def gaussian(std: float, *, clip: bool = True) -> Perturbation:
     return jax.tree_util.Partial(_Noise(jax.random.normal, clip=clip), _strength("std", std))
 
 
+def sometimes_gaussian(std: float, probability: float = 0.5) -> Perturbation:
+    """Adds Gaussian noise to each image with the given probability, and leaves the others clean.
+
+    Training on such images is Gaussian data augmentation on a part of each batch (Rusak et al.
+    2020, "A simple way to make neural networks robust against diverse image corruptions",
+    https://arxiv.org/abs/2001.06057, on half). The result is clipped to [0, 1].
+
+    Args:
+      std: standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
+      probability: that an image gets noise, in [0, 1]; it is drawn for each image.
+    """
+    _validate.in_range("probability", probability, 0, 1, open_high=False)
+    return jax.tree_util.Partial(_Noise(_Mixed(float(probability))), _strength("std", std))
+
+
+def random_gaussian(std: float) -> Perturbation:
+    """Adds Gaussian noise whose standard deviation is drawn for each image from U(0, std).
+
+    For an unknown noise level; the result is clipped to [0, 1].
+
+    Args:
+      std: largest standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
+    """
+    return jax.tree_util.Partial(_Noise(_random_level_draw), _strength("std", std))
+
+
 def uniform(amplitude: float, *, clip: bool = True) -> Perturbation:
     """Adds noise, uniform in [-amplitude, amplitude], in pixel values of [0, 1].
 
@@ -161,7 +187,8 @@ def compose(*perturbations: Perturbation) -> Perturbation:
 
 PERTURBATIONS: dict[str, Callable[..., Perturbation]] = {
     make.__name__: make for make in (
-        identity, gaussian, uniform, laplace, speckle, salt_and_pepper, occlusion, down_up, stripes)
+        identity, gaussian, sometimes_gaussian, random_gaussian, uniform, laplace, speckle,
+        salt_and_pepper, occlusion, down_up, stripes)
 } | MAKERS
 """The functions that make perturbations, by their names in :func:`parse_perturbation`."""
 
@@ -296,6 +323,28 @@ class _Noise:
         noise = noise.astype(wide.dtype)
         noisy = wide * (1 + noise) if self.relative else wide + noise
         return (jnp.clip(noisy, 0, 1) if self.clip else noisy).astype(images.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixed:
+    """Normal noise for a part of the images, drawn at random, and 0 for the others."""
+
+    probability: float
+
+    def __call__(self, key, shape, dtype):
+        chosen_key, key = jax.random.split(key)
+        chosen = jax.random.bernoulli(chosen_key, self.probability, _one_per_image(shape))
+        return chosen.astype(dtype) * jax.random.normal(key, shape, dtype)
+
+
+def _random_level_draw(key, shape, dtype):
+    level_key, key = jax.random.split(key)
+    level = jax.random.uniform(level_key, _one_per_image(shape), dtype)
+    return level * jax.random.normal(key, shape, dtype)
+
+
+def _one_per_image(shape):
+    return shape[0], *(1 for _ in shape[1:])
 
 
 def _uniform_draw(key, shape, dtype):

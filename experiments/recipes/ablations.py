@@ -202,9 +202,11 @@ TABLE5 = {"table5_cifar10": cifar10.RECIPE, "table5_svhn": svhn.RECIPE}
 
 STUDIES = ("ablations", *TABLE5)
 
+AT_SCALES = ("full", "small", "tiny")
+
 
 def at_scale(study: str, scale: str) -> Recipe:
-    """Makes the recipe of one of :data:`STUDIES` at one of the scales."""
+    """Makes the recipe of one of :data:`STUDIES` at one of :data:`AT_SCALES`."""
     base = SMALL if scale == "small" else FULL
     run, evaluation, paper = base.rows["robust"], base.evaluation, {}
     if study == "ablations":

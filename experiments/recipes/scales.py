@@ -1,11 +1,11 @@
-"""The scales of a study: the paper's, a smaller one for CPUs, and the smallest that runs it all."""
+"""The scales of a study: the paper's, smaller ones, and the smallest that runs it all."""
 
 import dataclasses
 
 from jaxrobust.app.config import CurvatureConfig, OptimizerConfig, RunConfig
 from jaxrobust.app.recipe import Cost, Recipe
 
-SCALES = ("full", "small", "tiny")
+SCALES = ("full", "medium", "small", "tiny")
 
 
 def name_at(study: str, scale: str) -> str:

@@ -159,10 +159,11 @@ class RunConfig:
     of that epoch, or the "running" averages of training, as in the paper, which lag behind in a
     short training."""
     method: str = "robust"
-    """Training method: "normal", "noisy", "both", "stability", "robust", or "robust_clean", which
-    constrains clean images alone, as in the paper's ablation."""
+    """Training method: "normal", "noisy", "both", "stability", "robust", "robust_both", which adds
+    the paper's loss to the softmax losses of "both", or "robust_clean", which constrains clean
+    images alone, as in the paper's ablation."""
     robust: RobustLossConfig = RobustLossConfig()
-    """Settings of the loss of "robust" and "robust_clean"."""
+    """Settings of the loss of "robust", "robust_both" and "robust_clean"."""
     stability_weight: float = 1.0
     """Weight of the stability term in the method "stability"."""
     class_weights: str = "none"

@@ -111,7 +111,7 @@ def test_a_module_with_dropout_and_without_an_axis_name(form):
 # Of which views a method's evaluation statistics are, by hand.
 VIEWS = {"normal": ("clean",), "noisy": ("noisy",), "robust_clean": ("clean",),
          "both": ("clean", "noisy"), "stability": ("clean", "noisy"),
-         "robust": ("clean", "noisy")}
+         "robust": ("clean", "noisy"), "robust_both": ("clean", "noisy")}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

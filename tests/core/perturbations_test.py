@@ -24,7 +24,9 @@ from jaxrobust.perturbations import (
     occlusion,
     parse_perturbation,
     per_example,
+    random_gaussian,
     salt_and_pepper,
+    sometimes_gaussian,
     speckle,
     stripes,
     uniform,
@@ -32,7 +34,8 @@ from jaxrobust.perturbations import (
 
 CLIPPED = {"gaussian": gaussian, "uniform": uniform}
 """Noise with an option not to clip it."""
-STRENGTHS = {**CLIPPED, "laplace": laplace, "speckle": speckle, "salt_and_pepper": salt_and_pepper}
+STRENGTHS = {**CLIPPED, "laplace": laplace, "speckle": speckle, "salt_and_pepper": salt_and_pepper,
+             "sometimes_gaussian": sometimes_gaussian, "random_gaussian": random_gaussian}
 EVERY = {**{name: make(0.3) for name, make in STRENGTHS.items()}, "identity": identity(),
          "occlusion": occlusion(3, 4), "stripes": stripes(2, 3), "down_up": down_up(2),
          "composed": compose(gaussian(0.1), occlusion(2, 3), down_up(3))}
@@ -104,6 +107,27 @@ def test_gaussian_noise_has_the_moments_and_quantiles_of_its_standard_deviation(
     np.testing.assert_allclose(draws.std(), 0.2, rtol=0.02)
     for quantile, z in ((0.025, -1.960), (0.25, -0.6745), (0.75, 0.6745), (0.975, 1.960)):
         np.testing.assert_allclose(np.quantile(draws, quantile), 0.2 * z, atol=0.01)
+
+
+def level_of_each(perturb, images=4000, size=400):
+    """The standard deviation of what is added to each of many grey images."""
+    grey = jnp.full((images, size), 0.5)
+    return np.std(np.asarray(perturb(jax.random.key(3), grey)) - 0.5, axis=1)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 0.8, 1.0])
+def test_noise_on_a_part_of_the_images_leaves_the_others_as_they_are(probability):
+    levels = level_of_each(sometimes_gaussian(0.1, probability))
+    with_noise = levels > 0
+    assert abs(with_noise.mean() - probability) < 0.03
+    np.testing.assert_allclose(levels[with_noise], 0.1, rtol=0.2)
+
+
+def test_a_random_level_is_uniform_up_to_the_largest():
+    levels = level_of_each(random_gaussian(0.1))
+    assert levels.max() < 0.12
+    for quantile in (0.1, 0.5, 0.9):
+        np.testing.assert_allclose(np.quantile(levels, quantile), 0.1 * quantile, atol=0.005)
 
 
 def test_uniform_noise_fills_its_interval_evenly():
@@ -359,7 +383,7 @@ def test_a_bad_expression_is_refused_in_one_line(text, message):
     with pytest.raises(InputError) as caught:
         parse_perturbation(text)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("perturb, message", [

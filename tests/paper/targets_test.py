@@ -194,11 +194,14 @@ def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
         assert call("reproduce", "all", "--scale", scale, "--dry-run", "--data",
                     f"folder:{photographs}") == 0
         said = capsys.readouterr().out
+        there = [name for name, study in STUDIES.items() if scale in study]
         for name, target in targets.TARGETS.items():
-            assert f"{name}: {target.title}; in runs/{scale}/{name}" in said
-        for study in STUDIES.values():
-            assert f"{study[scale].name}: " in said
-        assert said.count("on one GPU") == len(STUDIES)
+            line = f"{name}: {target.title}; in runs/{scale}/{name}"
+            assert (line in said) == any(study in there for study in target.studies)
+        for name in there:
+            assert f"{STUDIES[name][scale].name}: " in said
+        assert said.count("on one GPU") == len(there)
+    assert there == list(STUDIES)  # At the tiny scale, the last.
     assert call("reproduce", "digits", "--dry-run") == 0
     assert "digits: 15 runs (5 rows, seeds 0, 1, 2), 0 done" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [photographs]
@@ -304,6 +307,7 @@ def test_a_target_of_two_data_sets_can_be_made_of_one(capsys):
 @pytest.mark.parametrize("arguments, expected", [
     (("table6",), "Unknown table, figure, question or recipe 'table6'. Did you mean 'table"),
     (("table1", "--scale", "smal"), "Unknown scale 'smal'. Did you mean 'small'?"),
+    (("table5", "--scale", "medium"), "Expected scale='medium' as one of full, small, tiny for "),
     (("digits", "--scale", "small"), "Expected scale only with a table, figure or question"),
     (("digits", "--studies", "cifar10"), "Expected studies only with a table, figure"),
     (("table1", "--rows", "robust"), "Expected rows only with a recipe"),
@@ -326,8 +330,7 @@ def test_data_sets_are_looked_for_before_anything_is_run(tmp_path, capsys):
 
 
 def test_the_rows_of_a_question_differ_in_what_it_asks():
-    for scale in SCALES:
-        recipe = STUDIES["ablations"][scale]
+    for scale, recipe in STUDIES["ablations"].items():
         for name, question in ablations.QUESTIONS.items():
             configs = [recipe.rows[row] for row in question.rows]
             assert question.reference in question.rows

@@ -21,8 +21,9 @@ from jaxrobust.methods import METHODS
 USERS = {
     "noise_std": tuple(method for method in METHODS if method not in ("normal", "robust_clean")),
     "stability_weight": ("stability",),
-    **{name: ("robust", "robust_clean") for name in SWEPT if name.startswith("robust.")},
-    "robust.lam": ("robust",),
+    **{name: ("robust", "robust_both", "robust_clean")
+       for name in SWEPT if name.startswith("robust.")},
+    "robust.lam": ("robust", "robust_both"),
 }
 """For each setting that can be swept, the methods that use it."""
 
