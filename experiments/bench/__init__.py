@@ -10,7 +10,7 @@ import importlib.util
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -120,9 +120,10 @@ BENCHMARKS = {
 
 def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         only: Sequence[str] | None = None) -> str:
-    """Runs a benchmark; writes ``bench.json``, ``bench.md`` and figures after every section.
+    """Runs a benchmark; writes ``bench.json``, ``bench.md`` and figures after every case.
 
-    Keeps a section that was measured before with the same settings, unless ``only`` names it.
+    Keeps a section that was measured to its end before, with the same settings, unless ``only``
+    names it.
     Returns the table of ratios.
     """
     _validate.one_of("benchmark", name, BENCHMARKS)
@@ -139,27 +140,35 @@ def run(name: str, folder: pathlib.Path, *, quick: bool = False,
         if not only and done.get(key, {}).get("settings") == wanted[key]:
             continue
         print(f"({key}) {benchmark.sections[key].title}", flush=True)
-        done[key] = _measure(benchmark.sections[key], quick) | {"settings": wanted[key]}
-        _write(folder, described | {"title": benchmark.title}, {
-            each: done[each] for each in benchmark.sections if each in done})
+        for measured, ended in _measure(benchmark.sections[key], quick):
+            done[key] = measured | {"settings": wanted[key] if ended else None}
+            _write(folder, described | {"title": benchmark.title}, {
+                each: done[each] for each in benchmark.sections if each in done})
     return page.ratio_table(files.read_json(path)["ratios"])
 
 
-def _measure(section: Section, quick: bool) -> dict:
+def _measure(section: Section, quick: bool) -> Iterator[tuple[dict, bool]]:
+    """Yields what is measured so far, after every case, and whether that is all."""
     jax.clear_caches()  # No section uses what another has compiled.
     made, load, start = provenance.describe(), timing.load_average(), time.perf_counter()
+    if importlib.util.find_spec("torch") is not None:
+        made["versions"]["torch"] = metadata.version("torch")
     measured: dict[str, Any] = {"rows": [], "ratios": []}
+
+    def described() -> dict:
+        return {"title": section.title, "note": section.note, "result": measured,
+                "provenance": made | {
+                    "cores": timing.cores(), "load_average": [load, timing.load_average()],
+                    "seconds": time.perf_counter() - start}}
+
     try:
         for rows, ratios in section.measure(section.settings_for(quick)):
             measured["rows"] += rows
             measured["ratios"] += ratios
+            yield described(), False
     except timing.NotMeasured as error:
         measured = {"not_measured": str(error)}
-    if importlib.util.find_spec("torch") is not None:
-        made["versions"]["torch"] = metadata.version("torch")
-    return {"title": section.title, "note": section.note, "result": measured, "provenance": made | {
-        "cores": timing.cores(), "load_average": [load, timing.load_average()],
-        "seconds": time.perf_counter() - start}}
+    yield described(), True
 
 
 def _write(folder: pathlib.Path, described: Mapping, sections: Mapping[str, Mapping]) -> None:

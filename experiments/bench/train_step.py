@@ -37,20 +37,25 @@ class Settings:
     num_classes: int = 10
     # By batch size; only the comparison with PyTorch has more than the first.
     rounds: tuple[tuple[int, int], ...] = ((64, 5), (512, 2))
+    dtypes: tuple[str, ...] = ("float32",)
     peers: tuple[str, ...] = (EAGER, CHANNELS_LAST, COMPILED)
     product_sizes: tuple[int, ...] = (1024, 2048, 4096)
 
 
 def settings_for(quick: bool) -> Settings:
     """The full benchmark, or a quick one to see that everything works."""
-    return Settings() if not quick else Settings(
-        width=4, image_size=8, num_classes=3, rounds=((4, 2), (8, 2)),
-        peers=(EAGER, CHANNELS_LAST), product_sizes=(64, 128))
+    dtypes = ("float32",) if jax.default_backend() == "cpu" else ("bfloat16", "float32")
+    if quick:
+        return Settings(width=4, image_size=8, num_classes=3, rounds=((4, 2), (8, 2)),
+                        dtypes=dtypes, peers=(EAGER, CHANNELS_LAST), product_sizes=(64, 128))
+    if jax.default_backend() == "cpu":
+        return Settings()
+    return Settings(rounds=((512, 10), (64, 10)), dtypes=dtypes, product_sizes=(4096, 8192))
 
 
 def measure_peers(settings: Settings) -> timing.Parts:
     """Times a step of ``normal`` here and in PyTorch, on GPUs also in bfloat16."""
-    for dtype in _dtypes():
+    for dtype in settings.dtypes:
         for case, rounds in _cases(settings):
             missing = problem.why_no_torch()
             steps = {"JAX": make_step(case, dtype, "normal")}
@@ -69,7 +74,7 @@ def measure_peers(settings: Settings) -> timing.Parts:
 def measure_methods(settings: Settings) -> timing.Parts:
     """Times a step of ``robust``, in two passes and in one, against one of ``both``."""
     (case, rounds), *_ = _cases(settings)
-    for dtype in _dtypes():
+    for dtype in settings.dtypes:
         rows = _rows(case, dtype, {
             "`both`": make_step(case, dtype, "both"), "`robust`": make_step(case, dtype, "robust"),
             "`robust`, one pass": make_step(case, dtype, "robust", one_pass=True)}, rounds)
@@ -86,7 +91,7 @@ def measure_peak(settings: Settings) -> timing.Parts:
     """
     (case, rounds), *_ = _cases(settings)
     made = problem.make_problem(case)
-    for dtype in _dtypes():
+    for dtype in settings.dtypes:
         operations = {"a step": step_flops(made.model, made.variables, made.images)}
         contenders = {"a step": make_step(case, dtype, "normal")}
         for size in settings.product_sizes:
@@ -192,10 +197,6 @@ def _make_product(size: int, dtype: str) -> Contender:
     left, right = (jnp.asarray(draw.normal(size=(size, size)), dtype) for _ in range(2))
     product = jax.jit(jnp.matmul)
     return Contender(lambda: jax.block_until_ready(product(left, right)))
-
-
-def _dtypes() -> tuple[str, ...]:
-    return ("float32",) if jax.default_backend() == "cpu" else ("float32", "bfloat16")
 
 
 def _cases(settings: Settings) -> list[tuple[Case, int]]:
