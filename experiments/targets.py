@@ -18,6 +18,7 @@ from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import blocks, curvature, networks, noise_counts, sharpness
 from jaxrobust.app.measurements.robustness import FIGURES
 from jaxrobust.app.measurements.runner import sections
+from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Picture, Section, Table
 from jaxrobust.app.study.plan import StudyPlan, folder_of, require_data, with_sources
@@ -218,16 +219,22 @@ def make_plan(
 
 def _at_scale(name: str, targets: dict[str, Target], scale: str) -> dict[str, Target]:
     """The targets that can be made at a scale, each from its studies that have a recipe there."""
-    kept = {one: dataclasses.replace(target, studies=tuple(
-        study for study in target.studies if scale in STUDIES[study]))
-        for one, target in targets.items()}
-    kept = {one: target for one, target in kept.items() if target.studies}
-    if not kept:
-        known = {each for target in targets.values() for study in target.studies
-                 for each in STUDIES[study]}
+    def at(scale: str) -> dict[str, Target]:
+        made = {one: dataclasses.replace(target, studies=tuple(
+            study for study in target.studies if _can_make(target, STUDIES[study].get(scale))))
+            for one, target in targets.items()}
+        return {one: target for one, target in made.items() if target.studies}
+
+    if not at(scale):
         raise InputError(f"Expected scale={scale!r} as one of "
-                         f"{', '.join(each for each in SCALES if each in known)} for {name}.")
-    return kept
+                         f"{', '.join(each for each in SCALES if at(each))} for {name}.")
+    return at(scale)
+
+
+def _can_make(target: Target, recipe: Recipe | None) -> bool:
+    """Whether a recipe, if there is one, measures what a target shows."""
+    return recipe is not None and (
+        recipe.curvature is not None or curvature.numbers not in target.numbers)
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:

@@ -13,7 +13,7 @@ the last epoch is kept. The paper's loss has the small weights that work in shor
 import dataclasses
 
 from experiments.recipes import cifar10
-from jaxrobust.app.config import CurvatureConfig, Evaluation, OptimizerConfig, RunConfig
+from jaxrobust.app.config import Evaluation, OptimizerConfig, RunConfig
 from jaxrobust.app.recipe import METHOD_PAPER_ROWS, SHORT_SCHEDULE_LABELS, Cost, Recipe, method_rows
 from jaxrobust.losses import RobustLossConfig
 
@@ -22,7 +22,7 @@ BASE = RunConfig(
     checkpoint_every=6, batch_norm_statistics="running",
     robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0),
     optimizer=OptimizerConfig(
-        learning_rate=0.4, schedule="cosine", warmup_epochs=5.0, clip_norm=5.0))
+        learning_rate=0.2, schedule="cosine", warmup_epochs=5.0, clip_norm=5.0))
 
 RECIPE = Recipe(
     name="cifar10_medium",
@@ -39,7 +39,7 @@ RECIPE = Recipe(
         "robust_both": "Both, with the paper's loss added",
     },
     evaluation=Evaluation(noise_levels=cifar10.RECIPE.evaluation.noise_levels),
-    curvature=CurvatureConfig(num_images=1000, batch_size=100),
+    curvature=None,
     cost=Cost(cpu_hours=150, cpu_gigabytes=6, gpu_hours=0.25, basis="projected"),
     paper_rows=METHOD_PAPER_ROWS,
     paper_table="table1",

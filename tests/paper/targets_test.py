@@ -197,7 +197,8 @@ def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
         there = [name for name, study in STUDIES.items() if scale in study]
         for name, target in targets.TARGETS.items():
             line = f"{name}: {target.title}; in runs/{scale}/{name}"
-            assert (line in said) == any(study in there for study in target.studies)
+            assert (line in said) == any(study in there for study in target.studies) or (
+                name == "figure10" and scale == "medium")  # which measures no curvature.
         for name in there:
             assert f"{STUDIES[name][scale].name}: " in said
         assert said.count("on one GPU") == len(there)
