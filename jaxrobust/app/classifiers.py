@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from jaxrobust._errors import reason_of
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import open_dataset
-from jaxrobust.app.trainer import Splits
+from jaxrobust.app.trainer import Splits, TrainedRun
 from jaxrobust.data import Dataset
 from jaxrobust.images import FeaturesFn, LogitsFn
 from jaxrobust.parallel import Layout, make_layout
@@ -27,14 +28,19 @@ ARTEFACT = ".stablehlo"
 """The suffix of exported artefacts."""
 
 
+RandomLogitsFn = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(key, images [B, ...]) -> logits [B, C]``, row i depending on the key and image i alone."""
+
+
 class ForeignModel(NamedTuple):
     """A classifier that measurements take in the place of a trained run."""
 
     name: str
     dataset: Dataset  # whose test images it is tested on
     layout: Layout
-    logits_fn: LogitsFn
+    logits_fn: LogitsFn | RandomLogitsFn
     features_fn: FeaturesFn | None = None
+    takes_key: bool = False  # whether logits_fn is randomised
     config: None = None  # it has none, as it was not trained here
     epoch: None = None
 
@@ -42,6 +48,12 @@ class ForeignModel(NamedTuple):
     def splits(self) -> Splits:
         """The data set's training images, and its validation images if it has some."""
         return Splits(self.dataset.train, self.dataset.validation)
+
+
+def is_randomised(run: TrainedRun | ForeignModel) -> bool:
+    """Whether a model's logits are a function of a key and images; see
+    :class:`jaxrobust.attacks.Randomised`."""
+    return isinstance(run, ForeignModel) and run.takes_key
 
 
 def is_foreign(model: pathlib.Path) -> bool:
@@ -59,7 +71,8 @@ def open_foreign(model: pathlib.Path, dataset: Dataset, layout: Layout | None = 
     """Opens ``FILE.stablehlo``, made by the command ``export``, or ``module:function``.
 
     The function takes images [B, H, W, channels], float32 in [0, 1], and returns logits [B, C]; it
-    must be one that JAX can trace. Its module is imported from the current folder or from wherever
+    must be one that JAX can trace. With two required arguments it is randomised, a function of a
+    key and images. Its module is imported from the current folder or from wherever
     Python finds it.
 
     Raises:
@@ -67,14 +80,86 @@ def open_foreign(model: pathlib.Path, dataset: Dataset, layout: Layout | None = 
         [B, C] with the data set's number of classes.
     """
     layout = make_layout("jit") if layout is None else layout
-    features_fn = None
+    features_fn, takes_key = None, False
     if model.suffix == ARTEFACT:
         logits_fn, features_fn = _artefact(model)
     else:
         logits_fn = jax.tree_util.Partial(_function(str(model)))
-    found = ForeignModel(name_of(model), dataset, layout, logits_fn, features_fn)
+        takes_key = _num_required(logits_fn) == 2
+    found = ForeignModel(name_of(model), dataset, layout, logits_fn, features_fn, takes_key)
     _check_logits(model, found)
     return found
+
+
+def orders_of(model: ForeignModel) -> tuple[int, str | None]:
+    """How often JAX can differentiate a model: twice, or once and why not twice.
+
+    Exported artefacts can be differentiated in reverse mode alone, and so can functions with a
+    ``jax.custom_vjp``; the products with the Hessian are forward-mode derivatives of the gradient.
+
+    Raises:
+      InputError: (a ValueError) if it has no derivatives at all.
+    """
+    def gradient(images):
+        return jax.grad(lambda images: model.logits_fn(images).sum())(images)
+
+    def products(images):
+        return jax.vmap(lambda factor: jax.jvp(gradient, (images,), (factor * images,))[1])(
+            jnp.ones(2))
+
+    images = jax.ShapeDtypeStruct((2, *model.dataset.image_shape), jnp.float32)
+    try:
+        jax.eval_shape(gradient, images)
+    except Exception as error:  # The user's code may raise anything.
+        raise InputError(f"Expected {model.name} to have derivatives, for the suite curvature: "
+                         f"{reason_of(error)}.") from error
+    try:
+        jax.eval_shape(products, images)
+    except Exception as error:  # The user's code may raise anything.
+        return 1, reason_of(error)
+    return 2, None
+
+
+def once_differentiable(logits_fn: LogitsFn) -> LogitsFn:
+    """The same function with first derivatives alone, which ``jax.vmap`` can take.
+
+    Calls of other programs, such as exported artefacts, have no rule for a further axis. It becomes
+    a part of the batch, whose images do not depend on each other.
+    """
+    @jax.custom_batching.custom_vmap
+    def value(images):
+        return logits_fn(images)
+
+    @value.def_vmap
+    def _values(size, batched, images):
+        del batched
+        return _unfolded(value(_folded(images)), size), True
+
+    @jax.custom_batching.custom_vmap
+    def pull(images, cotangents):
+        return jax.vjp(logits_fn, images)[1](cotangents)[0]
+
+    @pull.def_vmap
+    def _pulls(size, batched, images, cotangents):
+        images, cotangents = (
+            array if has_axis else jnp.broadcast_to(array[None], (size, *array.shape))
+            for array, has_axis in zip((images, cotangents), batched, strict=True))
+        return _unfolded(pull(_folded(images), _folded(cotangents)), size), True
+
+    differentiable = jax.custom_vjp(value)
+    differentiable.defvjp(lambda images: (value(images), images),
+                          lambda images, cotangents: (pull(images, cotangents),))
+    return jax.tree_util.Partial(differentiable)
+
+
+def _folded(array: jax.Array) -> jax.Array:
+    """[K, B, ...] as [K * B, ...]."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _unfolded(array: jax.Array, size: int) -> jax.Array:
+    """[K * B, ...] as [K, B, ...]."""
+    return array.reshape(size, -1, *array.shape[1:])
 
 
 def identity_of(model: pathlib.Path, dataset: Dataset) -> dict:
@@ -163,10 +248,22 @@ def _function(text: str) -> LogitsFn:
     return getattr(module, name)
 
 
+def _num_required(function: Callable) -> int | None:
+    """The number of arguments that a function needs; None where Python does not know."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # A builtin without a signature.
+        return None
+    return sum(one.default is one.empty and one.kind in (
+        one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
+
+
 def _check_logits(path: pathlib.Path, model: ForeignModel) -> None:
     shape, num_classes = model.dataset.image_shape, len(model.dataset.class_names)
+    key = (jax.random.key(0),) if model.takes_key else ()
     try:
-        logits = jax.eval_shape(model.logits_fn, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+        logits = jax.eval_shape(
+            model.logits_fn, *key, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
     except Exception as error:  # The user's code may raise anything.
         raise InputError(f"{path} fails on float32 images {[2, *shape]} of {model.dataset.name}: "
                          f"{reason_of(error)}.") from error

@@ -358,14 +358,14 @@ NOISE, EVERY = "noise", "all"
 class _Evaluate(OnRuns):
 
     runs: Positional[tuple[pathlib.Path, ...]]
-    """Folders of finished runs, exported FILE.stablehlo, or module:function from images in [0, 1]
-    to logits; the latter two with --data."""
+    """Folders of finished runs, exported FILE.stablehlo, or module:function from images in [0, 1],
+    or a key and images, to logits; the latter two with --data."""
     suite: tuple[str, ...] = (NOISE,)
-    """What to measure: any of noise, corruptions, attacks, certify, calibration, ood, curvature; or
-    all."""
+    """What to measure: any of noise, corruptions, flips, relative, attacks, certify, calibration,
+    ood, curvature; or all."""
     limit: int | None = None
-    """Number of test images for each measurement, drawn at random by class with seed 0; by default
-    all of them, but 500 for attacks and certify."""
+    """Number of test images, or of sequences for flips, for each measurement, drawn at random by
+    class with seed 0; by default all of them, but 500 for attacks and certify."""
     data: str | None = None
     """Data set of models that are no runs, such as cifar10 or folder:PATH."""
     image_size: tuple[int, int] | None = None
@@ -393,10 +393,15 @@ class _Evaluate(OnRuns):
         if len(foreign) > 1 and self.out is not None:
             raise InputError(f"Expected out only with one model, got {self.out} for "
                              f"{len(foreign)}.")
-        for model in foreign:
-            for suite in self.suite:
-                if suite != EVERY and not SUITES[suite].foreign:
-                    raise InputError(f"Expected runs for the suite {suite!r}, got {model}.")
+        for suite in self.suite:
+            if suite != EVERY and self._lacks(suite):
+                raise InputError(f"Expected --{suite}.{SUITES[suite].needs} with the suite "
+                                 f"{suite!r}, got none.")
+
+    def _lacks(self, suite: str) -> bool:
+        """Whether a setting that a suite needs is not given."""
+        needed = SUITES[suite].needs
+        return needed is not None and getattr(getattr(self, suite), needed) is None
 
     def __call__(self) -> None:
         layout = self.execution.start()
@@ -422,15 +427,29 @@ class _Evaluate(OnRuns):
         classifiers.claim(model, dataset, folder)
         return opened, folder
 
+    def _suites_of(self, run) -> list[str]:
+        """The suites to measure, in the order of the report, in which one may use another's result.
+
+        Raises:
+          InputError: (a ValueError) if one that is asked for does not take a randomised classifier.
+        """
+        randomised = classifiers.is_randomised(run)
+        if EVERY in self.suite:
+            return [suite for suite, measurement in SUITES.items() if not self._lacks(suite)
+                    and (measurement.randomised or not randomised)]
+        for suite in self.suite:
+            if randomised and not SUITES[suite].randomised:
+                raise InputError(f"Expected a function of images alone for the suite {suite!r}, "
+                                 f"got {run.name}, which takes a key.")
+        return [suite for suite in SUITES if suite in self.suite]
+
     def _measure(self, run, folder):
         """Measures what is missing, and writes the card."""
         foreign = run.config is None
-        suites = [suite for suite in SUITES if SUITES[suite].foreign or not foreign
-                  ] if EVERY in self.suite else self.suite
-        for suite in suites:
+        for suite in self._suites_of(run):
             measurement = SUITES[suite]
             settings = self.settings if suite == NOISE else getattr(self, suite)
-            if self.limit is not None:
+            if self.limit is not None and hasattr(settings, measurement.limited):
                 number = min(self.limit, len(run.dataset.test.labels))
                 settings = dataclasses.replace(settings, **{measurement.limited: number})
             if hasattr(settings, "data_dir"):

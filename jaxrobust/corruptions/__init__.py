@@ -34,8 +34,10 @@ from jaxrobust.corruptions import blur, digital, jpeg, noise, weather
 from jaxrobust.corruptions.parameters import SEVERITIES, parameters_for
 from jaxrobust.corruptions.scores import (
     ALEXNET_ERRORS,
+    SEQUENCES,
     corruption_errors,
     flip_rate,
+    flips,
     mean_corruption_accuracy,
     mean_corruption_error,
     mean_flip_rate,
@@ -44,10 +46,10 @@ from jaxrobust.corruptions.scores import (
 )
 
 __all__ = [
-    "ALEXNET_ERRORS", "BENCHMARK", "CORRUPTIONS", "MAKERS", "SEVERITIES", "Corruption",
-    "corruption", "corruption_errors", "flip_rate", "mean_corruption_accuracy",
-    "mean_corruption_error", "mean_flip_rate", "parameters_for", "relative_corruption_errors",
-    "relative_mean_corruption_error",
+    "ALEXNET_ERRORS", "BENCHMARK", "CORRUPTIONS", "MAKERS", "SEQUENCES", "SEVERITIES",
+    "Corruption", "corruption", "corruption_errors", "flip_rate", "flips",
+    "mean_corruption_accuracy", "mean_corruption_error", "mean_flip_rate", "parameters_for",
+    "relative_corruption_errors", "relative_mean_corruption_error",
 ]
 
 _GROUPS = {

@@ -19,6 +19,10 @@ ALEXNET_ERRORS = {
 }
 """Mean errors over the severities of the AlexNet that ImageNet-C is normalised by."""
 
+SEQUENCES = ("gaussian_noise", "shot_noise", "motion_blur", "zoom_blur", "spatter", "brightness",
+             "translate", "rotate", "tilt", "scale")
+"""The perturbations of CIFAR-10-P over which its authors' code takes the mean."""
+
 Errors = Mapping[str, float | Sequence[float]]
 """By corruption, the error of each severity, or their mean."""
 
@@ -102,16 +106,19 @@ def relative_mean_corruption_error(
         errors, baseline, clean=clean, baseline_clean=baseline_clean).values())))
 
 
-def flip_rate(predictions: np.ndarray, *, noise: bool) -> float:
-    r"""How often a prediction changes along sequences of slightly perturbed images.
+def flips(predictions: np.ndarray, *, noise: bool) -> np.ndarray:
+    r"""Counts how often a prediction changes along each sequence of slightly perturbed images.
 
-    .. math:: \frac1{m (T - 1)} \sum_i \sum_{j=2}^T 1\{f(x_j) \ne f(x_{j-1})\}
+    .. math:: \sum_{j=2}^T 1\{f(x_j) \ne f(x_{j-1})\}
 
     Sequences of noise are not ordered in time: there each image is compared with the first.
 
     Args:
       predictions: [m, T] integers, the predicted class of each image of m sequences; T >= 2.
       noise: whether the sequences are of noise, such as ``gaussian_noise``.
+
+    Returns:
+      [m] integers in [0, T - 1].
 
     Raises:
       InputError: (a ValueError) if predictions are not of that shape and kind.
@@ -123,7 +130,19 @@ def flip_rate(predictions: np.ndarray, *, noise: bool) -> float:
         raise _validate.InputError(
             f"Expected predictions of an integer dtype, got {predictions.dtype}.")
     before = predictions[:, :1] if noise else predictions[:, :-1]
-    return float(np.mean(predictions[:, 1:] != before))
+    return np.sum(predictions[:, 1:] != before, axis=1)
+
+
+def flip_rate(predictions: np.ndarray, *, noise: bool) -> float:
+    r"""How often a prediction changes along sequences of slightly perturbed images.
+
+    .. math:: \frac1{m (T - 1)} \sum_i \sum_{j=2}^T 1\{f(x_j) \ne f(x_{j-1})\}
+
+    The mean of :func:`flips` over the m sequences and their T - 1 changes, with its arguments and
+    errors.
+    """
+    counts = flips(predictions, noise=noise)
+    return float(np.mean(counts) / (np.shape(predictions)[1] - 1))
 
 
 def mean_flip_rate(rates: Mapping[str, float], baseline: Mapping[str, float]) -> float:

@@ -1,5 +1,6 @@
 """The suite of robustness measurements: of a run, an exported artefact and functions of images."""
 
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -12,22 +13,30 @@ import pandas as pd
 import pytest
 from command_line import call, one_line
 
-from jaxrobust import corruptions, data, metrics
+from jaxrobust import corruptions, data, losses, metrics
 from jaxrobust.app import classifiers, files, run_folder
-from jaxrobust.app.measurements import attacks, estimates
+from jaxrobust.app.config import InputError
+from jaxrobust.app.measurements import attacks, estimates, relative
 from jaxrobust.app.measurements.corruptions import CORRUPTIONS, CorruptionSettings
+from jaxrobust.app.measurements.flips import FLIPS, FlipSettings
+from jaxrobust.app.measurements.relative import RELATIVE_ERRORS, RelativeSettings
 from jaxrobust.app.measurements.runner import measure
+from jaxrobust.app.report.card import write_card
 from jaxrobust.parallel import make_layout
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 CORRUPT = ("--corruptions.names", "contrast", "--corruptions.severities", 1, 5)
+CURVATURE = ("--suite", "curvature", "--limit", 4, "--curvature.num-probes", 3,
+             "--curvature.smoothing-draws", 3)
 CERTIFY = ("--certify.n0", 5, "--certify.n", 40, "--certify.sigma", 0.1)
 ATTACK = ("--attacks.num-steps", 2, "--attacks.num-targets", 1, "--attacks.num-queries", 3,
           "--attacks.l2", 0)
 
 PLAIN = '''
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def brightness(images):
@@ -41,6 +50,15 @@ def broken(images):
 
 def few(images):
     return brightness(images)[:, :3]
+
+
+def noisy(key, images):
+    return brightness(images + 0.01 * jax.random.normal(key, images.shape))
+
+
+def by_sight(images):
+    return jax.pure_callback(lambda images: np.zeros((len(images), 10), np.float32),
+                             jax.ShapeDtypeStruct((len(images), 10), jnp.float32), images)
 '''
 
 NNX = '''
@@ -213,7 +231,7 @@ def test_a_second_call_measures_nothing_and_other_settings_are_refused(run, caps
 
 def test_the_card_states_every_number_with_interval_subset_and_seed(run):
     page, text = ((run / f"card.{suffix}").read_text() for suffix in ("html", "md"))
-    for words in ("Robustness card", "Not measured: curvature", "robust accuracy",
+    for words in ("Robustness card", "Not measured: flips, relative, curvature", "robust accuracy",
                   "drawn at random by class with seed 0", "sigma 0.1"):
         assert words in page and words in text.replace("\\", "")
     table = pd.read_csv(run / "card.csv")
@@ -243,6 +261,85 @@ def test_an_exported_artefact_gives_the_numbers_of_its_run(run, tmp_path, monkey
     assert own["energy"]["AUROC"][0] == pytest.approx(its["energy"]["AUROC"][0], abs=0.01)
     assert own.keys() == its.keys()
     assert (folder / "card.html").is_file()
+
+
+def test_first_derivatives_alone_give_an_artefact_a_part_of_its_runs_curvature(
+        run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("export", run, "--out", tmp_path / "net.stablehlo") == 0
+    assert call("evaluate", run, *CURVATURE, "--name", "c") == 0
+    capsys.readouterr()
+    smoothing = files.read_json(run / "curvature-c.json")["settings"]["smoothing"]
+    assert call("evaluate", tmp_path / "net.stablehlo", "--data", "digits", *CURVATURE,
+                "--curvature.smoothing", smoothing) == 0
+    assert "No exact Hessian of net, only what first derivatives tell" in capsys.readouterr().out
+    own = run_folder.read_arrays(tmp_path / "runs" / "net", "curvature")
+    its = run_folder.read_arrays(run, "curvature", "c")
+    assert its.keys() - own.keys() == {name for norm in ("frobenius_squared", "trace",
+                                                         "spectral_norm")
+                                       for name in (norm, f"{norm}_standard_error")}
+    for name, values in own.items():
+        scale = np.abs(its["spectral_norm"]).max() if "eigenvalue" in name else 0
+        np.testing.assert_allclose(values, its[name], rtol=2e-3, atol=1e-5 * scale)
+    card = (tmp_path / "runs" / "net" / "card.md").read_text()
+    assert "No exact Hessian of net" in card and "Finite differences" in card
+
+
+def test_the_curvature_of_a_users_model_is_exact_where_jax_differentiates_it_twice(modules):
+    assert call("evaluate", "nnx_user:logits", "--data", "digits", *CURVATURE) == 0
+    folder = modules / "runs" / "nnx_user.logits"
+    facts, found = files.read_json(folder / "curvature.json"), run_folder.read_arrays(
+        folder, "curvature")
+    assert facts["piecewise_linear"] is True and facts["settings"]["smoothing"] is None
+    split = data.load_dataset("digits").test
+    logits_fn = sys.modules["nnx_user"].logits
+
+    def loss(pixels, label):
+        return losses.softmax_cross_entropy(logits_fn(pixels[None]), label[None])[0]
+
+    hessians = jax.jit(jax.vmap(jax.hessian(loss)))(
+        jnp.asarray(split.images[:4].reshape(4, -1) / np.float32(255)),
+        jnp.asarray(split.labels[:4]))
+    np.testing.assert_allclose(found["frobenius_squared"], np.sum(np.square(hessians), (1, 2)),
+                               rtol=1e-3)
+    assert "median curvature" in (folder / "card.csv").read_text()
+
+
+def test_calls_of_other_programs_have_first_derivatives_along_a_further_axis():
+    weights = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+    def callback(function, like):
+        return lambda *arrays: jax.pure_callback(
+            function, jax.ShapeDtypeStruct((len(arrays[0]), like), jnp.float32), *arrays)
+
+    hidden = jax.custom_vjp(callback(lambda x: np.square(x) @ weights, 3))
+    hidden.defvjp(lambda x: (hidden(x), x), lambda x, z: (callback(
+        lambda x, z: 2 * x * (z @ weights.T), 4)(x, z),))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2, 4)), jnp.float32)
+
+    def gradients(logits_fn):
+        return jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(logits_fn(x)))))(x)
+
+    np.testing.assert_allclose(
+        gradients(classifiers.once_differentiable(hidden)),
+        gradients(lambda x: jnp.square(x) @ weights), rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        gradients(hidden)
+
+
+def test_a_randomised_model_is_attacked_through_expectations(modules, capsys):
+    again = ("evaluate", "plain_user:noisy", "--data", "digits", "--suite", "all", "--limit", 20,
+             *ATTACK)
+    assert call(*again, "--attacks.eot", 3) == 0
+    folder = modules / "runs" / "plain_user.noisy"
+    facts = files.read_json(folder / "attacks.json")
+    assert facts["settings"]["eot"] == 3
+    assert list(facts["norms"][0]["robust"]) == ["clean", "apgd-ce", "apgd-dlr"]
+    card = (folder / "card.md").read_text()
+    assert "3 draws in each expectation" in card and "Not measured: noise, corruptions" in card
+    capsys.readouterr()
+    assert call(*again) == 2
+    assert "was made with eot=3, not 20" in one_line(capsys)
 
 
 @pytest.mark.parametrize("model", ["plain_user:brightness", "nnx_user:logits", "torch_user:logits"])
@@ -280,7 +377,16 @@ def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
     (("nowhere_user:f", "--data", "digits"), "Cannot import 'nowhere_user'"),
     (("plain_user:few", "--data", "digits"), "Expected plain_user:few to return logits [2, 10]"),
     (("plain_user:broken", "--data", "digits", "--limit", 20), "for 20 of 20 images"),
-    (("plain_user:brightness", "--data", "digits", "--suite", "curvature"), "Expected runs for"),
+    (("plain_user:by_sight", "--data", "digits", "--suite", "curvature"),
+     "Expected plain_user.by_sight to have derivatives"),
+    (("plain_user:brightness", "--data", "digits", "--suite", "curvature", "--curvature.inputs",
+      "normalised"), "Expected inputs='normalised' only with runs"),
+    (("plain_user:noisy", "--data", "digits", "--suite", "attacks", "ood"),
+     "Expected a function of images alone for the suite 'ood', got plain_user.noisy"),
+    (("RUN", "--suite", "attacks", "--attacks.eot", 5, "--name", "n"), "Expected eot=5 only with"),
+    (("RUN", "--suite", "flips"), "Expected --flips.files with the suite 'flips', got none."),
+    (("RUN", "--suite", "relative"), "Expected --relative.baseline with the suite 'relative'"),
+    (("RUN", "--suite", "relative", "--relative.baseline", "."), "found neither config.json nor"),
     (("nowhere.stablehlo", "--data", "digits"), "found no such file"),
     (("RUN", "--suite", "attacks", "--attacks.linf", 0, "--attacks.l2", 0), "to be > 0"),
     (("RUN", "--suite", "ood", "--ood.strange", "digits"), "its own data set"),
@@ -299,6 +405,41 @@ def test_official_files_of_corruptions_are_read_and_said_to_be(run, tmp_path, ca
     assert "Expected images [8, 8, 1] as of digits" in one_line(capsys)
 
 
+def linear_model(seed, images, labels, num_classes=2, shape=(4, 4, 3)):
+    """A classifier that was not trained, and its test images."""
+    split = data.Split(images, labels)
+    dataset = data.Dataset("mine", split, split, tuple(map(str, range(num_classes))), (0.5,) * 3,
+                           (0.2,) * 3, False)
+    weights = np.random.default_rng(seed).normal(size=(np.prod(shape), num_classes))
+    weights = jnp.asarray(weights - weights.mean(axis=0), jnp.float32)
+    return classifiers.ForeignModel("mine", dataset, make_layout("jit"), jax.tree_util.Partial(
+        lambda weights, images: images.reshape(len(images), -1) @ weights, weights))
+
+
+def claimed(folder):
+    folder.mkdir()
+    files.write_json(folder / "model.json", {"model": folder.name, "dataset": "mine", "sha256": "",
+                                             "class_names": ["0", "1"]})
+    return folder
+
+
+@pytest.fixture(name="official")
+def _official(tmp_path):
+    """Folders in the formats of CIFAR-10-C and CIFAR-10-P, of 12 images or sequences."""
+    random = np.random.default_rng(0)
+    labels = np.tile(np.arange(12) % 2, 5)
+    for name in ("c", "p"):
+        (tmp_path / name).mkdir()
+    np.save(tmp_path / "c" / "labels.npy", labels)
+    for name in ("fog", "snow"):
+        np.save(tmp_path / "c" / f"{name}.npy",
+                random.integers(256, size=(60, 4, 4, 3), dtype=np.uint8))
+    for name, length in (("tilt", 5), ("gaussian_noise", 3)):
+        np.save(tmp_path / "p" / f"{name}.npy",
+                random.integers(256, size=(12, length, 4, 4, 3), dtype=np.uint8))
+    return tmp_path
+
+
 def test_official_files_are_measured_with_their_own_images_and_labels(tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(256, size=(15, 4, 4, 3), dtype=np.uint8)  # 3 images, 5 severities.
@@ -306,15 +447,112 @@ def test_official_files_are_measured_with_their_own_images_and_labels(tmp_path):
     labels = np.array([0, 1, 0] * 4 + [0, 1, 1])  # The last severity is all right.
     np.save(tmp_path / "fog.npy", images)
     np.save(tmp_path / "labels.npy", labels)
-    split = data.Split(images[:3], np.array([0, 1, 1], np.int32))
-    dataset = data.Dataset("mine", split, split, ("dark", "bright"), (0.5,) * 3, (0.2,) * 3, False)
-    model = classifiers.ForeignModel("mine", dataset, make_layout("jit"), jax.tree_util.Partial(
-        lambda images: jnp.stack([1 - images[:, 0, 0, 0], images[:, 0, 0, 0]], axis=1)))
+    model = linear_model(0, images[:3], np.array([0, 1, 1], np.int32))._replace(
+        logits_fn=jax.tree_util.Partial(lambda images: jnp.stack(
+            [1 - images[:, 0, 0, 0], images[:, 0, 0, 0]], axis=1)))
     facts = measure(CORRUPTIONS, model, CorruptionSettings(
         ("fog",), (4, 5), str(tmp_path)), tmp_path, "mine")
     assert facts["origin"] == "official" and f"of the files {tmp_path}" in facts["subset"]
     assert [one["right"] for one in facts["counts"]] == [3, 2, 3]
     assert facts["mean"][0] == pytest.approx(5 / 6)
+
+
+def test_what_tfds_has_prepared_is_measured_as_official(official, monkeypatch):
+    from jaxrobust.app.measurements import corruptions as measurement
+
+    opened = []
+
+    def load(name, severity, data_dir):
+        opened.append((name, severity, data_dir))
+        return data.load_corrupted(official / "c", name, severity)
+
+    monkeypatch.setattr(measurement, "load_corrupted_tfds", load)
+    model = linear_model(0, np.zeros((12, 4, 4, 3), np.uint8), (np.arange(12) % 2).astype(np.int32))
+    expected, facts = (measure(
+        CORRUPTIONS, model, CorruptionSettings(("fog",), (2,), files, "there"), official, "mine",
+        name) for files, name in ((str(official / "c"), "files"), ("tfds", "tfds")))
+    assert facts["counts"] == expected["counts"] and facts["origin"] == "official"
+    assert "all 12 test images of cifar10_corrupted of TensorFlow Datasets" == facts["subset"]
+    assert set(opened) == {("fog", 2, "there")} and "data_dir" not in facts["settings"]
+
+
+def test_errors_and_flips_are_compared_with_a_baseline_of_the_same_images(official):
+    random = np.random.default_rng(3)
+    images = random.integers(256, size=(12, 4, 4, 3), dtype=np.uint8)
+    settings = CorruptionSettings(("fog", "snow"), (1, 3), str(official / "c"))
+    flip_settings = FlipSettings(str(official / "p"), ("tilt", "gaussian_noise"))
+    logits_fn = linear_model(1, images, np.zeros(12, np.int32)).logits_fn
+    labels = np.argmax(logits_fn(images / np.float32(255)), axis=1).astype(np.int32)
+    found, models = [], [linear_model(seed, images, labels) for seed in (0, 1)]
+    for model, name in zip(models, ("own", "base"), strict=True):
+        folder = claimed(official / name)
+        found.append((measure(CORRUPTIONS, model, settings, folder, name),
+                      measure(FLIPS, model, flip_settings, folder, name)))
+    facts = measure(RELATIVE_ERRORS, models[0], RelativeSettings(str(official / "base")),
+                    official / "own", "own")
+
+    def errors(one):
+        return {name: [1 - count["right"] / 12 for count in one["counts"] if count["name"] == name]
+                for name in ("fog", "snow", "clean")}
+
+    own, base = (errors(one) for one, _ in found)
+    clean, baseline_clean = own.pop("clean")[0], base.pop("clean")[0]
+    scores = facts["scores"]
+    assert scores["mCE"]["value"] == pytest.approx(corruptions.mean_corruption_error(own, base))
+    low, high = scores["mCE"]["interval"]
+    assert low <= scores["mCE"]["value"] <= high
+    assert scores["relative mCE"]["value"] == pytest.approx(
+        corruptions.relative_mean_corruption_error(
+            own, base, clean=clean, baseline_clean=baseline_clean))
+    assert clean > 0 == baseline_clean
+    rates = []
+    for model, (_, flips) in zip(models, found, strict=True):
+        rates.append({})
+        for name in ("tilt", "gaussian_noise"):
+            sequences = data.load_perturbed(official / "p", name)
+            predicted = np.argmax(model.logits_fn(jnp.asarray(
+                sequences.images.reshape(-1, 4, 4, 3) / np.float32(255))), axis=1)
+            rates[-1][name] = corruptions.flip_rate(
+                predicted.reshape(12, -1), noise=name == "gaussian_noise")
+            assert flips["rates"][name][0] == pytest.approx(rates[-1][name])
+        assert flips["mean"][0] == pytest.approx(np.mean(list(rates[-1].values())))
+    assert scores["mFR"]["value"] == pytest.approx(corruptions.mean_flip_rate(*rates))
+    card = write_card(official / "own").with_suffix(".md").read_text()
+    assert "mCE, against base, official" in card and "flip rate, tilt, official" in card
+    other = claimed(official / "other")
+    measure(CORRUPTIONS, models[1], dataclasses.replace(settings, limit=6), other, "other")
+    (official / "own" / "relative.json").unlink()
+    with pytest.raises(InputError, match=r"corruptions of the baseline .* with limit=12.*got 6"):
+        measure(RELATIVE_ERRORS, models[0], RelativeSettings(str(other)), official / "own", "own")
+
+
+def test_a_score_that_the_baseline_leaves_undefined_says_why():
+    def score(*errors):
+        return relative._with_interval(relative._Score(
+            lambda rows: corruptions.mean_corruption_error(
+                {"fog": 0.5}, {"fog": float(np.array(errors)[rows].mean())}), (len(errors),)))
+
+    assert score(1, 1, 1, 1) == {"value": 0.5, "interval": [0.5, 0.5]}
+    rare, never = score(0, 0, 0, 1), score(0, 0, 0, 0)
+    assert rare["value"] == 2 and rare["interval"] is None and "In a resample" in rare["why"]
+    assert never["value"] is None and "Expected a baseline error above 0 for fog" in never["why"]
+
+
+def test_sequences_are_drawn_and_refused_in_one_line(official):
+    model = linear_model(0, np.zeros((12, 4, 4, 3), np.uint8), np.zeros(12, np.int32))
+    settings = FlipSettings(str(official / "p"), ("tilt",), limit=5)
+    facts = measure(FLIPS, model, settings, official, "mine")
+    assert facts["num_images"] == 5
+    assert facts["subset"] == ("5 of 12 sequences, drawn at random with seed 0, of the files "
+                               f"{official / 'p'}")
+    np.save(official / "p" / "scale.npy", np.zeros((11, 2, 4, 4, 3), np.uint8))
+    np.save(official / "p" / "rotate.npy", np.zeros((12, 2, 8, 8, 3), np.uint8))
+    for name, expected in (("scale", "Expected 12 sequences in .*, as many as of tilt, got 11"),
+                           ("rotate", r"Expected images \[4, 4, 3\] as of mine"),
+                           ("tilted", "Did you mean 'tilt'")):
+        with pytest.raises(InputError, match=expected):
+            measure(FLIPS, model, dataclasses.replace(settings, names=("tilt", name)), official,
+                    "mine", "bad")
 
 
 def test_an_interval_holds_the_estimate_and_shrinks_with_the_images():

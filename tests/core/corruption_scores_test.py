@@ -44,6 +44,7 @@ def test_errors_that_are_none_are_named(errors, baseline, message):
 
 def test_flips_are_counted_from_image_to_image_and_under_noise_from_the_first():
     predictions = np.array([[0, 1, 1, 0], [2, 2, 2, 2]])
+    assert corruptions.flips(predictions, noise=False).tolist() == [2, 0]
     assert corruptions.flip_rate(predictions, noise=False) == pytest.approx(2 / 6)
     assert corruptions.flip_rate(predictions[:, [0, 1, 2, 2]], noise=True) == pytest.approx(3 / 6)
     assert corruptions.mean_flip_rate({"tilt": 0.2, "scale": 0.1}, {

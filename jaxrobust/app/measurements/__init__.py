@@ -10,9 +10,11 @@ from jaxrobust.app.measurements.calibration import CALIBRATION
 from jaxrobust.app.measurements.certificates import CERTIFICATES
 from jaxrobust.app.measurements.corruptions import CORRUPTIONS
 from jaxrobust.app.measurements.curvature import CURVATURE
+from jaxrobust.app.measurements.flips import FLIPS
 from jaxrobust.app.measurements.networks import NETWORKS
 from jaxrobust.app.measurements.noise_counts import NOISE_COUNTS
 from jaxrobust.app.measurements.ood import OOD
+from jaxrobust.app.measurements.relative import RELATIVE_ERRORS
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.measurements.sharpness import SHARPNESS
 from jaxrobust.app.measurements.steps import STEPS
@@ -22,7 +24,7 @@ from jaxrobust.app.report import sweep_section
 
 MEASUREMENTS: list[Measurement] = [
     ACCURACY, Measurement("sweep", section=sweep_section.section), CORRUPTIONS,
-    ATTACKS, CERTIFICATES, CALIBRATION, OOD, TRAINING, CURVATURE, NETWORKS,
+    FLIPS, RELATIVE_ERRORS, ATTACKS, CERTIFICATES, CALIBRATION, OOD, TRAINING, CURVATURE, NETWORKS,
     STEPS, NOISE_COUNTS, SURFACES, BLOCKS, FEATURES, THEORY, SHARPNESS]
 """In the order of their sections in the report."""
 

@@ -1,6 +1,7 @@
 """Robust accuracy under AutoAttack's ensemble."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust import attacks as library
-from jaxrobust.app.classifiers import ForeignModel
+from jaxrobust.app.classifiers import ForeignModel, is_randomised
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements.estimates import (
     Estimate,
@@ -23,7 +24,7 @@ from jaxrobust.app.measurements.estimates import (
     subsets_text,
     table_of,
 )
-from jaxrobust.app.measurements.runner import Measured, Measurement, Work
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import Section, Table, text_row
 from jaxrobust.app.study.read import Run, Study
@@ -54,6 +55,9 @@ class AttackSettings:
     """Largest number of classes that targeted attacks aim at; 9 in the standard version."""
     num_queries: int = 5000
     """Queries of Square; 5000 in the standard version."""
+    eot: int | None = None
+    """Draws of each expectation over a randomised model, a function of a key and images; 20 by
+    default, as in AutoAttack."""
     limit: Limit = 500
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
@@ -62,7 +66,7 @@ class AttackSettings:
             _validate.in_range(name, getattr(self, name), 0)
         if not self.norms:
             raise InputError(f"Expected linf={self.linf:g} or l2={self.l2:g} to be > 0.")
-        check_counts(self, "num_steps", "num_targets", "num_queries", "limit")
+        check_counts(self, "num_steps", "num_targets", "num_queries", "eot", "limit")
 
     @property
     def norms(self) -> dict[str, float]:
@@ -70,8 +74,22 @@ class AttackSettings:
         return {name: getattr(self, name) for name in ("linf", "l2") if getattr(self, name) > 0}
 
 
+def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pathlib.Path) -> dict:
+    asked = settings_asked(run, settings, folder)
+    if is_randomised(run):
+        return asked | {"eot": library.Randomised.num_draws if settings.eot is None else
+                        settings.eot}
+    if settings.eot is not None:
+        raise InputError(f"Expected eot={settings.eot} only with a randomised model, a function of "
+                         "a key and images, which this one is not.")
+    del asked["eot"]
+    return asked
+
+
 def _measure(run: TrainedRun | ForeignModel, settings: AttackSettings, work: Work) -> Measured:
     """Attacks test images, a batch at a time, in each norm."""
+    classifier = library.Randomised(run.logits_fn, work.asked["eot"]) if is_randomised(
+        run) else run.logits_fn
     split = subset_of(run.dataset.test, settings.limit)
     size = len(split.labels)
     norms = list(settings.norms)
@@ -81,7 +99,7 @@ def _measure(run: TrainedRun | ForeignModel, settings: AttackSettings, work: Wor
         for norm, first in begun[done:]:
             rows = np.arange(first, min(first + BATCH, size))
             found = library.auto_attack(
-                run.logits_fn, split.images[first:first + BATCH],
+                classifier, split.images[first:first + BATCH],
                 split.labels[first:first + BATCH],
                 jax.random.fold_in(jax.random.key(SEED), ("linf", "l2").index(norm)), norm=norm,
                 epsilon=settings.norms[norm], num_steps=settings.num_steps,
@@ -156,8 +174,10 @@ def _section(study: Study) -> Section | None:
     if not found_of(study, estimates):
         return None
     budgets = "; ".join(sorted({
-        f"{asked['num_steps']} steps, {asked['num_targets']} targets, {asked['num_queries']:,} "
-        "queries" for runs in study.runs.values() for run in runs
+        f"{asked['num_steps']} steps, " + (
+            f"{asked['eot']} draws in each expectation" if "eot" in asked else
+            f"{asked['num_targets']} targets, {asked['num_queries']:,} queries")
+        for runs in study.runs.values() for run in runs
         if (facts := run.facts("attacks")) and (asked := facts["settings"])}))
     table = table_of(
         study, estimates, "Accuracy under adversarial attacks.",
@@ -181,5 +201,6 @@ def table_text(facts: dict) -> str:
 
 
 ATTACKS = Measurement(
-    "attacks", AttackSettings(), _measure, section=_section, numbers=(numbers_of(estimates),),
-    estimates=estimates, suite="attacks", command="evaluate", text=table_text)
+    "attacks", AttackSettings(), _measure, _asked, section=_section,
+    numbers=(numbers_of(estimates),), estimates=estimates, suite="attacks", randomised=True,
+    command="evaluate", text=table_text)

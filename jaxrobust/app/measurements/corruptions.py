@@ -1,10 +1,13 @@
 """Accuracy under common corruptions, generated or from the benchmark's own files."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import numpy as np
+import tyro
 
 from jaxrobust import _validate, evaluation
 from jaxrobust import corruptions as common
@@ -25,17 +28,20 @@ from jaxrobust.app.measurements.estimates import (
     subsets_text,
     table_of,
 )
-from jaxrobust.app.measurements.runner import Measured, Measurement, Work
+from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import Section
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
-from jaxrobust.data import Split, load_corrupted
+from jaxrobust.data import Split, load_corrupted, load_corrupted_tfds
 
 SEED = 0
 """Seeds the draws of generated corruptions: the same for all models."""
 
 CLEAN = "clean"
+
+TFDS = "tfds"
+"""In the place of a folder of files: what TensorFlow Datasets has prepared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +53,11 @@ class CorruptionSettings:
     severities: tuple[int, ...] = common.SEVERITIES
     """Severities, from 1 to 5."""
     files: str | None = None
-    """Folder of the official files, NAME.npy and labels.npy as in CIFAR-10-C; without it
-    corruptions are generated."""
+    """Folder of the official files, NAME.npy and labels.npy as in CIFAR-10-C, or "tfds" for
+    cifar10_corrupted as TensorFlow Datasets has prepared it; without it corruptions are
+    generated."""
+    data_dir: Annotated[str | None, tyro.conf.Suppress] = None
+    """Folder of TensorFlow Datasets, which --data-dir sets; none for the default one."""
     limit: Limit = None
     """Number of test images, drawn at random by class with seed 0; none for all."""
 
@@ -61,6 +70,13 @@ class CorruptionSettings:
         for severity in self.severities:
             common.corruption("fog", severity)
         check_counts(self, "limit")
+
+
+def _asked(run: TrainedRun | ForeignModel, settings: CorruptionSettings, folder: pathlib.Path
+           ) -> dict:
+    asked = settings_asked(run, settings, folder)
+    del asked["data_dir"]  # A place, which changes no value.
+    return asked
 
 
 def _measure(run: TrainedRun | ForeignModel, settings: CorruptionSettings, work: Work) -> Measured:
@@ -103,8 +119,9 @@ def _measure(run: TrainedRun | ForeignModel, settings: CorruptionSettings, work:
         "origin": "generated" if settings.files is None else "official",
         "num_images": int(table["number"][-1]),
         "subset": (subset_text(test, whole) if settings.files is None else
-                   f"{subset_text(subset_of(whole, settings.limit), whole)} of the files "
-                   f"{settings.files}"),
+                   f"{subset_text(subset_of(whole, settings.limit), whole)} of "
+                   + ("cifar10_corrupted of TensorFlow Datasets" if settings.files == TFDS else
+                      f"the files {settings.files}")),
         "counts": [{"name": name, "severity": severity, "right": int(right), "number": int(number)}
                    for (name, severity), right, number in zip(
                        every, table["right"], table["number"], strict=True)],
@@ -118,7 +135,8 @@ def _number(name: str, severity: int) -> int:
 
 
 def _official(run, settings, name, severity) -> Split:
-    found = load_corrupted(settings.files, name, severity)
+    found = (load_corrupted_tfds(name, severity, settings.data_dir) if settings.files == TFDS else
+             load_corrupted(settings.files, name, severity))
     if found.images.shape[1:] != run.dataset.image_shape:
         raise InputError(f"Expected images {list(run.dataset.image_shape)} as of "
                          f"{run.dataset.name} in {found.source}, got "
@@ -182,6 +200,6 @@ def table_text(facts: dict) -> str:
 
 
 CORRUPTIONS = Measurement(
-    "corruptions", CorruptionSettings(), _measure, section=_section,
+    "corruptions", CorruptionSettings(), _measure, _asked, section=_section,
     numbers=(numbers_of(estimates),), estimates=estimates, suite="corruptions",
     command="evaluate", text=table_text, parallel=True)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +13,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
+from jaxrobust.app import files
+from jaxrobust.app.classifiers import ForeignModel, once_differentiable, orders_of
 from jaxrobust.app.config import CurvatureConfig, InputError
-from jaxrobust.app.doubt import outputs_of
 from jaxrobust.app.measurements.accuracy import first_test_images
+from jaxrobust.app.measurements.estimates import Estimate, bootstrapped, estimate, outputs_of
 from jaxrobust.app.measurements.runner import Measured, Measurement, Work, settings_asked
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import GRID, Style, boxes, new_figure, row_styles, wrap
 from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import Picture, Section, Table, listed, over_runs, text_row
 from jaxrobust.app.study.read import Run, Study
-from jaxrobust.app.trainer import TrainedRun, variables_of
-from jaxrobust.images import to_float
+from jaxrobust.app.trainer import TrainedRun
+from jaxrobust.images import LogitsFn, to_float
 from jaxrobust.models.common import normalise
 from jaxrobust.parallel import make_layout
 
@@ -45,71 +47,90 @@ CURVATURES = {
 """Columns of the curvature file; different quantities on a ReLU network."""
 
 
-def _with_smoothing(run: TrainedRun, settings: CurvatureConfig) -> CurvatureConfig:
-    """Fills in the standard deviation of the run's noise where none is given."""
-    if settings.smoothing is not None:
+def _with_smoothing(run: TrainedRun | ForeignModel, settings: CurvatureConfig) -> CurvatureConfig:
+    """Fills in the standard deviation of the run's training noise where none is given."""
+    if settings.smoothing is not None or run.config is None:
         return settings
     scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
     return dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
 
 
-def _asked(run: TrainedRun, settings: CurvatureConfig, folder: pathlib.Path) -> dict:
+def _asked(run: TrainedRun | ForeignModel, settings: CurvatureConfig, folder: pathlib.Path) -> dict:
+    if run.config is None and settings.inputs != "pixels":
+        raise InputError(f"Expected inputs={settings.inputs!r} only with runs: how {run.name} "
+                         "normalises images is not known here.")
     asked = settings_asked(run, _with_smoothing(run, settings), folder)
     del asked["batch_size"]  # It changes no value.
     return asked
 
 
-def _measure(run: TrainedRun, settings: CurvatureConfig, work: Work) -> Measured:
+def _measure(run: TrainedRun | ForeignModel, settings: CurvatureConfig, work: Work) -> Measured:
     """Measures the curvature at the first ``num_images`` test images, a column for each quantity.
 
     The columns: the softmax loss and its squared gradient, whether the image is classified
     correctly, the squared Frobenius norm, trace and spectral norm of the Hessian, all C eigenvalues
     of its Gauss-Newton part, Eq. 21 and the smoothed curvature, each with its standard error (0
     where it is exact). Norms are exact on networks of affine pieces, as the gap between the Hessian
-    and its Gauss-Newton part tells; on others they are estimated with exact products.
+    and its Gauss-Newton part tells; on others they are estimated with exact products. Models that
+    were not trained here lack the smoothed curvature without ``smoothing``, and the Hessian's norms
+    and trace where JAX cannot differentiate them twice.
 
     Raises:
-      InputError: (a ValueError) if logits are not finite.
+      InputError: (a ValueError) if logits are not finite, or have no derivatives.
     """
     settings = _with_smoothing(run, settings)
     images, labels = first_test_images(run, settings)
     count = len(labels)
-    _validate.finite("logits of test images", outputs_of(run, images)[0])
+    _validate.finite("logits of test images", outputs_of(run.logits_fn, images, run.layout))
+    logits_fn, twice, why = run.logits_fn, True, None
+    if run.config is None:
+        order, why = orders_of(run)
+        twice = order == 2
+        if not twice:
+            logits_fn = once_differentiable(logits_fn)
+            files.say(f"No exact Hessian of {run.name}, only what first derivatives tell: {why}.")
+    scale = None if settings.inputs == "pixels" else (run.model.mean, run.model.std)
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
     size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices
     linear = work.facts.get("piecewise_linear")
     with progress(f"{work.label}, curvature", count, done=work.rows) as shown:
-        done, variables = work.rows, variables_of(run.state)
+        done = work.rows
         for left in evaluation.padded_batches(count - done, size):
             rows = done + left
             mine = rows[layout.rows_of(size)]
-            batch = (run.model, layout, variables, *parallel.place_batch(
+            batch = (layout, logits_fn, *parallel.place_batch(
                 layout, (images[mine], labels[mine], mine), size))
-            if linear is None:
+            if linear is None and twice:
                 gap = float(np.median(_gap(*batch)))
                 linear = gap < PIECEWISE_LINEAR_GAP
                 work.facts = {"piecewise_linear": linear, "gauss_newton_gap": gap}
             kept = min(size, count - rows[0])
-            measured = _measure_batch(*batch, settings=settings, linear=linear)
+            measured = _measure_batch(*batch, settings=settings, scale=scale, parts=(
+                (_columns,) if linear or not twice else (_columns, _norm, _trace, _largest)))
+            if linear:
+                measured |= _of_spectrum(measured)
             table = {name: values[:kept] for name, values in measured.items()}
             work.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
-            shown.advance(kept, **{"squared Frobenius norm": float(
-                np.median(table["frobenius_squared"]))})
+            shown.advance(kept, **{words.lower(): float(np.median(table[name]))
+                                   for name, words in CURVATURES.items() if name in table})
     table = work.table
     return Measured({
         **work.asked, **work.facts, "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
-        "median": {name: float(np.median(table[name])) for name in CURVATURES},
-    }, table)
+        "median": {name: float(np.median(table[name])) for name in CURVATURES if name in table},
+    } | ({} if twice else {"without_hessian": why}), table)
 
 
 def losses_of(model, variables, labels):
     """Returns the loss and the logits as functions of images, for the curvature functions."""
-    def logits(images):
-        return model.apply(variables, images, train=False).logits
+    logits_fn = evaluation.logits_fn_of(model, variables)
+    return loss_of(logits_fn, labels), logits_fn
 
-    return lambda images: losses.softmax_cross_entropy(logits(images), labels), logits
+
+def loss_of(logits_fn: LogitsFn, labels: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Returns the softmax loss [B] as a function of images."""
+    return lambda images: losses.softmax_cross_entropy(logits_fn(images), labels)
 
 
 def require_piecewise_linear(run: TrainedRun, images: np.ndarray, labels: np.ndarray,
@@ -119,8 +140,8 @@ def require_piecewise_linear(run: TrainedRun, images: np.ndarray, labels: np.nda
     Raises:
       InputError: (a ValueError) if the network is not made of affine pieces.
     """
-    gap = float(np.median(_gap(run.model, make_layout("jit"), variables_of(run.state),
-                               images, labels, np.arange(len(labels)))))
+    gap = float(np.median(_gap(make_layout("jit"), run.logits_fn, images, labels,
+                               np.arange(len(labels)))))
     if gap >= PIECEWISE_LINEAR_GAP:
         raise InputError(
             f"Expected a network of affine pieces for {what}, which needs the exact spectrum, got "
@@ -128,94 +149,98 @@ def require_piecewise_linear(run: TrainedRun, images: np.ndarray, labels: np.nda
             "measures it by exact products.")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layout"))
-def _gap(model, layout, variables, *rows):
-    def share(variables, rows):
+@functools.partial(jax.jit, static_argnames="layout")
+def _gap(layout, logits_fn, *rows):
+    def share(logits_fn, rows):
         images, labels, indices = rows
-        loss, logits = losses_of(model, variables, labels)
         return curvature.gauss_newton_gap(
-            loss, logits, to_float(images), jax.random.key(PROBE_SEED), indices=indices)
+            loss_of(logits_fn, labels), logits_fn, to_float(images), jax.random.key(PROBE_SEED),
+            indices=indices)
 
-    return parallel.map_examples(layout, share)(variables, rows)
+    return parallel.map_examples(layout, share)(logits_fn, rows)
 
 
-def _measure_batch(model, layout, variables, *rows, settings: CurvatureConfig, linear: bool):
+def _measure_batch(layout, logits_fn, *rows, settings: CurvatureConfig, scale, parts):
     """Measures the columns of one batch.
 
     Estimates by products are a program each: XLA's threads on CPUs may wait for each other forever
     where several of them, with their factorisations, are parts of one.
     """
-    parts = (_columns,) if linear else (_columns, _norm, _trace, _largest)
     table = {}
     for part in parts:
         table |= {name: np.asarray(values) for name, values in _part(
-            part, model, layout, variables, *rows, settings=settings).items()}
-    if linear:
-        spectrum = np.stack([values for name, values in table.items()
-                             if name.startswith(_EIGENVALUE)], axis=1)
-        exact = np.zeros_like(spectrum[:, 0])
-        table |= _with_errors({
-            "frobenius_squared": (np.sum(np.square(spectrum), axis=1), exact),
-            "trace": (np.sum(spectrum, axis=1), exact),
-            "spectral_norm": (np.max(np.abs(spectrum), axis=1), exact)})
+            part, layout, logits_fn, *rows, settings=settings, scale=scale).items()}
     return table
 
 
 _EIGENVALUE = "gauss_newton_eigenvalue_"
 
 
-@functools.partial(jax.jit, static_argnames=("part", "model", "layout", "settings"))
-def _part(part, model, layout, variables, *rows, settings: CurvatureConfig):
+def _of_spectrum(table):
+    """The norms and the trace of a Hessian that its Gauss-Newton part equals."""
+    spectrum = np.stack([values for name, values in table.items()
+                         if name.startswith(_EIGENVALUE)], axis=1)
+    exact = np.zeros_like(spectrum[:, 0])
+    return _with_errors({
+        "frobenius_squared": (np.sum(np.square(spectrum), axis=1), exact),
+        "trace": (np.sum(spectrum, axis=1), exact),
+        "spectral_norm": (np.max(np.abs(spectrum), axis=1), exact)})
+
+
+@functools.partial(jax.jit, static_argnames=("part", "layout", "settings", "scale"))
+def _part(part, layout, logits_fn, *rows, settings: CurvatureConfig, scale):
     return parallel.map_examples(
-        layout, functools.partial(part, model, settings))(variables, rows)
+        layout, functools.partial(part, scale, settings))(logits_fn, rows)
 
 
-def _inputs(model, settings, variables, rows):
-    """Returns loss, logits, images in the units asked for, and what all estimates are given."""
+def _inputs(scale, logits_fn, rows):
+    """Returns loss, logits, images in the units asked for, and what all estimates are given.
+
+    ``scale`` is the mean and the standard deviation of normalised images, or None.
+    """
     images, labels, indices = rows
-    images = to_float(images)
-    loss, logits = losses_of(model, variables, labels)
-    if settings.inputs == "normalised":
-        loss, logits = (curvature.normalised_inputs(function, model.mean, model.std)
-                        for function in (loss, logits))
-        images = normalise(images, model.mean, model.std, images.dtype)
-    return loss, logits, images, {"key": jax.random.key(PROBE_SEED), "indices": indices}
+    images, loss = to_float(images), loss_of(logits_fn, labels)
+    if scale is not None:
+        loss, logits_fn = (curvature.normalised_inputs(function, *scale)
+                           for function in (loss, logits_fn))
+        images = normalise(images, *scale, images.dtype)
+    return loss, logits_fn, images, {"key": jax.random.key(PROBE_SEED), "indices": indices}
 
 
-def _columns(model, settings, variables, rows):
-    loss, logits, images, shared = _inputs(model, settings, variables, rows)
+def _columns(scale, settings, logits_fn, rows):
+    loss, logits, images, shared = _inputs(scale, logits_fn, rows)
     gradient = jax.grad(lambda inputs: jnp.sum(loss(inputs)))(images)
     spectrum = curvature.piecewise_linear_spectrum(logits, images)
-    smoothed = curvature.smoothed_curvature(
-        loss, images, sigma=settings.smoothing, num_draws=settings.smoothing_draws,
-        chunk_size=PROBES_AT_ONCE, **shared)
+    found = {"finite_difference": curvature.finite_difference_curvature(
+        loss, images, step=settings.step, num_probes=settings.num_probes,
+        chunk_size=PROBES_AT_ONCE, **shared)}
+    if settings.smoothing is not None:
+        smoothed = curvature.smoothed_curvature(
+            loss, images, sigma=settings.smoothing, num_draws=settings.smoothing_draws,
+            chunk_size=PROBES_AT_ONCE, **shared)
+        found |= {"smoothed_frobenius_squared": smoothed.squared_frobenius,
+                  "smoothed_trace": smoothed.trace}
     return {
         "loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == rows[1],
-        "gradient_squared": probes.squared_norm(gradient),
-        **_with_errors({
-            "finite_difference": curvature.finite_difference_curvature(
-                loss, images, step=settings.step, num_probes=settings.num_probes,
-                chunk_size=PROBES_AT_ONCE, **shared),
-            "smoothed_frobenius_squared": smoothed.squared_frobenius,
-            "smoothed_trace": smoothed.trace}),
+        "gradient_squared": probes.squared_norm(gradient), **_with_errors(found),
         **{f"{_EIGENVALUE}{rank}": spectrum[:, -rank]
            for rank in range(1, spectrum.shape[1] + 1)}}
 
 
-def _norm(model, settings, variables, rows):
-    loss, _, images, shared = _inputs(model, settings, variables, rows)
+def _norm(scale, settings, logits_fn, rows):
+    loss, _, images, shared = _inputs(scale, logits_fn, rows)
     return _with_errors({"frobenius_squared": curvature.leave_one_out_squared_frobenius(
         loss, images, num_probes=settings.num_probes, **shared)})
 
 
-def _trace(model, settings, variables, rows):
-    loss, _, images, shared = _inputs(model, settings, variables, rows)
+def _trace(scale, settings, logits_fn, rows):
+    loss, _, images, shared = _inputs(scale, logits_fn, rows)
     return _with_errors({"trace": curvature.hessian_trace(
         loss, images, num_probes=settings.num_probes, **shared)})
 
 
-def _largest(model, settings, variables, rows):
-    loss, _, images, shared = _inputs(model, settings, variables, rows)
+def _largest(scale, settings, logits_fn, rows):
+    loss, _, images, shared = _inputs(scale, logits_fn, rows)
     ritz = curvature.ritz_values(loss, images, num_products=settings.num_probes, **shared)
     at = jnp.argmax(jnp.abs(ritz.value), axis=1, keepdims=True)
     return _with_errors({"spectral_norm": [
@@ -249,6 +274,17 @@ def numbers(run: Run) -> Iterator[Number]:
             yield Number(MEDIAN, name, run.medians[key], "1/pixel⁴")
 
 
+def estimates(run: Run) -> Iterator[Estimate]:
+    """Yields the medians over the images, without those whose curvature is beyond float32."""
+    for key, name in CURVATURES.items() if run.curvature else ():
+        if key in run.curvature:
+            values = run.curvature[key]
+            values = values[np.isfinite(values)]
+            yield estimate(MEDIAN, name, bootstrapped(
+                lambda rows, values=values: np.median(values[rows]), len(values), least=-np.inf),
+                "1/pixel⁴")
+
+
 def _section(study: Study) -> Section | None:
     if not _curvatures(study):
         return None
@@ -280,12 +316,15 @@ def curvature_table(study: Study) -> Table:
     rows = [text_row(study.labels[row], (
         *(over_runs(values[row, what, name]) for name in names for what in (MEDIAN, MEAN)),
         " / ".join(f"{sum(values[row, HIDDEN, name]):g}" for name in names))) for row in found]
+    without = "".join(sorted({
+        f" No exact Hessian of {study.labels[row]}: {one['without_hessian']}."
+        for row, results in found.items() for one in results if "without_hessian" in one}))
     return Table(
         "Curvature of the softmax loss in input space.",
         ("Method", *(head for name in names for head in (f"{name}: median", "mean")),
          "Zero or less"), tuple(rows),
         f"All of the {listed(one['num_images'] for one in facts)} test images of each run, not "
-        "only the lowest 90 %.",
+        f"only the lowest 90 %.{without}",
         "How to read: lower is flatter. Unit: 1/pixel⁴ (the loss is in nats), with pixel values "
         "in [0, 1]. Median or mean over the images; with several seeds the mean over the seeds "
         "[lowest–highest seed]. Last column: number of values that a logarithmic axis cannot "
@@ -332,17 +371,20 @@ def curvature_picture(study: Study) -> Picture:
         for key in measures}) for row, results in found.items()]
     shown = np.concatenate([values for *_, by_key in samples for values in by_key.values()])
     step = listed(f"{one['step']:g}" for one in facts)
-    titles = {"frobenius_squared": "$\\Vert H\\Vert_F^2$ of the exact Hessian",
-              "finite_difference": f"$\\Lambda$ of Eq. 21 at $t$ = {step}"}
-    explained = ("the squared Frobenius norm of the Hessian at the image itself; the paper’s "
-                 "Eq. 21, which also counts the kinks of the ReLUs that its steps cross and may "
-                 "differ by orders of magnitude")
+    titles, explained = {}, []
+    if "frobenius_squared" in measures:
+        titles["frobenius_squared"] = "$\\Vert H\\Vert_F^2$ of the exact Hessian"
+        explained.append("the squared Frobenius norm of the Hessian at the image itself")
+    titles["finite_difference"] = f"$\\Lambda$ of Eq. 21 at $t$ = {step}"
+    explained.append(
+        "the paper’s Eq. 21, which also counts the kinks of the ReLUs that its steps cross and may "
+        "differ from the Hessian's norm by orders of magnitude")
     if "smoothed_frobenius_squared" in measures:
         sigma = listed(f"{one['smoothing']:g}" for one in facts)
         titles["smoothed_frobenius_squared"] = (
             f"$\\Vert H_\\sigma\\Vert_F^2$ of the loss\naveraged over noise, $\\sigma$ = {sigma}")
-        explained += ("; and the squared Frobenius norm of the Hessian of the loss averaged over "
-                      "noise, in which jumps of the gradient to and fro cancel")
+        explained.append("the squared Frobenius norm of the Hessian of the loss averaged over "
+                         "noise, in which jumps of the gradient to and fro cancel")
     return Picture(
         "curvature", curvature_figure(samples, titles),
         "Curvature of the softmax loss at clean test images: the lowest 90 % of each run, as in "
@@ -352,13 +394,13 @@ def curvature_picture(study: Study) -> Picture:
         "How to read: further left is flatter. Box: quartiles and median; whiskers: 5th to 95th "
         f"percentile. {(~(shown > 0)).sum()} of the {shown.size} values are zero or negative; they "
         "lie beyond the left edge, but count for the boxes. The panels show different quantities, "
-        f"which do not compare, from left to right: {explained}. "
+        f"which do not compare, from left to right: {'; '.join(explained)}. "
         f"Derivatives with respect to {listed(one['with_respect_to'] for one in facts)}.")
 
 
 CURVATURE = Measurement(
     "curvature", CurvatureConfig(), _measure, _asked, section=_section, numbers=(numbers,),
-    suite="curvature", limited="num_images", foreign=False, parallel=True,
+    estimates=estimates, suite="curvature", limited="num_images", parallel=True,
     about="""Measure the curvature of finished runs' loss at test images.
 
     Resumes interrupted measurements.""")

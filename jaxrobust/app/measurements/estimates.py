@@ -116,9 +116,9 @@ def outputs_of(function: LogitsFn | FeaturesFn, images, layout: Layout) -> np.nd
 RESAMPLES = 200
 
 
-def bootstrapped(statistic: Callable[..., float], *sizes: int, most: float = np.inf
-                 ) -> list[float]:
-    """Returns a statistic of images with the ends of its interval, in [0, ``most``].
+def bootstrapped(statistic: Callable[..., float], *sizes: int, least: float = 0,
+                 most: float = np.inf) -> list[float]:
+    """Returns a statistic of images with the ends of its interval, in [``least``, ``most``].
 
     The statistic takes the rows of each of several independent samples of these sizes; they are
     drawn with replacement :data:`RESAMPLES` times, with seed 0. The ends are the statistic plus the
@@ -130,7 +130,7 @@ def bootstrapped(statistic: Callable[..., float], *sizes: int, most: float = np.
     resamples = np.array([statistic(*(random.integers(size, size=size) for size in sizes))
                           for _ in range(RESAMPLES)])
     ends = value + np.quantile(resamples - resamples.mean(), (0.025, 0.975))
-    return [value, *np.clip(ends, 0, most).tolist()]
+    return [value, *np.clip(ends, least, most).tolist()]
 
 
 # --- The report ------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ class Measurement:
     """Yields :class:`jaxrobust.app.measurements.estimates.Estimate`, for the robustness card."""
     suite: str | None = None  # its name for the option --suite of the command ``evaluate``
     limited: str = "limit"  # the setting that the option --limit of that command sets
-    foreign: bool = True  # whether the suite measures it of models that were not trained here
+    needs: str | None = None  # the setting without which the suite leaves it out
+    randomised: bool = False  # whether it takes randomised classifiers
+    anew: bool = False  # whether a result that is there is made again, as it takes no time
     card: bool = True  # whether the robustness card shows the section
     command: str | None = None  # the command that makes it, if it is not ``kind``
     about: str = ""  # the command's help
@@ -68,10 +70,10 @@ class Measurement:
 class Work:
     """A measurement in progress, which resumes an interrupted one."""
 
-    def __init__(self, folder: pathlib.Path, label: str, path: pathlib.Path, asked: dict,
+    def __init__(self, folder: pathlib.Path, kind: str, name: str | None, label: str, asked: dict,
                  command: str):
-        self.folder, self.label, self.asked = folder, label, asked
-        self._path = path
+        self.folder, self.name, self.label, self.asked = folder, name, label, asked
+        self._path = run_folder.partial_path(folder, kind, name)
         self.table: Arrays = {}  # the columns so far
         self.facts: dict[str, Any] = {}
         if not self._path.is_file():
@@ -123,9 +125,9 @@ def measure(
     there = run_folder.read_facts(folder, measurement.kind, name)
     if there is not None:
         _refuse_others(path, "made", there.get("settings", {}), asked, command)
-        return there
-    work = Work(folder, label, run_folder.partial_path(folder, measurement.kind, name), asked,
-                command)
+        if not measurement.anew:
+            return there
+    work = Work(folder, measurement.kind, name, label, asked, command)
     measured = measurement.measure(run, settings, work)
     if measured.arrays is not None:
         run_folder.write_arrays(

@@ -93,7 +93,9 @@ def _summary(run: Run, measured: list[Measurement]) -> Table:
 
 
 def _value(one: Estimate) -> str:
-    return f"{with_interval(one, 2)} %" if one.unit == "%" else with_interval(one, 4)
+    if one.unit in ("%", ""):
+        return f"{with_interval(one, 2)} %" if one.unit else with_interval(one, 4)
+    return f"{one.value:.3g} [{one.low:.3g}–{one.high:.3g}] {one.unit}"
 
 
 def _how(run: Run, measured: list[Measurement]) -> Table:
