@@ -260,10 +260,15 @@ def _num_required(function: Callable) -> int | None:
 
 def _check_logits(path: pathlib.Path, model: ForeignModel) -> None:
     shape, num_classes = model.dataset.image_shape, len(model.dataset.class_names)
-    key = (jax.random.key(0),) if model.takes_key else ()
+
+    def each_with_a_key(images):
+        """As attacks apply it."""
+        return jax.vmap(lambda key, image: model.logits_fn(key, image[None])[0])(
+            jax.random.split(jax.random.key(0)), images)
+
     try:
-        logits = jax.eval_shape(
-            model.logits_fn, *key, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+        logits = jax.eval_shape(each_with_a_key if model.takes_key else model.logits_fn,
+                                jax.ShapeDtypeStruct((2, *shape), jnp.float32))
     except Exception as error:  # The user's code may raise anything.
         raise InputError(f"{path} fails on float32 images {[2, *shape]} of {model.dataset.name}: "
                          f"{reason_of(error)}.") from error

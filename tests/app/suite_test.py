@@ -56,6 +56,10 @@ def noisy(key, images):
     return brightness(images + 0.01 * jax.random.normal(key, images.shape))
 
 
+def whole_batch(key, images):
+    return by_sight(images)
+
+
 def by_sight(images):
     return jax.pure_callback(lambda images: np.zeros((len(images), 10), np.float32),
                              jax.ShapeDtypeStruct((len(images), 10), jnp.float32), images)
@@ -291,6 +295,7 @@ def test_the_curvature_of_a_users_model_is_exact_where_jax_differentiates_it_twi
     facts, found = files.read_json(folder / "curvature.json"), run_folder.read_arrays(
         folder, "curvature")
     assert facts["piecewise_linear"] is True and facts["settings"]["smoothing"] is None
+    assert facts["subset"] == "the first 4 of 360 test images"
     split = data.load_dataset("digits").test
     logits_fn = sys.modules["nnx_user"].logits
 
@@ -383,6 +388,8 @@ def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
       "normalised"), "Expected inputs='normalised' only with runs"),
     (("plain_user:noisy", "--data", "digits", "--suite", "attacks", "ood"),
      "Expected a function of images alone for the suite 'ood', got plain_user.noisy"),
+    (("plain_user:whole_batch", "--data", "digits", "--suite", "attacks"),
+     "plain_user:whole_batch fails on float32 images [2, 8, 8, 1] of digits: vmap is only"),
     (("RUN", "--suite", "attacks", "--attacks.eot", 5, "--name", "n"), "Expected eot=5 only with"),
     (("RUN", "--suite", "flips"), "Expected --flips.files with the suite 'flips', got none."),
     (("RUN", "--suite", "relative"), "Expected --relative.baseline with the suite 'relative'"),

@@ -112,11 +112,16 @@ def _measure(run: TrainedRun | ForeignModel, settings: CurvatureConfig, work: Wo
                 measured |= _of_spectrum(measured)
             table = {name: values[:kept] for name, values in measured.items()}
             work.add({"index": rows[:kept], "label": labels[rows[:kept]], **table})
-            shown.advance(kept, **{words.lower(): float(np.median(table[name]))
+            shown.advance(kept, **{words[0].lower() + words[1:]: float(np.median(table[name]))
                                    for name, words in CURVATURES.items() if name in table})
     table = work.table
+    whole = len(run.dataset.test.labels)
     return Measured({
-        **work.asked, **work.facts, "with_respect_to": {
+        **work.asked, **work.facts,
+        "subset": f"the first {count:,} of " + (
+            f"{whole:,} test images" if settings.test_size in (None, whole) else
+            f"{settings.test_size:,} test images drawn at random by class with seed 0"),
+        "with_respect_to": {
             "pixels": "pixels in [0, 1]", "normalised": "normalised images"}[settings.inputs],
         "median": {name: float(np.median(table[name])) for name in CURVATURES if name in table},
     } | ({} if twice else {"without_hessian": why}), table)

@@ -163,8 +163,9 @@ def _section(study: Study) -> Section | None:
     if not found_of(study, estimates):
         return None
     facts = [one for runs in study.runs.values() for run in runs if (one := run.facts("relative"))]
-    unknown = sorted({f"{name}: {score['why']}" for one in facts
-                      for name, score in one["scores"].items() if "why" in score})
+    unknown = sorted({
+        f"No {'value' if score['value'] is None else 'interval'} of {name}: {score['why']}"
+        for one in facts for name, score in one["scores"].items() if "why" in score})
     subsets = "; ".join(sorted({one["subset"] for one in facts}))
     return Section(
         "relative", "Errors relative to a baseline", "", (table_of(
