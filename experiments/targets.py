@@ -12,12 +12,16 @@ import pandas as pd
 
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
+from experiments.recipes.suites import settings_of
 from jaxrobust import _validate
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import blocks, curvature, networks, noise_counts, sharpness
+from jaxrobust.app.measurements.attacks import ATTACKS
+from jaxrobust.app.measurements.certificates import CERTIFICATES
+from jaxrobust.app.measurements.corruptions import CORRUPTIONS
 from jaxrobust.app.measurements.robustness import FIGURES
-from jaxrobust.app.measurements.runner import sections
+from jaxrobust.app.measurements.runner import Measurement, sections
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Picture, Section, Table
@@ -38,6 +42,8 @@ class Target:
     """Rows of the studies; None for all."""
     measured: bool = False
     """Whether it needs the measurements of the command ``figures``."""
+    suites: tuple[str, ...] = ()
+    """Kinds of measurements of the command ``evaluate`` that it needs beside the evaluation."""
     numbers: tuple[Callable[[Run], Iterable[frame.Number]], ...] = (
         frame.training_numbers, frame.accuracy_numbers)
     """Numbers of the runs that it shows; none for a picture alone."""
@@ -109,6 +115,17 @@ def _robustness(name: str) -> Callable[[Study], Section]:
     return build
 
 
+def _measured(*measurements: Measurement) -> Callable[[Study], Section]:
+    """Makes a builder that shows the sections of these measurements."""
+    def build(study: Study) -> Section:
+        found = sections(study, measurements)
+        return Section("measured", study.title, "",
+                       tuple(table for section in found for table in section.tables),
+                       tuple(picture for section in found for picture in section.pictures))
+
+    return build
+
+
 _TWO = ("normal", "robust")
 _CURVED = (curvature.numbers, sharpness.numbers)
 
@@ -152,6 +169,13 @@ QUESTIONS: dict[str, Target] = {
         "perturbations", _perturbed("both"), pictures.perturbation_picture)),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
+    "corruptions": Target(
+        "Does training on noise carry over to common corruptions?", ("cifar10",),
+        _measured(CORRUPTIONS), suites=("corruptions",), numbers=CORRUPTIONS.numbers),
+    "survival": Target(
+        "Does low curvature, or this training, buy adversarial or certified robustness?",
+        ("cifar10",), _measured(ATTACKS, CERTIFICATES), suites=("attacks", "certificates"),
+        numbers=(curvature.numbers, *ATTACKS.numbers, *CERTIFICATES.numbers)),
 }
 """The questions that the paper leaves open, by name."""
 
@@ -209,11 +233,14 @@ def make_plan(
             known = studies.get(study)
             needed = {*rows, *(known.rows if known else ())}
             measured = {*(rows if target.measured else ()), *(known.measured if known else ())}
+            kinds = {*target.suites, *(known.suites if known else ())}
+            suites = {kind: settings for kind, settings in settings_of(recipe, scale).items()
+                      if kind in kinds} if kinds else {}
             studies[study] = StudyPlan(
                 recipe, root / recipe.name,
                 tuple(row for row in recipe.rows if row in needed),
                 tuple(seeds or recipe.seeds),
-                tuple(row for row in recipe.rows if row in measured))
+                tuple(row for row in recipe.rows if row in measured), suites)
     return Plan(chosen, scale, studies, root / scale)
 
 

@@ -126,8 +126,8 @@ class OnStudies(Training):
         for plan in plans:
             files.require_writable(plan.folder)
         layout = self.execution.start()
-        if any(plan.measured for plan in plans) and jax.process_count() > 1:
-            raise InputError("Expected one process for the measurements of figures, got "
+        if any(plan.measured or plan.suites for plan in plans) and jax.process_count() > 1:
+            raise InputError("Expected one process for the measurements of figures and suites, got "
                              f"{jax.process_count()}. Several can run the studies alone.")
         files.say(text)
         for plan in plans:

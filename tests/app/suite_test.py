@@ -11,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from command_line import call, one_line
 
 from jaxrobust import corruptions, data, losses, metrics
-from jaxrobust.app import classifiers, files, run_folder
+from jaxrobust.app import classifiers, files, run_folder, trainer
 from jaxrobust.app.config import InputError
-from jaxrobust.app.measurements import attacks, estimates, relative
+from jaxrobust.app.measurements import attacks, certificates, estimates, relative
 from jaxrobust.app.measurements.corruptions import CORRUPTIONS, CorruptionSettings
 from jaxrobust.app.measurements.flips import FLIPS, FlipSettings
 from jaxrobust.app.measurements.relative import RELATIVE_ERRORS, RelativeSettings
 from jaxrobust.app.measurements.runner import measure
 from jaxrobust.app.report.card import write_card
+from jaxrobust.app.study.plan import plan_study
+from jaxrobust.app.study.run import run_study
+from jaxrobust.attacks import fab
 from jaxrobust.parallel import make_layout
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -32,6 +36,7 @@ CURVATURE = ("--suite", "curvature", "--limit", 4, "--curvature.num-probes", 3,
 CERTIFY = ("--certify.n0", 5, "--certify.n", 40, "--certify.sigma", 0.1)
 ATTACK = ("--attacks.num-steps", 2, "--attacks.num-targets", 1, "--attacks.num-queries", 3,
           "--attacks.l2", 0)
+BALLS = ("--attacks.linf", 0.02, 8 / 255, "--attacks.nearest", "l2")
 
 PLAIN = '''
 import jax
@@ -119,7 +124,7 @@ def _run(shared_study, tmp_path_factory):
     shutil.copytree(shared_study / "robust-seed0", folder,
                     ignore=shutil.ignore_patterns("curvature*"))
     assert call("evaluate", folder, "--suite", "corruptions", "attacks", "certify", "calibration",
-                "ood", "--limit", 20, *CORRUPT, *CERTIFY, *ATTACK) == 0
+                "ood", "--limit", 20, *CORRUPT, *CERTIFY, *ATTACK, *BALLS) == 0
     return folder
 
 
@@ -158,8 +163,6 @@ def test_certificates_abstentions_and_radii_are_consistent(run):
 
 
 def test_a_certification_resumes_where_it_was_interrupted(run, tmp_path, monkeypatch):
-    from jaxrobust.app.measurements import certificates
-
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "certificates.json").unlink()
@@ -184,19 +187,98 @@ def test_a_certification_resumes_where_it_was_interrupted(run, tmp_path, monkeyp
 
 def test_attacks_only_lower_the_accuracy_and_every_image_is_accounted_for(run):
     facts = files.read_json(run / "attacks.json")
-    one, = facts["norms"]
-    assert one["norm"] == "linf" and one["epsilon"] == 8 / 255
-    assert list(one["robust"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
-    left = list(one["robust"].values())
-    assert left == sorted(left, reverse=True)
-    broken = run_folder.read_arrays(run, "attacks")["broken_by"]
-    assert (broken == "").sum() == left[-1] and len(broken) == 20
+    assert [(one["norm"], one["epsilon"]) for one in facts["norms"]] == [
+        ("linf", 0.02), ("linf", 8 / 255)]
+    table = run_folder.read_arrays(run, "attacks")
+    for one in facts["norms"]:
+        assert list(one["robust"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+        left = list(one["robust"].values())
+        assert left == sorted(left, reverse=True)
+        mine = table["epsilon"] == one["epsilon"]
+        np.testing.assert_array_equal(table["index"][mine], np.arange(20))
+        assert (table["broken_by"][mine] == "").sum() == left[-1]
+
+
+def test_the_nearest_adversarial_images_are_kept_one_by_one(run, digits):
+    facts, table = files.read_json(run / "attacks.json"), run_folder.read_arrays(run, "attacks")
+    mine = np.isinf(table["epsilon"])
+    distance, (one,) = table["distance"][mine], facts["nearest"]
+    assert set(table["norm"][mine]) == {"l2"} and len(distance) == 20
+    # Those that are misclassified as they are, and none else, have none to go.
+    clean = table["broken_by"][table["epsilon"] == 0.02] == "clean"
+    np.testing.assert_array_equal(distance == 0, clean)
+    assert one["not_found"] == np.isinf(distance).sum()
+    assert one["median"][0] == pytest.approx(np.median(distance))
+    assert one["median_right"][0] == pytest.approx(np.median(distance[~clean]))
+    trained = trainer.load_run(run, run_folder.read_config(run), digits)
+    split = estimates.subset_of(digits.test, 20)
+    np.testing.assert_array_equal(table["label"][mine], split.labels)
+    _, expected = fab(trained.logits_fn, split.images, split.labels, norm="l2", num_steps=2,
+                      num_targets=1)
+    np.testing.assert_allclose(distance, expected, rtol=1e-5)
+
+
+def test_the_distance_counts_images_for_which_nothing_was_found():
+    found = attacks._of_nearest("l2", np.array([0, 0.1, 0.2, 0.4, np.inf, 0.3]))
+    assert found["not_found"] == 1
+    assert found["median"][0] == pytest.approx(0.25)
+    assert found["median_right"][0] == pytest.approx(0.3)
+    assert all(low <= value <= high for value, low, high in (
+        found["median"], found["median_right"]))
+    none = attacks._of_nearest("l2", np.array([0, np.inf, np.inf]))
+    assert none["median"] is None is none["median_right"]
+    assert attacks._of_nearest("l2", np.zeros(3))["median_right"] is None
+
+
+def test_the_suite_of_a_study_is_measured_once_and_on_the_images_of_its_curvature(
+        shared_study, tmp_path, digits):
+    folder = tmp_path / "study"
+    shutil.copytree(shared_study, folder)
+    plan = dataclasses.replace(plan_study(studies.RECIPE, folder), suites={
+        "certificates": certificates.CertificateSettings(n0=5, n=40, limit=8),
+        "corruptions": CorruptionSettings(("contrast",), (1,))})
+    assert "certificates: 0 of 2 runs done" in plan.text()
+    assert run_study(plan, digits) == []
+    assert "certificates: 2 of 2 runs done" in plan.text()
+    drawn, whole = data.split_off(digits.test, 50, seed=0)[1], {}
+    for place in plan.places():
+        found, curvature = (run_folder.read_arrays(place, kind)
+                            for kind in ("certificates", "curvature"))
+        np.testing.assert_array_equal(found["index"], np.arange(8))
+        np.testing.assert_array_equal(found["target"], drawn.labels[:8])
+        np.testing.assert_array_equal(found["target"], curvature["label"][:8])
+        # Clean accuracy is that of the study's own evaluation.
+        clean = files.read_json(place / "corruptions.json")["counts"][0]
+        level = files.read_json(place / "evaluation.json")["levels"][0]
+        assert clean["right"] / clean["number"] == pytest.approx(level["accuracies"][0])
+        whole |= {path: path.stat().st_mtime_ns for path in place.glob("*.json")}
+    assert run_study(plan, digits) == []
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+
+
+def test_the_images_of_a_study_are_the_first_of_its_subset(digits):
+    drawn = data.split_off(digits.test, 50, seed=0)[1]
+    part, facts = estimates.images_of(digits.test, 20, 50)
+    np.testing.assert_array_equal(part.images, drawn.images[:20])
+    np.testing.assert_array_equal(part.labels, drawn.labels[:20])
+    assert facts == {
+        "subset": "the first 20 of 50 of 360 test images, drawn at random by class with seed 0",
+        "num_images": 20, "first_of": 50, "num_test": 360}
+    for limit, test_size, words, first_of in (
+            (20, 360, "the first 20 of 360 test images", 360),
+            (20, None, "20 of 360 test images, drawn at random by class with seed 0", 20),
+            (None, 50, "50 of 360 test images, drawn at random by class with seed 0", 50),
+            (None, None, "all 360 test images", 360)):
+        _, facts = estimates.images_of(digits.test, limit, test_size)
+        assert (facts["subset"], facts["first_of"]) == (words, first_of)
+    with pytest.raises(InputError, match="test_size=361"):
+        estimates.images_of(digits.test, 20, 361)
 
 
 def test_square_beyond_gradients_is_warned_of_over_all_batches():
     batch = {"attacks": ["clean", "apgd-ce", "square"], "warnings": {"random": "once"}}
-    few = attacks._of_norm("l2", 0.5, np.array(["square"] + [""] * 999), [batch, batch])
-    many = attacks._of_norm("l2", 0.5, np.array(["square"] * 3 + [""] * 997), [batch])
+    few = attacks._of_ball("l2", 0.5, np.array(["square"] + [""] * 999), [batch, batch])
+    many = attacks._of_ball("l2", 0.5, np.array(["square"] * 3 + [""] * 997), [batch])
     assert few["warnings"] == {"random": "once"} and few["robust"]["square"] == 999
     assert "0.30 points" in many["warnings"]["black_box"]
 
@@ -251,7 +333,7 @@ def test_an_exported_artefact_gives_the_numbers_of_its_run(run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert call("export", run, "--out", tmp_path / "net.stablehlo") == 0
     assert call("evaluate", tmp_path / "net.stablehlo", "--data", "digits", "--suite",
-                "corruptions", "attacks", "ood", "--limit", 20, *CORRUPT, *ATTACK) == 0
+                "corruptions", "attacks", "ood", "--limit", 20, *CORRUPT, *ATTACK, *BALLS) == 0
     exported = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
     images = jnp.zeros((3, 8, 8, 1))  # Where distances of features may have no derivatives.
     gradient = jax.grad(lambda images: exported.call(images)["logits"][:, 0].sum())(images)
@@ -390,12 +472,16 @@ def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
      "Expected a function of images alone for the suite 'ood', got plain_user.noisy"),
     (("plain_user:whole_batch", "--data", "digits", "--suite", "attacks"),
      "plain_user:whole_batch fails on float32 images [2, 8, 8, 1] of digits: vmap is only"),
+    (("plain_user:noisy", "--data", "digits", "--suite", "attacks", "--attacks.nearest", "l2"),
+     "Expected nearest=['l2'] only with a function of images alone"),
     (("RUN", "--suite", "attacks", "--attacks.eot", 5, "--name", "n"), "Expected eot=5 only with"),
     (("RUN", "--suite", "flips"), "Expected --flips.files with the suite 'flips', got none."),
     (("RUN", "--suite", "relative"), "Expected --relative.baseline with the suite 'relative'"),
     (("RUN", "--suite", "relative", "--relative.baseline", "."), "found neither config.json nor"),
     (("nowhere.stablehlo", "--data", "digits"), "found no such file"),
     (("RUN", "--suite", "attacks", "--attacks.linf", 0, "--attacks.l2", 0), "to be > 0"),
+    (("RUN", "--suite", "attacks", "--attacks.linf", 0.1, 0.1), "Expected each linf once"),
+    (("RUN", "--suite", "attacks", "--attacks.nearest", "l1"), "Unknown norm 'l1'"),
     (("RUN", "--suite", "ood", "--ood.strange", "digits"), "its own data set"),
     (("RUN", "--suite", "corruptions", "--corruptions.names", "fogg"), "Did you mean 'fog'?"),
 ])

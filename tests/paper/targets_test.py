@@ -16,6 +16,7 @@ from command_line import call, one_line
 from experiments import paper, targets
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
+from experiments.recipes.suites import settings_of
 from jaxrobust import data
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError, get_setting
@@ -76,8 +77,8 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
         with PIL.Image.open(folder / picture) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert len(tables) + len(pictures) >= len(target.studies)
-    expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1)}.get(
-        name.rstrip("0123456789"), (4, 2))
+    expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1),
+                "corruptions": (1, 1), "survival": (3, 2)}.get(name.rstrip("0123456789"), (4, 2))
     assert len(tables) >= expected[0] and len(pictures) >= expected[1]
     for study in content["studies"]:
         assert study["commit"] and study["hardware"] and study["versions"]["jax"]
@@ -198,7 +199,7 @@ def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
         for name, target in targets.TARGETS.items():
             line = f"{name}: {target.title}; in runs/{scale}/{name}"
             assert (line in said) == any(study in there for study in target.studies) or (
-                name == "figure10" and scale == "medium")  # which measures no curvature.
+                name in ("figure10", "survival") and scale == "medium")  # It measures no curvature.
         for name in there:
             assert f"{STUDIES[name][scale].name}: " in said
         assert said.count("on one GPU") == len(there)
@@ -216,6 +217,25 @@ def make_photographs(folder, counts):
         for index in range(count):
             image = rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)
             PIL.Image.fromarray(image).save(folder / label / f"{index}.png")
+
+
+def test_a_plan_says_which_runs_the_suite_is_done_for(capsys):
+    assert call("reproduce", "questions", "--scale", "small", "--dry-run") == 0
+    said = capsys.readouterr().out
+    count = 3 * len(STUDIES["cifar10"]["small"].rows)
+    for kind in ("corruptions", "attacks", "certificates"):
+        assert said.count(f"  {kind}: 0 of {count} runs done") == 1
+    assert call("reproduce", "table1", "--scale", "small", "--dry-run") == 0
+    assert "runs done" not in capsys.readouterr().out
+
+
+def test_the_suite_draws_the_training_noise_and_knows_the_curvature_of_its_images():
+    for scale, recipe in STUDIES["cifar10"].items():
+        found = settings_of(recipe, scale)
+        assert found["corruptions"].limit is None and found["certificates"].sigma == 0.06
+        if scale in ("small", "tiny"):
+            assert all(found[kind].limit <= recipe.curvature.num_images
+                       for kind in ("attacks", "certificates"))
 
 
 def test_a_plan_for_a_folder_has_the_hours_of_its_images(tmp_path, capsys):

@@ -1,6 +1,8 @@
-"""Robust accuracy under AutoAttack's ensemble."""
+"""Robust accuracy under AutoAttack's ensemble, and the distance of the nearest misclassified image.
+"""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -10,17 +12,19 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust import attacks as library
 from jaxrobust.app.classifiers import ForeignModel, is_randomised
-from jaxrobust.app.config import InputError
+from jaxrobust.app.config import InputError, distinct
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
+    TestSize,
+    bootstrapped,
     check_counts,
     dots_picture,
+    estimate,
     found_of,
+    images_of,
     numbers_of,
     share,
-    subset_of,
-    subset_text,
     subsets_text,
     table_of,
 )
@@ -36,6 +40,8 @@ SEED = 0
 BATCH = 250
 """Images that are attacked at a time, after which an interrupted measurement resumes."""
 
+_NAMES = {"linf": "L∞", "l2": "L2"}
+
 MASKED = 0.002
 """What Square, without gradients, may take from the accuracy that gradients left, as in AutoAttack.
 """
@@ -45,10 +51,12 @@ MASKED = 0.002
 class AttackSettings:
     """How adversarial attacks are measured."""
 
-    linf: float = 8 / 255
-    """Radius in the largest change of a pixel value, in [0, 1]; 0 leaves this norm out."""
-    l2: float = 0.5
-    """Radius in the Euclidean norm, in pixel values of [0, 1]; 0 leaves this norm out."""
+    linf: tuple[float, ...] = (8 / 255,)
+    """Radii in the largest change of a pixel value, in [0, 1]; 0 leaves this norm out."""
+    l2: tuple[float, ...] = (0.5,)
+    """Radii in the Euclidean norm, in pixel values of [0, 1]; 0 leaves this norm out."""
+    nearest: tuple[str, ...] = ()
+    """Norms, "linf" or "l2", in which FAB looks for the nearest misclassified image."""
     num_steps: int = 100
     """Steps of APGD and FAB, for each target; 100 in AutoAttack's standard version."""
     num_targets: int = 9
@@ -60,23 +68,35 @@ class AttackSettings:
     default, as in AutoAttack."""
     limit: Limit = 500
     """Number of test images, drawn at random by class with seed 0; none for all."""
+    test_size: TestSize = None
+    """With a number, the first ``limit`` of as many test images, drawn so, as in a study."""
 
     def __post_init__(self):
-        for name in ("linf", "l2"):
-            _validate.in_range(name, getattr(self, name), 0)
-        if not self.norms:
-            raise InputError(f"Expected linf={self.linf:g} or l2={self.l2:g} to be > 0.")
-        check_counts(self, "num_steps", "num_targets", "num_queries", "eot", "limit")
+        for name in _NAMES:
+            for radius in getattr(self, name):
+                _validate.in_range(name, radius, 0)
+            distinct(name, getattr(self, name))
+        for norm in self.nearest:
+            _validate.one_of("norm", norm, _NAMES)
+        distinct("nearest", self.nearest)
+        if not self.searches:
+            raise InputError(f"Expected linf={list(self.linf)} or l2={list(self.l2)} to be > 0, or "
+                             "nearest to name a norm.")
+        check_counts(self, "num_steps", "num_targets", "num_queries", "eot", "limit", "test_size")
 
     @property
-    def norms(self) -> dict[str, float]:
-        """By norm, the radius."""
-        return {name: getattr(self, name) for name in ("linf", "l2") if getattr(self, name) > 0}
+    def searches(self) -> list[tuple[str, float]]:
+        """Norms with the radii of the ensemble's balls, and inf for the nearest image."""
+        return [*((norm, radius) for norm in _NAMES for radius in getattr(self, norm) if radius),
+                *((norm, math.inf) for norm in self.nearest)]
 
 
 def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pathlib.Path) -> dict:
     asked = settings_asked(run, settings, folder)
     if is_randomised(run):
+        if settings.nearest:
+            raise InputError(f"Expected nearest={list(settings.nearest)} only with a function of "
+                             "images alone, whose classes have boundaries.")
         return asked | {"eot": library.Randomised.num_draws if settings.eot is None else
                         settings.eot}
     if settings.eot is not None:
@@ -87,40 +107,61 @@ def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pat
 
 
 def _measure(run: TrainedRun | ForeignModel, settings: AttackSettings, work: Work) -> Measured:
-    """Attacks test images, a batch at a time, in each norm."""
+    """Attacks test images, a batch at a time, in each ball, and looks for the nearest ones."""
     classifier = library.Randomised(run.logits_fn, work.asked["eot"]) if is_randomised(
         run) else run.logits_fn
-    split = subset_of(run.dataset.test, settings.limit)
-    size = len(split.labels)
-    norms = list(settings.norms)
-    begun = [(norm, first) for norm in norms for first in range(0, size, BATCH)]
+    split, images = images_of(run.dataset.test, settings.limit, settings.test_size)
+    size = images["num_images"]
+    begun = [(*search, first) for search in settings.searches for first in range(0, size, BATCH)]
     done = len(work.facts.get("batches", ()))
-    with progress(f"{work.label}, attack", len(norms) * size, done=work.rows) as shown:
-        for norm, first in begun[done:]:
+    with progress(f"{work.label}, attack", len(settings.searches) * size, done=work.rows) as shown:
+        for norm, epsilon, first in begun[done:]:
             rows = np.arange(first, min(first + BATCH, size))
-            found = library.auto_attack(
-                classifier, split.images[first:first + BATCH],
-                split.labels[first:first + BATCH],
-                jax.random.fold_in(jax.random.key(SEED), ("linf", "l2").index(norm)), norm=norm,
-                epsilon=settings.norms[norm], num_steps=settings.num_steps,
-                num_targets=settings.num_targets, num_queries=settings.num_queries,
-                batch_size=BATCH, indices=rows)
-            # That of the black box is judged over all batches.
-            warnings = {name: text for name, text in found.warnings.items() if name != "black_box"}
-            work.facts = {"batches": [*work.facts.get("batches", ()), {
-                "norm": norm, "warnings": warnings, "attacks": list(found.accuracy)}]}
-            work.add({"norm": np.full(len(rows), norm), "index": rows,
-                      "broken_by": found.broken_by.astype("U16")})
-            shown.advance(len(rows), **{f"robust, {norm}": float(found.robust.mean())})
-    table = work.table
+            search = _nearest if math.isinf(epsilon) else _ensemble
+            facts, columns = search(classifier, split, rows, settings, norm, epsilon)
+            work.facts = {"batches": [*work.facts.get("batches", ()), facts]}
+            work.add({"norm": np.full(len(rows), norm), "epsilon": np.full(len(rows), epsilon),
+                      "index": rows, "label": split.labels[rows], **columns})
+            shown.advance(len(rows))
+    table, batches = work.table, work.facts["batches"]
+    parts = [((norm, epsilon), (table["norm"] == norm) & (table["epsilon"] == epsilon))
+             for norm, epsilon in settings.searches]
     return Measured({
-        "subset": subset_text(split, run.dataset.test), "num_images": size,
-        "norms": [_of_norm(norm, settings.norms[norm], table["broken_by"][table["norm"] == norm],
-                           [batch for batch in work.facts["batches"] if batch["norm"] == norm])
-                  for norm in norms]}, table)
+        **images,
+        "norms": [_of_ball(norm, epsilon, table["broken_by"][part], [
+            batch for batch in batches if (batch["norm"], batch["epsilon"]) == (norm, epsilon)])
+            for (norm, epsilon), part in parts if math.isfinite(epsilon)],
+        "nearest": [_of_nearest(norm, table["distance"][part])
+                    for (norm, epsilon), part in parts if math.isinf(epsilon)]}, table)
 
 
-def _of_norm(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dict]) -> dict:
+def _ensemble(classifier, split, rows, settings, norm, epsilon):
+    """Attacks a batch in a ball: returns what is recorded of the batch, and its columns."""
+    found = library.auto_attack(
+        classifier, split.images[rows], split.labels[rows],
+        jax.random.fold_in(jax.random.key(SEED), list(_NAMES).index(norm)), norm=norm,
+        epsilon=epsilon, num_steps=settings.num_steps, num_targets=settings.num_targets,
+        num_queries=settings.num_queries, batch_size=BATCH, indices=rows)
+    # That of the black box is judged over all batches.
+    warnings = {name: text for name, text in found.warnings.items() if name != "black_box"}
+    return ({"norm": norm, "epsilon": epsilon, "warnings": warnings,
+             "attacks": list(found.accuracy)},
+            {"broken_by": found.broken_by.astype("U16"), "distance": np.full(len(rows), np.nan)})
+
+
+def _nearest(classifier, split, rows, settings, norm, epsilon):
+    """Looks for the nearest misclassified images of a batch, as :func:`_ensemble` attacks it."""
+    padded = np.resize(rows, min(BATCH, len(split.labels)))  # All batches are one program.
+    labels = np.where(np.arange(len(padded)) < len(rows), split.labels[padded], -1)
+    _, distance = library.fab(
+        classifier, split.images[padded], labels.astype(np.int32), norm=norm,
+        num_steps=settings.num_steps, num_targets=settings.num_targets)
+    return ({"norm": norm, "epsilon": epsilon},
+            {"broken_by": np.full(len(rows), "", "U16"),
+             "distance": np.asarray(distance, np.float64)[:len(rows)]})
+
+
+def _of_ball(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dict]) -> dict:
     """What is left after each attack of the ensemble, in their order, and the warnings."""
     names, left, robust = batches[0]["attacks"], len(broken_by), {}
     for name in names:
@@ -137,8 +178,27 @@ def _of_norm(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dic
     return {"norm": norm, "epsilon": epsilon, "robust": robust, "warnings": warnings}
 
 
-_NAMES = {"linf": "L∞", "l2": "L2"}
+def _of_nearest(norm: str, distance: np.ndarray) -> dict:
+    """The median distance with its interval, over all images, of which misclassified ones have 0,
+    and over the others; None where it is infinite.
+
+    For the interval, images for which nothing was found count like the farthest that was.
+    """
+    facts = {"norm": norm, "not_found": int(np.isinf(distance).sum())}
+    for name, values in (("median", distance), ("median_right", distance[distance > 0])):
+        finite = values[np.isfinite(values)]
+        known = len(values) > 0 and np.isfinite(np.median(values))
+        facts[name] = _median(np.minimum(values, finite.max())) if known else None
+    return facts
+
+
+def _median(values: np.ndarray) -> list[float]:
+    return bootstrapped(lambda rows: np.median(values[rows]), len(values))
+
+
 ROBUST, LEFT = "robust accuracy", "accuracy after"
+NEAREST, ALL, RIGHT = "median distance to the nearest adversarial image", "all images", (
+    "images right when clean")
 
 
 def _ball(one: dict) -> str:
@@ -159,6 +219,18 @@ def estimates(run: Run) -> Iterator[Estimate]:
     for one in facts["norms"]:
         for name, right in one["robust"].items():
             yield share(LEFT, f"{name}, {_ball(one)}", right, facts["num_images"])
+    yield from _distances(run)
+
+
+def _distances(run: Run) -> Iterator[Estimate]:
+    for one in (run.facts("attacks") or {}).get("nearest", ()):
+        for name, images in (("median", ALL), ("median_right", RIGHT)):
+            if one[name] is not None:
+                yield estimate(NEAREST, f"{_NAMES[one['norm']]}, {images}", one[name], "pixels")
+
+
+def _accuracies(run: Run) -> Iterator[Estimate]:
+    return (one for one in estimates(run) if one.measurement != NEAREST)
 
 
 def _warnings(study: Study) -> Table | None:
@@ -179,15 +251,22 @@ def _section(study: Study) -> Section | None:
             f"{asked['num_targets']} targets, {asked['num_queries']:,} queries")
         for runs in study.runs.values() for run in runs
         if (facts := run.facts("attacks")) and (asked := facts["settings"])}))
+    shown = f"Images: {subsets_text(study, 'attacks')} Budget: {budgets}. Intervals:"
     table = table_of(
-        study, estimates, "Accuracy under adversarial attacks.",
-        f"Images: {subsets_text(study, 'attacks')} Budget: {budgets}. Intervals: Wilson's, over "
-        "images.", "AutoAttack's ensemble, each attack on what the ones before left; robust "
-        "accuracy is what all of them leave, an upper bound of the true one.")
+        study, _accuracies, "Accuracy under adversarial attacks.",
+        f"{shown} Wilson's, over images.", "AutoAttack's ensemble, each attack on what the ones "
+        "before left; robust accuracy is what all of them leave, an upper bound of the true one."
+    ) if found_of(study, _accuracies) else None
+    distances = table_of(
+        study, _distances, "Median distance to the nearest misclassified image, found by FAB.",
+        f"{shown} bootstrap over images, centred.", "An upper bound of the true distance; 0 for an "
+        "image that is misclassified itself.", digits=4) if found_of(study, _distances) else None
     return Section(
-        "attacks", "Adversarial attacks", "", tuple(filter(None, (table, _warnings(study)))),
+        "attacks", "Adversarial attacks", "",
+        tuple(filter(None, (table, distances, _warnings(study)))),
         (dots_picture(study, estimates, LEFT, "attacks", "Accuracy after each attack.", "Accuracy",
-                      "How to read: attacks in their order, from clean images on."),))
+                      "How to read: attacks in their order, from clean images on."),)
+        if table else ())
 
 
 def table_text(facts: dict) -> str:
@@ -197,6 +276,8 @@ def table_text(facts: dict) -> str:
         lines += [f"{_ball(one)}, {name}: {100 * right / facts['num_images']:.2f} %"
                   for name, right in one["robust"].items()]
         lines += [f"Warning, {_ball(one)}: {text}" for text in one["warnings"].values()]
+    lines += [f"median distance to the nearest adversarial image, {_NAMES[one['norm']]}: "
+              f"{one['median'][0]:.4f}" for one in facts["nearest"] if one["median"]]
     return "\n".join(lines)
 
 

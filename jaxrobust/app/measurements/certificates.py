@@ -12,12 +12,12 @@ from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
+    TestSize,
     check_counts,
     found_of,
+    images_of,
     numbers_of,
     share,
-    subset_of,
-    subset_text,
     subsets_text,
     table_of,
 )
@@ -54,11 +54,13 @@ class CertificateSettings:
     """Largest probability of a wrong certificate of an image."""
     limit: Limit = 500
     """Number of test images, drawn at random by class with seed 0; none for all."""
+    test_size: TestSize = None
+    """With a number, the first ``limit`` of as many test images, drawn so, as in a study."""
 
     def __post_init__(self):
         _validate.in_range("sigma", self.sigma, 0, open_low=True)
         _validate.in_range("alpha", self.alpha, 0, 1, open_low=True)
-        check_counts(self, "n0", "n", "limit")
+        check_counts(self, "n0", "n", "limit", "test_size")
 
 
 def _classify(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
@@ -69,16 +71,17 @@ def _classify(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
 
 def _measure(run: TrainedRun | ForeignModel, settings: CertificateSettings, work: Work) -> Measured:
     """Certifies test images one by one."""
-    split = subset_of(run.dataset.test, settings.limit)
+    split, images = images_of(run.dataset.test, settings.limit, settings.test_size)
     classify = jax.tree_util.Partial(_classify, run.logits_fn)
-    size = len(split.labels)
+    size = images["num_images"]
     with progress(f"{work.label}, certify", size, done=work.rows) as shown:
         for row in range(work.rows, size):
             found = certify(
                 classify, split.images[row:row + 1], jax.random.key(SEED), sigma=settings.sigma,
                 n0=settings.n0, n=settings.n, alpha=settings.alpha, indices=[row],
                 layout=run.layout)
-            work.add({**found._asdict(), "target": split.labels[row:row + 1]})
+            work.add({"index": np.array([row]), **found._asdict(),
+                      "target": split.labels[row:row + 1]})
             shown.advance()
     table = work.table
     largest = certified_radius(settings.n, settings.n, sigma=settings.sigma, alpha=settings.alpha)
@@ -86,8 +89,8 @@ def _measure(run: TrainedRun | ForeignModel, settings: CertificateSettings, work
     found = Certificate(*(table[name] for name in Certificate._fields))
     shares = certified_accuracy(found, table["target"], radii)
     return Measured({
-        "subset": subset_text(split, run.dataset.test), "num_images": size,
-        "largest_radius": largest,
+        **images, "largest_radius": largest,
+        "average_radius": float(np.mean(found.radius * (found.label == table["target"]))),
         "abstained": int((found.label == ABSTAINED).sum()),
         "mean_draws": float(found.num_draws.mean()),
         "curve": [{"radius": float(radius), "right": round(float(part) * size)}

@@ -26,6 +26,9 @@ WILSON, BOOTSTRAP = "Wilson, 95 %", "bootstrap over images, centred, 95 %"
 Limit = Annotated[int | None, tyro.conf.Suppress]
 """A number of images, which the option --limit of the command sets for all measurements."""
 
+TestSize = Annotated[int | None, tyro.conf.Suppress]
+"""The number of test images of a study, of which a measurement takes the first."""
+
 
 class Estimate(NamedTuple):
     """A number of one model with its interval; shares are per cent."""
@@ -79,20 +82,39 @@ def check_counts(settings: Any, *names: str) -> None:
             _validate.in_range(name, getattr(settings, name), 1)
 
 
-def subset_of(split: Split, limit: int | None) -> Split:
-    """Returns all images, or ``limit`` of them, drawn at random by class with seed 0."""
+def subset_of(split: Split, limit: int | None, test_size: int | None = None) -> Split:
+    """Returns all images, or ``limit`` of them, drawn at random by class with seed 0; with a
+    ``test_size``, the first ``limit`` of as many, drawn so."""
+    if test_size is not None:
+        _validate.in_range("test_size", test_size, 1, len(split.labels), open_high=False)
+        drawn = subset_of(split, test_size)
+        return Split(drawn.images[:limit], drawn.labels[:limit])
     if limit is None or limit >= len(split.labels):
         return split
     _validate.in_range("limit", limit, 1)
     return data.split_off(split, limit, seed=0, name="limit")[1]
 
 
-def subset_text(part: Split, whole: Split, what: str = "test images") -> str:
+def subset_text(part: Split, whole: Split, what: str = "test images",
+                test_size: int | None = None) -> str:
     """Describes a subset in words."""
-    if len(part.labels) == len(whole.labels):
-        return f"all {len(whole.labels):,} {what}"
-    return (f"{len(part.labels):,} of {len(whole.labels):,} {what}, drawn at random by class with "
-            "seed 0")
+    count, drawn, every = len(part.labels), test_size or len(part.labels), len(whole.labels)
+    first = f"the first {count:,} of " if count < drawn else ""
+    if drawn == every:
+        return f"{first or 'all '}{every:,} {what}"
+    return f"{first}{drawn:,} of {every:,} {what}, drawn at random by class with seed 0"
+
+
+def images_of(split: Split, limit: int | None, test_size: int | None) -> tuple[Split, dict]:
+    """Returns the images of :func:`subset_of`, and what a measurement records of them.
+
+    They are the first ``num_images`` of ``first_of`` test images drawn by class with seed 0, which
+    is what tells whether image i of two measurements is the same.
+    """
+    part = subset_of(split, limit, test_size)
+    count = len(part.labels)
+    return part, {"subset": subset_text(part, split, test_size=test_size), "num_images": count,
+                  "first_of": test_size or count, "num_test": len(split.labels)}
 
 
 @functools.partial(jax.jit, static_argnames="layout")

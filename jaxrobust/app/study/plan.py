@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jaxrobust.app import files, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig
@@ -37,6 +38,9 @@ class StudyPlan:
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
     measured: tuple[str, ...] = ()  # rows that get the measurements of the command `figures`
+    suites: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """By kind of a measurement of the command `evaluate` that all rows get, its settings; without
+    a limit it is made on all images that the study tests."""
 
     def places(self, rows: Iterable[str] | None = None) -> list[pathlib.Path]:
         """The folders of the runs of some rows, or of all."""
@@ -68,6 +72,8 @@ class StudyPlan:
                  f"{listed(self.seeds)}), {done} done, {begun} begun; in {self.folder}",
                  f"  {first.dataset}{found}, {size} training images, {first.model} of width "
                  f"{first.width}, {first.epochs} epochs, batches of {first.batch_size}"]
+        lines += [f"  {kind}: {sum(run_folder.is_measured(place, kind) for place in places)} of "
+                  f"{len(places)} runs done" for kind in self.suites]
         if cost is not None:
             share = larger * (len(places) - done) / len(self.recipe.rows)
             cpu, gpu = (duration(3600 * share * hours) for hours in (

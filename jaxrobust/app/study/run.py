@@ -18,7 +18,7 @@ from jaxrobust.app import files, program, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
-from jaxrobust.app.measurements import robustness
+from jaxrobust.app.measurements import MEASUREMENTS, robustness
 from jaxrobust.app.measurements.accuracy import evaluate_run, make_test_split
 from jaxrobust.app.measurements.curvature import CURVATURE
 from jaxrobust.app.measurements.runner import measure
@@ -62,6 +62,7 @@ def run_study(
             label=f"{first} and {len(others)} more" if others else first, layout=layout, feed=feed)
         _show_and_test(plan.recipe, dataset, group, new, layout)
         failures += new
+    _measure_suites(plan, dataset, layout)
     _measure(plan, dataset)
     return [] if plan.recipe.may_diverge else failures
 
@@ -101,6 +102,26 @@ def _show_and_test(recipe: Recipe, dataset: Dataset, places: Iterable[pathlib.Pa
             settings = dataclasses.replace(
                 recipe.curvature, test_size=recipe.evaluation.test_size)
             measure(CURVATURE, run, settings, place, place.name)
+
+
+def _measure_suites(plan: StudyPlan, dataset: Dataset, layout: Layout) -> None:
+    """Makes the measurements of the command ``evaluate`` that the plan names, on the images that
+    its runs are tested on, from the first on."""
+    size = plan.recipe.evaluation.test_size or len(dataset.test.labels)
+    chosen = {measurement: _on_first(plan.suites[measurement.kind], size)
+              for measurement in MEASUREMENTS if measurement.kind in plan.suites}
+    for place in plan.places() if chosen else ():
+        if run_folder.is_done(place):
+            run = load_run(place, run_folder.read_config(place), dataset, layout)
+            for measurement, settings in chosen.items():
+                measure(measurement, run, settings, place, place.name)
+
+
+def _on_first(settings: Any, size: int) -> Any:
+    """Limits a measurement to the first images of a study's test images, ``size`` in number."""
+    whole = settings.limit is None or settings.limit >= size
+    first = {"test_size": size} if hasattr(settings, "test_size") else {}
+    return dataclasses.replace(settings, limit=size if whole else settings.limit, **first)
 
 
 def _measure(plan: StudyPlan, dataset: Dataset) -> None:

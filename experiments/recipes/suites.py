@@ -1,0 +1,36 @@
+"""How the networks of a study are tested by the suite: corruptions, attacks and certificates.
+
+    python -m experiments reproduce corruptions --scale small --jobs 2
+    python -m experiments reproduce survival --scale small --jobs 2
+
+Corruptions are measured on the test images of the study's evaluation; attacks and certificates,
+which take much longer, on the first 500 of these, whose curvature a study measures too.
+Certificates draw noise of the standard deviation that the networks were trained with. No network
+withstands the usual 8/255 that was not trained with attacks: hence 1/255 and 2/255 beside it.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxrobust.app.measurements.attacks import AttackSettings
+from jaxrobust.app.measurements.certificates import CertificateSettings
+from jaxrobust.app.measurements.corruptions import CorruptionSettings
+from jaxrobust.app.recipe import Recipe
+
+
+def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
+    """Returns the settings of a study's recipe at a scale, by kind of measurement."""
+    noise_std = next(iter(recipe.rows.values())).noise_std
+    every = {
+        "corruptions": CorruptionSettings(),
+        "attacks": AttackSettings(
+            linf=(1 / 255, 2 / 255, 8 / 255), l2=(0.5,), nearest=("l2",), limit=500),
+        "certificates": CertificateSettings(
+            sigma=noise_std, n=100_000 if scale == "full" else 10_000, limit=500)}
+    if scale != "tiny":
+        return every
+    return {kind: dataclasses.replace(every[kind], **smaller) for kind, smaller in {
+        "corruptions": {"names": ("gaussian_noise", "fog"), "severities": (1, 5)},
+        "attacks": {"num_steps": 2, "num_targets": 1, "num_queries": 3, "linf": (8 / 255,),
+                    "limit": 40},
+        "certificates": {"n0": 5, "n": 50, "limit": 40}}.items()}
