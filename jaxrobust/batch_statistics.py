@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from jaxrobust import _validate
 from jaxrobust.centroids import init_centroids
-from jaxrobust.methods import Batch, BatchStats, Method
+from jaxrobust.methods import METHOD_KEY, Batch, BatchStats, Method
 from jaxrobust.models.common import head_parameters, over_axis
 
 
@@ -93,7 +93,7 @@ def make_pass_step(
 ) -> Callable[[PassStatistics, Any, Batch, jax.Array], PassStatistics]:
     """Makes the pass over a training batch, ``(statistics, params, batch, key) -> statistics``.
 
-    The key, one for each batch, is for dropout, which is in training mode too.
+    The key, one for each batch, is for the method and for dropout, which is in training mode too.
 
     Each forward pass that the method makes in training is one pass here: one of ``normal`` on clean
     and of ``noisy`` on noisy images, one of ``both`` on the two together, two of ``robust`` on one
@@ -111,6 +111,7 @@ def make_pass_step(
     model, synchronised = over_axis(model, axis_name, sync_batch_norm)
 
     def step(statistics, params, batch, key):
+        method_key = jax.random.fold_in(key, METHOD_KEY)
         if axis_name is not None:  # Each device has other images.
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         passes = itertools.count()
@@ -132,7 +133,7 @@ def make_pass_step(
         # The losses are not used, and thus not computed.
         _, evaluated = method.objective(
             forward, (kernel, bias), statistics, centroids, batch, weight=1.0,
-            axis_name=axis_name)
+            key=method_key, axis_name=axis_name)
         return evaluated.batch_stats
 
     return step

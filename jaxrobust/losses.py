@@ -110,7 +110,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def softmax_loss(
     logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array | None = None,
-    axis_name: str | None = None,
+    label_smoothing: float = 0.0, axis_name: str | None = None,
 ) -> jax.Array:
     r"""Averages :func:`softmax_cross_entropy` over the examples that count.
 
@@ -118,31 +118,47 @@ def softmax_loss(
 
     .. math:: \frac{\sum_n w_{y_n} (-\log \sigma(z_n)_{y_n})}{\sum_n w_{y_n}},
 
-    as PyTorch's ``CrossEntropyLoss(weight=w)``.
+    as PyTorch's ``CrossEntropyLoss(weight=w)``. Label smoothing takes a share s of each label and
+    gives it to all classes alike: in the numerator, with :math:`w_c = 1` if there are no weights,
+
+    .. math:: (1 - s)\, w_{y_n} (-\log \sigma(z_n)_{y_n})
+      + \frac{s}{C} \sum_c w_c (-\log \sigma(z_n)_c).
 
     Args:
       axis_name: see :mod:`jaxrobust.losses`.
       logits: [B, C]; cast to float32 if narrower.
       labels: [B].
       class_weights: [C], >= 0; None for 1 each.
+      label_smoothing: s in [0, 1).
 
     Returns:
       The loss, [], in nats.
 
-    Source: Eq. 3 and 4.
+    Source: Eq. 3 and 4; label smoothing: Szegedy et al., Rethinking the Inception Architecture for
+    Computer Vision (2016), https://arxiv.org/abs/1512.00567, and with weights as in PyTorch.
     """
+    _validate.in_range("label_smoothing", label_smoothing, 0, 1)
     logits = _validate.floats("logits", logits)
     labels = _validate.class_numbers("labels", labels)
     losses = softmax_cross_entropy(logits, labels)
-    counts = counted(labels, logits.shape[1])
-    if class_weights is None:
-        return mean_over_batch(losses, axis_name, counts=counts)
-    weights = jnp.asarray(class_weights, losses.dtype)
-    _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
+    num_classes = logits.shape[1]
+    counts = counted(labels, num_classes)
+    weights = None
+    if class_weights is not None:
+        weights = jnp.asarray(class_weights, losses.dtype)
+        _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
+        own = class_rows(weights, labels)
+        losses = own * losses
+    if label_smoothing:
+        of_all = -jax.nn.log_softmax(jnp.where(counts[:, None], logits, 0))
+        of_all = of_all if weights is None else weights[None] * of_all
+        share = jnp.asarray(label_smoothing, losses.dtype)
+        losses = (1 - share) * losses + share * jnp.mean(of_all, axis=1)
+    total = mean_over_batch(losses, axis_name, counts=counts)
+    if weights is None:
+        return total
     # Both means are over the same number of examples, which cancels.
-    own = class_rows(weights, labels)
-    total, mean = (mean_over_batch(values, axis_name, counts=counts)
-                   for values in (own * losses, own))
+    mean = mean_over_batch(own, axis_name, counts=counts)
     return total / jnp.where(mean > 0, mean, 1)
 
 

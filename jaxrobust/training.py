@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrobust import _validate, parallel
 from jaxrobust.centroids import CentroidState, init_centroids
-from jaxrobust.methods import Batch, Evaluated, Method
+from jaxrobust.methods import METHOD_KEY, Batch, Evaluated, Method
 from jaxrobust.models.common import head_parameters, over_axis
 
 
@@ -90,6 +90,7 @@ def make_objective(
     and dropout are in training mode.
     """
     def objective(params, state, batch):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, METHOD_KEY), state.step)
         dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
         if axis_name is not None:  # Each device has other images.
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
@@ -104,7 +105,7 @@ def make_objective(
 
         return method.objective(
             forward, head_parameters(params, head), state.batch_stats, state.centroids, batch,
-            weight=_of_float(constraint_weight)(state.step), axis_name=axis_name)
+            weight=_of_float(constraint_weight)(state.step), key=key, axis_name=axis_name)
 
     return objective
 
@@ -135,8 +136,8 @@ def make_train_step(
         batch, for which the model needs a field ``axis_name``. If False, each device normalises
         with those of its own share, as PyTorch's DataParallel does, and the running statistics are
         the mean over the devices.
-      constraint_weight: factor, by step, of the terms that ``stability`` and ``robust`` add to
-        the softmax loss; 1 in the paper.
+      constraint_weight: factor, by step, of the terms that methods such as ``stability`` and
+        ``robust`` add to the softmax loss; 1 in the paper.
       head: the name of the softmax layer, or its path, such as ``"top/Dense_0"``.
 
     Returns:

@@ -14,7 +14,7 @@ from jaxrobust import InputError, _validate
 from jaxrobust._hyperparameters import hyperparameters
 from jaxrobust.data import DATASETS, FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
-from jaxrobust.methods import METHODS
+from jaxrobust.methods import METHODS, MethodOptions
 from jaxrobust.models import MODELS
 from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
@@ -107,7 +107,7 @@ class OptimizerConfig:
                 f"Expected warmup_epochs=0 with schedule='piecewise', got {self.warmup_epochs}.")
 
 
-@hyperparameters("noise_std", "stability_weight", "robust")
+@hyperparameters("noise_std", "stability_weight", "robust", "options")
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run: data set, model, method and seed. Determines the result to the bit.
@@ -161,18 +161,23 @@ class RunConfig:
     method: str = "robust"
     """Training method: "normal", "noisy", "both", "stability", "robust", "robust_both", which adds
     the paper's loss to the softmax losses of "both", or "robust_clean", which constrains clean
-    images alone, as in the paper's ablation."""
+    images alone, as in the paper's ablation; or one of the field's: "center", "consistency" or
+    "noisy_consistency"."""
     robust: RobustLossConfig = RobustLossConfig()
     """Settings of the loss of "robust", "robust_both" and "robust_clean"."""
     stability_weight: float = 1.0
     """Weight of the stability term in the method "stability"."""
+    options: MethodOptions = MethodOptions()
+    """Settings of the methods beyond the paper."""
+    label_smoothing: float = 0.0
+    """Share of each label that every softmax loss gives to all classes alike, in [0, 1)."""
     class_weights: str = "none"
     """Weights of the classes in every softmax loss: "none" for equal weights, or "balanced" for
     N / (C n_c), where class c has n_c of the N training images in C classes. The loss of a batch is
     the weighted mean over its images."""
     one_pass: bool = False
-    """Send clean and noisy images through one forward pass in "stability" and "robust", so that
-    they share batch statistics, as "both" always does."""
+    """Send clean and noisy images through one forward pass in "stability", "robust" and
+    "consistency", so that they share batch statistics, as "both" always does."""
     constraint_warmup_epochs: float = 0.0
     """Epochs over which the weights of the terms beside the softmax loss grow linearly from 0."""
     noise_std: float = 0.06
@@ -229,6 +234,7 @@ class RunConfig:
             _validate.in_range("train_size", self.train_size, 1)
         for name in ("validation_size", "stability_weight", "constraint_warmup_epochs"):
             _validate.in_range(name, getattr(self, name), 0)
+        _validate.in_range("label_smoothing", self.label_smoothing, 0, 1)
         for name in ("seed", "split_seed"):
             _validate.in_range(name, getattr(self, name), 0, SEEDS)
         if self.validation_size >= 1 and self.validation_size != int(self.validation_size):

@@ -142,7 +142,9 @@ def method_of(config: RunConfig, class_weights: tuple[float, ...] | None) -> Met
     """Makes the method of a run."""
     return make_method(
         config.method, robust=config.robust, stability_weight=config.stability_weight,
-        one_pass=config.one_pass, class_weights=class_weights)
+        one_pass=config.one_pass, class_weights=class_weights,
+        label_smoothing=config.label_smoothing, perturb=training_perturbation(config),
+        options=config.options)
 
 
 def _optimizer(

@@ -19,6 +19,7 @@ from jaxrobust.app.report import sweep_section
 from jaxrobust.app.study import run, sweep
 from jaxrobust.app.study.plan import claim_study, plan_study
 from jaxrobust.app.study.read import load_study
+from jaxrobust.methods import METHODS
 from jaxrobust.parallel import make_layout
 
 # TensorBoard's writer and Orbax warn about themselves.
@@ -215,7 +216,7 @@ def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
     ("both", ("--over", "robust.lam=1"), "the method 'both' uses, got 'robust.lam', which belongs "
                                          "to: robust."),
     ("normal", ("--over", "noise_std=0.1"), "the method 'normal' uses, got 'noise_std', which "
-                                            "belongs to: noisy, both, stability, robust."),
+                                            "belongs to: noisy, both, stability, robust, "),
     ("robst", ("--over", "robust.lam=1"), "Unknown row 'robst'. Did you mean 'robust'?"),
 ])
 def test_bad_input_is_one_line_and_status_2(row, arguments, expected, capsys, tmp_path):
@@ -245,9 +246,11 @@ def test_folders_are_safe_and_all_different(tmp_path):
     assert len(set(names)) == 16 and all(re.fullmatch(r"[\w.,=+-]+", name) for name in names)
     assert "lam=1e-07,noise_std=0-seed0" in names
     assert "lam=0.10000001,noise_std=0.06-seed1" in names
-    # The last parts of the settings' names are enough.
-    short = [name.rpartition(".")[2] for name in config.SWEPT]
-    assert len(set(short)) == len(short) and set(sweep.USERS) == set(config.SWEPT)
+    # The last parts of the settings' names are enough, since a sweep is over those of one method.
+    assert set(sweep.USERS) == set(config.SWEPT)
+    for method in METHODS:
+        short = [name.rpartition(".")[2] for name, users in sweep.USERS.items() if method in users]
+        assert len(set(short)) == len(short)
 
 
 def test_runs_are_one_by_one_on_cpus_and_together_on_accelerators(tmp_path, monkeypatch):

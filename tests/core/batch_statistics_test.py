@@ -111,10 +111,11 @@ def test_a_module_with_dropout_and_without_an_axis_name(form):
 # Of which views a method's evaluation statistics are, by hand.
 VIEWS = {"normal": ("clean",), "noisy": ("noisy",), "robust_clean": ("clean",),
          "both": ("clean", "noisy"), "stability": ("clean", "noisy"),
-         "robust": ("clean", "noisy"), "robust_both": ("clean", "noisy")}
+         "robust": ("clean", "noisy"), "robust_both": ("clean", "noisy"), "center": ("clean",),
+         "consistency": ("clean", "noisy")}
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("momentum", [0.0, 0.99])
 def test_the_first_layers_statistics_are_those_of_what_the_method_sees(name, momentum):
     seen = np.concatenate([getattr(make_batch(seed), view).reshape(-1, 2)

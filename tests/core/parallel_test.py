@@ -10,9 +10,10 @@ import pytest
 
 from jaxrobust import methods, models, parallel, training
 from jaxrobust._validate import InputError
-from jaxrobust.losses import RobustLossConfig
+from jaxrobust.losses import RobustLossConfig, softmax_loss
 from jaxrobust.methods import Batch
 from jaxrobust.parallel import Layout, make_layout
+from jaxrobust.perturbations import gaussian
 
 CLASSES = 5
 SIZES = (16, 16, 16)
@@ -35,7 +36,8 @@ def problem(name, dtype):
     """Model, method, optimiser and first state, all in one precision."""
     model = models.SmallCNN(num_classes=CLASSES, mean=(0.5,), std=(0.25,), num_features=6, width=3,
                             dtype=jnp.dtype(dtype))
-    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0, momentum=0.5))
+    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0, momentum=0.5),
+                                 perturb=gaussian(0.1))
     optimizer = training.sgd(0.02, clip_norm=1.0)
     state = jax.jit(lambda key: training.create_train_state(
         model, optimizer, key, jnp.zeros((1, 8, 8, 1), jnp.float32)))(jax.random.key(0))
@@ -128,7 +130,7 @@ def test_batch_norm_per_device_is_that_of_the_shares():
     expected = jax.tree.map(lambda a, b: (a + b) / 2, *(
         updated["batch_stats"] for _, updated in halves))
     chex.assert_trees_all_close(apart[0][1], expected, rtol=1e-5, atol=1e-6)
-    losses = [methods.softmax_loss(outputs.logits, batch.labels[rows]) for (outputs, _), rows in
+    losses = [softmax_loss(outputs.logits, batch.labels[rows]) for (outputs, _), rows in
               zip(halves, (slice(0, 8), slice(8, 16)), strict=True)]
     np.testing.assert_allclose(apart[0][3]["loss"], np.mean(losses), rtol=1e-5)
     assert abs(apart[0][3]["loss"] - together[0][3]["loss"]) > 1e-4

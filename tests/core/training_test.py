@@ -14,6 +14,7 @@ from jaxrobust._validate import InputError
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import Batch
 from jaxrobust.models import Outputs
+from jaxrobust.perturbations import gaussian
 
 CLASSES = 4
 
@@ -33,7 +34,7 @@ def make_batch(seed=0, size=16, labels=None):
 
 def make_step(name="robust", axis_name=None, optimizer=None, **changes):
     optimizer = training.sgd(0.01, clip_norm=1.0) if optimizer is None else optimizer
-    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0))
+    method = methods.make_method(name, robust=RobustLossConfig(delta_d=1.0), perturb=gaussian(0.1))
     step = training.make_train_step(make_model(), method, optimizer, axis_name=axis_name, **changes)
     return step, first_state(optimizer)
 

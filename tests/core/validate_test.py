@@ -59,7 +59,7 @@ WRONG_NUMBERS = {
     "one_class": (lambda: margin(CENTROIDS[:1], PRESENT[:1], KERNEL[:, :1], BIAS[:1]),
                   "number of classes=1", "[2, inf)"),
     **{f"one_class_{name}": (call, "number of classes=1", "[2, inf)") for name, call in (
-        ("softmax", lambda: methods.softmax_loss(FEATURES[:, :1], LABELS)),
+        ("softmax", lambda: losses.softmax_loss(FEATURES[:, :1], LABELS)),
         ("distance", lambda: geometry.signed_boundary_distance(
             FEATURES, LABELS, KERNEL[:, :1], BIAS[:1])),
         ("class_margin", lambda: geometry.class_margin(FEATURES, LABELS, KERNEL[:, :1], BIAS[:1])),
@@ -111,13 +111,13 @@ WRONG_DTYPES = {
                           "labels of an integer dtype", "bool"),
     "margin_labels": (lambda: geometry.class_margin(FEATURES, LABELS == 0, KERNEL, BIAS),
                       "labels of an integer dtype", "bool"),
-    "softmax_labels": (lambda: methods.softmax_loss(FEATURES, LABELS == 0),
+    "softmax_labels": (lambda: losses.softmax_loss(FEATURES, LABELS == 0),
                        "labels of an integer dtype", "bool"),
     "features": (lambda: compactness(features=FEATURES.astype(np.int32)),
                  "features of a floating dtype", "int32"),
     "robust_noisy": (lambda: robust(noisy=FEATURES.astype(np.uint8)),
                      "noisy_features of a floating dtype", "uint8"),
-    "logits": (lambda: methods.softmax_loss(FEATURES.astype(np.int32), LABELS),
+    "logits": (lambda: losses.softmax_loss(FEATURES.astype(np.int32), LABELS),
                "logits of a floating dtype", "int32"),
 }
 
@@ -128,7 +128,7 @@ WRONG_SHAPES = {
         ("robust", lambda: robust(FEATURES[:0], FEATURES[:0], LABELS[:0]), "features of shape"),
         ("stability", lambda: losses.stability_loss(FEATURES[:0], FEATURES[:0]),
          "features of shape"),
-        ("softmax", lambda: methods.softmax_loss(FEATURES[:0], LABELS[:0]), "logits of shape"),
+        ("softmax", lambda: losses.softmax_loss(FEATURES[:0], LABELS[:0]), "logits of shape"),
         ("distance", lambda: geometry.signed_boundary_distance(
             FEATURES[:0], LABELS[:0], KERNEL, BIAS), "points of shape"),
         ("dispersion", lambda: geometry.class_dispersion(FEATURES[:0], LABELS[:0], 2),

@@ -19,11 +19,13 @@ from jaxrobust.app.study.plan import StudyPlan, plan_study
 from jaxrobust.methods import METHODS
 
 USERS = {
-    "noise_std": tuple(method for method in METHODS if method not in ("normal", "robust_clean")),
+    "noise_std": tuple(method for method in METHODS
+                       if method not in ("normal", "robust_clean", "center")),
     "stability_weight": ("stability",),
     **{name: ("robust", "robust_both", "robust_clean")
        for name in SWEPT if name.startswith("robust.")},
     "robust.lam": ("robust", "robust_both"),
+    **{name: (name.split(".")[1],) for name in SWEPT if name.startswith("options.")},
 }
 """For each setting that can be swept, the methods that use it."""
 

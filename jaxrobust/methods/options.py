@@ -1,0 +1,66 @@
+"""Settings of the methods beyond the paper, a dataclass for each family.
+
+They are pytrees, as :class:`~jaxrobust.losses.RobustLossConfig` is: a jitted function that takes
+them is compiled once for all values of their numbers, and again for other options.
+"""
+
+import dataclasses
+
+from jaxrobust import _validate
+from jaxrobust._hyperparameters import hyperparameters
+
+
+@hyperparameters("weight", "rate")
+@dataclasses.dataclass(frozen=True)
+class CenterOptions:
+    """Settings of the method "center"."""
+
+    weight: float = 0.003
+    """Weight lambda of the centre loss, >= 0; 0.003 in its source."""
+    rate: float = 0.5
+    """Rate alpha at which centres move to their class's features, in [0, 1]; 0.5 in its source."""
+
+    def __post_init__(self):
+        _validate.in_range("center.weight", self.weight, 0)
+        _validate.in_range("center.rate", self.rate, 0, 1, open_high=False)
+
+
+@hyperparameters("weight")
+@dataclasses.dataclass(frozen=True)
+class ConsistencyOptions:
+    """Settings of the method "consistency"."""
+
+    weight: float = 1.0
+    """Weight of the divergence between the predictions for clean and noisy images, >= 0."""
+
+    def __post_init__(self):
+        _validate.in_range("consistency.weight", self.weight, 0)
+
+
+@hyperparameters("weight", "entropy_weight")
+@dataclasses.dataclass(frozen=True)
+class NoisyConsistencyOptions:
+    """Settings of the method "noisy_consistency"."""
+
+    weight: float = 10.0
+    """Weight lambda of the divergence of predictions from their mean, >= 0; 10 or 20 in its
+    source."""
+    entropy_weight: float = 0.5
+    """Weight eta of the entropy of the mean prediction, >= 0; 0.5 in its source."""
+    num_draws: int = 2
+    """Noisy versions m of each image, at least 2."""
+
+    def __post_init__(self):
+        _validate.in_range("noisy_consistency.weight", self.weight, 0)
+        _validate.in_range("noisy_consistency.entropy_weight", self.entropy_weight, 0)
+        _validate.integer("noisy_consistency.num_draws", self.num_draws, 2)
+
+
+@hyperparameters("center", "consistency", "noisy_consistency")
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """Settings of the methods beyond the paper, by method."""
+
+    center: CenterOptions = CenterOptions()
+    consistency: ConsistencyOptions = ConsistencyOptions()
+    noisy_consistency: NoisyConsistencyOptions = NoisyConsistencyOptions()

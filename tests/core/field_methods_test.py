@@ -1,0 +1,335 @@
+"""The field's training methods against their equations in NumPy's float64, on a smooth network.
+
+Losses are compared with the equations, and their gradients with differences of the equations along
+random directions.
+"""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrobust._validate import InputError
+from jaxrobust.centroids import CentroidState
+from jaxrobust.losses import softmax_loss
+from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, MethodOptions, make_method
+from jaxrobust.methods.options import CenterOptions, ConsistencyOptions, NoisyConsistencyOptions
+from jaxrobust.models import Outputs
+
+CLASSES, INPUTS, HIDDEN, BATCH = 3, 5, 4, 16
+LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 0, 1, 2, 0, 0, 1, 1, 1], np.int32)
+FIELD = tuple(name for name in METHODS if name not in PAPER_METHODS)
+KEY = 3
+
+
+@contextlib.contextmanager
+def float64():
+    # JAX's integers are then of two widths.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def darker(key, images):
+    """A perturbation that draws nothing."""
+    del key
+    return 0.9 * images
+
+
+def problem(seed=0):
+    """Parameters, a batch and centres, in NumPy's float64."""
+    rng = np.random.default_rng(seed)
+    params = {"first": rng.normal(size=(INPUTS, HIDDEN)), "kernel": rng.normal(
+        size=(HIDDEN, CLASSES)), "bias": rng.normal(size=CLASSES)}
+    clean = rng.uniform(size=(BATCH, INPUTS, 1, 1))
+    noisy = clean + 0.2 * rng.normal(size=clean.shape)
+    centers = rng.normal(size=(CLASSES, HIDDEN))
+    return params, Batch(clean, noisy, LABELS), centers
+
+
+def as_jax(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+DEFAULTS = MethodOptions()
+
+
+def objective(name, params, batch, centers, *, options=DEFAULTS, weight=1.0, axis_name=None,
+              perturb=darker, key=KEY):
+    """The method's objective on a network with one hidden layer of tanh."""
+    def forward(batch_stats, images):
+        hidden = jnp.tanh(images.reshape(len(images), -1) @ params["first"])
+        logits = hidden @ params["kernel"] + params["bias"][None]
+        return Outputs(logits, hidden, {}), {"passes": batch_stats["passes"] + 1}
+
+    method = make_method(name, perturb=perturb, options=options)
+    state = CentroidState(jnp.asarray(centers), jnp.ones(CLASSES, bool))
+    return method.objective(
+        forward, (params["kernel"], params["bias"]), {"passes": jnp.zeros((), jnp.int32)}, state,
+        batch, weight=weight, key=jax.random.key(key), axis_name=axis_name)
+
+
+# --- the equations, in NumPy ------------------------------------------------------------------
+
+
+def network(params, images):
+    hidden = np.tanh(images.reshape(len(images), -1) @ params["first"])
+    return hidden, hidden @ params["kernel"] + params["bias"]
+
+
+def probabilities(logits):
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def cross_entropy(logits, labels=LABELS):
+    return -np.mean(np.log(probabilities(logits))[np.arange(len(labels)), labels])
+
+
+def kl(p, q):
+    return np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=1))
+
+
+def by_center(params, batch, centers, options):
+    features, logits = network(params, batch.clean)
+    pulled = sum(np.sum((q - centers[y])**2) for q, y in zip(features, LABELS, strict=True))
+    return cross_entropy(logits), options.weight * pulled / (2 * BATCH)
+
+
+def by_consistency(params, batch, centers, options):
+    clean, noisy = (network(params, view)[1] for view in (batch.clean, batch.noisy))
+    return cross_entropy(clean), options.weight * kl(probabilities(clean), probabilities(noisy))
+
+
+def by_noisy_consistency(params, batch, centers, options):
+    versions = [batch.noisy] + [0.9 * batch.clean] * (options.num_draws - 1)
+    logits = [network(params, version)[1] for version in versions]
+    predictions = [probabilities(z) for z in logits]
+    mean = np.mean(predictions, axis=0)
+    entropy = -np.mean(np.sum(mean * np.log(mean), axis=1))
+    return (np.mean([cross_entropy(z) for z in logits]),
+            options.weight * np.mean([kl(mean, p) for p in predictions])
+            + options.entropy_weight * entropy)
+
+
+EQUATIONS = {
+    "center": (by_center, CenterOptions(weight=0.7)),
+    "consistency": (by_consistency, ConsistencyOptions(weight=2.0)),
+    "noisy_consistency": (by_noisy_consistency, NoisyConsistencyOptions(
+        weight=3.0, entropy_weight=0.7, num_draws=3)),
+}
+
+
+def options_of(name, **changes):
+    return MethodOptions(**{name: dataclasses.replace(EQUATIONS[name][1], **changes)})
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_loss_and_gradient_are_those_of_the_equations(name):
+    params, batch, centers = problem()
+    equation, own = EQUATIONS[name]
+    rng = np.random.default_rng(1)
+    direction = {key: rng.normal(size=value.shape) for key, value in params.items()}
+
+    def moved(step):
+        return {key: value + step * direction[key] for key, value in params.items()}
+
+    with float64():
+        for weight in (1.0, 0.25):
+            def loss_of(params, weight=weight):
+                return objective(name, params, as_jax(batch), centers, weight=weight,
+                                 options=options_of(name))[0]
+
+            def expected(step, weight=weight):
+                softmax, added = equation(moved(step), batch, centers, own)
+                return softmax + weight * added
+
+            loss, gradient = jax.jit(jax.value_and_grad(loss_of))(as_jax(params))
+            np.testing.assert_allclose(loss, expected(0), rtol=1e-9)
+            slope = sum(np.sum(gradient[key] * direction[key]) for key in params)
+            np.testing.assert_allclose(
+                slope, (expected(1e-5) - expected(-1e-5)) / 2e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["center", "consistency"])
+def test_with_weight_0_a_method_is_normal(name):
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+
+    def value_and_gradient(name, options):
+        return jax.jit(jax.value_and_grad(lambda params: objective(
+            name, params, batch, centers, options=options)[0]))(params)
+
+    jax.tree.map(np.testing.assert_array_equal,
+                 value_and_gradient(name, options_of(name, weight=0.0)),
+                 value_and_gradient("normal", DEFAULTS))
+
+
+# --- one family after the other ---------------------------------------------------------------
+
+
+def test_label_smoothing_is_the_cross_entropy_with_smoothed_labels():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(BATCH, CLASSES)).astype(np.float32)
+    logits[3] = np.nan
+    labels = np.where(np.arange(BATCH) == 3, -1, LABELS)
+    kept = np.delete(np.arange(BATCH), 3)
+    log_p = np.log(probabilities(logits[kept].astype(np.float64)))
+    targets = 0.8 * np.eye(CLASSES)[LABELS[kept]] + 0.2 / CLASSES
+    value, gradient = jax.jit(jax.value_and_grad(
+        lambda logits: softmax_loss(logits, labels, label_smoothing=0.2)))(logits)
+    np.testing.assert_allclose(value, -np.mean(np.sum(targets * log_p, axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient[kept], (np.exp(log_p) - targets) / len(kept), rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(gradient[3], np.zeros(CLASSES))
+    # With weights the smooth part of each label is weighted by class, as PyTorch does.
+    weights = np.array([0.25, 3.0, 1.5])
+    expected = (-np.sum(targets * weights * log_p)
+                + np.sum(0.8 * (weights[LABELS[kept]][:, None] - weights)
+                         * np.eye(CLASSES)[LABELS[kept]] * log_p))
+    np.testing.assert_allclose(
+        softmax_loss(logits, labels, label_smoothing=0.2, class_weights=weights),
+        expected / np.sum(weights[LABELS[kept]]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, (0.25, 3.0, 1.5)])
+def test_label_smoothing_is_pytorchs(weights):
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(0).normal(size=(BATCH, CLASSES)).astype(np.float32)
+    theirs = torch.nn.CrossEntropyLoss(
+        weight=None if weights is None else torch.tensor(weights), label_smoothing=0.2)(
+            torch.tensor(logits), torch.tensor(LABELS, dtype=torch.long))
+    ours = softmax_loss(logits, LABELS, label_smoothing=0.2, class_weights=weights)
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-6)
+
+
+def test_every_softmax_loss_of_a_method_is_smoothed():
+    params, batch, centers = problem()
+    clean, noisy = (network(params, view)[1] for view in (batch.clean, batch.noisy))
+    smooth = np.mean([0.8 * cross_entropy(z) - 0.2 * np.mean(np.log(probabilities(z)))
+                      for z in (clean, noisy)])
+
+    def forward(batch_stats, images):
+        logits = jnp.asarray(network(params, np.asarray(images))[1], jnp.float32)
+        return Outputs(logits, logits, {}), batch_stats
+
+    state = CentroidState(jnp.zeros((CLASSES, CLASSES)), jnp.zeros(CLASSES, bool))
+    loss, _ = make_method("both", label_smoothing=0.2).objective(
+        forward, (jnp.eye(CLASSES), jnp.zeros(CLASSES)), {}, state, batch, weight=1.0,
+        key=jax.random.key(0), axis_name=None)
+    np.testing.assert_allclose(loss, smooth, rtol=1e-5)
+
+
+def test_centers_move_as_in_their_source():
+    params, batch, centers = problem()
+    features, _ = network(params, batch.clean)
+    labels = np.where(LABELS == 2, -1, LABELS)
+    expected = centers.copy()
+    for c in (0, 1):
+        own = features[labels == c]
+        expected[c] -= 0.3 * np.sum(centers[c] - own, axis=0) / (1 + len(own))
+    with float64():
+        _, evaluated = objective(
+            "center", as_jax(params), as_jax(batch._replace(labels=labels)), centers,
+            options=options_of("center", rate=0.3))
+        np.testing.assert_allclose(evaluated.centroids.mean, expected, rtol=1e-9)
+
+
+def test_consistency_is_0_for_the_same_predictions_and_never_below():
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+
+    def term(noisy, name="consistency"):
+        _, evaluated = objective(name, params, batch._replace(noisy=noisy), centers,
+                                 perturb=lambda key, images: images)
+        return evaluated.metrics["consistency"]
+
+    np.testing.assert_allclose(term(batch.clean), 0, atol=1e-7)
+    np.testing.assert_allclose(term(batch.clean, "noisy_consistency"), 0, atol=1e-6)
+    assert term(batch.noisy) > 1e-3 and term(batch.noisy, "noisy_consistency") > 1e-4
+
+
+def test_noisy_versions_are_drawn_anew_for_every_image_and_version():
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+    drawn = []
+
+    def record(key, images):
+        noise = jax.random.normal(key, images.shape)
+        jax.debug.callback(lambda noise: drawn.append(np.asarray(noise).ravel()), noise)
+        return images + noise
+
+    for key in (0, 0, 1):
+        objective("noisy_consistency", params, batch, centers, perturb=record, key=key,
+                  options=options_of("noisy_consistency", num_draws=3))
+        jax.effects_barrier()
+    assert len(drawn) == 3 * 2 * BATCH
+    one, again, other = (sorted(map(tuple, part)) for part in np.split(np.array(drawn), 3))
+    assert one == again and not set(one) & set(other)
+    assert len(set(one)) == 2 * BATCH
+
+
+# --- costs ------------------------------------------------------------------------------------
+
+
+def products_in(jaxpr):
+    """Operations of all products of matrices in a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left = equation.invars[0].aval.shape
+            contracted = equation.params["dimension_numbers"][0][0]
+            total += np.prod(equation.outvars[0].aval.shape) * np.prod(
+                [left[axis] for axis in contracted])
+        for part in jax.tree.leaves(list(equation.params.values()),
+                                    is_leaf=lambda part: hasattr(part, "eqns")):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                total += equation.params.get("length", 1) * products_in(part)
+    return total
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_costs_what_its_passes_say(name):
+    layers, width, size = 10, 64, 32
+    params = [jnp.eye(width) / 8 for _ in range(layers)]
+    batch = Batch(*2 * [jnp.zeros((size, 8, 8, 1))], jnp.zeros(size, jnp.int32))
+    state = CentroidState(jnp.zeros((CLASSES, width)), jnp.zeros(CLASSES, bool))
+    head = jnp.eye(width)[:, :CLASSES], jnp.zeros(CLASSES)
+
+    def operations(method):
+        def loss(params):
+            def forward(batch_stats, images):
+                x = images.reshape(len(images), -1)
+                for weights in params:
+                    x = jnp.tanh(x @ weights)
+                return Outputs(x[:, :CLASSES], x, {}), batch_stats
+
+            return method.objective(forward, head, {}, state, batch, weight=1.0,
+                                    key=jax.random.key(0), axis_name=None)[0]
+
+        return products_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    method = make_method(name, perturb=darker)
+    # The first layer has no gradient by images where none is asked for.
+    np.testing.assert_allclose(
+        operations(method) / operations(make_method("normal")), method.passes.relative, rtol=0.08)
+
+
+def test_what_a_method_needs_and_is_not_given_is_named():
+    with pytest.raises(InputError, match="Expected a perturb for the method 'noisy_consistency'"):
+        make_method("noisy_consistency")
+    with pytest.raises(InputError, match=r"Expected label_smoothing=1 in \[0, 1\)"):
+        make_method("normal", label_smoothing=1)
+    for wrong, message in (
+            (lambda: CenterOptions(weight=-1), r"center.weight=-1 in \[0, inf\)"),
+            (lambda: CenterOptions(rate=1.5), r"center.rate=1.5 in \[0, 1\]"),
+            (lambda: ConsistencyOptions(weight=np.nan), "consistency.weight=nan"),
+            (lambda: NoisyConsistencyOptions(entropy_weight=-1), "entropy_weight=-1"),
+            (lambda: NoisyConsistencyOptions(num_draws=1), "num_draws=1 to be an integer >= 2")):
+        with pytest.raises(InputError, match=message):
+            wrong()
