@@ -214,7 +214,7 @@ def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
      "Expected input='resident' for 2 runs together, got 'stream'."),
     ("robust", ("--over", "stability_weight=1"), "method 'robust' uses, got 'stability_weight'"),
     ("both", ("--over", "robust.lam=1"), "the method 'both' uses, got 'robust.lam', which belongs "
-                                         "to: robust."),
+                                         "to: robust, robust_both."),
     ("normal", ("--over", "noise_std=0.1"), "the method 'normal' uses, got 'noise_std', which "
                                             "belongs to: noisy, both, stability, robust, "),
     ("robst", ("--over", "robust.lam=1"), "Unknown row 'robst'. Did you mean 'robust'?"),
