@@ -30,7 +30,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.images import Batch
 from jaxrobust.losses import RobustLossConfig, softmax_loss
-from jaxrobust.methods import center, consistency, paper
+from jaxrobust.methods import center, consistency, paper, penalties
 from jaxrobust.methods.common import (
     BatchStats,
     Evaluated,
@@ -45,8 +45,8 @@ from jaxrobust.methods.common import (
 from jaxrobust.methods.options import MethodOptions
 from jaxrobust.perturbations import Perturbation
 
-__all__ = ["METHODS", "METHOD_KEY", "PAPER_METHODS", "Batch", "BatchStats", "Evaluated", "Forward",
-           "Method", "MethodOptions", "Objective", "Passes", "make_method"]
+__all__ = ["CLEAN_METHODS", "METHODS", "METHOD_KEY", "PAPER_METHODS", "Batch", "BatchStats",
+           "Evaluated", "Forward", "Method", "MethodOptions", "Objective", "Passes", "make_method"]
 
 _MAKERS: dict[str, Maker] = {
     "normal": paper.make_normal,
@@ -59,6 +59,9 @@ _MAKERS: dict[str, Maker] = {
     "center": center.make_center,
     "consistency": consistency.make_consistency,
     "noisy_consistency": consistency.make_noisy_consistency,
+    "gradient_penalty": penalties.make_gradient_penalty,
+    "jacobian_penalty": penalties.make_jacobian_penalty,
+    "cure": penalties.make_cure,
 }
 
 METHODS = tuple(_MAKERS)
@@ -68,6 +71,9 @@ PAPER_METHODS = (
     "normal", "noisy", "both", "stability", "robust", "robust_clean", "robust_both")
 """The rows of the paper's tables in their order, the method of its ablation (Table 5), and its loss
 on top of ``both``."""
+
+CLEAN_METHODS = ("normal", "robust_clean", "center", "gradient_penalty", "jacobian_penalty", "cure")
+"""Those that see no noisy images."""
 
 METHOD_KEY = 2**32 - 2
 """Folded into a key for the random numbers of a method; no step has this number."""
@@ -95,7 +101,9 @@ def make_method(
     Others: ``center``: on clean images, plus :func:`~jaxrobust.methods.center.center_loss`.
     ``consistency``: on clean images, plus
     :func:`~jaxrobust.methods.consistency.consistency_loss`. ``noisy_consistency``: on several noisy
-    versions, plus :func:`~jaxrobust.methods.consistency.noisy_consistency_losses`.
+    versions, plus :func:`~jaxrobust.methods.consistency.noisy_consistency_losses`. On clean images,
+    with a penalty on derivatives by them: ``gradient_penalty``, ``jacobian_penalty`` and ``cure``,
+    see :mod:`jaxrobust.methods.penalties`.
 
     Args:
       name: one of :data:`METHODS`.

@@ -56,7 +56,52 @@ class NoisyConsistencyOptions:
         _validate.integer("noisy_consistency.num_draws", self.num_draws, 2)
 
 
-@hyperparameters("center", "consistency", "noisy_consistency")
+@hyperparameters("weight")
+@dataclasses.dataclass(frozen=True)
+class GradientPenaltyOptions:
+    """Settings of the method "gradient_penalty"."""
+
+    weight: float = 0.1
+    """Weight of the squared norm of the loss's gradient by the image, >= 0."""
+
+    def __post_init__(self):
+        _validate.in_range("gradient_penalty.weight", self.weight, 0)
+
+
+@hyperparameters("weight")
+@dataclasses.dataclass(frozen=True)
+class JacobianPenaltyOptions:
+    """Settings of the method "jacobian_penalty"."""
+
+    weight: float = 0.01
+    """Weight of half the squared norm of the logits' Jacobian, >= 0; 0.01 in its source."""
+    num_projections: int = 1
+    """Random directions of each image and update, at least 1."""
+
+    def __post_init__(self):
+        _validate.in_range("jacobian_penalty.weight", self.weight, 0)
+        _validate.integer("jacobian_penalty.num_projections", self.num_projections, 1)
+
+
+@hyperparameters("weight")
+@dataclasses.dataclass(frozen=True)
+class CureOptions:
+    """Settings of the method "cure"."""
+
+    weight: float = 1.0
+    """Weight of the squared norm of the Hessian times the gradient's sign, >= 0."""
+    step: float | None = None
+    """Step of the finite difference that takes the place of the Hessian, in pixel values of [0, 1],
+    > 0; 1.5 in its source. None for the exact Hessian."""
+
+    def __post_init__(self):
+        _validate.in_range("cure.weight", self.weight, 0)
+        if self.step is not None:
+            _validate.in_range("cure.step", self.step, 0, open_low=True)
+
+
+@hyperparameters("center", "consistency", "noisy_consistency", "gradient_penalty",
+                 "jacobian_penalty", "cure")
 @dataclasses.dataclass(frozen=True)
 class MethodOptions:
     """Settings of the methods beyond the paper, by method."""
@@ -64,3 +109,6 @@ class MethodOptions:
     center: CenterOptions = CenterOptions()
     consistency: ConsistencyOptions = ConsistencyOptions()
     noisy_consistency: NoisyConsistencyOptions = NoisyConsistencyOptions()
+    gradient_penalty: GradientPenaltyOptions = GradientPenaltyOptions()
+    jacobian_penalty: JacobianPenaltyOptions = JacobianPenaltyOptions()
+    cure: CureOptions = CureOptions()

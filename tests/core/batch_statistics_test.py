@@ -112,7 +112,7 @@ def test_a_module_with_dropout_and_without_an_axis_name(form):
 VIEWS = {"normal": ("clean",), "noisy": ("noisy",), "robust_clean": ("clean",),
          "both": ("clean", "noisy"), "stability": ("clean", "noisy"),
          "robust": ("clean", "noisy"), "robust_both": ("clean", "noisy"), "center": ("clean",),
-         "consistency": ("clean", "noisy")}
+         "consistency": ("clean", "noisy"), "gradient_penalty": ("clean",), "cure": ("clean",)}
 
 
 @pytest.mark.parametrize("name", VIEWS)

@@ -12,11 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrobust import curvature
 from jaxrobust._validate import InputError
 from jaxrobust.centroids import CentroidState
-from jaxrobust.losses import softmax_loss
+from jaxrobust.losses import softmax_cross_entropy, softmax_loss
 from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, MethodOptions, make_method
-from jaxrobust.methods.options import CenterOptions, ConsistencyOptions, NoisyConsistencyOptions
+from jaxrobust.methods.options import (
+    CenterOptions,
+    ConsistencyOptions,
+    CureOptions,
+    GradientPenaltyOptions,
+    JacobianPenaltyOptions,
+    NoisyConsistencyOptions,
+)
 from jaxrobust.models import Outputs
 
 CLASSES, INPUTS, HIDDEN, BATCH = 3, 5, 4, 16
@@ -113,11 +121,60 @@ def by_noisy_consistency(params, batch, centers, options):
             + options.entropy_weight * entropy)
 
 
+def input_gradient(params, images, labels=LABELS):
+    """Each image's gradient of its own loss, [B, INPUTS]."""
+    hidden, logits = network(params, images)
+    by_logits = probabilities(logits) - np.eye(CLASSES)[labels]
+    return (by_logits @ params["kernel"].T * (1 - hidden**2)) @ params["first"].T
+
+
+def by_gradient_penalty(params, batch, centers, options):
+    gradient = input_gradient(params, batch.clean)
+    return (cross_entropy(network(params, batch.clean)[1]),
+            options.weight * np.sum(gradient**2) / BATCH)
+
+
+def by_jacobian_penalty(params, batch, centers, options):
+    """With the directions that the method draws from its key."""
+    hidden, logits = network(params, batch.clean)
+    total = 0
+    for i in range(options.num_projections):
+        for n in range(BATCH):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), i), n)
+            v = np.asarray(jax.random.normal(key, (CLASSES,), np.float64))
+            jacobian = (params["first"] * (1 - hidden[n]**2)) @ params["kernel"]  # transposed
+            total += np.sum((jacobian @ (v / np.linalg.norm(v)))**2)
+    return (cross_entropy(logits), options.weight / 2 * CLASSES * total
+            / options.num_projections / BATCH)
+
+
+SIGNS = np.sign(input_gradient(problem()[0], problem()[1].clean))
+"""Constants in the penalty on the curvature."""
+
+
+def by_cure(params, batch, centers, options):
+    images = batch.clean.reshape(BATCH, INPUTS)
+    z = SIGNS / INPUTS**0.5
+    if options.step is None:
+        h = 1e-4
+        # An error of h^4.
+        change = sum(factor * input_gradient(params, images + place * h * z)
+                     for place, factor in ((1, 8), (-1, -8), (2, -1), (-2, 1))) / (12 * h)
+    else:
+        change = (input_gradient(params, images + options.step * z)
+                  - input_gradient(params, images)) / options.step
+    return cross_entropy(network(params, images)[1]), options.weight * np.sum(change**2) / BATCH
+
+
 EQUATIONS = {
     "center": (by_center, CenterOptions(weight=0.7)),
     "consistency": (by_consistency, ConsistencyOptions(weight=2.0)),
     "noisy_consistency": (by_noisy_consistency, NoisyConsistencyOptions(
         weight=3.0, entropy_weight=0.7, num_draws=3)),
+    "gradient_penalty": (by_gradient_penalty, GradientPenaltyOptions(weight=2.0)),
+    "jacobian_penalty": (by_jacobian_penalty, JacobianPenaltyOptions(
+        weight=0.3, num_projections=2)),
+    "cure": (by_cure, CureOptions(weight=2.0)),
 }
 
 
@@ -152,7 +209,8 @@ def test_loss_and_gradient_are_those_of_the_equations(name):
                 slope, (expected(1e-5) - expected(-1e-5)) / 2e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["center", "consistency"])
+@pytest.mark.parametrize("name", [
+    "center", "consistency", "gradient_penalty", "jacobian_penalty", "cure"])
 def test_with_weight_0_a_method_is_normal(name):
     params, batch, centers = as_jax(jax.tree.map(
         lambda values: np.asarray(values, np.float32), problem()))
@@ -273,6 +331,52 @@ def test_noisy_versions_are_drawn_anew_for_every_image_and_version():
     assert len(set(one)) == 2 * BATCH
 
 
+def test_the_finite_difference_of_cure_is_its_sources():
+    params, batch, centers = problem()
+    with float64():
+        def term(step):
+            return objective("cure", as_jax(params), as_jax(batch), centers,
+                             options=options_of("cure", step=step))[1].metrics["curvature"]
+
+        exact, near, far = (float(jax.jit(term, static_argnums=0)(step))
+                            for step in (None, 1e-6, 1.5))
+    np.testing.assert_allclose(near, exact, rtol=1e-4)
+    np.testing.assert_allclose(
+        2 * far, by_cure(params, batch, centers, CureOptions(weight=2.0, step=1.5))[1], rtol=1e-9)
+    assert abs(far / exact - 1) > 0.1
+
+
+def test_the_curvature_of_cure_is_the_hessians():
+    params, batch, centers = problem()
+    with float64():
+        def loss(images):
+            hidden = jnp.tanh(images @ params["first"])
+            return softmax_cross_entropy(hidden @ params["kernel"] + params["bias"][None], LABELS)
+
+        images = batch.clean.reshape(BATCH, INPUTS)
+        expected = jnp.mean(jnp.sum(jnp.square(
+            curvature.hvp(loss, jnp.asarray(images), SIGNS / INPUTS**0.5)), axis=1))
+        found = objective("cure", as_jax(params), as_jax(batch), centers)[1].metrics["curvature"]
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_projections_of_the_jacobian_are_unbiased():
+    params, batch, centers = problem()
+    hidden, _ = network(params, batch.clean)
+    jacobians = np.einsum("ih,nh,hc->nci", params["first"], 1 - hidden**2, params["kernel"])
+    expected = np.sum(jacobians**2) / (2 * BATCH)
+
+    def term(key):
+        return objective("jacobian_penalty", as_jax(params), as_jax(batch), centers, key=key,
+                         options=options_of("jacobian_penalty", num_projections=4),
+                         )[1].metrics["jacobian"]
+
+    with float64():
+        draws = np.asarray(jax.jit(jax.vmap(term))(jnp.arange(200)))
+    error = np.std(draws) / 200**0.5
+    assert error < 0.02 * expected and abs(np.mean(draws) - expected) < 3.5 * error
+
+
 # --- costs ------------------------------------------------------------------------------------
 
 
@@ -330,6 +434,11 @@ def test_what_a_method_needs_and_is_not_given_is_named():
             (lambda: CenterOptions(rate=1.5), r"center.rate=1.5 in \[0, 1\]"),
             (lambda: ConsistencyOptions(weight=np.nan), "consistency.weight=nan"),
             (lambda: NoisyConsistencyOptions(entropy_weight=-1), "entropy_weight=-1"),
-            (lambda: NoisyConsistencyOptions(num_draws=1), "num_draws=1 to be an integer >= 2")):
+            (lambda: NoisyConsistencyOptions(num_draws=1), "num_draws=1 to be an integer >= 2"),
+            (lambda: GradientPenaltyOptions(weight=-1), "gradient_penalty.weight=-1"),
+            (lambda: JacobianPenaltyOptions(weight=-1), "jacobian_penalty.weight=-1"),
+            (lambda: JacobianPenaltyOptions(num_projections=0), "num_projections=0"),
+            (lambda: CureOptions(weight=-1), "cure.weight=-1"),
+            (lambda: CureOptions(step=0), r"cure.step=0 in \(0, inf\)")):
         with pytest.raises(InputError, match=message):
             wrong()

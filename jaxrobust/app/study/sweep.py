@@ -16,11 +16,10 @@ from jaxrobust.app.config import (
 )
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.study.plan import StudyPlan, plan_study
-from jaxrobust.methods import METHODS
+from jaxrobust.methods import CLEAN_METHODS, METHODS
 
 USERS = {
-    "noise_std": tuple(method for method in METHODS
-                       if method not in ("normal", "robust_clean", "center")),
+    "noise_std": tuple(method for method in METHODS if method not in CLEAN_METHODS),
     "stability_weight": ("stability",),
     **{name: ("robust", "robust_both", "robust_clean")
        for name in SWEPT if name.startswith("robust.")},

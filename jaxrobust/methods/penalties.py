@@ -1,0 +1,179 @@
+"""Penalties on derivatives by the images: of the loss, of the logits, and second ones.
+
+The derivatives are those in training mode. An image's row of a gradient is then that of the sum of
+all images' losses, on all devices: through the batch statistics of batch norm an image moves the
+losses of the others too, as in every implementation that does not freeze these statistics. Without
+batch norm, or dropout that is shared, it is the gradient of the image's own loss.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrobust import _validate, probes
+from jaxrobust.centroids import counted
+from jaxrobust.images import Batch, Outputs
+from jaxrobust.losses import mean_over_batch, softmax_cross_entropy
+from jaxrobust.methods.common import (
+    BatchStats,
+    Evaluated,
+    Objective,
+    Parts,
+    Passes,
+    SoftmaxLoss,
+    accuracy,
+    positions,
+    scaled,
+    track,
+)
+
+Network = Callable[[jax.Array], tuple[Outputs, BatchStats]]
+"""``images -> (outputs, new batch_stats)``."""
+
+Penalty = Callable[..., tuple[jax.Array, tuple[Outputs, BatchStats]]]
+"""Called as ``penalty(network, batch, key, axis_name)``; returns the penalty of each image [B], and
+what the network returns for the clean images."""
+
+
+def _gradient_of_losses(network: Network, labels: jax.Array):
+    """The function ``images -> (gradient, (outputs, batch_stats))`` of the sum of the losses."""
+    def total(images):
+        outputs, batch_stats = network(images)
+        return jnp.sum(softmax_cross_entropy(outputs.logits, labels)), (outputs, batch_stats)
+
+    return jax.grad(total, has_aux=True)
+
+
+def _squared_norms(rows: jax.Array, counts: jax.Array) -> jax.Array:
+    """Squared norms [B] of rows [B, ...], with 0 for those that do not count."""
+    rows = jnp.where(counts.reshape(counts.shape + (1,) * (rows.ndim - 1)), rows, 0)
+    return jnp.sum(jnp.square(rows), axis=tuple(range(1, rows.ndim)))
+
+
+def squared_gradient_norms(network: Network, batch: Batch, key, axis_name):
+    r"""Computes the squared norm of each image's loss gradient.
+
+    .. math:: \|\nabla_x l(x, y)\|^2
+
+    Source: Drucker and LeCun, Improving Generalization Performance using Double Backpropagation
+    (1992); Ross and Doshi-Velez, Improving the Adversarial Robustness and Interpretability of Deep
+    Neural Networks by Regularizing Their Input Gradients (2018), https://arxiv.org/abs/1711.09404.
+    """
+    del key, axis_name
+    gradient, seen = _gradient_of_losses(network, batch.labels)(batch.clean)
+    return _squared_norms(gradient, counted(batch.labels, seen[0].logits.shape[1])), seen
+
+
+def squared_jacobian_norms(num_projections: int) -> Penalty:
+    r"""Makes the unbiased estimate of half the squared Frobenius norm of each image's Jacobian.
+
+    .. math:: \frac12 \|J(x)\|_F^2 \approx
+      \frac{C}{2 m} \sum_{i=1}^m \|\nabla_x (v_i \cdot z(x))\|^2, \qquad J = \partial z / \partial x
+
+    with m directions :math:`v_i` for each image, uniform on the unit sphere of the C logits.
+
+    Source: Hoffman, Roberts and Yaida, Robust Learning with Jacobian Regularization (2019),
+    Eq. 5 to 9, https://arxiv.org/abs/1908.02729.
+    """
+    def penalty(network, batch, key, axis_name):
+        def logits_of(images):
+            outputs, batch_stats = network(images)
+            return outputs.logits, (outputs, batch_stats)
+
+        logits, pull, seen = jax.vjp(logits_of, batch.clean, has_aux=True)
+        size, num_classes = logits.shape
+        counts = counted(batch.labels, num_classes)
+        where = positions(size, axis_name)
+
+        def row_norms(number):
+            own = jax.random.fold_in(key, number)
+            directions = jax.vmap(lambda position: jax.random.normal(
+                jax.random.fold_in(own, position), (num_classes,), logits.dtype))(where)
+            directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+            gradient, = pull(jnp.where(counts[:, None], directions, 0))
+            return _squared_norms(gradient, counts)
+
+        total = sum(row_norms(number) for number in range(num_projections))
+        return num_classes / (2 * num_projections) * total, seen
+
+    return penalty
+
+
+def squared_curvatures(step: float | None) -> Penalty:
+    r"""Makes the squared norm of each image's Hessian times the sign of its gradient.
+
+    .. math:: \|H z\|^2, \qquad H = \nabla_x^2 l(x, y), \quad
+      z = \mathrm{sign}(\nabla_x l) / \|\mathrm{sign}(\nabla_x l)\|
+
+    with z a constant, and H z exactly, as the derivative of the gradient along z; or, with a
+    ``step`` h, its finite difference, as in the source,
+
+    .. math:: \frac1{h^2} \|\nabla_x l(x + h z) - \nabla_x l(x)\|^2.
+
+    The source's step of 1.5 is no small one: for networks of affine pieces, such as those with
+    ReLU, the difference also sees the kinks in between, and is of another order of magnitude.
+
+    Source: Moosavi-Dezfooli et al., Robustness via Curvature Regularization, and Vice Versa (2019),
+    Eq. 8 and 9, https://arxiv.org/abs/1811.09716; it penalises :math:`h^2` times this.
+    """
+    def penalty(network, batch, key, axis_name):
+        del key, axis_name
+        gradient_of = _gradient_of_losses(network, batch.labels)
+        if step is None:
+            gradient, along, seen = jax.linearize(gradient_of, batch.clean, has_aux=True)
+        else:
+            gradient, seen = gradient_of(batch.clean)
+        counts = counted(batch.labels, seen[0].logits.shape[1])
+        signs = jnp.sign(jax.lax.stop_gradient(gradient))
+        signs = jnp.where(counts.reshape((-1,) + (1,) * (signs.ndim - 1)), signs, 0)
+        length = probes.norm(signs).reshape((-1,) + (1,) * (signs.ndim - 1))
+        z = signs / jnp.where(length > 0, length, 1)
+        if step is None:
+            change = along(z)
+        else:
+            change = (gradient_of(batch.clean + step * z)[0] - gradient) / step
+        return _squared_norms(change, counts), seen
+
+    return penalty
+
+
+def penalised(softmax: SoftmaxLoss, penalty: Penalty, own_weight: float, term: str) -> Objective:
+    """The softmax loss on clean images, plus the mean of a penalty of each image."""
+    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+        del head
+        batch = batch._replace(labels=_validate.class_numbers("labels", batch.labels))
+        values, (outputs, batch_stats) = penalty(
+            lambda images: forward(batch_stats, images), batch, key, axis_name)
+        loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
+        added = mean_over_batch(
+            values, axis_name, counts=counted(batch.labels, outputs.logits.shape[1]))
+        metrics = {"softmax": loss,
+                   "accuracy_clean": accuracy(outputs.logits, batch.labels, axis_name),
+                   term: added}
+        centroids = track(centroids, outputs.features, batch.labels, axis_name)
+        return (loss + scaled(weight, scaled(own_weight, added)),
+                Evaluated(batch_stats, centroids, metrics))
+
+    return objective
+
+
+def make_gradient_penalty(parts: Parts):
+    """The softmax loss on clean images, plus the squared norm of each loss's gradient."""
+    return (penalised(parts.softmax, squared_gradient_norms, parts.options.gradient_penalty.weight,
+                      "gradient"), Passes(1, 1, 2))
+
+
+def make_jacobian_penalty(parts: Parts):
+    """The softmax loss on clean images, plus half the squared norm of the logits' Jacobian."""
+    options = parts.options.jacobian_penalty
+    number = options.num_projections
+    return (penalised(parts.softmax, squared_jacobian_norms(number), options.weight, "jacobian"),
+            Passes(1, number, 1 + number))
+
+
+def make_cure(parts: Parts):
+    """The softmax loss on clean images, plus the curvature along the sign of the gradient."""
+    options = parts.options.cure
+    return (penalised(parts.softmax, squared_curvatures(options.step), options.weight, "curvature"),
+            Passes(2, 2, 4))
