@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._random import draw_flat
 from jaxrobust.images import to_float
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.probes import salted
@@ -335,8 +336,8 @@ def _classify(layout, shared, own, numbers):
         (classify, key, sigma), (image, index) = everywhere
         key = jax.random.fold_in(key, index)
         image = to_float(image).astype(jnp.float32)
-        noise = jax.vmap(lambda number: jax.random.normal(
-            jax.random.fold_in(key, number), image.shape, jnp.float32))(numbers)
+        noise = jax.vmap(lambda number: draw_flat(
+            jax.random.normal, jax.random.fold_in(key, number), image.shape))(numbers)
         labels = _validate.class_numbers(
             "labels of the classifier", classify(image[None] + sigma * noise))
         _validate.shapes(draws=(numbers, "B"), **{"labels of the classifier": (labels, "B")})

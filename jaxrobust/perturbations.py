@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._random import draw_flat
 from jaxrobust.corruptions import CORRUPTIONS, MAKERS, Corruption
 
 Perturbation = Callable[[jax.Array, jax.Array], jax.Array]
@@ -319,7 +320,7 @@ class _Noise:
     def __call__(self, strength, key, images):
         _check_images(images, "B ...")
         wide = _widened(images)
-        noise = jnp.asarray(strength, jnp.float32) * self.draw(key, images.shape, jnp.float32)
+        noise = jnp.asarray(strength, jnp.float32) * draw_flat(self.draw, key, images.shape)
         noise = noise.astype(wide.dtype)
         noisy = wide * (1 + noise) if self.relative else wide + noise
         return (jnp.clip(noisy, 0, 1) if self.clip else noisy).astype(images.dtype)
@@ -363,7 +364,7 @@ def _identity(key, images):
 
 def _salt_and_pepper(amount, key, images):
     _check_images(images, "B ...")
-    draws = jax.random.uniform(key, images.shape, jnp.float32)
+    draws = draw_flat(jax.random.uniform, key, images.shape)
     amount = jnp.asarray(amount, jnp.float32)
     return jnp.where(draws < amount / 2, 0, jnp.where(draws < amount, 1, images))
 

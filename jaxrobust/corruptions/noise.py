@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrobust._random import draw_flat
+
 
 def gaussian_noise(key: jax.Array, image: jax.Array, std: float) -> jax.Array:
     """Adds Gaussian noise."""
-    return image + std * jax.random.normal(key, image.shape, jnp.float32)
+    return image + std * draw_flat(jax.random.normal, key, image.shape)
 
 
 def shot_noise(key: jax.Array, image: jax.Array, photons: float) -> jax.Array:
@@ -14,16 +16,17 @@ def shot_noise(key: jax.Array, image: jax.Array, photons: float) -> jax.Array:
     # jax.random.poisson takes keys of this kind alone.
     key = jax.random.wrap_key_data(
         jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
-    counts = jax.random.poisson(key, image * photons, dtype=jnp.int32)
-    return counts.astype(jnp.float32) / photons
+    # Along one axis, as draw_flat does.
+    counts = jax.random.poisson(key, image.ravel() * photons, dtype=jnp.int32)
+    return counts.reshape(image.shape).astype(jnp.float32) / photons
 
 
 def impulse_noise(key: jax.Array, image: jax.Array, share: float) -> jax.Array:
     """Sets a share of all values to 0 or 1, which are equally likely."""
-    draws = jax.random.uniform(key, image.shape, jnp.float32)
+    draws = draw_flat(jax.random.uniform, key, image.shape)
     return jnp.where(draws < share / 2, 0.0, jnp.where(draws < share, 1.0, image))
 
 
 def speckle_noise(key: jax.Array, image: jax.Array, std: float) -> jax.Array:
     """Adds Gaussian noise in proportion to the pixel."""
-    return image * (1 + std * jax.random.normal(key, image.shape, jnp.float32))
+    return image * (1 + std * draw_flat(jax.random.normal, key, image.shape))

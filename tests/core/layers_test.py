@@ -13,7 +13,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-CORE = ("_eager", "_errors", "_hyperparameters", "_validate", "attacks", "centroids",
+CORE = ("_eager", "_errors", "_hyperparameters", "_random", "_validate", "attacks", "centroids",
         "certification", "corruptions", "curvature", "geometry", "images", "losses", "methods",
         "parallel", "perturbations", "probes", "statistics", "theory")
 """Rooms of the library that need nothing but JAX, NumPy, chex, matfree, SciPy for the statistics,
