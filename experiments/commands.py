@@ -76,7 +76,7 @@ class Bench:
 
     benchmark: Positional[str] = "train"
     """"train": the losses, a training step and the programs of runs; "curvature";
-    "evaluate": attacks; "folder": decoding and augmenting photographs."""
+    "evaluate": attacks and the suite; "folder": decoding and augmenting photographs."""
     only: tuple[str, ...] | None = None
     """Letters of the sections to measure again; by default all that are not measured yet."""
     out: pathlib.Path | None = None

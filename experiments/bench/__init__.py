@@ -23,6 +23,7 @@ from experiments.bench import (
     losses,
     page,
     programs,
+    suite,
     timing,
     train_step,
 )
@@ -106,6 +107,21 @@ BENCHMARKS = {
             "Milliseconds an image of a whole attack, from a random start, with programs compiled "
             "before. Foolbox calls the network as it is given, and with its logits compiled.",
             attacks.measure, attacks.settings_for),
+        "b": Section(
+            "Accuracies under noise against plain inference",
+            "Milliseconds an image and draw, of the command `evaluate` with its files. Times of "
+            "plain inference over those of accuracies are the share of its speed.",
+            suite.measure_noise, suite.settings_for),
+        "c": Section(
+            "Corruptions against plain inference",
+            "Milliseconds an image, mean over the severities, without the network. “All "
+            "corruptions together” is their sum: an image corrupted in every way, against one pass "
+            "of the network on one image.",
+            suite.measure_corruptions, suite.settings_for),
+        "d": Section(
+            "Certificates against plain inference",
+            "Milliseconds a draw, of the command `evaluate` with its files.",
+            suite.measure_certificates, suite.settings_for),
     }),
     "folder": Benchmark("From a folder of photographs to the network", {
         "a": Section(
