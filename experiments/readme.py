@@ -189,14 +189,17 @@ def eigenvalues(numbers: Numbers, *, terms: Sequence[str], rows: Sequence[str]) 
 
 
 def copied(name: str, *, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None,
-           heading: str = "") -> Lines:
-    """The first table below a heading of a page: the rows and columns with these heads, or all."""
+           heading: str = "", caption: str = "") -> Lines:
+    """The first table of a page below a heading and a caption that begin so: the rows and columns
+    with these heads, or all."""
     page = ROOT / "results" / name
     text = page.read_text() if page.is_file() else ""
-    found = re.search(rf"^#+ {re.escape(heading)}.*?((?:^\|.*?\|\n)+)", text,
+    below = rf".*?^\*\*{re.escape(caption)}" if caption else ""
+    found = re.search(rf"^#+ {re.escape(heading)}{below}.*?((?:^\|.*?\|\n)+)", text,
                       re.MULTILINE | re.DOTALL)
     if not found:
-        raise InputError(f"Expected a page with a table below {heading!r} in results/{name}.")
+        words = " and ".join(map(repr, filter(None, (heading, caption)))) or "a heading"
+        raise InputError(f"Expected a page with a table below {words} in results/{name}.")
     head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                        for line in found[1].splitlines())
     chosen = [head.index(column) for column in columns or head]

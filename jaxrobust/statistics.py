@@ -209,20 +209,92 @@ class RankCorrelations:
 
     def between(self, x: Hashable, y: Hashable, given: Hashable | None = None) -> Coefficient:
         """The coefficient of two variables, or the partial one, ``given`` the ranks of a third."""
-        found = self._of(x, y)
-        if given is not None:
-            with_x, with_y = self._of(x, given), self._of(y, given)
-            rest = (1 - with_x**2) * (1 - with_y**2)
-            # Where a variable has the ranks of the given one, nothing of it remains.
-            rest[rest < 1e-9] = np.nan
-            found = (found - with_x * with_y) / np.sqrt(rest)
-        value, resampled = found[0], found[1:][np.isfinite(found[1:])]
-        low, high = (np.quantile(resampled, (self._tail, 1 - self._tail)) if len(resampled) else
-                     (np.nan, np.nan))
-        return Coefficient(float(value), float(low), float(high))
+        found = _between(self._matrices, self._index, x, y, given)
+        return _with_interval(found[0], found[1:], self._tail)
 
-    def _of(self, x: Hashable, y: Hashable) -> np.ndarray:
-        return self._matrices[:, self._index[x], self._index[y]]
+
+class MeanRankCorrelations:
+    """Spearman's coefficients between variables over cases, averaged over the members that have
+    these cases in common, such as networks that were given the same images.
+
+    For the intervals both are drawn with replacement: whole groups of members, as
+    :class:`RankCorrelations` does, and the cases, the same ones for all members of a resample. A
+    member does not count where it has no coefficient, since fewer than three of its cases are kept
+    or a variable is constant.
+
+    Args:
+      variables: by name, [M, n] each, M members and n cases; not NaN where they are kept.
+      groups: [M], equal for members of a group.
+      kept: [M, n] booleans, the cases that count for each member; all if None.
+      seed: of the resamples.
+      num_resamples: R >= 1.
+      confidence: the share of the resamples within an interval, in (0, 1).
+    """
+
+    def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
+                 kept: np.ndarray | None = None, num_resamples: int = 200,
+                 confidence: float = 0.95):
+        _validate.in_range("num_resamples", num_resamples, 1)
+        _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+        shapes = {str(name): (each, "M n") for name, each in variables.items()}
+        size = _validate.shapes(**shapes, groups=(groups, "M"), **(
+            {} if kept is None else {"kept": (kept, "M n")}))
+        values = np.stack(list(variables.values()), axis=2)
+        kept = np.ones(values.shape[:2], bool) if kept is None else kept
+        if np.isnan(values[kept]).any():
+            raise _validate.InputError("Expected variables without NaN in the cases that are kept.")
+        self._tail = (1 - confidence) / 2
+        self._index = {name: index for index, name in enumerate(variables)}
+        random = np.random.default_rng(seed)
+        names, group_of = np.unique(groups, return_inverse=True)
+        # The first is of the data as they are.
+        weights, matrices = [np.ones(size["M"])], [_matrices_of(values, kept, np.arange(size["n"]))]
+        for _ in range(num_resamples):
+            drawn = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
+            weights.append(drawn[group_of].astype(float))
+            matrices.append(_matrices_of(
+                values, kept, random.integers(size["n"], size=size["n"])))
+        self._weights, self._matrices = np.stack(weights), np.stack(matrices)
+
+    def between(self, x: Hashable, y: Hashable, given: Hashable | None = None
+                ) -> tuple[np.ndarray, Coefficient]:
+        """The coefficients [M] of two variables, or the partial ones, ``given`` the ranks of a
+        third, and their mean."""
+        found = _between(self._matrices, self._index, x, y, given)
+        counts = np.where(np.isfinite(found), self._weights, 0)
+        total = counts.sum(axis=1)
+        means = np.divide((counts * np.nan_to_num(found)).sum(axis=1), total,
+                          out=np.full(len(total), np.nan), where=total > 0)
+        return found[0], _with_interval(means[0], means[1:], self._tail)
+
+
+def _matrices_of(values: np.ndarray, kept: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """The coefficients [M, k, k] of variables [M, n, k] over the drawn cases that are kept."""
+    few = np.full((values.shape[2],) * 2, np.nan)
+    chosen = [one[drawn[mine[drawn]]] for one, mine in zip(values, kept, strict=True)]
+    return np.stack([_spearman_matrix(one) if len(one) > 2 else few for one in chosen])
+
+
+def _between(matrices: np.ndarray, index: Mapping[Hashable, int], x: Hashable, y: Hashable,
+             given: Hashable | None) -> np.ndarray:
+    """The coefficients of two variables in matrices [..., k, k], or the partial ones."""
+    def of(first, second):
+        return matrices[..., index[first], index[second]]
+
+    found = of(x, y)
+    if given is None:
+        return found
+    with_x, with_y = of(x, given), of(y, given)
+    rest = (1 - with_x**2) * (1 - with_y**2)
+    # Where a variable has the ranks of the given one, nothing of it remains.
+    return (found - with_x * with_y) / np.sqrt(np.where(rest < 1e-9, np.nan, rest))
+
+
+def _with_interval(value: float, resampled: np.ndarray, tail: float) -> Coefficient:
+    """The coefficient with its interval over those of the resamples that have one."""
+    resampled = resampled[np.isfinite(resampled)]
+    low, high = np.quantile(resampled, (tail, 1 - tail)) if len(resampled) else (np.nan, np.nan)
+    return Coefficient(float(value), float(low), float(high))
 
 
 def _spearman_matrix(values: np.ndarray) -> np.ndarray:

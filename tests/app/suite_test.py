@@ -160,6 +160,8 @@ def test_certificates_abstentions_and_radii_are_consistent(run):
     for one in facts["curve"]:
         assert one["right"] == (right & (found["radius"] >= one["radius"])).sum()
     assert found["radius"].max() <= facts["largest_radius"]
+    value, low, high = facts["average_radius"]
+    assert value == pytest.approx((found["radius"] * right).mean()) and low <= value <= high
 
 
 def test_a_certification_resumes_where_it_was_interrupted(run, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import sklearn.neighbors
 from scipy import stats
 
 from jaxrobust import InputError, statistics
-from jaxrobust.statistics import RankCorrelations
+from jaxrobust.statistics import MeanRankCorrelations, RankCorrelations
 
 SAMPLES = st.integers(0, 2**16).map(np.random.default_rng)
 
@@ -23,6 +23,72 @@ def rank_correlation(x, y, groups, given=None):
     variables = {"x": x, "y": y} | ({} if given is None else {"given": given})
     return RankCorrelations(variables, groups, seed=0).between(
         "x", "y", None if given is None else "given")
+
+
+@hypothesis.given(random=SAMPLES, number=st.integers(8, 30))
+@hypothesis.settings(max_examples=10)
+def test_the_mean_coefficient_is_that_of_the_members_over_the_cases_that_are_kept(random, number):
+    x, y, z = random.normal(size=(3, 4, number)).round(1)  # With ties.
+    kept = (random.random((4, number)) < 0.8) | (np.arange(number) < 5)
+    kept[0] = np.arange(number) < 2  # Too few for a coefficient.
+    found = MeanRankCorrelations({"x": x, "y": np.where(kept, y, np.nan), "z": z}, np.arange(4),
+                                 kept=kept, seed=0, num_resamples=5)
+    each, mean = found.between("x", "y")
+    expected = [stats.spearmanr(x[row, kept[row]], y[row, kept[row]]).statistic
+                for row in range(1, 4)]
+    assert np.isnan(each[0])
+    np.testing.assert_allclose(each[1:], expected, atol=1e-12)
+    assert mean.value == pytest.approx(np.nanmean(expected), nan_ok=True)
+    # Partial coefficients are those of the residuals of the ranks.
+    each, _ = found.between("x", "y", "z")
+    for row in range(1, 4):
+        ranks = stats.rankdata(np.stack([x, y, z])[:, row, kept[row]], axis=1)
+        ranks -= ranks.mean(axis=1, keepdims=True)
+        rest = [one - ranks[2] * (one @ ranks[2]) / (ranks[2] @ ranks[2]) for one in ranks[:2]]
+        if min(map(np.linalg.norm, rest)) > 1e-3:
+            assert each[row] == pytest.approx(np.corrcoef(rest)[0, 1], abs=1e-6)
+
+
+def test_the_interval_of_a_mean_coefficient_is_over_cases_and_over_groups():
+    random = np.random.default_rng(0)
+    x = random.normal(size=200)
+    y = x + 1.5 * random.normal(size=200)
+
+    def width(x, y, groups):
+        _, (value, low, high) = MeanRankCorrelations(
+            {"x": x, "y": y}, groups, seed=0, num_resamples=400).between("x", "y")
+        assert low <= value <= high
+        return high - low
+
+    alone = width(x[None], y[None], np.zeros(1))
+    assert alone == pytest.approx(rank_correlation_width(x, y), rel=0.2)
+    # Copies of a member are no further evidence, for the cases are the same.
+    assert width(*(np.tile(one, (6, 1)) for one in (x, y)), np.arange(6)) == pytest.approx(
+        alone, rel=0.2)
+    # Two groups that contradict each other leave everything open, the seeds of one do not.
+    both = np.stack([x, x]), np.stack([x, -x])
+    assert width(*both, np.arange(2)) == pytest.approx(2)
+    assert width(*both, np.zeros(2)) < 1e-9
+
+
+def rank_correlation_width(x, y):
+    """Of the interval over the cases alone, each of which is a group."""
+    found = rank_correlation(x, y, np.arange(len(x)))
+    return found.high - found.low
+
+
+def test_the_interval_of_a_mean_coefficient_covers_the_true_one():
+    random, covered, repetitions = np.random.default_rng(1), 0, 60
+    rho = 0.5
+    true = 6 / np.pi * np.arcsin(rho / (1 + 0.25) / 2)  # Of normal variables.
+    for _ in range(repetitions):
+        shared = random.multivariate_normal((0, 0), ((1, rho), (rho, 1)), size=50).T
+        noise = 0.5 * random.normal(size=(2, 4, 50))  # Members see the same cases, differently.
+        _, (_, low, high) = MeanRankCorrelations(
+            {"x": shared[0] + noise[0], "y": shared[1] + noise[1]}, np.arange(4), seed=0,
+            num_resamples=60).between("x", "y")
+        covered += low <= true <= high
+    assert covered >= 0.85 * repetitions
 
 
 @pytest.mark.parametrize(("share", "number", "expected"), [
@@ -306,6 +372,10 @@ def test_the_upper_bound_leaves_so_few_successes_just_plausible(successes):
     (lambda: RankCorrelations({"x": np.ones(3)}, np.ones(2), seed=0), "Expected x of shape"),
     (lambda: RankCorrelations({"x": np.ones(3)}, np.ones(3), seed=0, num_resamples=0),
      "num_resamples=0"),
+    (lambda: MeanRankCorrelations({"x": np.ones((2, 3))}, np.ones(3), seed=0),
+     "Expected groups of shape"),
+    (lambda: MeanRankCorrelations({"x": np.full((1, 3), np.nan)}, np.ones(1), seed=0),
+     "without NaN in the cases"),
     (lambda: statistics.lowest_means(np.ones(3), np.ones((1, 3)), [0.0]), "share=0.0"),
     (lambda: statistics.neighbour_accuracy(np.ones((3, 1)), np.ones(3, int), num_neighbours=3),
      "num_neighbours=3"),

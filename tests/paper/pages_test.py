@@ -100,3 +100,13 @@ def test_a_table_of_a_benchmark_is_copied_from_its_page(root):
         "| a | x / y | 2.0 |\n| b | y / z | 3.0 |\n\n| other | table |\n")
     text = readme.generated(page('toy/bench.md copied heading=Ratios rows=b columns=";ratio"'))
     assert "-->\n| | ratio |\n|---|---:|\n| b | 3.0 |\n<!-- end" in text
+
+
+def test_a_table_of_a_page_is_found_by_its_caption(root):
+    (root / "results" / "toy" / "bench.md").write_text(
+        "# Times\n\n**First.** Details.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n"
+        "**Second, of others.** Details.\n\n| c | d |\n| --- | --- |\n| 3 | 4 |\n\nNote.\n")
+    assert "\n| c | d |\n|---|---:|\n| 3 | 4 |\n<!-- end" in readme.generated(
+        page("toy/bench.md copied caption=Second"))
+    with pytest.raises(InputError, match="below 'Third' in results/toy/bench.md"):
+        readme.generated(page("toy/bench.md copied caption=Third"))

@@ -1,7 +1,7 @@
 """Certified accuracy by randomised smoothing, image by image."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
     TestSize,
+    bootstrapped,
     check_counts,
+    estimate,
     found_of,
     images_of,
     numbers_of,
@@ -88,16 +90,24 @@ def _measure(run: TrainedRun | ForeignModel, settings: CertificateSettings, work
     radii = np.arange(0, largest, min(0.25, settings.sigma))
     found = Certificate(*(table[name] for name in Certificate._fields))
     shares = certified_accuracy(found, table["target"], radii)
+    kept = certified_radii(table)
     return Measured({
         **images, "largest_radius": largest,
-        "average_radius": float(np.mean(found.radius * (found.label == table["target"]))),
+        "average_radius": bootstrapped(lambda rows: kept[rows].mean(), size),
         "abstained": int((found.label == ABSTAINED).sum()),
         "mean_draws": float(found.num_draws.mean()),
         "curve": [{"radius": float(radius), "right": round(float(part) * size)}
                   for radius, part in zip(radii, shares, strict=True)]}, table)
 
 
+def certified_radii(table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the radius [N] within which each image is certified to be right, 0 where it is not,
+    from the columns of the measurement."""
+    return np.where(table["label"] == table["target"], table["radius"], 0.0)
+
+
 CERTIFIED, ABSTENTIONS = "certified accuracy", "abstentions of the smoothed classifier"
+AVERAGE = "average certified radius"
 
 
 def _how(facts: dict) -> str:
@@ -115,6 +125,17 @@ def estimates(run: Run) -> Iterator[Estimate]:
         yield share(CERTIFIED, f"radius {one['radius']:.3g}, {_how(facts)}", one["right"],
                     facts["num_images"])
     yield share(ABSTENTIONS, _how(facts), facts["abstained"], facts["num_images"])
+    yield from _radius(run)
+
+
+def _radius(run: Run) -> Iterator[Estimate]:
+    facts = run.facts("certificates")
+    if facts is not None:
+        yield estimate(AVERAGE, _how(facts), facts["average_radius"], "pixels")
+
+
+def _shares(run: Run) -> Iterator[Estimate]:
+    return (one for one in estimates(run) if one.measurement != AVERAGE)
 
 
 def _curve_picture(study: Study) -> Picture:
@@ -146,12 +167,18 @@ def _section(study: Study) -> Section | None:
     if not found:
         return None
     return Section(
-        "certificates", "Certificates by randomised smoothing", "", (table_of(
-            study, estimates, "Certified accuracy by radius, and abstentions.",
-            f"Images: {subsets_text(study, 'certificates')} Radii in L2, pixels in [0, 1]. "
-            "Intervals: Wilson's, over images.",
-            "Noise is not clipped. Each certificate is wrong with a probability of at most "
-            "alpha."),),
+        "certificates", "Certificates by randomised smoothing", "", (
+            table_of(
+                study, _shares, "Certified accuracy by radius, and abstentions.",
+                f"Images: {subsets_text(study, 'certificates')} Radii in L2, pixels in [0, 1]. "
+                "Intervals: Wilson's, over images.",
+                "Noise is not clipped. Each certificate is wrong with a probability of at most "
+                "alpha."),
+            table_of(
+                study, _radius, "Average certified radius.", "Intervals: bootstrap over images, "
+                "centred.", "An image that is not certified to be right has the radius 0. The "
+                "average rewards larger radii of images that are certified anyway: see the curve.",
+                digits=4)),
         (_curve_picture(study),))
 
 

@@ -39,24 +39,25 @@ def section(study: Study) -> Section | None:
 
 def _found(study: Study) -> tuple[list[tuple[str, Run]], list[float]]:
     """Returns the networks, and the noise levels of all of them; no levels for no section."""
-    found = _different([
-        (row, run) for row in study.labels for run in study.finished(row)
-        if run.medians is not None and np.isfinite(list(run.medians.values())).all()])
+    found = networks_of(study)
     levels = sorted(set.intersection(*(
         {test["std_255"] for test in run.evaluation["levels"]} for _, run in found))
         ) if len(found) >= FEWEST else []
     return found, levels if len(levels) > 1 and levels[0] == 0 else []
 
 
-def _different(found: list[tuple[str, Run]]) -> list[tuple[str, Run]]:
-    """Leaves out networks that equal an earlier one to the last digit.
+def networks_of(study: Study) -> list[tuple[str, Run]]:
+    """Returns the networks with curvature, each with its row, without those that equal an earlier
+    one to the last digit.
 
     A setting that does nothing in two rows, such as a bound that no gradient reaches, makes them
     one network, which must not count twice.
     """
     results: dict[tuple, tuple[str, Run]] = {}
-    for row, run in found:
-        results.setdefault((str(run.medians), str(run.evaluation["levels"])), (row, run))
+    for row in study.labels:
+        for run in study.finished(row):
+            if run.medians is not None and np.isfinite(list(run.medians.values())).all():
+                results.setdefault((str(run.medians), str(run.evaluation["levels"])), (row, run))
     return list(results.values())
 
 
@@ -68,7 +69,7 @@ def _measures(found: list[tuple[str, Run]]) -> dict[str, str]:
     return measures_of(CURVATURES, [run.medians for _, run in found])
 
 
-def _accuracies(found: list[tuple[str, Run]], level: float) -> np.ndarray:
+def accuracies_at(found: list[tuple[str, Run]], level: float) -> np.ndarray:
     """Returns accuracies in per cent, averaged over the draws, by network."""
     return np.array([100 * np.mean(next(
         test["accuracies"] for test in run.evaluation["levels"] if test["std_255"] == level))
@@ -79,11 +80,11 @@ def _correlations(found: list[tuple[str, Run]], levels: list[float]
                   ) -> dict[str, dict[str, Coefficient]]:
     """Returns the coefficients by outcome and measure."""
     groups = np.array([row for row, _ in found])
-    measures, clean = _measures(found), _accuracies(found, 0)
+    measures, clean = _measures(found), accuracies_at(found, 0)
     variables: dict[str | float, np.ndarray] = {key: _medians(found, key) for key in measures}
     outcomes: list[tuple] = []  # heading, variable, and that which is held fixed
     for level in levels:
-        accuracy = variables[level] = _accuracies(found, level)
+        accuracy = variables[level] = accuracies_at(found, level)
         outcomes.append((f"accuracy, {level_name(level).lower()}", level, None))
         if level:
             lost = f"loss of accuracy at {level_name(level)}"
@@ -130,7 +131,7 @@ def text(found: Coefficient) -> str:
 
 def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Picture:
     measures, methods = _measures(found), dict.fromkeys(study.methods.values())
-    styles, clean, noisy = row_styles(methods), _accuracies(found, 0), _accuracies(found, level)
+    styles, clean, noisy = row_styles(methods), accuracies_at(found, 0), accuracies_at(found, level)
     figure = new_figure(3.7 * len(measures), 6.4)
     axes = figure.subplots(2, len(measures), squeeze=False, sharex="col", sharey="row")
     for column, (key, title) in zip(axes.T, measures.items(), strict=True):

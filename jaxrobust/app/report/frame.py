@@ -170,13 +170,15 @@ def accuracies(study: Study) -> Accuracies:
     return accuracies_of(frame(study, accuracy_numbers), study.labels)
 
 
-def accuracies_of(table: pd.DataFrame, rows: Iterable[str]) -> Accuracies:
-    """Returns the accuracies in a table of numbers."""
+def accuracies_of(table: pd.DataFrame, rows: Iterable[str], measurement: str = "accuracy",
+                  images: str = "test images") -> Accuracies:
+    """Returns the accuracies in a table of numbers, with the names that those and the number of
+    images have there."""
     found = over_seeds(table)
     others = found.set_index(["measurement", "row", "condition"])["mean"]
-    lines = found[found.measurement == "accuracy"]
+    lines = found[found.measurement == measurement]
     lines = lines.assign(
-        num_images=[others["test images", row, ""] for row in lines.row],
+        num_images=[others[images, row, ""] for row in lines.row],
         balanced=[others.get(("balanced accuracy", one.row, one.condition), math.nan)
                   for one in lines.itertuples()],
         level=lines.condition.map(noise_level).astype("float64"))
