@@ -162,7 +162,7 @@ class RunConfig:
     """Training method: "normal", "noisy", "both", "stability", "robust", "robust_both", which adds
     the paper's loss to the softmax losses of "both", or "robust_clean", which constrains clean
     images alone, as in the paper's ablation; or one of the field's: "center", "consistency",
-    "noisy_consistency", "gradient_penalty", "jacobian_penalty" or "cure"."""
+    "noisy_consistency", "gradient_penalty", "jacobian_penalty", "cure", "pgd" or "trades"."""
     robust: RobustLossConfig = RobustLossConfig()
     """Settings of the loss of "robust", "robust_both" and "robust_clean"."""
     stability_weight: float = 1.0

@@ -425,6 +425,7 @@ def _means(metrics) -> dict[str, float]:
 def _shown(metrics) -> dict[str, float]:
     """The metrics that the progress bar shows."""
     names = {"loss": "loss", "accuracy_clean": "accuracy", "accuracy_noisy": "noisy accuracy",
+             "accuracy_attacked": "attacked accuracy",
              "selection_accuracy": "held-out accuracy"}
     return {shown: float(metrics[name]) for name, shown in names.items() if name in metrics}
 

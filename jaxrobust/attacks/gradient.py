@@ -65,6 +65,20 @@ def _climb(norm, problem, images, gradient, step_size):
                           images + step_size * common.ascent(norm, gradient), problem.epsilon)
 
 
+def ascend(logits_fn: Classifier, objective: common.Objective, problem: Problem,
+           start: jax.Array, *, norm: str, step_size: jax.Array, num_steps: int) -> jax.Array:
+    """The images after ``num_steps`` steps along the gradient of an objective, for training.
+
+    Unlike :func:`pgd` it returns the last of the iterates, and evaluates no others.
+    """
+    def step(problem, number, images):
+        _, gradient = common.evaluate_with_gradient(
+            logits_fn, objective, problem, images, common.step_keys(problem, number))
+        return _climb(norm, problem, images, gradient, step_size)
+
+    return common.repeated(step, num_steps)(problem, start)
+
+
 class _Walk(NamedTuple):
     """The state of PGD."""
 
@@ -145,7 +159,7 @@ def pgd(
 
     look = common.looking_at(logits_fn, _CROSS_ENTROPY)
     walk_on = common.repeated(step, num_steps)
-    start = as_program(lambda problem: _ball_start(norm, problem))
+    start = as_program(lambda problem: uniform_start(norm, problem))
     found = look(problem, common.nothing_found(problem), problem.images)
     for restart in range(num_restarts):
         own = common.with_salt(problem, restart)
@@ -155,8 +169,8 @@ def pgd(
     return common.finish(problem, found)
 
 
-def _ball_start(norm, problem):
-    """Uniform in the ball, then clipped to [0, 1]."""
+def uniform_start(norm: str, problem: Problem) -> jax.Array:
+    """Starts uniform in the ball, then clipped to [0, 1]."""
     shape = problem.images.shape[1:]
     dimension = int(np.prod(shape))
 

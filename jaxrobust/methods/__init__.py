@@ -30,7 +30,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.images import Batch
 from jaxrobust.losses import RobustLossConfig, softmax_loss
-from jaxrobust.methods import center, consistency, paper, penalties
+from jaxrobust.methods import adversarial, center, consistency, paper, penalties
 from jaxrobust.methods.common import (
     BatchStats,
     Evaluated,
@@ -62,6 +62,8 @@ _MAKERS: dict[str, Maker] = {
     "gradient_penalty": penalties.make_gradient_penalty,
     "jacobian_penalty": penalties.make_jacobian_penalty,
     "cure": penalties.make_cure,
+    "pgd": adversarial.make_pgd,
+    "trades": adversarial.make_trades,
 }
 
 METHODS = tuple(_MAKERS)
@@ -72,7 +74,8 @@ PAPER_METHODS = (
 """The rows of the paper's tables in their order, the method of its ablation (Table 5), and its loss
 on top of ``both``."""
 
-CLEAN_METHODS = ("normal", "robust_clean", "center", "gradient_penalty", "jacobian_penalty", "cure")
+CLEAN_METHODS = ("normal", "robust_clean", "center", "gradient_penalty", "jacobian_penalty", "cure",
+                 "pgd", "trades")
 """Those that see no noisy images."""
 
 METHOD_KEY = 2**32 - 2
@@ -103,7 +106,8 @@ def make_method(
     :func:`~jaxrobust.methods.consistency.consistency_loss`. ``noisy_consistency``: on several noisy
     versions, plus :func:`~jaxrobust.methods.consistency.noisy_consistency_losses`. On clean images,
     with a penalty on derivatives by them: ``gradient_penalty``, ``jacobian_penalty`` and ``cure``,
-    see :mod:`jaxrobust.methods.penalties`.
+    see :mod:`jaxrobust.methods.penalties`. Adversarial training, ``pgd`` and ``trades``: see
+    :mod:`jaxrobust.methods.adversarial`.
 
     Args:
       name: one of :data:`METHODS`.

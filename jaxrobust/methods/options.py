@@ -100,8 +100,51 @@ class CureOptions:
             _validate.in_range("cure.step", self.step, 0, open_low=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class AttackOptions:
+    """The attack of adversarial training."""
+
+    norm: str = "linf"
+    """Norm of the ball: "linf" or "l2"."""
+    epsilon: float = 8 / 255
+    """Radius of the ball, in pixel values of [0, 1], >= 0."""
+    num_steps: int = 7
+    """Steps along the gradient, at least 1."""
+    step_size: float | None = None
+    """Size of a step, in pixel values of [0, 1], > 0; none for 2.5 epsilon / num_steps."""
+
+    def __post_init__(self):
+        _validate.one_of("norm", self.norm, ("linf", "l2"))
+        _validate.in_range("epsilon", self.epsilon, 0)
+        _validate.integer("num_steps", self.num_steps, 1)
+        if self.step_size is not None:
+            _validate.in_range("step_size", self.step_size, 0, open_low=True)
+
+
+@hyperparameters("epsilon")
+@dataclasses.dataclass(frozen=True)
+class PGDOptions(AttackOptions):
+    """Settings of the method "pgd"."""
+
+
+@hyperparameters("epsilon", "weight")
+@dataclasses.dataclass(frozen=True)
+class TradesOptions(AttackOptions):
+    """Settings of the method "trades"."""
+
+    num_steps: int = 10
+    """Steps along the gradient, at least 1; 10 in its source."""
+    weight: float = 6.0
+    """Weight beta of the divergence from predictions for attacked images, >= 0; 1 or 6 in its
+    source."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _validate.in_range("trades.weight", self.weight, 0)
+
+
 @hyperparameters("center", "consistency", "noisy_consistency", "gradient_penalty",
-                 "jacobian_penalty", "cure")
+                 "jacobian_penalty", "cure", "pgd", "trades")
 @dataclasses.dataclass(frozen=True)
 class MethodOptions:
     """Settings of the methods beyond the paper, by method."""
@@ -112,3 +155,5 @@ class MethodOptions:
     gradient_penalty: GradientPenaltyOptions = GradientPenaltyOptions()
     jacobian_penalty: JacobianPenaltyOptions = JacobianPenaltyOptions()
     cure: CureOptions = CureOptions()
+    pgd: PGDOptions = PGDOptions()
+    trades: TradesOptions = TradesOptions()

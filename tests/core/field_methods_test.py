@@ -6,6 +6,7 @@ random directions.
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from jaxrobust.methods.options import (
     GradientPenaltyOptions,
     JacobianPenaltyOptions,
     NoisyConsistencyOptions,
+    PGDOptions,
+    TradesOptions,
 )
 from jaxrobust.models import Outputs
 
@@ -166,6 +169,70 @@ def by_cure(params, batch, centers, options):
     return cross_entropy(network(params, images)[1]), options.weight * np.sum(change**2) / BATCH
 
 
+def attack(gradient_of, start, options):
+    """PGD on the problem's clean images, in the norm of the options."""
+    images = problem()[1].clean.reshape(BATCH, INPUTS)
+    size = options.step_size or 2.5 * options.epsilon / options.num_steps
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), n), 0) for n in range(BATCH)]
+
+    def nearest(points):
+        change = points - images
+        if options.norm == "linf":
+            change = np.clip(change, -options.epsilon, options.epsilon)
+        else:
+            norm = np.linalg.norm(change, axis=1, keepdims=True)
+            change = change * np.minimum(1, options.epsilon / norm)
+        return np.clip(images + change, 0, 1)
+
+    points = nearest(images + np.array([start(key) for key in keys]))
+    for _ in range(options.num_steps):
+        g = gradient_of(points)
+        step = np.sign(g) if options.norm == "linf" else g / np.linalg.norm(
+            g, axis=1, keepdims=True)
+        points = nearest(points + size * step)
+    return points
+
+
+@functools.cache
+def attacked_by_pgd(options):
+    params = problem()[0]
+
+    def start(key):
+        if options.norm == "linf":
+            return options.epsilon * np.asarray(
+                jax.random.uniform(key, (INPUTS,), np.float32, -1, 1))
+        direction, radius = jax.random.split(key)
+        normal = np.asarray(jax.random.normal(direction, (INPUTS,), np.float32), np.float64)
+        return options.epsilon * normal / np.linalg.norm(normal) * float(
+            jax.random.uniform(radius, (), np.float32)) ** (1 / INPUTS)
+
+    return attack(lambda images: input_gradient(params, images), start, options)
+
+
+def by_pgd(params, batch, centers, options):
+    return cross_entropy(network(params, attacked_by_pgd(options))[1]), 0
+
+
+@functools.cache
+def attacked_by_trades(options):
+    params, batch, _ = problem()
+    clean = probabilities(network(params, batch.clean)[1])
+
+    def gradient_of(images):
+        hidden, logits = network(params, images)
+        by_logits = probabilities(logits) - clean
+        return (by_logits @ params["kernel"].T * (1 - hidden**2)) @ params["first"].T
+
+    return attack(gradient_of, lambda key: 1e-3 * np.asarray(
+        jax.random.normal(key, (INPUTS,), np.float32)), options)
+
+
+def by_trades(params, batch, centers, options):
+    clean, attacked = (network(params, images)[1] for images in (
+        batch.clean, attacked_by_trades(options)))
+    return cross_entropy(clean), options.weight * kl(probabilities(clean), probabilities(attacked))
+
+
 EQUATIONS = {
     "center": (by_center, CenterOptions(weight=0.7)),
     "consistency": (by_consistency, ConsistencyOptions(weight=2.0)),
@@ -175,7 +242,10 @@ EQUATIONS = {
     "jacobian_penalty": (by_jacobian_penalty, JacobianPenaltyOptions(
         weight=0.3, num_projections=2)),
     "cure": (by_cure, CureOptions(weight=2.0)),
+    "pgd": (by_pgd, PGDOptions(epsilon=0.2, num_steps=3)),
+    "trades": (by_trades, TradesOptions(epsilon=0.2, num_steps=3, weight=2.0)),
 }
+ATTACKED_IN_FLOAT32 = ("pgd", "trades")
 
 
 def options_of(name, **changes):
@@ -203,14 +273,15 @@ def test_loss_and_gradient_are_those_of_the_equations(name):
                 return softmax + weight * added
 
             loss, gradient = jax.jit(jax.value_and_grad(loss_of))(as_jax(params))
-            np.testing.assert_allclose(loss, expected(0), rtol=1e-9)
+            rtol = 1e-5 if name in ATTACKED_IN_FLOAT32 else 1e-9
+            np.testing.assert_allclose(loss, expected(0), rtol=rtol)
             slope = sum(np.sum(gradient[key] * direction[key]) for key in params)
             np.testing.assert_allclose(
-                slope, (expected(1e-5) - expected(-1e-5)) / 2e-5, rtol=1e-6)
+                slope, (expected(1e-5) - expected(-1e-5)) / 2e-5, rtol=max(rtol, 1e-6))
 
 
 @pytest.mark.parametrize("name", [
-    "center", "consistency", "gradient_penalty", "jacobian_penalty", "cure"])
+    "center", "consistency", "gradient_penalty", "jacobian_penalty", "cure", "trades"])
 def test_with_weight_0_a_method_is_normal(name):
     params, batch, centers = as_jax(jax.tree.map(
         lambda values: np.asarray(values, np.float32), problem()))
@@ -377,6 +448,42 @@ def test_projections_of_the_jacobian_are_unbiased():
     assert error < 0.02 * expected and abs(np.mean(draws) - expected) < 3.5 * error
 
 
+@pytest.mark.parametrize(("name", "attacked"), [
+    ("pgd", attacked_by_pgd), ("trades", attacked_by_trades)])
+def test_attacks_of_training_are_those_of_their_sources_in_l2_too(name, attacked):
+    params, batch, centers = problem()
+    equation, own = EQUATIONS[name]
+    own = dataclasses.replace(own, norm="l2", step_size=0.1)
+    with float64():
+        loss, _ = jax.jit(lambda params: objective(
+            name, params, as_jax(batch), centers, options=MethodOptions(**{name: own})))(
+                as_jax(params))
+        np.testing.assert_allclose(loss, sum(equation(params, batch, centers, own)), rtol=1e-5)
+    changes = attacked(own) - batch.clean.reshape(BATCH, INPUTS)
+    assert np.all(np.linalg.norm(changes, axis=1) <= 0.2 + 1e-9)
+    assert float(loss) > cross_entropy(network(params, batch.clean)[1]) + 0.003
+
+
+def test_pgd_in_a_ball_of_radius_0_is_normal():
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+    values = [jax.jit(jax.value_and_grad(lambda params, name=name: objective(
+        name, params, batch, centers, options=options_of("pgd", epsilon=0.0))[0]))(params)
+        for name in ("pgd", "normal")]
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_attacks_leave_the_batch_statistics_to_the_passes_of_the_losses():
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+    for name, passes in (("pgd", 1), ("trades", 2), ("cure", 1)):
+        _, evaluated = jax.jit(lambda params, name=name: objective(
+            name, params, batch, centers, options=DEFAULTS))(params)
+        assert evaluated.batch_stats["passes"] == passes
+
+
 # --- costs ------------------------------------------------------------------------------------
 
 
@@ -439,6 +546,11 @@ def test_what_a_method_needs_and_is_not_given_is_named():
             (lambda: JacobianPenaltyOptions(weight=-1), "jacobian_penalty.weight=-1"),
             (lambda: JacobianPenaltyOptions(num_projections=0), "num_projections=0"),
             (lambda: CureOptions(weight=-1), "cure.weight=-1"),
-            (lambda: CureOptions(step=0), r"cure.step=0 in \(0, inf\)")):
+            (lambda: CureOptions(step=0), r"cure.step=0 in \(0, inf\)"),
+            (lambda: PGDOptions(norm="l1"), "Unknown norm 'l1'"),
+            (lambda: PGDOptions(epsilon=-1), "epsilon=-1"),
+            (lambda: TradesOptions(num_steps=0), "num_steps=0"),
+            (lambda: TradesOptions(step_size=0), "step_size=0"),
+            (lambda: TradesOptions(weight=-1), "trades.weight=-1")):
         with pytest.raises(InputError, match=message):
             wrong()
