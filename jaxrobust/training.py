@@ -15,12 +15,13 @@ themselves.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -118,9 +119,10 @@ def make_train_step(
     axis_name: str | None = None,
     sync_batch_norm: bool = True,
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
+    sam_radius: float = 0.0,
     head: str = "head",
 ) -> TrainStep:
-    """Makes one update, as a pure function ``(state, batch) -> (state, metrics)``.
+    r"""Makes one update, as a pure function ``(state, batch) -> (state, metrics)``.
 
     Jit it, or map it over devices with the batch split and the state replicated
     (:mod:`jaxrobust.parallel` does both). Under ``jit`` the batch may be sharded over any mesh.
@@ -138,6 +140,11 @@ def make_train_step(
         the mean over the devices.
       constraint_weight: factor, by step, of the terms that methods such as ``stability`` and
         ``robust`` add to the softmax loss; 1 in the paper.
+      sam_radius: rho >= 0 of sharpness-aware minimisation, 0 for none: the parameters are updated
+        with the gradient at :math:`\theta + \rho\, g / \|g\|`, g being that at
+        :math:`\theta`, of the whole batch, for twice the work. Metrics, centroids and batch
+        statistics are those at :math:`\theta`. Foret et al., Sharpness-Aware Minimization for
+        Efficiently Improving Generalization (2021), https://arxiv.org/abs/2010.01412.
       head: the name of the softmax layer, or its path, such as ``"top/Dense_0"``.
 
     Returns:
@@ -149,14 +156,22 @@ def make_train_step(
     objective = make_objective(model, method, axis_name=axis_name,
                                constraint_weight=constraint_weight, head=head)
 
-    def update(state, batch):
-        (loss, evaluated), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params, state, batch)
+    _validate.in_range("sam_radius", sam_radius, 0)
+
+    def with_gradients(params, state, batch):
+        result, gradients = jax.value_and_grad(objective, has_aux=True)(params, state, batch)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
-            if not synchronised:
-                evaluated = evaluated._replace(
-                    batch_stats=jax.lax.pmean(evaluated.batch_stats, axis_name))
+        return result, gradients
+
+    def update(state, batch):
+        (loss, evaluated), gradients = with_gradients(state.params, state, batch)
+        if axis_name is not None and not synchronised:
+            evaluated = evaluated._replace(
+                batch_stats=jax.lax.pmean(evaluated.batch_stats, axis_name))
+        if sam_radius:
+            _, gradients = with_gradients(
+                _towards(state.params, gradients, sam_radius), state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
         state = state.replace(
@@ -174,6 +189,79 @@ def make_train_step(
             update, split_as=lambda state, batch: (state, PartitionSpec()))(state, batch)
 
     return train_step
+
+
+def _towards(params, gradients, radius: float):
+    """The parameters, moved by ``radius`` along the gradients; where they are if these are 0."""
+    norm = optax.tree.norm(gradients)
+    scale = radius / jnp.where(norm > 0, norm, 1)
+    return jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, gradients)
+
+
+class AveragedState(NamedTuple):
+    """The state of an optimiser that :func:`averaged` made."""
+
+    inner: optax.OptState
+    count: jax.Array  # shape=[], dtype=int32; updates done
+    average: Any  # like the parameters
+
+
+def averaged(
+    optimizer: optax.GradientTransformation, *, decay: float
+) -> optax.GradientTransformation:
+    r"""Makes an optimiser that also keeps an exponential moving average of the parameters.
+
+    .. math:: \bar\theta_t = \frac{1 - \gamma}{1 - \gamma^t} \sum_{i=1}^t \gamma^{t-i} \theta_i
+
+    so that early averages do not hold the initial parameters. Updates are as without it;
+    :func:`with_averaged_parameters` puts the average in their place.
+
+    Args:
+      optimizer: of the parameters.
+      decay: gamma in [0, 1); 0 for the parameters themselves.
+
+    Raises:
+      InputError: (a ValueError) for a value out of range.
+
+    Source: Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging (1992); the
+    correction is Adam's, Kingma and Ba (2015), https://arxiv.org/abs/1412.6980.
+    """
+    _validate.in_range("decay", decay, 0, 1)
+
+    def init(params):
+        return AveragedState(optimizer.init(params), jnp.zeros((), jnp.int32),
+                             jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None):
+        updates, inner = optimizer.update(updates, state.inner, params)
+        count = state.count + 1
+        # 1 - gamma^t without the cancellation that float32 would have at first.
+        left = -jnp.expm1(count.astype(jnp.float32) * np.float32(np.log(decay))) if decay else 1.0
+        share = (1 - decay) / left
+        average = jax.tree.map(
+            lambda old, new: old + (share * (new - old)).astype(old.dtype), state.average,
+            optax.apply_updates(params, updates))
+        return updates, AveragedState(inner, count, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def with_averaged_parameters(state: TrainState) -> TrainState:
+    """Replaces the parameters by their average, once there was an update.
+
+    The batch statistics are those of the parameters that were averaged: recompute them
+    (:mod:`jaxrobust.batch_statistics`).
+
+    Args:
+      state: of an optimiser that :func:`averaged` made.
+
+    Raises:
+      InputError: (a ValueError) if it is that of another.
+    """
+    if not isinstance(state.opt_state, AveragedState):
+        raise _validate.InputError("Expected the state of an optimizer made by averaged(...), got "
+                                   f"{type(state.opt_state).__name__}.")
+    return state.replace(params=state.opt_state.average)
 
 
 def _of_float(schedule: optax.Schedule) -> optax.Schedule:

@@ -88,6 +88,12 @@ class OptimizerConfig:
     """Weight of the L2 penalty, added to the gradient of every parameter."""
     clip_norm: float | None = None
     """Clip gradients to this global norm; the paper does not clip."""
+    sam_radius: float = 0.0
+    """Radius rho of sharpness-aware minimisation, such as 0.05, which doubles the work of an
+    update; 0 for none."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the parameters that is validated and kept, such as
+    0.999; 0 for the parameters themselves."""
 
     def __post_init__(self):
         _validate.one_of("optimizer", self.name, ("sgd", "adam"))
@@ -102,6 +108,8 @@ class OptimizerConfig:
         _validate.in_range("weight_decay", self.weight_decay, 0)
         if self.clip_norm is not None:
             _validate.in_range("clip_norm", self.clip_norm, 0, open_low=True)
+        _validate.in_range("sam_radius", self.sam_radius, 0)
+        _validate.in_range("ema_decay", self.ema_decay, 0, 1)
         if self.schedule == "piecewise" and self.warmup_epochs:
             raise InputError(
                 f"Expected warmup_epochs=0 with schedule='piecewise', got {self.warmup_epochs}.")
@@ -240,6 +248,10 @@ class RunConfig:
         if self.validation_size >= 1 and self.validation_size != int(self.validation_size):
             raise InputError(f"Expected validation_size={self.validation_size} to be a number of "
                              "images, or a share below 1.")
+        if self.optimizer.ema_decay and self.batch_norm_statistics == "running":
+            raise InputError("Expected batch_norm_statistics='recomputed' with optimizer.ema_decay="
+                             f"{self.optimizer.ema_decay:g}: running statistics belong to other "
+                             "parameters.")
         if self.optimizer.warmup_epochs >= self.epochs:
             raise InputError(
                 f"Expected optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} below "

@@ -152,8 +152,10 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     shared = {"weight_decay": config.weight_decay, "clip_norm": config.clip_norm}
     if config.name == "adam":
-        return training.adam(learning_rate, **shared)
-    return training.sgd(learning_rate, momentum=config.momentum, **shared)
+        optimizer = training.adam(learning_rate, **shared)
+    else:
+        optimizer = training.sgd(learning_rate, momentum=config.momentum, **shared)
+    return training.averaged(optimizer, decay=config.ema_decay) if config.ema_decay else optimizer
 
 
 def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -> Program:
@@ -216,7 +218,8 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
         train_step = training.make_train_step(
             model, method_of(run, class_weights), optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
-            constraint_weight=_constraint_weight(run, steps_per_epoch))
+            constraint_weight=_constraint_weight(run, steps_per_epoch),
+            sam_radius=run.optimizer.sam_radius)
         return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
 
     def passes(axis_name):

@@ -41,7 +41,7 @@ from jaxrobust.app.progress import compiling, progress
 from jaxrobust.data import Dataset, Split
 from jaxrobust.images import FeaturesFn, LogitsFn
 from jaxrobust.parallel import Layout, make_layout
-from jaxrobust.training import TrainState
+from jaxrobust.training import TrainState, with_averaged_parameters
 
 
 class Splits(NamedTuple):
@@ -313,6 +313,8 @@ def _as_evaluated(
     program: Program, config: RunConfig, state: TrainState, split: Split
 ) -> TrainState:
     """The training state as validation and all later commands use it."""
+    if config.optimizer.ema_decay:
+        state = with_averaged_parameters(state)
     if config.batch_norm_statistics == "running":
         return state
     return recompute_statistics(program, config, state, split)

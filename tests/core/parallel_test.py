@@ -85,6 +85,12 @@ def test_1_2_and_8_devices_give_the_same_update_after_update(name):
             chex.assert_trees_all_close(split, alone, rtol=1e-12, atol=1e-12)
 
 
+def test_a_sharpness_aware_update_is_the_same_over_devices():
+    alone, split = (updated(make_layout(form), "robust", "float32", (16,), sam_radius=0.1)
+                    for form in ("jit", "pmap"))
+    chex.assert_trees_all_close(split, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_that_the_devices_do_not_divide_is_the_whole_one_too():
     alone, *others = (updated(make_layout(form), "robust", "float32", (16, 12))
                       for form in ("jit", "pmap", "mesh"))

@@ -291,3 +291,79 @@ def test_clipping_comes_before_the_weight_decay():
     updates, _ = optimizer.update(jnp.array([30.0, 40.0]), optimizer.init(parameters), parameters)
     # The gradient (30, 40) is scaled to norm 1, then half of the parameters is added.
     np.testing.assert_allclose(-updates, np.array([0.6 + 1.0, 0.8]), rtol=1e-6)
+
+
+# --- around any method ------------------------------------------------------------------------
+
+
+def test_the_average_of_the_parameters_is_optaxs_of_their_history():
+    optimizer = training.averaged(training.sgd(0.1), decay=0.9)
+    params, reference = {"a": jnp.array([2.0, 0.0])}, optax.ema(0.9)
+    state, history = optimizer.init(params), reference.init(params)
+    update, add = jax.jit(optimizer.update), jax.jit(reference.update)
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        updates, state = update(
+            {"a": jnp.asarray(random.normal(size=2), jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        with jax.numpy_dtype_promotion("standard"):
+            expected, history = add(params, history)
+        chex.assert_trees_all_close(state.average, expected, rtol=1e-5)
+
+
+def test_averaging_changes_no_update_and_puts_the_average_in_their_place():
+    optimizer = training.sgd(0.01)
+    kept = training.averaged(optimizer, decay=0.5)
+    steps = [jax.jit(make_step("both", optimizer=one)[0]) for one in (optimizer, kept)]
+    states, seen = [first_state(one) for one in (optimizer, kept)], []
+    for seed in range(2):
+        states = [step(state, make_batch(seed))[0]
+                  for step, state in zip(steps, states, strict=True)]
+        seen.append(states[0].params)
+    chex.assert_trees_all_close(states[1].params, states[0].params, rtol=1e-6)
+    averaged = training.with_averaged_parameters(states[1])
+    # The weights are 1/3 and 2/3.
+    chex.assert_trees_all_close(averaged.params, jax.tree.map(
+        lambda first, second: (first + 2 * second) / 3, *seen), rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match=r"Expected the state of an optimizer made by averaged"):
+        training.with_averaged_parameters(states[0])
+    with pytest.raises(InputError, match=r"Expected decay=1 in \[0, 1\)"):
+        training.averaged(optimizer, decay=1)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5])
+def test_sharpness_aware_steps_are_optaxs(radius):
+    optimizer, batch = training.sgd(0.05, weight_decay=0.1), make_batch()
+    step, state = make_step("robust", optimizer=optimizer, sam_radius=radius)
+    found, metrics = jax.jit(step)(state, batch)
+    objective = training.make_objective(
+        make_model(), methods.make_method("robust", robust=RobustLossConfig(delta_d=1.0)))
+
+    def gradient_of(params, _=None):
+        return jax.grad(lambda params: objective(params, state, batch)[0])(params)
+
+    def expected(params):
+        gradient = gradient_of(params)
+        if not radius:
+            return optimizer.update(gradient, optimizer.init(params), params)[0]
+        theirs = optax.contrib.sam(
+            optimizer, optax.chain(optax.contrib.normalize(), optax.sgd(radius)), opaque_mode=True)
+        return theirs.update(gradient, theirs.init(params), params, grad_fn=gradient_of)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        updates = jax.jit(expected)(state.params)
+    chex.assert_trees_all_close(
+        found.params, optax.apply_updates(state.params, updates), rtol=1e-4, atol=1e-6)
+    plain, plainly = jax.jit(make_step("robust", optimizer=optimizer)[0])(state, batch)
+    chex.assert_trees_all_close((found.batch_stats, found.centroids, metrics["loss"]),
+                                (plain.batch_stats, plain.centroids, plainly["loss"]), rtol=1e-5)
+    difference = optax.tree.norm(optax.tree.sub(found.params, plain.params))
+    assert (difference > 1e-4) == (radius > 0)
+
+
+def test_a_sharpness_aware_step_without_a_gradient_stays_finite():
+    step, state = make_step("normal", optimizer=training.sgd(0.1, weight_decay=0.0), sam_radius=0.5)
+    found, _ = jax.jit(step)(state, make_batch(labels=jnp.full(16, -1)))
+    chex.assert_trees_all_equal(found.params, state.params)
+    with pytest.raises(InputError, match="sam_radius=-1"):
+        make_step(sam_radius=-1)
