@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from experiments import carry_over, survival
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from experiments.recipes.suites import settings_of
@@ -19,9 +20,8 @@ from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import blocks, curvature, networks, noise_counts, sharpness
 from jaxrobust.app.measurements.attacks import ATTACKS
 from jaxrobust.app.measurements.certificates import CERTIFICATES
-from jaxrobust.app.measurements.corruptions import CORRUPTIONS
 from jaxrobust.app.measurements.robustness import FIGURES
-from jaxrobust.app.measurements.runner import Measurement, sections
+from jaxrobust.app.measurements.runner import sections
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.report import figures, frame, pictures, report, tables
 from jaxrobust.app.report.page import Picture, Section, Table
@@ -47,6 +47,8 @@ class Target:
     numbers: tuple[Callable[[Run], Iterable[frame.Number]], ...] = (
         frame.training_numbers, frame.accuracy_numbers)
     """Numbers of the runs that it shows; none for a picture alone."""
+    over_runs: Callable[[Study], pd.DataFrame] | None = None
+    """Makes a table of further numbers, from several runs together."""
 
 
 Tables = Sequence[Callable[[Study], Table | None]]
@@ -115,17 +117,6 @@ def _robustness(name: str) -> Callable[[Study], Section]:
     return build
 
 
-def _measured(*measurements: Measurement) -> Callable[[Study], Section]:
-    """Makes a builder that shows the sections of these measurements."""
-    def build(study: Study) -> Section:
-        found = sections(study, measurements)
-        return Section("measured", study.title, "",
-                       tuple(table for section in found for table in section.tables),
-                       tuple(picture for section in found for picture in section.pictures))
-
-    return build
-
-
 _TWO = ("normal", "robust")
 _CURVED = (curvature.numbers, sharpness.numbers)
 
@@ -171,11 +162,12 @@ QUESTIONS: dict[str, Target] = {
                        numbers=(*Target.numbers, curvature.numbers)),
     "corruptions": Target(
         "Does training on noise carry over to common corruptions?", ("cifar10",),
-        _measured(CORRUPTIONS), suites=("corruptions",), numbers=CORRUPTIONS.numbers),
+        carry_over.section, suites=("corruptions",), numbers=(carry_over.numbers,)),
     "survival": Target(
         "Does low curvature, or this training, buy adversarial or certified robustness?",
-        ("cifar10",), _measured(ATTACKS, CERTIFICATES), suites=("attacks", "certificates"),
-        numbers=(curvature.numbers, *ATTACKS.numbers, *CERTIFICATES.numbers)),
+        ("cifar10",), survival.section, suites=("attacks", "certificates"),
+        numbers=(curvature.numbers, *ATTACKS.numbers, *CERTIFICATES.numbers),
+        over_runs=survival.numbers),
 }
 """The questions that the paper leaves open, by name."""
 
@@ -291,7 +283,9 @@ def _write_target(name: str, plan: Plan) -> pathlib.Path:
     content = {"target": name, "title": target.title, "scale": plan.scale,
                "studies": [_facts(study) for study in studies]}
     if target.numbers:
-        numbers = pd.concat(report.numbers_of(study, target.numbers) for study in studies)
+        numbers = pd.concat([
+            *(report.numbers_of(study, target.numbers) for study in studies),
+            *(target.over_runs(study) for study in studies if target.over_runs)])
         files.write_text(folder / f"{name}.csv", frame.to_csv(numbers))
         content["numbers"] = frame.summary(numbers)
     files.write_json(folder / f"{name}.json", content)

@@ -233,7 +233,8 @@ def _accuracies(run: Run) -> Iterator[Estimate]:
     return (one for one in estimates(run) if one.measurement != NEAREST)
 
 
-def _warnings(study: Study) -> Table | None:
+def warnings_table(study: Study) -> Table | None:
+    """Tabulates the warnings of all runs; returns None without any."""
     rows = [text_row(study.labels[row], (str(run.seed), _ball(one), text))
             for row, runs in study.runs.items() for run in runs
             if (facts := run.facts("attacks")) for one in facts["norms"]
@@ -263,7 +264,7 @@ def _section(study: Study) -> Section | None:
         "image that is misclassified itself.", digits=4) if found_of(study, _distances) else None
     return Section(
         "attacks", "Adversarial attacks", "",
-        tuple(filter(None, (table, distances, _warnings(study)))),
+        tuple(filter(None, (table, distances, warnings_table(study)))),
         (dots_picture(study, estimates, LEFT, "attacks", "Accuracy after each attack.", "Accuracy",
                       "How to read: attacks in their order, from clean images on."),)
         if table else ())

@@ -110,7 +110,8 @@ CERTIFIED, ABSTENTIONS = "certified accuracy", "abstentions of the smoothed clas
 AVERAGE = "average certified radius"
 
 
-def _how(facts: dict) -> str:
+def how(facts: dict) -> str:
+    """Describes the settings in words."""
     asked = facts["settings"]
     return (f"sigma {asked['sigma']:g}, n0 {asked['n0']}, n {asked['n']}, alpha "
             f"{asked['alpha']:g}")
@@ -122,16 +123,16 @@ def estimates(run: Run) -> Iterator[Estimate]:
     if facts is None:
         return
     for one in facts["curve"]:
-        yield share(CERTIFIED, f"radius {one['radius']:.3g}, {_how(facts)}", one["right"],
+        yield share(CERTIFIED, f"radius {one['radius']:.3g}, {how(facts)}", one["right"],
                     facts["num_images"])
-    yield share(ABSTENTIONS, _how(facts), facts["abstained"], facts["num_images"])
+    yield share(ABSTENTIONS, how(facts), facts["abstained"], facts["num_images"])
     yield from _radius(run)
 
 
 def _radius(run: Run) -> Iterator[Estimate]:
     facts = run.facts("certificates")
     if facts is not None:
-        yield estimate(AVERAGE, _how(facts), facts["average_radius"], "pixels")
+        yield estimate(AVERAGE, how(facts), facts["average_radius"], "pixels")
 
 
 def _shares(run: Run) -> Iterator[Estimate]:
@@ -186,7 +187,7 @@ def table_text(facts: dict) -> str:
     """Formats the result as plain text."""
     size = facts["num_images"]
     return "\n".join([
-        f"{facts['subset']}; {_how(facts)}",
+        f"{facts['subset']}; {how(facts)}",
         *(f"certified at radius {one['radius']:.3g}: {100 * one['right'] / size:.2f} %"
           for one in facts["curve"]),
         f"abstained: {100 * facts['abstained'] / size:.2f} %"])

@@ -199,7 +199,7 @@ def difference_table(study: Study, reference: str) -> Table | None:
     found = differences(by_row, reference, levels)
     rows = [TableRow(study.labels[row], difference_cells(ones, levels))
             for row, ones in found.items()]
-    return _difference_table(study, reference, found, "Accuracy", (
+    return difference_table_of(study, reference, found, "Accuracy", (
         "Method", *map(str.capitalize, levels)), rows)
 
 
@@ -209,12 +209,16 @@ def perturbation_difference_table(study: Study, reference: str) -> Table | None:
     tests = [test for test in perturbations_of(by_row) if test in by_row[reference]]
     found = differences(by_row, reference, tests)
     cells = zip(*(difference_cells(ones, tests) for ones in found.values()), strict=True)
-    return _difference_table(
+    return difference_table_of(
         study, reference, found, "Accuracy under other perturbations",
         ("Perturbation", *(study.labels[row] for row in found)), map(TableRow, tests, cells))
 
 
-def _difference_table(study, reference, found, what, columns, rows) -> Table | None:
+def difference_table_of(
+    study: Study, reference: str, found: dict[str, dict[str, Difference]], what: str,
+    columns: tuple[str, ...], rows: Iterable[TableRow],
+) -> Table | None:
+    """Makes a table of :func:`differences` in ``what``; returns None without any."""
     if not found:
         return None
     images = max(one.images for ones in found.values() for one in ones.values())
