@@ -636,3 +636,12 @@ def test_a_legend_is_within_its_figure(length, columns):
     extent = legend.get_window_extent()
     assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1
     assert len({text.get_window_extent().x0 for text in legend.get_texts()}) == columns
+
+
+def test_a_table_in_memory_is_the_one_that_its_file_gives(tmp_path):
+    # 100 * 0.9283 is 92.83000000000001, which moves the mean with 92.26 across a tie.
+    table = frame.table(("toy", "both", seed, "accuracy", "clean", 100 * share, "%", None)
+                        for seed, share in enumerate((0.9226, 0.9283)))
+    (tmp_path / "report.csv").write_text(frame.to_csv(table))
+    pd.testing.assert_frame_equal(
+        frame.read_csv(tmp_path / "report.csv"), table, check_exact=True)

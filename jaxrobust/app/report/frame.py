@@ -49,9 +49,14 @@ def frame(study: Study, *kinds: Callable[[Run], Iterable[Number]]) -> pd.DataFra
 
 
 def table(lines: Iterable[tuple]) -> pd.DataFrame:
-    """Makes a table from lines of study, row, seed, and the fields of :class:`Number`."""
+    """Makes a table from lines of study, row, seed, and the fields of :class:`Number`.
+
+    Values are rounded as in the CSV file, so that a page and tables made from the file agree to the
+    last digit shown.
+    """
     columns = ["study", "row", "seed", *Number._fields]
-    return pd.DataFrame(lines, columns=columns).astype(COLUMNS)[list(COLUMNS)]
+    made = pd.DataFrame(lines, columns=columns).astype(COLUMNS)[list(COLUMNS)]
+    return made.assign(value=[float(f"{value:.{DIGITS}g}") for value in made.value])
 
 
 def training_numbers(run: Run) -> Iterator[Number]:
