@@ -42,6 +42,8 @@ class Target:
     """Rows of the studies; None for all."""
     measured: bool = False
     """Whether it needs the measurements of the command ``figures``."""
+    perturbed: bool = False
+    """Whether it shows the other perturbations of the evaluation alone."""
     suites: tuple[str, ...] = ()
     """Kinds of measurements of the command ``evaluate`` that it needs beside the evaluation."""
     numbers: tuple[Callable[[Run], Iterable[frame.Number]], ...] = (
@@ -125,7 +127,8 @@ PAPER: dict[str, Target] = {
     "table2": Target("Table 2: SVHN under Gaussian noise", ("svhn",), _accuracy),
     "table3": Target("Table 3: road images under Gaussian noise", ("road",), _accuracy),
     "table4": Target("Table 4: road images under other perturbations", ("road",), _shown(
-        "perturbations", (tables.perturbation_table,), pictures.perturbation_picture)),
+        "perturbations", (tables.perturbation_table,), pictures.perturbation_picture),
+        perturbed=True),
     "table5": Target("Table 5: the constraints one by one", ("table5_cifar10", "table5_svhn"),
                      _shown("accuracy", _accuracies("softmax"), pictures.levels_picture,
                             best=True)),
@@ -157,7 +160,7 @@ QUESTIONS: dict[str, Target] = {
                  rows=question.rows, numbers=(*Target.numbers, *_CURVED))
     for name, question in ablations.QUESTIONS.items()} | {
     "transfer": Target("Perturbations that training has not seen", ("cifar10",), _shown(
-        "perturbations", _perturbed("both"), pictures.perturbation_picture)),
+        "perturbations", _perturbed("both"), pictures.perturbation_picture), perturbed=True),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
     "corruptions": Target(
@@ -252,8 +255,9 @@ def _at_scale(name: str, targets: dict[str, Target], scale: str) -> dict[str, Ta
 
 def _can_make(target: Target, recipe: Recipe | None) -> bool:
     """Whether a recipe, if there is one, measures what a target shows."""
-    return recipe is not None and (
-        recipe.curvature is not None or curvature.numbers not in target.numbers)
+    return (recipe is not None
+            and (recipe.curvature is not None or curvature.numbers not in target.numbers)
+            and (bool(recipe.evaluation.perturb) or not target.perturbed))
 
 
 def write_targets(plan: Plan) -> list[pathlib.Path]:
