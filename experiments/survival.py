@@ -265,8 +265,24 @@ def _details(study: Study) -> str:
     missed = sum(one["not_found"] for found in facts["attacks"] for one in found["nearest"])
     if missed:
         every = sum(found["num_images"] * len(found["nearest"]) for found in facts["attacks"])
-        text += f" FAB found nothing for {missed:,} of {every:,} images, which count as farthest."
+        text += (f" Images for which FAB found nothing, which count as farthest: {missed:,} of "
+                 f"{every:,}.")
+    nearer = sum(len(_nearer(one)) for ones in study.results("attacks").values() for one in ones)
+    if nearer:
+        text += (" Images that the ensemble broke in a ball in L2 smaller than FAB’s distance: "
+                 f"{nearer:,}.")
     return text
+
+
+def _nearer(attacked: dict) -> set[int]:
+    """Returns the images that the ensemble broke in an L2 ball in which FAB found nothing."""
+    euclidean, nearest = attacked["norm"] == "l2", np.isinf(attacked["epsilon"])
+    distance = dict(zip(attacked["index"][euclidean & nearest],
+                        attacked["distance"][euclidean & nearest], strict=True))
+    broken = euclidean & ~nearest & (attacked["broken_by"] != "")
+    return {int(index) for index, epsilon in zip(
+        attacked["index"][broken], attacked["epsilon"][broken], strict=True)
+        if distance.get(index, 0) > epsilon}
 
 
 def _differences(study, units, heads, values) -> Table | None:

@@ -216,6 +216,23 @@ def test_the_tables_by_method_hold_means_spreads_and_students_intervals(study):
         assert cell.bold == (test.pvalue < 0.05)
 
 
+def test_the_page_says_where_fab_was_beaten_or_found_nothing(study):
+    def details():
+        return survival.section(study).tables[0].details
+
+    assert "FAB" not in details() and "broke" not in details()
+    run = study.runs["robust"][2]
+    table = run_folder.read_arrays(run.folder, "attacks")
+    # Image 23 comes first: the ensemble breaks it within 0.5 and FAB beyond, and 22 within both.
+    table["distance"][24:26] = 0.6, 0.4
+    more = {"norm": ["l2"] * 2, "index": [23, 22], "epsilon": [0.5] * 2, "label": [3, 2],
+            "broken_by": ["fab-t", "square"], "distance": [np.nan] * 2}
+    change(run, "attacks", {"nearest": [run.facts("attacks")["nearest"][0] | {"not_found": 3}]},
+           {name: np.concatenate([values, more[name]]) for name, values in table.items()})
+    assert "FAB found nothing, which count as farthest: 3 of 216." in details()
+    assert "in a ball in L2 smaller than FAB’s distance: 1." in details()
+
+
 def test_the_section_has_its_tables_and_pictures(study):
     section = survival.section(study)
     assert [picture.name for picture in section.pictures] == ["surviving", "curvature-survival"]
