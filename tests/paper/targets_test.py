@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import statistics
 
 import markdown
@@ -185,6 +186,22 @@ def test_runs_in_parallel_are_those_of_one_after_the_other(place, tmp_path, monk
         for name in ("levels", "perturbations"):
             assert (files.read_json(together / "evaluation.json")[name]
                     == files.read_json(alone / "evaluation.json")[name])
+
+
+@pytest.mark.slow
+def test_the_suite_is_measured_in_parallel_with_the_same_result(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    study = place / "runs" / "cifar10_tiny"
+    shutil.copytree(study, tmp_path / "cifar10_tiny")
+    for path in tmp_path.glob("cifar10_tiny/*/corruptions.*"):
+        path.unlink()
+    assert call("reproduce", "corruptions", "--scale", "tiny", "--jobs", "2", "--no-tensorboard",
+                "--data-dir", place / "data", "--out", tmp_path) == 0
+    for row in STUDIES["cifar10"]["tiny"].rows:
+        alone, together = (files.read_json(place_of(folder, row, 0) / "corruptions.json")
+                           for folder in (study, tmp_path / "cifar10_tiny"))
+        assert together["counts"] == alone["counts"] and len(alone["counts"]) == 5
 
 
 def test_a_plan_is_all_that_a_dry_run_makes(tmp_path, capsys, monkeypatch):
