@@ -52,22 +52,26 @@ def section(study: Study) -> Section:
     by_row = accuracies(study)
     tests = tests_of(by_row)
     shown = [row for row, found in by_row.items() if found]
+    origins = sorted({facts["origin"] for runs in study.runs.values() for run in runs
+                      if (facts := run.facts("corruptions"))})
+    heads = [test.removesuffix(f", {origins[0]}") if len(origins) == 1 else test for test in tests]
     columns = ("Corruption", *(study.labels[row] for row in shown))
     spread = ("Mean over the training seeds ± standard deviation over them."
               if tables.several_seeds(study) else "One training seed.")
     cells = tables.accuracy_cells(by_row, tests, lambda row: "–", tables.spread_of(study))
     table = Table(
         "Mean accuracy over the severities, in %.", columns,
-        tuple(TableRow(test, tuple(cells[row][index] for row in shown))
-              for index, test in enumerate(tests)),
-        f"Images: {subsets_text(study, 'corruptions')} {spread}",
+        tuple(TableRow(head, tuple(cells[row][index] for row in shown))
+              for index, head in enumerate(heads)),
+        f"Corruptions: {' and '.join(origins)}. Images: {subsets_text(study, 'corruptions')} "
+        f"{spread}",
         "How to read: higher is better; bold: the best of the line. Generated: drawn anew by this "
         "package, which gives other numbers than the benchmark’s own files.")
     found = tables.differences(by_row, REFERENCE, tests)
     differences = tables.difference_table_of(
         study, REFERENCE, found, "Mean accuracy", ("Corruption", *(
             study.labels[row] for row in found)),
-        map(TableRow, tests, zip(*(tables.difference_cells(ones, tests)
+        map(TableRow, heads, zip(*(tables.difference_cells(ones, tests)
                                    for ones in found.values()), strict=True)))
     pictures = sections(study, (CORRUPTIONS,))[0].pictures
     return Section("corruptions", study.title, "", tuple(filter(None, (table, differences))),

@@ -276,17 +276,17 @@ def _corrupted(tmp_path):
 def test_accuracies_under_corruptions_are_compared_by_corruption_and_group(corrupted):
     table, differences = carry_over.section(corrupted).tables
     heads = [row.head for row in table.rows]
-    assert heads[:4] == ["clean", "gaussian_noise, generated", "shot_noise, generated",
-                         "impulse_noise, generated"]
+    assert "Corruptions: generated." in table.details
+    assert heads[:4] == ["clean", "gaussian_noise", "shot_noise", "impulse_noise"]
     assert len(heads) == 1 + 15 + 1 + 5 and all("mean of" in head for head in heads[16:])
 
     def by_seed(row, names):
         return [100 * np.mean([run.facts("corruptions")["mean_by_corruption"][name][0]
                                for name in names]) for run in corrupted.runs[row]]
 
-    groups = {"fog, generated": ["fog"], "noise, mean of 3, generated": corruptions.BENCHMARK[:3],
-              "all but noise, mean of 12, generated": corruptions.BENCHMARK[3:],
-              "mean of 15, generated": corruptions.BENCHMARK}
+    groups = {"fog": ["fog"], "noise, mean of 3": corruptions.BENCHMARK[:3],
+              "all but noise, mean of 12": corruptions.BENCHMARK[3:],
+              "mean of 15": corruptions.BENCHMARK}
     for head, names in groups.items():
         line, = (row for row in table.rows if row.head == head)
         for row, cell in zip(ROWS, line.cells, strict=True):
@@ -300,6 +300,17 @@ def test_accuracies_under_corruptions_are_compared_by_corruption_and_group(corru
             assert cell.text == f"{points:+.2f} ± {(ends.high - ends.low) / 2:.2f}".replace(
                 "-", "−")
             assert cell.bold == (ends.low > 0 or ends.high < 0)
+
+
+def test_generated_and_official_corruptions_are_told_apart(corrupted):
+    place = corrupted.runs["both"][0].folder
+    run_folder.write_facts(place, "corruptions", run_folder.read_facts(
+        place, "corruptions") | {"origin": "official"})
+    table, _ = carry_over.section(corrupted).tables
+    assert "Corruptions: generated and official." in table.details
+    cells = {row.head: [cell.text for cell in row.cells] for row in table.rows}
+    assert cells["fog, official"][::2] == ["–", "–"] and "±" not in cells["fog, official"][1]
+    assert "–" not in cells["fog, generated"]
 
 
 def test_the_numbers_of_corruptions_are_in_one_table(corrupted):
