@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import sys
 
@@ -38,15 +39,12 @@ ATTACK = ("--attacks.num-steps", 2, "--attacks.num-targets", 1, "--attacks.num-q
           "--attacks.l2", 0)
 BALLS = ("--attacks.linf", 0.02, 8 / 255, "--attacks.nearest", "l2")
 
-PLAIN = '''
+USERS = '''
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def brightness(images):
-    """A plain function: ten classes by how bright an image is."""
-    return -10 * jnp.abs(images.mean(axis=(1, 2, 3))[:, None] - jnp.linspace(0.1, 0.5, 10)[None])
+from plain_user import brightness
 
 
 def broken(images):
@@ -70,53 +68,6 @@ def by_sight(images):
                              jax.ShapeDtypeStruct((len(images), 10), jnp.float32), images)
 '''
 
-NNX = '''
-import jax
-from flax import nnx
-
-network = nnx.Linear(64, 10, rngs=nnx.Rngs(0))
-graph, state = nnx.split(network)
-
-
-def logits(images):
-    return nnx.merge(graph, state)(images.reshape(len(images), -1))
-'''
-
-TORCH = '''
-import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
-
-torch.manual_seed(0)
-network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
-
-
-def forward(images):
-    with torch.no_grad():
-        nchw = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)
-        return network(nchw).numpy()
-
-
-def backward(images, cotangents):
-    nchw = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).requires_grad_()
-    network(nchw).backward(torch.tensor(np.asarray(cotangents)))
-    return nchw.grad.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-@jax.custom_vjp
-def logits(images):
-    return jax.pure_callback(
-        forward, jax.ShapeDtypeStruct((len(images), 10), jnp.float32), images)
-
-
-logits.defvjp(
-    lambda images: (logits(images), images),
-    lambda images, cotangents: (jax.pure_callback(
-        backward, jax.ShapeDtypeStruct(images.shape, jnp.float32), images, cotangents),))
-'''
-
-
 @pytest.fixture(name="run", scope="module")
 def _run(shared_study, tmp_path_factory):
     """A trained run, measured by the whole suite but the curvature."""
@@ -131,7 +82,10 @@ def _run(shared_study, tmp_path_factory):
 @pytest.fixture(name="modules")
 def _modules(tmp_path, monkeypatch):
     """A folder, which is the current one, with the user's modules."""
-    for name, text in (("plain_user", PLAIN), ("nnx_user", NNX), ("torch_user", TORCH)):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    examples = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", page, re.DOTALL))
+    assert list(examples) == ["plain_user", "nnx_user", "torch_user"]
+    for name, text in {**examples, "users": USERS}.items():
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -417,10 +371,10 @@ def test_calls_of_other_programs_have_first_derivatives_along_a_further_axis():
 
 
 def test_a_randomised_model_is_attacked_through_expectations(modules, capsys):
-    again = ("evaluate", "plain_user:noisy", "--data", "digits", "--suite", "all", "--limit", 20,
+    again = ("evaluate", "users:noisy", "--data", "digits", "--suite", "all", "--limit", 20,
              *ATTACK)
     assert call(*again, "--attacks.eot", 3) == 0
-    folder = modules / "runs" / "plain_user.noisy"
+    folder = modules / "runs" / "users.noisy"
     facts = files.read_json(folder / "attacks.json")
     assert facts["settings"]["eot"] == 3
     assert list(facts["norms"][0]["robust"]) == ["clean", "apgd-ce", "apgd-dlr"]
@@ -464,17 +418,17 @@ def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
     (("RUN", "--data", "digits"), "Expected data only with models that are no runs"),
     (("plain_user:brightnes", "--data", "digits"), "Did you mean 'brightness'?"),
     (("nowhere_user:f", "--data", "digits"), "Cannot import 'nowhere_user'"),
-    (("plain_user:few", "--data", "digits"), "Expected plain_user:few to return logits [2, 10]"),
-    (("plain_user:broken", "--data", "digits", "--limit", 20), "for 20 of 20 images"),
-    (("plain_user:by_sight", "--data", "digits", "--suite", "curvature"),
-     "Expected plain_user.by_sight to have derivatives"),
+    (("users:few", "--data", "digits"), "Expected users:few to return logits [2, 10]"),
+    (("users:broken", "--data", "digits", "--limit", 20), "for 20 of 20 images"),
+    (("users:by_sight", "--data", "digits", "--suite", "curvature"),
+     "Expected users.by_sight to have derivatives"),
     (("plain_user:brightness", "--data", "digits", "--suite", "curvature", "--curvature.inputs",
       "normalised"), "Expected inputs='normalised' only with runs"),
-    (("plain_user:noisy", "--data", "digits", "--suite", "attacks", "ood"),
-     "Expected a function of images alone for the suite 'ood', got plain_user.noisy"),
-    (("plain_user:whole_batch", "--data", "digits", "--suite", "attacks"),
-     "plain_user:whole_batch fails on float32 images [2, 8, 8, 1] of digits: vmap is only"),
-    (("plain_user:noisy", "--data", "digits", "--suite", "attacks", "--attacks.nearest", "l2"),
+    (("users:noisy", "--data", "digits", "--suite", "attacks", "ood"),
+     "Expected a function of images alone for the suite 'ood', got users.noisy"),
+    (("users:whole_batch", "--data", "digits", "--suite", "attacks"),
+     "users:whole_batch fails on float32 images [2, 8, 8, 1] of digits: vmap is only"),
+    (("users:noisy", "--data", "digits", "--suite", "attacks", "--attacks.nearest", "l2"),
      "Expected nearest=['l2'] only with a function of images alone"),
     (("RUN", "--suite", "attacks", "--attacks.eot", 5, "--name", "n"), "Expected eot=5 only with"),
     (("RUN", "--suite", "flips"), "Expected --flips.files with the suite 'flips', got none."),

@@ -456,10 +456,10 @@ def save_truncated(torch, path):
 SAVED = {
     "a_module": (save_module, "Expected a state dict, as torch.save(model.state_dict(), path) "
                               "writes it, got"),
-    "truncated": (save_truncated, "which is broken or holds"),
-    "empty_file": (lambda torch, path: path.touch(), "which is broken or holds"),
-    "text": (lambda torch, path: path.write_text("hello"), "which is broken or holds"),
-    "a_script": (lambda torch, path: path.write_bytes(b"import os"), "which is broken or holds"),
+    "truncated": (save_truncated, "which is broken or contains"),
+    "empty_file": (lambda torch, path: path.touch(), "which is broken or contains"),
+    "text": (lambda torch, path: path.write_text("hello"), "which is broken or contains"),
+    "a_script": (lambda torch, path: path.write_bytes(b"import os"), "which is broken or contains"),
     "a_list": (lambda torch, path: torch.save([torch.ones(1)], path), "got a list in"),
     "a_tensor": (lambda torch, path: torch.save(torch.ones(1), path), "got a Tensor in"),
     "nothing": (lambda torch, path: torch.save({}, path), "got nothing in"),
