@@ -29,10 +29,9 @@ class _Ranked(NamedTuple):
     labelled: jax.Array  # shape=[B], dtype=bool; whether the label is one of the classes
 
 
-def _rank(logits_fn, images, labels, perturb, key, indices) -> _Ranked:
+def _rank(logits_fn, images, labels) -> _Ranked:
     labels = _validate.class_numbers("labels", labels)
-    _validate.shapes(images=(images, "B ..."), labels=(labels, "B"), indices=(indices, "B"))
-    logits = logits_fn(per_example(perturb, key, images, indices))
+    logits = logits_fn(images)
     num_classes = _validate.shapes(labels=(labels, "B"), logits=(logits, "B C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
     finite = jnp.isfinite(logits).all(axis=1)
@@ -77,14 +76,24 @@ def features_fn_of(model: nn.Module, variables: Any) -> FeaturesFn:
     return jax.tree_util.Partial(_Output(model, "features"), variables)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _correct(layout, logits_fn, perturb, key, *rows):
-    def share(shared, rows):
-        logits_fn, perturb, key = shared
-        images, labels, indices = rows
-        return _rank(logits_fn, to_float(images), labels, perturb, key, indices)
+def _correct(layout, logits_fn, perturb, key, images, labels, indices) -> _Ranked:
+    """In two programs: the network takes longest to compile, and needs it once."""
+    return _ranked(layout, logits_fn, _perturbed(layout, perturb, key, images, indices), labels)
 
-    return map_examples(layout, share)((logits_fn, perturb, key), rows)
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _perturbed(layout, perturb, key, images, indices):
+    def share(shared, rows):
+        (perturb, key), (images, indices) = shared, rows
+        return per_example(perturb, key, to_float(images), indices)
+
+    return map_examples(layout, share, whole=False)((perturb, key), (images, indices))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _ranked(layout, logits_fn, images, labels):
+    return map_examples(layout, lambda logits_fn, rows: _rank(logits_fn, *rows))(
+        logits_fn, (images, labels))
 
 
 @overload

@@ -245,27 +245,32 @@ def compile_step(
     return step
 
 
-def map_examples(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+def map_examples(
+    layout: Layout, function: Callable[..., Any], *, whole: bool = True
+) -> Callable[..., Any]:
     """Splits the rows of a function over the devices, for use inside ``jit``.
 
     Args:
       layout: the devices; a :meth:`Layout.for_examples`.
       function: ``(shared, rows) -> outputs``; the latter two are pytrees of arrays [B, ...], and
         row i of the outputs depends on row i alone.
+      whole: whether the outputs are whole on every device, or split like the rows.
 
     Returns:
       The same function, for rows placed by :func:`place_batch` whose number the devices divide;
-      its outputs are whole on every device, and the same for any number of devices.
+      its outputs are the same for any number of devices.
     """
     if layout.form == "jit":
         return function
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    split, everywhere = PartitionSpec(AXIS), PartitionSpec()
     # The devices exchange nothing, so that there is no varying over the axis to check.
-    mapped = jax.shard_map(function, mesh=layout.mesh, in_specs=(whole, split), out_specs=split,
-                           check_vma=False)
+    mapped = jax.shard_map(function, mesh=layout.mesh, in_specs=(everywhere, split),
+                           out_specs=split, check_vma=False)
+    if not whole:
+        return mapped
 
     def call(shared, rows):
         return jax.lax.with_sharding_constraint(
-            mapped(shared, rows), NamedSharding(layout.mesh, whole))
+            mapped(shared, rows), NamedSharding(layout.mesh, everywhere))
 
     return call

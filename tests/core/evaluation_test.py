@@ -49,11 +49,16 @@ def test_draws_are_independent_and_reproducible(trained):
     assert len({draw.tobytes() for draw in once}) > 1
 
 
-def test_one_program_serves_all_noise_levels(trained):
-    evaluation._correct.clear_cache()
+def test_one_program_serves_all_noise_levels_and_one_network_all_perturbations(trained):
+    for program in (evaluation._perturbed, evaluation._ranked):
+        program.clear_cache()
     for std in (0.1, 0.2, 0.3):
         all_draws(trained, perturb=perturbations.gaussian(std), batch_size=8)
-    assert evaluation._correct._cache_size() == 1
+    assert evaluation._perturbed._cache_size() == 1
+    all_draws(trained, perturb=perturbations.uniform(0.1), batch_size=8)
+    all_draws(trained, batch_size=8)
+    assert evaluation._perturbed._cache_size() == 3
+    assert evaluation._ranked._cache_size() == 1
 
 
 def test_a_prediction_is_right_if_its_argmax_is_the_label():

@@ -178,11 +178,15 @@ def test_examples_are_mapped_to_the_same_values_on_any_number_of_devices():
     x, index = np.ones((16, 3), np.float32), np.arange(16)
     found = []
     for layout in (make_layout("jit"), make_layout("mesh"), make_layout("pmap").for_examples()):
-        mapped = jax.jit(parallel.map_examples(layout, function))
         shared = parallel.replicate(layout, {"key": jax.random.key(0), "std": np.float32(0.5)})
-        result = mapped(shared, parallel.place_batch(layout, {"x": x, "index": index}, 16))
-        assert result["noisy"].is_fully_replicated
-        found.append(np.asarray(result["noisy"]))
+        rows = parallel.place_batch(layout, {"x": x, "index": index}, 16)
+        whole, split = (jax.jit(parallel.map_examples(layout, function, whole=whole))(
+            shared, rows)["noisy"] for whole in (True, False))
+        assert whole.is_fully_replicated
+        assert {part.data.shape[0] for part in split.addressable_shards} == {
+            16 // layout.num_devices}
+        np.testing.assert_array_equal(split, whole)
+        found.append(np.asarray(whole))
     # To the last bit but for what a compiler may fuse.
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
     np.testing.assert_array_equal(found[2], found[1])
