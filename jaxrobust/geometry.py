@@ -19,6 +19,16 @@ def safe_norm(vectors: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
+def directions(vectors: jax.Array) -> jax.Array:
+    """Scales vectors [..., d] to length 1, whatever their length; 0 stays 0, with gradient 0."""
+    # The function does not depend on this scale, nor does its gradient: it only keeps squares from
+    # underflow and overflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
+    vectors = vectors / jnp.where(largest > 0, largest, 1)
+    length = safe_norm(vectors)[..., None]
+    return jnp.where(length > 0, vectors / jnp.where(length > 0, length, 1), 0)
+
+
 class ClassRows(NamedTuple):
     """What each class contributes to its hyperplanes."""
 

@@ -36,7 +36,13 @@ from jaxrobust.centroids import (
     counted_rows,
     update_centroids,
 )
-from jaxrobust.geometry import class_rows_of, distances_to_all, distances_to_one, safe_norm
+from jaxrobust.geometry import (
+    class_rows_of,
+    directions,
+    distances_to_all,
+    distances_to_one,
+    safe_norm,
+)
 
 
 def mean_over_batch(
@@ -255,6 +261,7 @@ def margin_loss(
     delta_d: float,
     squared: bool = False,
     boundaries: str = "max",
+    relative: bool = False,
 ) -> jax.Array:
     r"""Pushes class centroids at least delta_d inside their decision boundaries.
 
@@ -278,6 +285,11 @@ def margin_loss(
       delta_d: the distance to reach, >= 0.
       squared: whether the hinge is squared; not in the paper (Appendix A.1).
       boundaries: ``"max"`` for the worst boundary, as in the paper, or ``"mean"`` over all.
+      relative: whether delta_d is in units of r, the mean norm of the centroids of the classes
+        present; not in the paper. The hinge is then :math:`[\delta_d r - s_{ci}]_+`, with
+        :math:`r = \frac{1}{|C_B|} \sum_{c \in C_B} \|m_c\|` a constant without gradient, so that
+        shrinking the features is no way to reach the margin. Features and bias scaled by nu
+        (Proposition 5.3) scale the loss by nu, where otherwise a large enough nu makes it 0.
 
     Returns:
       The loss, []; 0 if no class is present.
@@ -290,11 +302,12 @@ def margin_loss(
     Source: Eq. 9 and 10, after Elsayed et al. (2018).
     """
     return _margin_over_present(
-        centroids, present, kernel, bias, delta_d=delta_d, squared=squared, boundaries=boundaries)
+        centroids, present, kernel, bias, delta_d=delta_d, squared=squared, boundaries=boundaries,
+        relative=relative)
 
 
 def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, boundaries,
-                         at_most=None, table_size=TABLE_SIZE):
+                         relative=False, at_most=None, table_size=TABLE_SIZE):
     """:func:`margin_loss` where at most ``at_most`` classes are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
@@ -305,6 +318,8 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
         bias=(bias, "C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
     delta_d = jnp.asarray(delta_d, centroids.dtype)
+    if relative:
+        delta_d = delta_d * jax.lax.stop_gradient(centroid_norm_loss(centroids, present))
     numbers = jnp.arange(num_classes, dtype=jnp.int32)
     every = class_rows_of(kernel.astype(centroids.dtype), bias.astype(centroids.dtype))
     labels, own = numbers, every
@@ -447,6 +462,15 @@ class RobustLossConfig:
     """Centroids of Eq. 9: "naive" (with the above: partial momentum) or "momentum"."""
     norm_centroids: str = "momentum"
     """Centroids of Eq. 11: "momentum" (the authors' release; the paper is silent) or "naive"."""
+    direction: bool = False
+    """Beyond the paper: take features and centroids as directions of length 1. delta_v is then a
+    chord, in [0, 2], delta_d the sine of an angle, in [0, 1], and Eq. 11 constant."""
+    align_to: str = "clean"
+    """Centroids that Eq. 12 aligns with: those of the "clean" view, to which it pulls noisy
+    features, or those of the "other" view, to which it pulls the features of each; the latter
+    beyond the paper."""
+    margin_relative: bool = False
+    """Beyond the paper: delta_d in units of the mean norm of the centroids of Eq. 9."""
 
     def __post_init__(self):
         for name in ("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d"):
@@ -457,6 +481,15 @@ class RobustLossConfig:
         _validate.one_of("boundaries", self.boundaries, ("max", "mean"))
         for name in ("compact_centroids", "margin_centroids", "norm_centroids"):
             _validate.one_of(name, getattr(self, name), ("momentum", "naive"))
+        _validate.one_of("align_to", self.align_to, ("clean", "other"))
+        if self.direction:
+            for name, most in (("delta_v", 2), ("delta_d", 1)):
+                _validate.in_range(f"direction=True and {name}", getattr(self, name), 0, most,
+                                   open_high=False)
+            if self.margin_relative:
+                raise _validate.InputError(
+                    "Expected margin_relative=False with direction=True, whose centroids have norm "
+                    "1, got True.")
 
 
 AUTHORS_RELEASE = RobustLossConfig(alpha=0.5, lam=0.5, momentum=0.99)
@@ -492,6 +525,33 @@ def robust_loss(
     Centroids come from the clean features alone. By default compactness, alignment and the
     norm use the momentum centroid and the margin the batch's own (partial momentum).
 
+    Beyond the paper are three options of ``config``:
+
+    ``direction``: every term depends on the directions of features alone,
+    :math:`\hat q = q / \|q\|`. Centroids are means of these, naive and with momentum, scaled to
+    length 1; the state keeps the means. A direction has no side of a hyperplane that does not pass
+    through 0, so the margin's are those without the bias, and its distances the sines of angles:
+
+    .. math::
+      L_{compact} = \operatorname{mean} [\|\hat m_c - \hat q\| - \delta_v]_+^2, \qquad
+      s_{ci} = \frac{(W_c - W_i) \hat m_c}{\|W_c - W_i\|} \in [-1, 1]
+
+    Scaling any of the features changes nothing. L_reg is 1, without gradient.
+
+    ``align_to="other"``: the features of each view are pulled to the centroid of the other, not
+    only noisy ones to that of the clean view:
+
+    .. math::
+      L_{noisy} = \tfrac12 \operatorname{mean} [\|m_c - q(x')\| - \delta_v]_+^2
+        + \tfrac12 \operatorname{mean} [\|m'_c - q(x)\| - \delta_v]_+^2, \qquad
+      m'_c = m_c + \frac{1}{|C_c^B|} \sum_{x \in C_c^B} (q(x') - q(x))
+
+    for clean images x, their noisy versions x' and means as in Eq. 8. The centroid of the noisy
+    view is that of the clean one, moved by how far the noise moves this batch, so that it needs no
+    state; for naive centroids it is the mean of the noisy features.
+
+    ``margin_relative``: see ``relative`` in :func:`margin_loss`.
+
     Args:
       axis_name: see :mod:`jaxrobust.losses`.
       features: [B, d], of clean images.
@@ -515,22 +575,42 @@ def robust_loss(
     num_classes = state.mean.shape[0]
     features, noisy_features = (
         counted_rows(rows, labels, num_classes) for rows in (features, noisy_features))
+    if config.direction:
+        features, noisy_features = directions(features), directions(noisy_features)
+        bias = jnp.zeros_like(bias)
     centroids, new_state = update_centroids(
         state, features, labels, momentum=config.momentum, axis_name=axis_name)
     chosen = {"momentum": centroids.running, "naive": centroids.current}
-    own, shares = _own_centroids(chosen[config.compact_centroids], labels, axis_name)
-    pull = functools.partial(
-        _pull, own=own, shares=shares, delta_v=config.delta_v, squared=config.compact_squared,
-        linear_beyond=config.compact_linear_beyond, axis_name=axis_name)
+    if config.align_to == "other":
+        of_noisy, _ = update_centroids(state, noisy_features, labels, axis_name=axis_name)
+        chosen["moved"] = chosen[config.compact_centroids] + (
+            of_noisy.current - centroids.current)
+    if config.direction:
+        chosen = jax.tree.map(directions, chosen)
+
+    def pull_to(centroids):
+        own, shares = _own_centroids(centroids, labels, axis_name)
+        return functools.partial(
+            _pull, own=own, shares=shares, delta_v=config.delta_v, squared=config.compact_squared,
+            linear_beyond=config.compact_linear_beyond, axis_name=axis_name)
+
+    def align():
+        to_clean = pull(noisy_features)
+        if config.align_to == "clean":
+            return to_clean
+        return (to_clean + pull_to(chosen["moved"])(features)) / 2
+
+    pull = pull_to(chosen[config.compact_centroids])
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     terms = RobustLossTerms(
         compact=pull(features),
         margin=_margin_over_present(
             chosen[config.margin_centroids], centroids.present, kernel, bias,
             at_most=num_devices * labels.shape[0], delta_d=config.delta_d,
-            squared=config.margin_squared, boundaries=config.boundaries),
+            squared=config.margin_squared, boundaries=config.boundaries,
+            relative=config.margin_relative),
         norm=centroid_norm_loss(chosen[config.norm_centroids], centroids.present),
-        align=pull(noisy_features),
+        align=align(),
     )
     alpha, beta, gamma_reg, lam = (
         jnp.asarray(weight, terms.compact.dtype)

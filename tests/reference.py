@@ -39,6 +39,11 @@ def weighted_softmax_loss(logits, labels, weights):
     return total / sum(weights[y] for y in labels)
 
 
+def unit(vector):
+    """The direction of a vector."""
+    return vector / np.linalg.norm(vector)
+
+
 def naive_centroids(features, labels, num_classes):
     """Section 4.4, the naive way: means over the batch."""
     centroids = {}
@@ -63,6 +68,17 @@ def momentum_centroids(features, labels, num_classes, previous, gamma):
 def stored_centroids(features, labels, num_classes, previous, gamma):
     """What the next batch finds as m^{t-1}: absent classes keep what they had."""
     return {**previous, **momentum_centroids(features, labels, num_classes, previous, gamma)}
+
+
+def moved_centroids(features, noisy_features, labels, centroids):
+    """The centroids of the noisy view: each m_c, moved by the mean of q(x') - q(x) over its class.
+    """
+    moved = {}
+    for c, m in centroids.items():
+        pairs = zip(members(noisy_features, labels, c), members(features, labels, c), strict=True)
+        differences = [noisy - clean for noisy, clean in pairs]
+        moved[c] = m + sum(differences) / len(differences)
+    return moved
 
 
 def compactness(features, labels, centroids, delta_v, squared=True, linear_beyond=math.inf):

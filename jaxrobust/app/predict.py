@@ -25,7 +25,9 @@ from jaxrobust.app.doubt import (
 )
 from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
+from jaxrobust.geometry import directions
 from jaxrobust.images import to_float
+from jaxrobust.methods import ROBUST_METHODS
 from jaxrobust.models import pytorch
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -67,14 +69,18 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
     Returns:
       ``logits`` and ``probabilities`` [B, C]; ``features`` [B, d]; ``doubt`` [B], the run's score,
       larger for more doubtful; and ``distances`` [B, C] of the features to the centroids of the
-      classes, :math:`\|q - m_c\|`, infinite for a class that was never seen. The last two have no
+      classes, :math:`\|q - m_c\|`, infinite for a class that was never seen; for a run trained with
+      ``robust.direction`` the distances of their directions, in [0, 2]. The last two have no
       derivatives.
     """
     outputs = run.model.apply(variables_of(run.state), to_float(images), train=False)
     # Square roots at 0 would make derivatives of the logits NaN.
     logits, features = jax.lax.stop_gradient((outputs.logits, outputs.features))
     centroids = run.state.centroids
-    distances = jnp.linalg.norm(features[:, None] - centroids.mean[None], axis=-1)
+    points, means = features, centroids.mean
+    if run.config.robust.direction and run.config.method in ROBUST_METHODS:
+        points, means = directions(points), directions(means)
+    distances = jnp.linalg.norm(points[:, None] - means[None], axis=-1)
     return {"logits": outputs.logits, "probabilities": jax.nn.softmax(outputs.logits),
             "features": outputs.features,
             "doubt": doubt_of(doubt.score, logits, features, doubt.statistics),

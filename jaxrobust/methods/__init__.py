@@ -45,8 +45,9 @@ from jaxrobust.methods.common import (
 from jaxrobust.methods.options import MethodOptions
 from jaxrobust.perturbations import Perturbation
 
-__all__ = ["CLEAN_METHODS", "METHODS", "METHOD_KEY", "PAPER_METHODS", "Batch", "BatchStats",
-           "Evaluated", "Forward", "Method", "MethodOptions", "Objective", "Passes", "make_method"]
+__all__ = ["CLEAN_METHODS", "METHODS", "METHOD_KEY", "PAPER_METHODS", "ROBUST_METHODS",
+           "Batch", "BatchStats", "Evaluated", "Forward", "Method", "MethodOptions", "Objective",
+           "Passes", "make_method"]
 
 _MAKERS: dict[str, Maker] = {
     "normal": paper.make_normal,
@@ -73,6 +74,9 @@ PAPER_METHODS = (
     "normal", "noisy", "both", "stability", "robust", "robust_clean", "robust_both")
 """The rows of the paper's tables in their order, the method of its ablation (Table 5), and its loss
 on top of ``both``."""
+
+ROBUST_METHODS = ("robust", "robust_both", "robust_clean")
+"""Those with the paper's loss."""
 
 CLEAN_METHODS = ("normal", "robust_clean", "center", "gradient_penalty", "jacobian_penalty", "cure",
                  "pgd", "trades")

@@ -12,6 +12,7 @@ from jaxrobust import data, metrics
 from jaxrobust._validate import InputError
 from jaxrobust.app import doubt, files, predict, trainer
 from jaxrobust.app.recipe import RECIPES
+from jaxrobust.losses import RobustLossConfig
 
 pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
 
@@ -97,6 +98,25 @@ def test_a_run_is_measured_at_first_use_on_the_images_that_chose_its_epoch(
     before = (folder / "doubt.json").stat().st_mtime_ns
     predict.load_classifier(folder, tmp_path)
     assert (folder / "doubt.json").stat().st_mtime_ns == before
+
+
+def test_distances_to_centroids_are_those_of_directions_where_the_training_was(run):
+    trained = trainer.load_run(run, TINY, None)
+    images = jax.random.uniform(jax.random.key(0), (3, 8, 8, 1))
+    means = np.asarray(trained.state.centroids.mean)
+
+    def distances(method, direction):
+        found = predict.classify(trained._replace(config=dataclasses.replace(
+            TINY, method=method, robust=RobustLossConfig(delta_d=1.0, direction=direction))),
+            doubt.UNMEASURED, images)
+        return np.asarray(found["features"]), np.asarray(found["distances"])
+
+    for method, direction in (("robust", True), ("robust", False), ("both", True)):
+        features, found = distances(method, direction)
+        in_direction = method == "robust" and direction
+        expected = [[np.linalg.norm(q / np.linalg.norm(q) - m / np.linalg.norm(m))
+                     if in_direction else np.linalg.norm(q - m) for m in means] for q in features]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_statistics_of_classes_are_kept_for_the_scores_that_need_them(run, tmp_path, monkeypatch):

@@ -149,6 +149,11 @@ def test_too_few_images_are_named(changed, named, checked, tmp_path):
     silent = run._replace(config=dataclasses.replace(run.config, noise_std=0.0))
     with pytest.raises(InputError, match="noise_std of the run=0"):
         measure(theory.THEORY, silent, SETTINGS, tmp_path, "theory")
+    for changed in ({"margin_relative": True}, {"direction": True, "delta_d": 1.0}):
+        other = run._replace(config=dataclasses.replace(
+            run.config, robust=dataclasses.replace(run.config.robust, **changed)))
+        with pytest.raises(InputError, match=f"Expected robust.{next(iter(changed))}=False of "):
+            measure(theory.THEORY, other, SETTINGS, tmp_path, "theory")
 
 
 def test_the_estimated_divergence_of_separated_classes_is_nearly_log_2():

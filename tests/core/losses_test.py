@@ -15,10 +15,13 @@ import reference
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
-from jaxrobust import InputError, losses
+from jaxrobust import InputError, geometry, losses
 from jaxrobust.centroids import CentroidState, init_centroids, update_centroids
+from jaxrobust.images import Batch, Outputs
 from jaxrobust.losses import AUTHORS_RELEASE, RobustLossConfig, robust_loss
+from jaxrobust.methods import make_method
 
 NUM_DEVICES = 8
 ARRAYS = (0, 1, 2, 3)  # features, noisy features, kernel, bias: what is differentiated
@@ -67,6 +70,13 @@ CASES = (
     ((8, 3, 5), config_of(0.9, 0.2, 3.0, boundaries="mean", margin_squared=True,
                           compact_squared=False, compact_centroids="naive",
                           margin_centroids="momentum", norm_centroids="naive")),
+    ((8, 3, 3), config_of(0.9, 0.3, 0.8, direction=True)),
+    ((7, 4, 3), config_of(0.5, 0.1, 0.5, direction=True, align_to="other", boundaries="mean",
+                          compact_centroids="naive", margin_centroids="momentum")),
+    ((8, 3, 4), config_of(0.9, 0.5, 0.4, align_to="other", margin_relative=True)),
+    ((6, 3, 2), config_of(0.5, 0.5, 0.7, align_to="other", margin_relative=True,
+                          compact_centroids="naive", compact_linear_beyond=0.8,
+                          margin_squared=True)),
 )
 
 
@@ -81,32 +91,62 @@ def problems(draw, cases=CASES):
     return problem, config
 
 
-def reference_centroids(features, problem, config):
-    """The centroids of Eq. 8 and 12, of Eq. 9, and of Eq. 11."""
+def means_of_features(features, noisy, problem, config):
+    """The centroids of Eq. 8 and 12, of Eq. 9, of Eq. 11, and those of the noisy view, before they
+    are scaled to length 1 if only directions count."""
+    if config.direction:
+        features, noisy = ([reference.unit(q) for q in rows] for rows in (features, noisy))
     num_classes = len(problem.bias)
     previous = {c: problem.mean[c] for c in range(num_classes) if problem.seen[c]}
     chosen = {
         "naive": reference.naive_centroids(features, problem.labels, num_classes),
         "momentum": reference.momentum_centroids(
             features, problem.labels, num_classes, previous, config.momentum)}
-    return (chosen[config.compact_centroids], chosen[config.margin_centroids],
-            chosen[config.norm_centroids])
+    found = (chosen[config.compact_centroids], chosen[config.margin_centroids],
+             chosen[config.norm_centroids])
+    return (*found, reference.moved_centroids(features, noisy, problem.labels, found[0]))
+
+
+def reference_centroids(features, noisy, problem, config):
+    """The four kinds of centroids that the terms are made of."""
+    found = means_of_features(features, noisy, problem, config)
+    if config.direction:
+        return tuple({c: reference.unit(m) for c, m in means.items()} for means in found)
+    return found
+
+
+def margin_unit(problem, config):
+    """The unit of delta_d, a constant: of the problem itself, not of features moved from it."""
+    if not config.margin_relative:
+        return 1.0
+    return reference.centroid_norm(
+        reference_centroids(problem.features, problem.noisy, problem, config)[1])
 
 
 def reference_terms(features, noisy, kernel, bias, problem, config):
     """[total, compact, margin, norm, align, stability]."""
-    for_compact, for_margin, for_norm = reference_centroids(features, problem, config)
-    compact, align = (
-        reference.compactness(rows, problem.labels, for_compact, config.delta_v,
-                              config.compact_squared, config.compact_linear_beyond or np.inf)
-        for rows in (features, noisy))
-    margin = reference.margin(for_margin, kernel.T, bias, config.delta_d, config.margin_squared,
-                              config.boundaries)
+    for_compact, for_margin, for_norm, moved = reference_centroids(
+        features, noisy, problem, config)
+    stability = reference.stability(features, noisy)
+    if config.direction:
+        features, noisy = ([reference.unit(q) for q in rows] for rows in (features, noisy))
+        bias = 0 * bias
+
+    def pull(rows, centroids):
+        return reference.compactness(rows, problem.labels, centroids, config.delta_v,
+                                     config.compact_squared, config.compact_linear_beyond or np.inf)
+
+    compact, align = pull(features, for_compact), pull(noisy, for_compact)
+    if config.align_to == "other":
+        align = (align + pull(features, moved)) / 2
+    margin = reference.margin(
+        for_margin, kernel.T, bias, config.delta_d * margin_unit(problem, config),
+        config.margin_squared, config.boundaries)
     norm = reference.centroid_norm(for_norm)
     clean = reference.clean_loss(compact, margin, norm, config.alpha, config.beta,
                                  config.gamma_reg)
     return np.array([reference.our_loss(clean, align, config.lam), compact, margin, norm, align,
-                     reference.stability(features, noisy)])
+                     stability])
 
 
 def reference_gradients(problem, config, step=1e-6):
@@ -129,21 +169,31 @@ def reference_gradients(problem, config, step=1e-6):
 
 def distance_to_kinks(problem, config):
     """How far the problem is from where a term has no derivative, or a badly conditioned one."""
-    for_compact, for_margin, for_norm = reference_centroids(problem.features, problem, config)
-    rows, bias = problem.kernel.T, problem.bias
-    distances = [np.linalg.norm(q - noisy)
-                 for q, noisy in zip(problem.features, problem.noisy, strict=True)]
-    for q, noisy, label in zip(problem.features, problem.noisy, problem.labels, strict=True):
+    for_compact, for_margin, for_norm, moved = reference_centroids(
+        problem.features, problem.noisy, problem, config)
+    rows, bias, views = problem.kernel.T, problem.bias, (problem.features, problem.noisy)
+    distances = [np.linalg.norm(q - noisy) for q, noisy in zip(*views, strict=True)]
+    if config.direction:
+        bias = 0 * bias
+        # The direction of a vector near 0 changes fast.
+        distances += [np.linalg.norm(vector) / 10 for vectors in (
+            *views, *(means.values() for means in means_of_features(*views, problem, config)))
+            for vector in vectors]
+        views = [[reference.unit(q) for q in rows_of_view] for rows_of_view in views]
+    for q, noisy, label in zip(*views, problem.labels, strict=True):
         if label in for_compact:
             lengths = [np.linalg.norm(for_compact[label] - row) for row in (q, noisy)]
+            if config.align_to == "other":
+                lengths.append(np.linalg.norm(moved[label] - q))
             distances += [abs(length - config.delta_v) for length in lengths]
             distances += [length for length in lengths if length > config.delta_v]
+    delta_d = config.delta_d * margin_unit(problem, config)
     for c, m in for_margin.items():
         others = [i for i in range(len(bias)) if i != c]
         distances += [np.linalg.norm(rows[c] - rows[i]) / 10 for i in others]
         distances += [reference.boundary_distance(m, c, i, rows, bias) for i in others]
         # The hinge before it is clipped, so that a tie is seen on either side of 0.
-        raw = sorted(reference.margin_hinges(m, c, rows, bias, config.delta_d + 1e6).values())
+        raw = sorted(reference.margin_hinges(m, c, rows, bias, delta_d + 1e6).values())
         distances += [abs(value - 1e6) for value in raw]
         distances += [raw[-1] - raw[-2]] if len(raw) > 1 else []
     return min(distances + [np.linalg.norm(m) for m in for_norm.values()])
@@ -264,14 +314,14 @@ SPLITS = {
 SPLIT_CONFIG = config_of(0.9, 0.5, 2.0)
 
 
-def value_terms_state_and_gradients(params, batch, state, axis_name):
+def value_terms_state_and_gradients(params, batch, state, axis_name, config=SPLIT_CONFIG):
     """All terms as functions of replicated parameters, as in training."""
     def loss(params):
         features = batch["images"] @ params["weights"]
         noisy = batch["noisy"] @ params["weights"]
         total, terms, new_state = robust_loss(
             features, noisy, batch["labels"], params["kernel"], params["bias"], state,
-            SPLIT_CONFIG, axis_name=axis_name)
+            config, axis_name=axis_name)
         stability = losses.stability_loss(features, noisy, axis_name=axis_name)
         return total + stability, ((*terms, stability), new_state)
 
@@ -299,9 +349,9 @@ def linear_model_problem(labels, dtype):
     return params, batch, state
 
 
-def with_pmap(params, batch, state):
+def with_pmap(params, batch, state, split=pmapped):
     batch = jax.tree.map(lambda value: value.reshape(NUM_DEVICES, -1, *value.shape[1:]), batch)
-    result = pmapped(params, batch, state)
+    result = split(params, batch, state)
     for leaf in jax.tree.leaves(result):
         for device in range(NUM_DEVICES):
             np.testing.assert_array_equal(leaf[device], leaf[0])
@@ -355,6 +405,24 @@ def test_the_loss_over_devices_is_that_of_the_whole_batch(parallel, split):
         for name in ("weights", "kernel"):
             assert np.abs(whole[3][name]).max() > 1e-2
         assert_equal_up_to_rounding(whole, parallel(*arguments), 1e-12)
+
+
+VARIANTS = (config_of(0.9, 0.2, 0.9, direction=True, align_to="other"),
+            config_of(0.9, 0.5, 0.5, align_to="other", margin_relative=True))
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=["direction", "relative"])
+def test_the_variants_over_devices_are_those_of_the_whole_batch(config):
+    whole = jax.jit(functools.partial(over_the_whole, config=config))
+    split = jax.pmap(functools.partial(over_the_axis, config=config), "devices",
+                     in_axes=(None, 0, None))
+    with jax.enable_x64(True):
+        for labels in ("mixed", "devices_without_a_class"):
+            arguments = linear_model_problem(SPLITS[labels], np.float64)
+            expected = whole(*arguments)
+            for name in ("weights", "kernel"):
+                assert np.abs(expected[3][name]).max() > 1e-2
+            assert_equal_up_to_rounding(expected, with_pmap(*arguments, split), 1e-12)
 
 
 # --- traps -----------------------------------------------------------------------------------
@@ -601,8 +669,10 @@ def test_a_feature_that_is_not_a_number_is_seen_in_the_margin():
 
 
 @pytest.mark.usefixtures("either_platform")
-def test_what_does_not_count_changes_no_term_and_no_gradient():
-    config = config_of(0.5, 0.5, 2.0, compact_centroids="naive", compact_linear_beyond=0.8)
+@pytest.mark.parametrize("config", [
+    config_of(0.5, 0.5, 2.0, compact_centroids="naive", compact_linear_beyond=0.8), *VARIANTS],
+    ids=["paper", "direction", "relative"])
+def test_what_does_not_count_changes_no_term_and_no_gradient(config):
     labels, kept = np.array([0, -1, 2, 4, 2, 0, -7]), np.array([0, 2, 4, 5])
     problem = in_dtype(random_problem(3, labels, 4, 3), np.float32)
     wrong = np.setdiff1d(np.arange(7), kept)
@@ -772,12 +842,156 @@ def test_the_margin_gradient_has_norm_one_or_twice_the_hinge(squared, point):
         np.linalg.norm(gradient), 2 * (1 - point) if squared else 1, rtol=1e-5)
 
 
+# --- directions, the other view, relative margins ----------------------------------------------
+
+
+def loss_terms_and_gradients(problem, config):
+    """The loss, its terms, the next state, and the gradients of the loss, for NumPy."""
+    return jax.tree.map(np.asarray, _loss_terms_and_gradients(problem, config))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _loss_terms_and_gradients(problem, config):
+    def loss(features, noisy, kernel, bias):
+        total, terms, state = robust_loss(
+            features, noisy, problem.labels, kernel, bias,
+            CentroidState(problem.mean, problem.seen), config)
+        return total, (terms, state)
+
+    return jax.value_and_grad(loss, ARRAYS, has_aux=True)(*problem[:4])
+
+
+def test_of_features_in_the_direction_only_the_length_changes_nothing():
+    config = VARIANTS[0]
+    with jax.enable_x64(True):
+        problem = in_dtype(random_problem(3, [0, 2, 2, 0, 0, 1], 4, 3), np.float64)
+        factors = np.array([1e-3, 0.5, 1.0, 2.0, 40.0, 1e3])[:, None]
+        scaled = problem._replace(
+            features=factors * problem.features, noisy=factors[::-1] * problem.noisy,
+            kernel=3 * problem.kernel, bias=problem.bias + 7)
+        problem, scaled = (jax.tree.map(np.asarray, one) for one in (problem, scaled))
+        (value, seen), gradients = loss_terms_and_gradients(problem, config)
+        again, gradients_again = loss_terms_and_gradients(scaled, config)
+    assert value > 0.1
+    chex.assert_trees_all_close((value, seen), again, rtol=1e-12)
+    for index, factor in ((0, factors), (1, factors[::-1]), (2, 3)):
+        assert np.abs(gradients[index]).max() > 1e-3
+        np.testing.assert_allclose(
+            factor * gradients_again[index], gradients[index], rtol=1e-9, atol=1e-12)
+    # No gradient along a feature, and none of the bias.
+    for vectors, gradient in zip(problem[:2], gradients[:2], strict=True):
+        np.testing.assert_allclose(np.sum(vectors * gradient, axis=1), np.zeros(6), atol=1e-12)
+    np.testing.assert_array_equal(gradients[3], np.zeros(4))
+    # What is stored are means of directions: of those of one example the length is 1.
+    moved = seen[1].mean[:3] - 0.9 * problem.mean[:3]
+    np.testing.assert_allclose(np.linalg.norm(moved[1]), 0.1, rtol=1e-12)
+    assert (np.linalg.norm(moved, axis=1)[[0, 2]] < 0.1).all()
+    np.testing.assert_allclose(seen[0].norm, 1, rtol=1e-12)
+
+
+def test_directions_are_those_of_tiny_and_large_vectors_and_0_has_none():
+    vectors = jnp.array([[3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])
+    found, back = jax.vjp(geometry.directions, vectors)
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0.6, 0.8], [0, 0]], rtol=1e-6)
+    gradient, = back(jnp.ones((3, 2)))
+    length = np.array([5e-30, 5e30])
+    np.testing.assert_allclose(
+        gradient[:2] * length[:, None], [[0.16, -0.12], [0.16, -0.12]], rtol=1e-5)
+    np.testing.assert_array_equal(gradient[2], [0, 0])
+
+
+def test_features_of_zero_have_finite_gradients_in_the_direction_only():
+    (value, _), gradients = loss_terms_and_gradients(
+        in_dtype(random_problem(3, [0, 2, 2], 4, 3), np.float32)._replace(
+            features=jnp.zeros((3, 3)), mean=jnp.zeros((4, 3))), VARIANTS[0])
+    assert np.isfinite(value)
+    chex.assert_tree_all_finite(gradients)
+
+
+@pytest.mark.usefixtures("enable_x64")
+def test_derivatives_of_the_variants_are_those_of_finite_differences():
+    problem = in_dtype(random_problem(3, [0, 2, 2, 0, 0, 1], 4, 3), np.float64)
+    # Far from the kinks of the reference's tests; without the constant unit of the margin.
+    for config in (VARIANTS[0], dataclasses.replace(VARIANTS[1], margin_relative=False)):
+        assert distance_to_kinks(random_problem(3, [0, 2, 2, 0, 0, 1], 4, 3), config) > 1e-3
+        check_grads(
+            jax.jit(lambda *arrays, config=config: robust_loss(
+                *arrays[:2], problem.labels, *arrays[2:],
+                CentroidState(problem.mean, problem.seen), config)[0]),
+            problem[:4], order=1, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6, eps=1e-6)
+
+
+def test_views_that_are_alike_are_aligned_as_in_the_paper():
+    problem = in_dtype(random_problem(3, [0, 2, 2, 0, 0, 1], 4, 3), np.float32)
+    same = problem._replace(noisy=problem.features)
+    config = config_of(0.9, 0.5, 2.0)
+    for one in (problem, same):
+        (paper, state), (other, state_of_other) = (
+            loss_terms_and_gradients(one, dataclasses.replace(config, align_to=to))[0][1]
+            for to in ("clean", "other"))
+        # Only the alignment differs, and only if the views do.
+        for name in paper._fields:
+            found, expected = getattr(other, name), getattr(paper, name)
+            assert np.allclose(found, expected, rtol=1e-6) == (one is same or name != "align"), name
+        chex.assert_trees_all_equal(state_of_other, state)
+
+
+def test_a_relative_margin_grows_with_the_features_and_does_not_shrink_them():
+    config = dataclasses.replace(
+        VARIANTS[1], alpha=0.0, lam=0.0, gamma_reg=0.0, margin_centroids="naive")
+    problem = random_problem(3, [0, 2, 2, 0, 0, 1], 4, 3)
+    with jax.enable_x64(True):
+        (value, _), gradients = loss_terms_and_gradients(in_dtype(problem, np.float64), config)
+        (larger, _), _ = loss_terms_and_gradients(in_dtype(problem._replace(
+            features=3 * problem.features, bias=3 * problem.bias), np.float64), config)
+        unit = margin_unit(problem, config)
+        fixed = dataclasses.replace(config, margin_relative=False, delta_d=float(0.5 * unit))
+        same, gradients_of_fixed = loss_terms_and_gradients(in_dtype(problem, np.float64), fixed)
+    assert value > 0.1 and unit > 0.1
+    np.testing.assert_allclose(larger, 3 * value, rtol=1e-12)
+    # The unit is a constant: the gradient is that of a margin of this length.
+    np.testing.assert_allclose(same[0], value, rtol=1e-12)
+    chex.assert_trees_all_close(gradients, gradients_of_fixed, rtol=1e-12, atol=1e-14)
+
+
+def test_a_margin_of_directions_is_a_sine():
+    config = RobustLossConfig(direction=True, delta_v=0.0, delta_d=1.0)
+    features = jnp.array([[5.0, 0.0], [0.0, 2.0]])
+    # The boundary of the two classes is the diagonal: both centroids are 45 degrees from it.
+    _, terms, _ = jitted_loss(features, features, jnp.array([0, 1]), 3 * jnp.eye(2),
+                              jnp.array([9.0, -9.0]), init_centroids(2, 2), config=config)
+    np.testing.assert_allclose(terms.margin, 1 - np.sin(np.pi / 4), rtol=1e-6)
+    np.testing.assert_allclose(terms.compact, 0, atol=1e-12)
+
+
+def test_a_linear_hinge_and_a_warm_up_are_combined_by_options_alone():
+    """The gradient of the terms beside the softmax loss grows from 0, and has a bound."""
+    config = RobustLossConfig(alpha=1.0, beta=0.0, gamma_reg=0.0, lam=0.0, delta_v=0.0,
+                              compact_linear_beyond=0.8, compact_centroids="naive")
+    labels, far = jnp.array([0, 0, 1, 1]), 1e4 * jnp.array([[1.0], [-1.0], [3.0], [-3.0]])
+    method = make_method("robust_clean", robust=config)
+
+    def loss(images, weight):
+        def forward(batch_stats, images):
+            return Outputs(jnp.zeros((4, 2)), images, {}), batch_stats
+
+        return method.objective(forward, (jnp.eye(1, 2), jnp.zeros(2)), {}, init_centroids(2, 1),
+                                Batch(images, images, labels), weight=weight,
+                                key=jax.random.key(0), axis_name=None)[0]
+
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(far, jnp.array([0.0, 0.25, 1.0]))
+    # A class's two examples have half of its gradient each, and a class has half of the loss.
+    expected = np.array([0.0, 0.25, 1.0])[:, None] * (2 * 0.8) / 4 * np.sign(far)[None, :, 0]
+    np.testing.assert_allclose(gradients[..., 0], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_defaults_are_the_papers():
     config = RobustLossConfig()
     assert (config.alpha, config.beta, config.gamma_reg, config.lam) == (1, 1, 1e-3, 1)
     assert (config.delta_v, config.delta_d, config.momentum) == (0.5, 5, 0.9)
     assert config.compact_squared and not config.margin_squared and config.boundaries == "max"
     assert (config.compact_centroids, config.margin_centroids) == ("momentum", "naive")
+    assert (config.direction, config.align_to, config.margin_relative) == (False, "clean", False)
 
 
 def test_the_authors_release_is_one_mean_over_clean_and_noisy_features():

@@ -72,6 +72,11 @@ WRONG_NUMBERS = {
                    "momentum=1.0", "[0, 1)"),
     "momentum_negative": (lambda: update_centroids(STATE, FEATURES, LABELS, momentum=-0.1),
                           "momentum=-0.1", "[0, 1)"),
+    **{f"direction_{name}": (
+        lambda name=name, value=value: RobustLossConfig(
+            **{"direction": True, "delta_v": 0.0, "delta_d": 1.0, name: value}),
+        f"direction=True and {name}={value}", f"[0, {most}]")
+       for name, value, most in (("delta_v", 2.5, 2), ("delta_d", 5.0, 1))},
     "nu": (lambda: geometry.rescale_head(PARAMS, 0.0), "nu=0.0", "(0, inf)"),
     "std": (lambda: perturbations.gaussian(-0.1), "std=-0.1", "[0, inf)"),
     "amplitude": (lambda: perturbations.uniform(-0.1), "amplitude=-0.1", "[0, inf)"),
@@ -190,6 +195,8 @@ UNKNOWN_OPTIONS = {
     **{f"config_{name}": (lambda name=name: RobustLossConfig(**{name: "momentun"}), name,
                           "momentun", "momentum")
        for name in ("compact_centroids", "margin_centroids", "norm_centroids")},
+    "config_align_to": (lambda: RobustLossConfig(align_to="others"), "align_to", "others",
+                        "other"),
     "method": (lambda: methods.make_method("robus"), "method", "robus", "robust"),
     "model": (lambda: create(name="resnet-18"), "model", "resnet-18", "resnet18"),
     "feature_layer": (lambda: geometry.rescale_head(PARAMS, 2.0, feature_layer="feature"),
@@ -329,3 +336,10 @@ def test_shapes_are_checked_under_jit_too():
         jax.jit(compactness)(FEATURES, LABELS[:3])
     with pytest.raises(InputError, match="kernel of shape"):
         jax.eval_shape(lambda kernel: margin(kernel=kernel), jnp.asarray(KERNEL.T))
+
+
+def test_a_margin_of_directions_is_not_relative():
+    message = message_of(lambda: RobustLossConfig(
+        direction=True, delta_d=1.0, margin_relative=True))
+    assert message == ("Expected margin_relative=False with direction=True, whose centroids have "
+                       "norm 1, got True.")

@@ -16,13 +16,12 @@ from jaxrobust.app.config import (
 )
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.study.plan import StudyPlan, plan_study
-from jaxrobust.methods import CLEAN_METHODS, METHODS
+from jaxrobust.methods import CLEAN_METHODS, METHODS, ROBUST_METHODS
 
 USERS = {
     "noise_std": tuple(method for method in METHODS if method not in CLEAN_METHODS),
     "stability_weight": ("stability",),
-    **{name: ("robust", "robust_both", "robust_clean")
-       for name in SWEPT if name.startswith("robust.")},
+    **{name: ROBUST_METHODS for name in SWEPT if name.startswith("robust.")},
     "robust.lam": ("robust", "robust_both"),
     **{name: (name.split(".")[1],) for name in SWEPT if name.startswith("options.")},
 }

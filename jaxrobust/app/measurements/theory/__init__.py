@@ -94,11 +94,17 @@ def _measure(run: TrainedRun, settings: TheorySettings, work: Work) -> Measured:
     What is measured, and how to read it, is in ``docs/theory.md``.
 
     Raises:
-      InputError: (a ValueError) if the run was trained without noise, the network is not made of
-        affine pieces, or logits are not finite.
+      InputError: (a ValueError) if the run was trained without noise, or with radii and margins in
+        other units than the features', the network is not made of affine pieces, or logits are not
+        finite.
     """
     sigma = run.config.noise_std
     _validate.in_range("noise_std of the run", sigma, 0, open_low=True)
+    for name in ("direction", "margin_relative"):
+        if getattr(run.config.robust, name):
+            raise _validate.InputError(
+                f"Expected robust.{name}=False of the run, whose delta_v and delta_d the theory "
+                "takes in the units of the features, got True.")
     test_split = make_test_split(run.dataset, settings.test_size)
     images = first_test_images(run, settings, least=2)
     train_split = training_images(run, settings.train_size)
