@@ -170,7 +170,8 @@ class RunConfig:
     """Training method: "normal", "noisy", "both", "stability", "robust", "robust_both", which adds
     the paper's loss to the softmax losses of "both", or "robust_clean", which constrains clean
     images alone, as in the paper's ablation; or one of the field's: "center", "consistency",
-    "noisy_consistency", "gradient_penalty", "jacobian_penalty", "cure", "pgd" or "trades"."""
+    "noisy_consistency", "gradient_penalty", "jacobian_penalty", "cure", "large_margin",
+    "pgd", "trades" or "augmix"."""
     robust: RobustLossConfig = RobustLossConfig()
     """Settings of the loss of "robust", "robust_both" and "robust_clean"."""
     stability_weight: float = 1.0

@@ -30,7 +30,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.images import Batch
 from jaxrobust.losses import RobustLossConfig, softmax_loss
-from jaxrobust.methods import adversarial, center, consistency, paper, penalties
+from jaxrobust.methods import adversarial, augmix, center, consistency, paper, penalties
 from jaxrobust.methods.common import (
     BatchStats,
     Evaluated,
@@ -63,8 +63,10 @@ _MAKERS: dict[str, Maker] = {
     "gradient_penalty": penalties.make_gradient_penalty,
     "jacobian_penalty": penalties.make_jacobian_penalty,
     "cure": penalties.make_cure,
+    "large_margin": penalties.make_large_margin,
     "pgd": adversarial.make_pgd,
     "trades": adversarial.make_trades,
+    "augmix": augmix.make_augmix,
 }
 
 METHODS = tuple(_MAKERS)
@@ -79,7 +81,7 @@ ROBUST_METHODS = ("robust", "robust_both", "robust_clean")
 """Those with the paper's loss."""
 
 CLEAN_METHODS = ("normal", "robust_clean", "center", "gradient_penalty", "jacobian_penalty", "cure",
-                 "pgd", "trades")
+                 "large_margin", "pgd", "trades", "augmix")
 """Those that see no noisy images."""
 
 METHOD_KEY = 2**32 - 2
@@ -109,9 +111,10 @@ def make_method(
     ``consistency``: on clean images, plus
     :func:`~jaxrobust.methods.consistency.consistency_loss`. ``noisy_consistency``: on several noisy
     versions, plus :func:`~jaxrobust.methods.consistency.noisy_consistency_losses`. On clean images,
-    with a penalty on derivatives by them: ``gradient_penalty``, ``jacobian_penalty`` and ``cure``,
-    see :mod:`jaxrobust.methods.penalties`. Adversarial training, ``pgd`` and ``trades``: see
-    :mod:`jaxrobust.methods.adversarial`.
+    with a penalty on derivatives by them: ``gradient_penalty``, ``jacobian_penalty``, ``cure`` and
+    ``large_margin``, see :mod:`jaxrobust.methods.penalties`. Adversarial training, ``pgd`` and
+    ``trades``: see :mod:`jaxrobust.methods.adversarial`. ``augmix``: on clean images, plus
+    :func:`~jaxrobust.methods.augmix.jensen_shannon_loss` of two augmented versions.
 
     Args:
       name: one of :data:`METHODS`.

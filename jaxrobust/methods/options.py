@@ -143,8 +143,52 @@ class TradesOptions(AttackOptions):
         _validate.in_range("trades.weight", self.weight, 0)
 
 
+@hyperparameters("weight", "margin", "clip")
+@dataclasses.dataclass(frozen=True)
+class LargeMarginOptions:
+    """Settings of the method "large_margin"."""
+
+    weight: float = 1.0
+    """Weight of what images lack to the margin, >= 0."""
+    margin: float = 1.0
+    """Distance gamma to keep from the decision boundary, as Euclidean norm over the pixels in
+    [0, 1], > 0."""
+    clip: float = 2.0
+    """Share alpha of the margin beyond which a loss has no gradient, > 0; 2 in its source's
+    release."""
+    num_classes: int = 1
+    """Other classes, those with the largest logits, whose boundaries are considered, at least 1."""
+
+    def __post_init__(self):
+        _validate.in_range("large_margin.weight", self.weight, 0)
+        _validate.in_range("large_margin.margin", self.margin, 0, open_low=True)
+        _validate.in_range("large_margin.clip", self.clip, 0, open_low=True)
+        _validate.integer("large_margin.num_classes", self.num_classes, 1)
+
+
+@hyperparameters("weight", "severity")
+@dataclasses.dataclass(frozen=True)
+class AugMixOptions:
+    """Settings of the method "augmix"."""
+
+    weight: float = 12.0
+    """Weight of the Jensen-Shannon divergence, >= 0; 12 in its source."""
+    severity: float = 3.0
+    """Largest level of the operations, in [0.1, 10]; 3 in its source."""
+    num_chains: int = 3
+    """Chains of operations in a mixture, at least 1; 3 in its source."""
+    depth: int = 3
+    """Most operations in a chain, at least 1; 3 in its source."""
+
+    def __post_init__(self):
+        _validate.in_range("augmix.weight", self.weight, 0)
+        _validate.in_range("augmix.severity", self.severity, 0.1, 10, open_high=False)
+        _validate.integer("augmix.num_chains", self.num_chains, 1)
+        _validate.integer("augmix.depth", self.depth, 1)
+
+
 @hyperparameters("center", "consistency", "noisy_consistency", "gradient_penalty",
-                 "jacobian_penalty", "cure", "pgd", "trades")
+                 "jacobian_penalty", "cure", "large_margin", "pgd", "trades", "augmix")
 @dataclasses.dataclass(frozen=True)
 class MethodOptions:
     """Settings of the methods beyond the paper, by method."""
@@ -155,5 +199,7 @@ class MethodOptions:
     gradient_penalty: GradientPenaltyOptions = GradientPenaltyOptions()
     jacobian_penalty: JacobianPenaltyOptions = JacobianPenaltyOptions()
     cure: CureOptions = CureOptions()
+    large_margin: LargeMarginOptions = LargeMarginOptions()
     pgd: PGDOptions = PGDOptions()
     trades: TradesOptions = TradesOptions()
+    augmix: AugMixOptions = AugMixOptions()

@@ -1,4 +1,4 @@
-"""Penalties on derivatives by the images: of the loss, of the logits, and second ones.
+"""Penalties on derivatives by the images: of the loss, of the logits, second ones, and margins.
 
 The derivatives are those in training mode. An image's row of a gradient is then that of the sum of
 all images' losses, on all devices: through the batch statistics of batch norm an image moves the
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate, probes
+from jaxrobust.attacks.objectives import other_classes
 from jaxrobust.centroids import counted
 from jaxrobust.images import Batch, Outputs
 from jaxrobust.losses import mean_over_batch, softmax_cross_entropy
@@ -138,6 +139,53 @@ def squared_curvatures(step: float | None) -> Penalty:
     return penalty
 
 
+_EPSILON = 1e-8  # Added to norms that distances are divided by.
+
+
+def missing_margins(margin: float, clip: float, num_classes: int) -> Penalty:
+    r"""Makes what each image lacks to its distance from the decision boundary, to first order.
+
+    .. math:: \gamma - \min(\gamma, \max(d, (1 - \alpha) \gamma)), \qquad
+      d = \min_{i \ne y} \frac{z_y - z_i}{\|\nabla_x z_y - \nabla_x z_i\|_2}
+
+    over the classes i with the largest logits, whose number is ``num_classes``, at most C - 1. d is
+    the distance to the boundary if the logits are affine functions of the image, < 0 on the wrong
+    side. Its denominator is a constant, without derivatives by the parameters, as in the source.
+
+    Source: Elsayed et al., Large Margin Deep Networks for Classification (2018), Eq. 4 to 9,
+    https://arxiv.org/abs/1803.05598, at the input alone; lower limit and defaults as in the
+    authors' release, which has probabilities in the place of logits.
+    """
+    def penalty(network, batch, key, axis_name):
+        del key, axis_name
+
+        def logits_of(images):
+            outputs, batch_stats = network(images)
+            return outputs.logits, (outputs, batch_stats)
+
+        logits, pull, seen = jax.vjp(logits_of, batch.clean, has_aux=True)
+        counts = counted(batch.labels, logits.shape[1])
+        logits = jnp.where(counts[:, None], logits, 0)
+        labels = jnp.where(counts, batch.labels, 0)
+        numbers = jnp.arange(logits.shape[1], dtype=labels.dtype)[None]
+        own = numbers == labels[:, None]
+        others = other_classes(jax.lax.stop_gradient(logits), labels)
+
+        def distance(other):
+            sides = own.astype(logits.dtype) - (numbers == other[:, None]).astype(logits.dtype)
+            gradient, = pull(jnp.where(counts[:, None], sides, 0))
+            steepness = probes.norm(jax.lax.stop_gradient(jnp.where(
+                counts.reshape((-1,) + (1,) * (gradient.ndim - 1)), gradient, 0)))
+            return jnp.sum(sides * logits, axis=1) / (steepness + _EPSILON)
+
+        number = min(num_classes, others.shape[1])
+        nearest = jnp.min(jnp.stack([distance(others[:, i]) for i in range(number)]), axis=0)
+        gamma = jnp.asarray(margin, logits.dtype)
+        return gamma - jnp.clip(nearest, (1 - jnp.asarray(clip, gamma.dtype)) * gamma, gamma), seen
+
+    return penalty
+
+
 def penalised(softmax: SoftmaxLoss, penalty: Penalty, own_weight: float, term: str) -> Objective:
     """The softmax loss on clean images, plus the mean of a penalty of each image."""
     def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
@@ -177,3 +225,11 @@ def make_cure(parts: Parts):
     options = parts.options.cure
     return (penalised(parts.softmax, squared_curvatures(options.step), options.weight, "curvature"),
             Passes(2, 2, 4))
+
+
+def make_large_margin(parts: Parts):
+    """The softmax loss on clean images, plus what they lack to a margin at the input."""
+    options = parts.options.large_margin
+    penalty = missing_margins(options.margin, options.clip, options.num_classes)
+    return (penalised(parts.softmax, penalty, options.weight, "missing_margin"),
+            Passes(1, options.num_classes, 1))

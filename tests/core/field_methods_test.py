@@ -13,17 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import curvature
+from jaxrobust import curvature, geometry
 from jaxrobust._validate import InputError
 from jaxrobust.centroids import CentroidState
 from jaxrobust.losses import softmax_cross_entropy, softmax_loss
 from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, MethodOptions, make_method
+from jaxrobust.methods.augmix import augment_and_mix
 from jaxrobust.methods.options import (
+    AugMixOptions,
     CenterOptions,
     ConsistencyOptions,
     CureOptions,
     GradientPenaltyOptions,
     JacobianPenaltyOptions,
+    LargeMarginOptions,
     NoisyConsistencyOptions,
     PGDOptions,
     TradesOptions,
@@ -169,6 +172,37 @@ def by_cure(params, batch, centers, options):
     return cross_entropy(network(params, images)[1]), options.weight * np.sum(change**2) / BATCH
 
 
+def jacobians(params, images):
+    """Derivatives of the logits by the images, [B, CLASSES, INPUTS]."""
+    hidden, _ = network(params, images)
+    return np.einsum("ih,nh,hc->nci", params["first"], 1 - hidden**2, params["kernel"])
+
+
+@functools.cache
+def steepness_of_problem():
+    """By image and class, the norm of the gradient of the label's logit minus that of the class:
+    constants in the loss."""
+    of_all = jacobians(problem()[0], problem()[1].clean)
+    return np.linalg.norm(of_all[np.arange(BATCH), LABELS][:, None] - of_all, axis=2)
+
+
+def distances_to_boundaries(logits):
+    """Distances to first order, of each image to the classes in descending order of logits."""
+    found = []
+    for n, y in enumerate(LABELS):
+        others = sorted((c for c in range(CLASSES) if c != y), key=lambda c, n=n: -logits[n, c])
+        found.append([(logits[n, y] - logits[n, c]) / steepness_of_problem()[n, c] for c in others])
+    return np.array(found)
+
+
+def by_large_margin(params, batch, centers, options):
+    logits = network(params, batch.clean)[1]
+    d = distances_to_boundaries(logits)[:, :options.num_classes].min(axis=1)
+    gamma, lowest = options.margin, options.margin * (1 - options.clip)
+    return cross_entropy(logits), options.weight * np.mean(
+        np.minimum(np.maximum(gamma - d, 0), gamma - lowest))
+
+
 def attack(gradient_of, start, options):
     """PGD on the problem's clean images, in the norm of the options."""
     images = problem()[1].clean.reshape(BATCH, INPUTS)
@@ -233,6 +267,23 @@ def by_trades(params, batch, centers, options):
     return cross_entropy(clean), options.weight * kl(probabilities(clean), probabilities(attacked))
 
 
+@functools.cache
+def mixtures(options):
+    """The two versions of each image that the method mixes from its key."""
+    images = jnp.asarray(problem()[1].clean)
+    return [np.asarray(jax.jit(jax.vmap(lambda n, image, i=i: augment_and_mix(
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), i), n), image,
+        severity=options.severity, num_chains=options.num_chains, depth=options.depth)))(
+            jnp.arange(BATCH), images)) for i in (1, 2)]
+
+
+def by_augmix(params, batch, centers, options):
+    logits = [network(params, images)[1] for images in (batch.clean, *mixtures(options))]
+    predictions = [probabilities(z) for z in logits]
+    mean = np.mean(predictions, axis=0)
+    return cross_entropy(logits[0]), options.weight * np.mean([kl(p, mean) for p in predictions])
+
+
 EQUATIONS = {
     "center": (by_center, CenterOptions(weight=0.7)),
     "consistency": (by_consistency, ConsistencyOptions(weight=2.0)),
@@ -242,8 +293,12 @@ EQUATIONS = {
     "jacobian_penalty": (by_jacobian_penalty, JacobianPenaltyOptions(
         weight=0.3, num_projections=2)),
     "cure": (by_cure, CureOptions(weight=2.0)),
+    # Some images are beyond the margin, some within it, and some below its lower limit.
+    "large_margin": (by_large_margin, LargeMarginOptions(
+        weight=2.0, margin=1.7, clip=2.2, num_classes=2)),
     "pgd": (by_pgd, PGDOptions(epsilon=0.2, num_steps=3)),
     "trades": (by_trades, TradesOptions(epsilon=0.2, num_steps=3, weight=2.0)),
+    "augmix": (by_augmix, AugMixOptions(weight=5.0, num_chains=2, depth=2)),
 }
 ATTACKED_IN_FLOAT32 = ("pgd", "trades")
 
@@ -281,7 +336,8 @@ def test_loss_and_gradient_are_those_of_the_equations(name):
 
 
 @pytest.mark.parametrize("name", [
-    "center", "consistency", "gradient_penalty", "jacobian_penalty", "cure", "trades"])
+    "center", "consistency", "gradient_penalty", "jacobian_penalty", "cure", "large_margin",
+    "trades", "augmix"])
 def test_with_weight_0_a_method_is_normal(name):
     params, batch, centers = as_jax(jax.tree.map(
         lambda values: np.asarray(values, np.float32), problem()))
@@ -433,9 +489,7 @@ def test_the_curvature_of_cure_is_the_hessians():
 
 def test_projections_of_the_jacobian_are_unbiased():
     params, batch, centers = problem()
-    hidden, _ = network(params, batch.clean)
-    jacobians = np.einsum("ih,nh,hc->nci", params["first"], 1 - hidden**2, params["kernel"])
-    expected = np.sum(jacobians**2) / (2 * BATCH)
+    expected = np.sum(jacobians(params, batch.clean)**2) / (2 * BATCH)
 
     def term(key):
         return objective("jacobian_penalty", as_jax(params), as_jax(batch), centers, key=key,
@@ -446,6 +500,39 @@ def test_projections_of_the_jacobian_are_unbiased():
         draws = np.asarray(jax.jit(jax.vmap(term))(jnp.arange(200)))
     error = np.std(draws) / 200**0.5
     assert error < 0.02 * expected and abs(np.mean(draws) - expected) < 3.5 * error
+
+
+def test_the_margins_of_the_equations_are_of_all_kinds():
+    options = EQUATIONS["large_margin"][1]
+    params, batch, _ = problem()
+    d = distances_to_boundaries(network(params, batch.clean)[1]).min(axis=1)
+    lowest = options.margin * (1 - options.clip)
+    kinds = np.digitize(d, [lowest, options.margin])
+    assert np.bincount(kinds, minlength=3).min() >= 2
+    # The nearest boundary is not always that with the class of the largest logit.
+    assert np.any(distances_to_boundaries(network(params, batch.clean)[1]).argmin(axis=1) == 1)
+
+
+def test_the_margin_of_affine_logits_is_the_distance_to_the_boundary():
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(INPUTS, CLASSES)), rng.normal(size=CLASSES)
+    _, batch, _ = problem()
+    points = batch.clean.reshape(BATCH, INPUTS)
+    with float64():
+        def forward(batch_stats, images):
+            rows = images.reshape(len(images), -1)
+            return Outputs(rows @ kernel + bias[None], rows, {}), batch_stats
+
+        options = MethodOptions(large_margin=LargeMarginOptions(
+            margin=100.0, clip=3.0, num_classes=CLASSES - 1))
+        state = CentroidState(jnp.zeros((CLASSES, INPUTS)), jnp.zeros(CLASSES, bool))
+        _, evaluated = make_method("large_margin", options=options).objective(
+            forward, (kernel, bias), {}, state, as_jax(batch), weight=1.0,
+            key=jax.random.key(0), axis_name=None)
+        to_all = geometry.signed_boundary_distance(points, LABELS, kernel, bias)
+        nearest = np.min(np.where(np.eye(CLASSES, dtype=bool)[LABELS], np.inf, to_all), axis=1)
+    np.testing.assert_allclose(
+        evaluated.metrics["missing_margin"], 100 - np.mean(nearest), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "attacked"), [
@@ -547,6 +634,14 @@ def test_what_a_method_needs_and_is_not_given_is_named():
             (lambda: JacobianPenaltyOptions(num_projections=0), "num_projections=0"),
             (lambda: CureOptions(weight=-1), "cure.weight=-1"),
             (lambda: CureOptions(step=0), r"cure.step=0 in \(0, inf\)"),
+            (lambda: LargeMarginOptions(weight=-1), "large_margin.weight=-1"),
+            (lambda: LargeMarginOptions(margin=0), "large_margin.margin=0"),
+            (lambda: LargeMarginOptions(clip=0), "large_margin.clip=0"),
+            (lambda: LargeMarginOptions(num_classes=0), "num_classes=0"),
+            (lambda: AugMixOptions(weight=-1), "augmix.weight=-1"),
+            (lambda: AugMixOptions(severity=11), r"augmix.severity=11 in \[0.1, 10\]"),
+            (lambda: AugMixOptions(num_chains=0), "num_chains=0"),
+            (lambda: AugMixOptions(depth=0), "depth=0"),
             (lambda: PGDOptions(norm="l1"), "Unknown norm 'l1'"),
             (lambda: PGDOptions(epsilon=-1), "epsilon=-1"),
             (lambda: TradesOptions(num_steps=0), "num_steps=0"),
