@@ -148,7 +148,8 @@ def augment_and_mix(
             level = jax.random.uniform(
                 level_key, (), jnp.float32, minval=_LEAST_LEVEL,
                 maxval=jnp.asarray(severity, jnp.float32))
-            sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0).astype(jnp.float32)
+            sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
+            level, sign = level.astype(image.dtype), sign.astype(image.dtype)
             mixed = jnp.where(place < length, operate(mixed, operation, level, sign), mixed)
         return mixed
 
