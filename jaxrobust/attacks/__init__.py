@@ -10,7 +10,9 @@ from a key of its own: with ``indices`` its result does not depend on the batch 
 that are not finite are an error.
 
 An eager call traces and compiles the steps of an attack; a second one with the same shapes and
-options runs the same program, with the numbers that ``logits_fn`` closes over as they are then.
+options runs the same program, with the numbers that ``logits_fn`` closes over as they are then. A
+``jax.tree_util.Partial`` that holds its parameters, as ``evaluation.logits_fn_of`` makes, is traced
+only once, which takes longer than attacking a few images.
 Under ``jax.jit`` an attack is a part of the caller's program, and values are not checked.
 """
 

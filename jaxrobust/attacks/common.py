@@ -166,12 +166,20 @@ def project(norm: str, center: jax.Array, points: jax.Array, epsilon: jax.Array)
     return jnp.clip(center + change, 0, 1)
 
 
+@jax.jit
+def _with_parameters(classifier, images):
+    """A function that holds its parameters is traced once for all attacks, with its gradient."""
+    return classifier(images)
+
+
 def classify(classifier: Classifier, problem: Problem, images: jax.Array, keys: jax.Array
              ) -> jax.Array:
     """Logits [B, C] in float32 or wider, with those of a randomised classifier drawn once."""
     if isinstance(classifier, Randomised):
         logits = jax.vmap(lambda key, image: classifier.logits_fn(key, image[None])[0])(
             keys, images)
+    elif isinstance(classifier, jax.tree_util.Partial) and jax.tree.leaves(classifier):
+        logits = _with_parameters(classifier, images)
     else:
         logits = classifier(images)
     logits = _validate.floats("logits", logits)

@@ -341,6 +341,25 @@ def test_a_second_attack_compiles_nothing_and_sees_what_has_changed():
     assert _eager._run._cache_size() == before
 
 
+def test_a_classifier_that_holds_its_parameters_is_traced_once():
+    traced = []
+
+    def linear(kernel, x):
+        traced.append(x)
+        return x.reshape(2, -1) @ kernel
+
+    def attack(sign):
+        return attacks.pgd(
+            jax.tree_util.Partial(linear, sign * jnp.array([[1.0, -1.0]])),
+            jnp.full((2, 1, 1, 1), 0.5), np.zeros(2, np.int32), KEY, norm="linf", epsilon=0.25,
+            num_steps=4).ravel()
+
+    np.testing.assert_allclose(attack(1.0), 0.25)
+    first = len(traced)
+    np.testing.assert_allclose(attack(-1.0), 0.75)
+    assert len(traced) == first > 0
+
+
 def test_logits_that_are_not_finite_are_counted(network):
     logits_fn, images, labels = network
     broken = images.copy()
