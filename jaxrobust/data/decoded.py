@@ -81,6 +81,26 @@ def read_image(
         raise _validate.InputError(f"Cannot read the image {path}: {reason_of(error)}.") from error
 
 
+def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
+    """Reads the height and width of an image file, rotated as its EXIF tag says, from its header.
+
+    Raises:
+      InputError: (a ValueError) as :func:`read_image` does, for what the header shows.
+    """
+    require_pillow("Reading an image")
+    from PIL import ExifTags, Image
+
+    try:
+        with open(pathlib.Path(path).expanduser(), "rb") as file:
+            image = open_image(file, Image.MAX_IMAGE_PIXELS)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _validate.InputError(f"Cannot read the image {path}: {reason_of(error)}.") from error
+
+
 def require_pillow(what: str) -> None:
     _validate.installed("PIL.Image", "Pillow", what, "pip install pillow")
 
