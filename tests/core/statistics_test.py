@@ -106,6 +106,35 @@ def test_pooled_std_is_that_of_the_textbook(first, second, expected):
     assert statistics.pooled_std(first, second) == (expected and pytest.approx(expected))
 
 
+def test_the_paired_interval_covers_the_difference_of_scores_of_the_same_cases():
+    random, covered, paired, apart = np.random.default_rng(0), 0, [], []
+    for _ in range(400):
+        hard = random.random(120)
+        first = (random.random(120) < 0.95 - 0.5 * hard).astype(float)
+        second = np.where(random.random(120) < 0.1, 1 - first, first)
+        true = np.mean(0.1 * (2 * (0.95 - 0.5 * hard) - 1))  # What a tenth of the flips cost.
+        difference, half = statistics.paired_difference_interval(first, second)
+        assert difference == pytest.approx(first.mean() - second.mean())
+        covered += abs(difference - true) <= half
+        paired.append(half)
+        apart.append(statistics.normal_interval(*(
+            statistics.share_error(scores.mean(), 120) for scores in (first, second))))
+    assert 0.93 <= covered / 400 <= 0.99
+    assert np.mean(paired) < 0.7 * np.mean(apart)  # Cases that both find hard do not count.
+
+
+def test_the_paired_interval_is_agresti_and_mins_for_two_shares():
+    first, second = np.ones(10), np.array([0.0] * 3 + [1.0] * 7)
+    # b = 3 and c = 0 discordant pairs, half a case more for each of four outcomes.
+    b, c, n = 3.5, 0.5, 12
+    expected = 1.959964 * ((b + c) - (b - c) ** 2 / n) ** 0.5 / n
+    assert statistics.paired_difference_interval(first, second) == (
+        pytest.approx(0.3), pytest.approx(expected, rel=1e-6))
+    assert statistics.paired_difference_interval(first, first)[1] > 0
+    with pytest.raises(InputError, match="second"):
+        statistics.paired_difference_interval(first, second[1:])
+
+
 @hypothesis.given(random=SAMPLES, number=st.integers(3, 30))
 @hypothesis.settings(max_examples=10)
 def test_the_coefficient_is_spearmans_and_ranks_alone_count(random, number):
