@@ -16,8 +16,9 @@ import tyro
 from jaxrobust.app.config import InputError
 
 COMMON = frozenset({
-    "benchmark", "data", "dataset", "dry_run", "epochs", "folders", "image", "images", "init_from",
-    "jobs", "limit", "method", "model", "noise_levels", "noise_std", "num_draws", "num_images",
+    "benchmark", "budget", "data", "dataset", "dry_run", "epochs", "folders", "image", "images",
+    "init_from", "jobs", "like", "limit", "method", "methods", "model", "noise", "noise_levels",
+    "noise_std", "num_draws", "num_images",
     "out", "over", "perturb", "recipe", "resume", "rows", "run", "runs", "scale", "seed", "seeds",
     "skip_bad", "suite"})
 """The options that ``--help`` shows; ``--help-all`` shows all."""

@@ -24,6 +24,7 @@ MEASUREMENTS = "jaxrobust.app.measurements"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_COMMANDS, "Demo", "Compare five training methods on digits, with a report."),
+    "fit": Command(_COMMANDS, "Fit", "Train and choose the best network for your data and noise."),
     "train": Command(_COMMANDS, "Train", "Train one network."),
     "compare": Command(_COMMANDS, "Compare", "Train and test several methods, with a report."),
     "sweep": Command(_COMMANDS, "Sweep", "Compare the values of some settings."),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
@@ -31,15 +32,17 @@ from jaxrobust.app.config import (
 )
 from jaxrobust.app.datasets import check_perturbations, open_dataset
 from jaxrobust.app.execution import Execution, Feed
+from jaxrobust.app.fit import run as fit
+from jaxrobust.app.fit import settings as fit_settings
 from jaxrobust.app.measurements import MEASUREMENTS, accuracy, robustness, runner
 from jaxrobust.app.measurements.robustness import FigureSettings
 from jaxrobust.app.measurements.runner import Measurement
 from jaxrobust.app.recipe import RECIPES, get_recipe
-from jaxrobust.app.report import card, comparison, report
+from jaxrobust.app.report import card, comparison, page, report
 from jaxrobust.app.study import sweep
 from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sources
 from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
-from jaxrobust.data import default_data_dir
+from jaxrobust.data import FOLDER_PREFIX, default_data_dir
 
 Positional = tyro.conf.Positional
 Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
@@ -203,6 +206,112 @@ class Demo:
 
     def __call__(self) -> None:
         Compare("digits", out=self.out, seeds=self.seeds, jobs=self.jobs)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit(WithData):
+    """Train the few best methods on your data and keep the best network under the noise you name.
+
+    Prints every decision with the option that overrides it, times some updates on this machine,
+    chooses epochs and seeds to fit the budget, and picks the method on held-out images. Resumes an
+    interrupted fit, with the same options and --out.
+    """
+
+    dataset: Positional[str]
+    """"folder:PATH", "cifar10", "svhn_cropped" or "digits"."""
+    noise: str | None = None
+    """Standard deviation of the noise to be robust against, in pixel values of [0, 1], such as
+    40/255; by default that of the recipe for such data."""
+    like: pathlib.Path | None = None
+    """Folder of photographs with that noise, whose level is measured; of pairs of shots of one
+    scene if their names end in _a and _b."""
+    budget: str = "2h"
+    """Time for everything, such as 30m or 2h."""
+    out: pathlib.Path | None = None
+    """Folder of the results; runs/fit-NAME by default."""
+    dry_run: bool = False
+    """Print the decisions, with the time of some updates, and train nothing."""
+    methods: tuple[str, ...] | None = None
+    """Methods to train: any of both, normal, half_noise and robust_both."""
+    seeds: Seeds | None = None
+    """Training seeds of each method, such as 0,1,2."""
+    clean_share: float = 0.5
+    """Share of the accuracy on clean images in the score that chooses; the rest is of noisy
+    ones."""
+    num_draws: int = 5
+    """Draws of the noise on each held-out image."""
+    epochs: int | None = None
+    """Passes over the training images."""
+    model: str | None = None
+    """Network: "resnet18", "resnet18_imagenet", "mobilenet_v3_small", "mobilenet_v3_large" or
+    "small_cnn"."""
+    width: int | None = None
+    """Channels of the network's first stage."""
+    image_size: tuple[int, int] | None = None
+    """Height and width to which the images of a folder are resized, in pixels."""
+    batch_size: int | None = None
+    """Images in each update."""
+    learning_rate: float | None = None
+    """Highest learning rate."""
+    dtype: str | None = None
+    """Precision of the network's layers: "float32" or "bfloat16"."""
+    validation_size: float | None = None
+    """Training images to hold out for the choice: their number, or their share if below 1."""
+    init_from: str | None = None
+    """File of PyTorch weights to start from."""
+    skip_bad: bool = False
+    """Skip images of a folder that cannot be used, instead of stopping."""
+
+    def __post_init__(self):
+        if self.noise is not None and self.like is not None:
+            raise InputError(f"Expected noise or like, got both: {self.noise} and {self.like}.")
+        check_seeds(self.seeds)
+        if self.methods is not None:
+            _validate.in_range("number of methods", len(self.methods), 1)
+            distinct("method", self.methods)
+            for method in self.methods:
+                _validate.one_of("method", method, fit_settings.ORDER)
+        _validate.in_range("clean_share", self.clean_share, 0, 1, open_high=False)
+        _validate.in_range("num_draws", self.num_draws, 1)
+        if self.validation_size is not None:
+            _validate.in_range("validation_size", self.validation_size, 0, open_low=True)
+        if self.image_size is not None:
+            check_image_size(self.image_size)
+            if not self.dataset.startswith(FOLDER_PREFIX):
+                raise InputError(f"Expected image_size only with folder:PATH, got "
+                                 f"{self.image_size} with {self.dataset}.")
+
+    def asked(self) -> fit.Asked:
+        """What the options ask for."""
+        given = {name: getattr(self, name) for name in (
+            "epochs", "model", "width", "image_size", "batch_size", "dtype", "validation_size",
+            "init_from")} | {"optimizer.learning_rate": self.learning_rate,
+                             "skip_bad": self.skip_bad or None}
+        return fit.Asked(
+            self.dataset, fit_settings.parse_budget(self.budget),
+            None if self.noise is None else fit_settings.parse_noise(self.noise),
+            None if self.like is None else str(self.like), self.clean_share, self.num_draws,
+            self.methods, self.seeds,
+            {name: value for name, value in given.items() if value is not None})
+
+    def __call__(self) -> None:
+        started, asked = time.monotonic(), self.asked()
+        out = self.out or pathlib.Path("runs") / f"fit-{fit.name_of(self.dataset)}"
+        files.require_writable(out)
+        layout = Execution().start()
+        plan = fit.read_plan(out, asked)
+        if plan is None:
+            plan, dataset = fit.make_plan(asked, self.data_dir, layout, started)
+            if not self.dry_run:
+                fit.claim(out, asked, plan)
+        else:
+            files.say(f"Resuming the fit in {out}.")
+            dataset = fit.open_data(plan, self.data_dir)
+        files.say(plan.text)
+        if self.dry_run:
+            return
+        files.say(fit.run_fit(out, asked, plan, dataset, layout))
+        files.say(f"It took {page.duration(time.monotonic() - started)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
