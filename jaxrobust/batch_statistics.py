@@ -26,6 +26,7 @@ from flax import traverse_util
 from jaxrobust import _validate
 from jaxrobust.centroids import init_centroids
 from jaxrobust.methods import METHOD_KEY, Batch, BatchStats, Method
+from jaxrobust.methods.common import in_turn
 from jaxrobust.models.common import head_parameters, over_axis
 
 
@@ -132,7 +133,7 @@ def make_pass_step(
         centroids = init_centroids(kernel.shape[1], kernel.shape[0])
         # The losses are not used, and thus not computed.
         _, evaluated = method.objective(
-            forward, (kernel, bias), statistics, centroids, batch, weight=1.0,
+            in_turn(forward), (kernel, bias), statistics, centroids, batch, weight=1.0,
             key=method_key, axis_name=axis_name)
         return evaluated.batch_stats
 

@@ -10,6 +10,13 @@ An ``axis_name`` is passed on to a module with a field of that name, as those of
 :mod:`jaxrobust.models`, and by it to its batch norms, which then see the whole batch. In a module
 without the field, batch norm sees the share of each device, unless its layers name the axis
 themselves.
+
+A method that passes clean and noisy images one after the other, such as ``robust``, makes two
+passes of a module without a field ``batch_groups``, and one pass of all images, for the same result
+in less time, with it: 1 by default, and in this pass the number of equal batches that the images
+are, one after the other. The module must then treat each as if it were alone, and its batch norms,
+:func:`~jaxrobust.models.common.batch_norm`, must be given the field. Dropout draws once for all of
+these images, and otherwise for each pass.
 """
 
 import functools
@@ -28,7 +35,8 @@ from jax.sharding import PartitionSpec
 from jaxrobust import _validate, parallel
 from jaxrobust.centroids import CentroidState, init_centroids
 from jaxrobust.methods import METHOD_KEY, Batch, Evaluated, Method
-from jaxrobust.models.common import head_parameters, over_axis
+from jaxrobust.methods.common import at_once, in_turn
+from jaxrobust.models.common import has_field, head_parameters, over_axis
 
 
 @flax.struct.dataclass
@@ -97,12 +105,18 @@ def make_objective(
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
         passes = itertools.count()
 
-        def forward(batch_stats, images):
+        def one_pass(model, batch_stats, images):
             outputs, updated = model.apply(
                 {"params": params, "batch_stats": batch_stats}, images, train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(dropout_key, next(passes))})
             return outputs, updated.get("batch_stats", batch_stats)
+
+        def forward(batch_stats, *batches):
+            if len(batches) == 1 or not has_field(model, "batch_groups"):
+                return in_turn(functools.partial(one_pass, model))(batch_stats, *batches)
+            grouped = model.clone(batch_groups=len(batches))
+            return at_once(functools.partial(one_pass, grouped))(batch_stats, *batches)
 
         return method.objective(
             forward, head_parameters(params, head), state.batch_stats, state.centroids, batch,

@@ -1,8 +1,8 @@
 """The training methods, each one objective function: the paper's and others of the field.
 
-An objective sees the model as a function ``forward(batch_stats, images)``, in training mode, and
-knows nothing about optimisers or devices. It returns the loss of the whole batch, also where the
-batch is split over an ``axis_name``.
+An objective sees the model as a function ``forward(batch_stats, *batches)``, in training mode
+(:data:`~jaxrobust.methods.common.Forward`), and knows nothing about optimisers or devices. It
+returns the loss of the whole batch, also where the batch is split over an ``axis_name``.
 
 **Labels that do not count.** An example whose label is outside [0, C), such as -1, does not count
 (PyTorch's ``ignore_index``): every term of every objective, its gradients, the centroids and the

@@ -5,6 +5,7 @@ numbers and batch statistics.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +20,35 @@ from jaxrobust.methods.options import MethodOptions
 from jaxrobust.perturbations import Perturbation
 
 BatchStats = Any
-Forward = Callable[[BatchStats, jax.Array], tuple[Outputs, BatchStats]]
+Pass = Callable[[BatchStats, jax.Array], tuple[Outputs, BatchStats]]
 """``(batch_stats, images) -> (outputs, new batch_stats)``, in training mode."""
+
+Forward = Callable[..., tuple[Any, ...]]
+"""``(batch_stats, *batches) -> (*outputs, new batch_stats)``, in training mode: the outputs for one
+or several batches of B images, each of which batch norm sees, and is updated by, in turn."""
+
+
+def in_turn(forward: Pass) -> Forward:
+    """Passes batches through the network one after the other."""
+    def passes(batch_stats, *batches):
+        seen = []
+        for images in batches:
+            outputs, batch_stats = forward(batch_stats, images)
+            seen.append(outputs)
+        return *seen, batch_stats
+
+    return passes
+
+
+def at_once(forward: Pass) -> Forward:
+    """Passes batches through the network as one; it says what batch norm sees."""
+    def one_pass(batch_stats, *batches):
+        outputs, batch_stats = forward(batch_stats, jnp.concatenate(batches))
+        size = len(batches[0])
+        rows = (slice(first, first + size) for first in range(0, size * len(batches), size))
+        return *(jax.tree.map(operator.itemgetter(own), outputs) for own in rows), batch_stats
+
+    return one_pass
 
 
 class Evaluated(NamedTuple):
@@ -148,14 +176,9 @@ def pass_both_views(
     clean images and then the noisy ones, so that its running statistics lie between those of either
     pass.
     """
-    if not one_pass:
-        clean, batch_stats = forward(batch_stats, batch.clean)
-        noisy, batch_stats = forward(batch_stats, batch.noisy)
-        return clean, noisy, batch_stats
-    size = batch.labels.shape[0]
-    outputs, batch_stats = forward(batch_stats, jnp.concatenate([batch.clean, batch.noisy]))
-    return (jax.tree.map(lambda x: x[:size], outputs), jax.tree.map(lambda x: x[size:], outputs),
-            batch_stats)
+    if one_pass:
+        return at_once(forward)(batch_stats, batch.clean, batch.noisy)
+    return forward(batch_stats, batch.clean, batch.noisy)
 
 
 def two_views(

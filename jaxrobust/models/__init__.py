@@ -13,6 +13,8 @@ ones. They share these fields:
 - ``dtype``: of the computation, such as bfloat16; parameters, batch statistics, features and logits
   stay float32.
 - ``axis_name``: device axis over which training batch statistics are shared, if any.
+- ``batch_groups``: 1, or the number of equal batches that the images are in training, one after the
+  other: batch norm then sees, and is updated by, each of them in turn, as if each were alone.
 """
 
 import functools

@@ -21,9 +21,14 @@ def over_axis(
 
     It does if that is requested and the module has a field ``axis_name``.
     """
-    if "axis_name" not in {field.name for field in dataclasses.fields(model)}:
+    if not has_field(model, "axis_name"):
         return model, False
     return model.clone(axis_name=axis_name if synchronised else None), synchronised
+
+
+def has_field(model: nn.Module, name: str) -> bool:
+    """Whether a model has a field of that name, by which it says what it can do."""
+    return name in {field.name for field in dataclasses.fields(model)}
 
 
 def head_parameters(
@@ -116,17 +121,75 @@ BATCH_NORM_MOMENTUM = 0.9
 
 
 def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
-               momentum: float = BATCH_NORM_MOMENTUM, epsilon: float = 1e-5,
-               name: str | None = None) -> jax.Array:
+               batch_groups: int = 1, momentum: float = BATCH_NORM_MOMENTUM,
+               epsilon: float = 1e-5, name: str | None = None) -> jax.Array:
     """Applies batch normalisation, by default with PyTorch's momentum and epsilon.
 
     ``momentum`` is the weight of the old running statistics, one minus PyTorch's. The variance is
     E[(x - E x)^2], not the cheaper E[x^2] - (E x)^2, whose second derivative loses its digits. The
     running variance is the biased one; PyTorch stores the unbiased one.
+
+    In training, the inputs are ``batch_groups`` equal batches, one after the other: each is
+    normalised by its own statistics, and updates the running ones in turn, as if it were alone.
+
+    Raises:
+      InputError: (a ValueError) if the inputs cannot be divided into so many batches.
     """
+    if train and batch_groups != 1:
+        return _GroupedBatchNorm(batch_groups, momentum=momentum, epsilon=epsilon, dtype=dtype,
+                                 axis_name=axis_name, name=name)(inputs)
     return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon,
                         dtype=dtype, axis_name=axis_name, use_fast_variance=False,
                         name=name)(inputs)
+
+
+class _GroupedBatchNorm(nn.Module):
+    """What :class:`flax.linen.BatchNorm` does in training to one batch after the other, at once.
+
+    It has the same variables. Arrays are those of all batches, never slices, which would have to be
+    moved between the devices of a mesh.
+    """
+
+    batch_groups: int
+    momentum: float
+    epsilon: float
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        groups = _validate.integer("batch_groups", self.batch_groups, 1)
+        size, channels = inputs.shape[0], inputs.shape[-1]
+        if size % groups:
+            raise _validate.InputError(
+                f"Expected batch_groups={groups} to divide the {size} images.")
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+
+        x = inputs.astype(np.promote_types(inputs.dtype, jnp.float32))
+        positions = tuple(range(1, x.ndim - 1))
+
+        def average(values):  # [B, ..., channels] -> [groups, channels]
+            # Of each image first: a reduction of the array as it is takes less time on CPUs than
+            # one of it reshaped.
+            of_images = jnp.mean(values, axis=positions)
+            own = jnp.mean(of_images.reshape(groups, size // groups, channels), axis=1)
+            return own if self.axis_name is None else jax.lax.pmean(own, self.axis_name)
+
+        def for_images(statistics):  # [groups, channels] -> [B, 1, ..., channels]
+            return jnp.expand_dims(jnp.repeat(statistics, size // groups, axis=0), positions)
+
+        mean = average(x)
+        x -= for_images(mean)
+        variance = average(jnp.square(x))
+        for running, own in ((running_mean, mean), (running_var, variance)):
+            for statistic in own:
+                running.value = self.momentum * running.value + (1 - self.momentum) * statistic
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None]
+        x = x * for_images(factor) + jnp.expand_dims(bias, (0, *positions))
+        return x.astype(self.dtype)
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype) -> jax.Array:

@@ -112,6 +112,7 @@ class BottleneckBlock(nn.Module):
     config: Bottleneck
     dtype: Any
     axis_name: str | None
+    batch_groups: int
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
@@ -119,7 +120,8 @@ class BottleneckBlock(nn.Module):
         activation = nn.hard_swish if config.smooth else nn.relu
 
         def norm(x, name):
-            return _batch_norm(x, train=train, axis_name=self.axis_name, dtype=dtype, name=name)
+            return _batch_norm(x, train=train, axis_name=self.axis_name, dtype=dtype,
+                               batch_groups=self.batch_groups, name=name)
 
         x = inputs
         if config.expands:
@@ -169,6 +171,7 @@ class MobileNetV3(nn.Module):
     variant: str = "small"
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    batch_groups: int = 1
 
     batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
@@ -184,7 +187,8 @@ class MobileNetV3(nn.Module):
         def activated(x, channels, name, **options):
             x = _conv(channels, x, dtype=self.dtype, name=f"{name}_conv", **options)
             return nn.hard_swish(_batch_norm(
-                x, train=train, axis_name=self.axis_name, dtype=self.dtype, name=f"{name}_bn"))
+                x, train=train, axis_name=self.axis_name, dtype=self.dtype,
+                batch_groups=self.batch_groups, name=f"{name}_bn"))
 
         x = normalise(images, self.mean, self.std, self.dtype)
         x = activated(x, rows[0].inputs, "stem", size=3, stride=2)
@@ -193,6 +197,7 @@ class MobileNetV3(nn.Module):
             if row.stride == 2:
                 blocks[f"block{len(blocks) + 1}"] = x
             x = BottleneckBlock(row, dtype=self.dtype, axis_name=self.axis_name,
+                                batch_groups=self.batch_groups,
                                 name=f"bottleneck{number}")(x, train=train)
         x = activated(x, 6 * rows[-1].outputs, "last", size=1)
         blocks[f"block{len(blocks) + 1}"] = x

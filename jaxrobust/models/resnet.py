@@ -23,11 +23,13 @@ class ResidualBlock(nn.Module):
     stride: int
     dtype: Any
     axis_name: str | None
+    batch_groups: int
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         def norm(x, name):
-            return batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype, name=name)
+            return batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
+                              batch_groups=self.batch_groups, name=name)
 
         x = conv(self.channels, inputs, size=3, stride=self.stride, dtype=self.dtype, name="conv1")
         x = nn.relu(norm(x, "bn1"))
@@ -67,6 +69,7 @@ class ResNet18(nn.Module):
     feature_layer: str = "dense"
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    batch_groups: int = 1
 
     batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
@@ -85,7 +88,7 @@ class ResNet18(nn.Module):
         x = conv(self.width, x, size=7 if large else 3, stride=2 if large else 1,
                  dtype=self.dtype, name="stem_conv")
         x = nn.relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
-                               name="stem_bn"))
+                               batch_groups=self.batch_groups, name="stem_bn"))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         blocks = {}
@@ -93,7 +96,7 @@ class ResNet18(nn.Module):
             for index in range(2):
                 x = ResidualBlock(
                     channels=self.width * 2**stage, stride=2 if stage > 0 and index == 0 else 1,
-                    dtype=self.dtype, axis_name=self.axis_name,
+                    dtype=self.dtype, axis_name=self.axis_name, batch_groups=self.batch_groups,
                     name=f"block{stage + 1}_{index + 1}")(x, train=train)
             blocks[f"block{stage + 1}"] = x
         x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(np.promote_types(self.dtype, jnp.float32))

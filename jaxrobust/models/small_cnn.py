@@ -28,6 +28,7 @@ class SmallCNN(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    batch_groups: int = 1
 
     batch_norm_momentum: ClassVar[float] = BATCH_NORM_MOMENTUM
 
@@ -40,7 +41,8 @@ class SmallCNN(nn.Module):
             x = conv(self.width * 2**stage, x, size=3, stride=1 + stage, dtype=self.dtype,
                      name=f"conv{stage + 1}")
             x = self.activation(batch_norm(x, train=train, axis_name=self.axis_name,
-                                           dtype=self.dtype, name=f"bn{stage + 1}"))
+                                           dtype=self.dtype, batch_groups=self.batch_groups,
+                                           name=f"bn{stage + 1}"))
             blocks[f"block{stage + 1}"] = x
         x = x.reshape(x.shape[0], -1).astype(np.promote_types(self.dtype, jnp.float32))
         features = dense(self.num_features, x, name="features", dtype=x.dtype)

@@ -19,6 +19,7 @@ from jaxrobust.centroids import CentroidState
 from jaxrobust.losses import softmax_cross_entropy, softmax_loss
 from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, MethodOptions, make_method
 from jaxrobust.methods.augmix import augment_and_mix
+from jaxrobust.methods.common import in_turn
 from jaxrobust.methods.options import (
     AugMixOptions,
     CenterOptions,
@@ -81,8 +82,8 @@ def objective(name, params, batch, centers, *, options=DEFAULTS, weight=1.0, axi
     method = make_method(name, perturb=perturb, options=options)
     state = CentroidState(jnp.asarray(centers), jnp.ones(CLASSES, bool))
     return method.objective(
-        forward, (params["kernel"], params["bias"]), {"passes": jnp.zeros((), jnp.int32)}, state,
-        batch, weight=weight, key=jax.random.key(key), axis_name=axis_name)
+        in_turn(forward), (params["kernel"], params["bias"]), {"passes": jnp.zeros((), jnp.int32)},
+        state, batch, weight=weight, key=jax.random.key(key), axis_name=axis_name)
 
 
 # --- the equations, in NumPy ------------------------------------------------------------------
@@ -402,7 +403,7 @@ def test_every_softmax_loss_of_a_method_is_smoothed():
 
     state = CentroidState(jnp.zeros((CLASSES, CLASSES)), jnp.zeros(CLASSES, bool))
     loss, _ = make_method("both", label_smoothing=0.2).objective(
-        forward, (jnp.eye(CLASSES), jnp.zeros(CLASSES)), {}, state, batch, weight=1.0,
+        in_turn(forward), (jnp.eye(CLASSES), jnp.zeros(CLASSES)), {}, state, batch, weight=1.0,
         key=jax.random.key(0), axis_name=None)
     np.testing.assert_allclose(loss, smooth, rtol=1e-5)
 
@@ -607,7 +608,7 @@ def test_a_method_costs_what_its_passes_say(name):
                     x = jnp.tanh(x @ weights)
                 return Outputs(x[:, :CLASSES], x, {}), batch_stats
 
-            return method.objective(forward, head, {}, state, batch, weight=1.0,
+            return method.objective(in_turn(forward), head, {}, state, batch, weight=1.0,
                                     key=jax.random.key(0), axis_name=None)[0]
 
         return products_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxrobust.centroids import CentroidState, init_centroids
 from jaxrobust.losses import RobustLossConfig, robust_loss, softmax_loss
 from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, make_method
+from jaxrobust.methods.common import in_turn
 from jaxrobust.models import Outputs
 from jaxrobust.perturbations import gaussian
 
@@ -81,8 +82,8 @@ def evaluate(method, params, batch, state, weight=1.0, axis_name=None):
         return Outputs(logits, features, {}), seen
 
     stats = {"passes": jnp.zeros((), jnp.int32), "trace": jnp.zeros(())}
-    return method.objective(forward, (params["kernel"], params["bias"]), stats, state, batch,
-                            weight=weight, key=jax.random.key(3), axis_name=axis_name)
+    return method.objective(in_turn(forward), (params["kernel"], params["bias"]), stats, state,
+                            batch, weight=weight, key=jax.random.key(3), axis_name=axis_name)
 
 
 def by_hand(params, batch, state, name, weight, stability_weight=1.0):
