@@ -10,11 +10,12 @@ import pytest
 from command_line import call, one_line
 from PIL import Image
 
-from jaxrobust import InputError
+from jaxrobust import InputError, data
 from jaxrobust.app import run_folder
 from jaxrobust.app.fit import choice, settings
 from jaxrobust.app.fit import run as fit
 from jaxrobust.app.fit.schedule import MOST_SEEDS, RESERVE, Costs, Work, plan_schedule, seconds_of
+from jaxrobust.app.measurements.held_out import HeldOutSettings
 from jaxrobust.app.study.read import load_study
 
 # --- settings --------------------------------------------------------------------------------
@@ -292,6 +293,29 @@ def test_the_noise_of_a_folder_is_measured_at_the_size_of_training(fitted, capsy
     assert not (tmp_path / "out").exists()
     assert call(*words, "--like", place / "photos") == 2
     assert "noisier images than the training images" in one_line(capsys)
+
+
+def test_pairs_of_shots_are_preferred_and_nothing_is_subtracted(fitted, tmp_path):
+    place, _ = fitted
+    dataset = data.load_folder(place / "photos", cache_dir=place / "data" / "image_folders",
+                               image_size=(24, 24))
+    random = np.random.default_rng(0)
+    for scene in range(6):
+        rough = random.integers(60, 190, (24, 24, 3))
+        for shot in "ab":
+            noisy = np.clip(np.rint(rough + 15 * random.standard_normal(rough.shape)), 0, 255)
+            Image.fromarray(noisy.astype(np.uint8)).save(tmp_path / f"{scene}_{shot}.png")
+    std, why = fit.camera_noise(tmp_path, dataset)
+    assert 255 * std == pytest.approx(15, abs=1.5) and "of 6 pairs of shots" in why
+    assert 255 * std == pytest.approx(round(255 * std, 1))
+
+
+def test_a_study_without_a_finished_run_chooses_nothing(fitted, tmp_path):
+    place, _ = fitted
+    facts = run_folder.read_facts(place / "out", "fit")
+    plan = fit.read_plan(place / "out", fit.Asked(**facts["asked"]))
+    with pytest.raises(InputError, match=r"All runs in \S+ have diverged. Lower --learning-rate"):
+        fit.score_runs(plan.study(tmp_path), HeldOutSettings(0.1), None, None)
 
 
 @pytest.mark.parametrize(("words", "problem"), [

@@ -71,6 +71,14 @@ def test_noise_is_that_of_the_resized_images(size, photographs, tmp_path):
     assert white < 0.85 * true
 
 
+def test_noise_that_is_clipped_in_dark_flat_areas_is_found_too_small(photographs, tmp_path):
+    images = [noisy(image, 40, seed) for seed, image in enumerate(photographs)]
+    paths = save(tmp_path, images, [f"shot{number}" for number in range(len(images))])
+    true = np.median([np.std(resized(one) / 255 - resized(clean) / 255)
+                      for one, clean in zip(images, photographs, strict=True)])
+    assert 0.6 < camera.measure_noise(paths, SIZE).std / true < 0.75  # As docs/fit.md says.
+
+
 def test_pairs_tell_noise_from_texture(photographs, tmp_path):
     rough = [np.random.default_rng(seed).integers(60, 190, image.shape).astype(np.uint8)
              for seed, image in enumerate(photographs[:3])]
