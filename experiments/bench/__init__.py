@@ -169,8 +169,9 @@ def _measure(section: Section, quick: bool) -> Iterator[tuple[dict, bool]]:
     """Yields what is measured so far, after every case, and whether that is all."""
     jax.clear_caches()  # No section uses what another has compiled.
     made, load, start = provenance.describe(), timing.load_average(), time.perf_counter()
-    if importlib.util.find_spec("torch") is not None:
-        made["versions"]["torch"] = metadata.version("torch")
+    for peer in ("torch", "foolbox"):
+        if importlib.util.find_spec(peer) is not None:
+            made["versions"][peer] = metadata.version(peer)
     measured: dict[str, Any] = {"rows": [], "ratios": []}
 
     def described() -> dict:

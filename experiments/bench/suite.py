@@ -84,6 +84,8 @@ def measure_corruptions(settings: Settings) -> timing.Parts:
     networks = {f"{PLAIN}, {_network(made)}": made for made in _problems(settings)}
     images = _bytes(next(iter(networks.values())))
     case = f"{len(images)} images of {_size(images)}, {len(settings.severities)} severities"
+    for name in settings.corruptions:  # Compiles: the first call says how often to repeat it.
+        _corrupt(name, settings.severities, images)
     rows = _rows(case, settings.rounds, {
         **{name: (functools.partial(_corrupt, name, settings.severities, images), number)
            for name in settings.corruptions},

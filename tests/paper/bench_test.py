@@ -137,6 +137,8 @@ def test_what_the_suite_does_is_a_share_of_plain_inference(measured):
     network, = (rounds["c"].pop(name) for name in list(rounds["c"]) if "plain" in name)
     assert len(rounds["c"]) == len(suite.settings_for(True).corruptions)
     np.testing.assert_allclose(together, np.sum(list(rounds["c"].values()), axis=0))
+    versions = result["sections"]["a"]["provenance"]["versions"]
+    assert ("foolbox" in versions) == (importlib.util.find_spec("foolbox") is not None)
     ratios = {row["section"]: row for row in result["ratios"] if row["section"] != "a"}
     np.testing.assert_allclose(ratios["c"]["ratio"], np.median(together) / np.median(network))
     for key in "bd":
