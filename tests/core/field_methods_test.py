@@ -353,6 +353,30 @@ def test_with_weight_0_a_method_is_normal(name):
                  value_and_gradient("normal", DEFAULTS))
 
 
+@pytest.mark.parametrize("name", FIELD)
+def test_under_shard_map_an_objective_is_that_of_the_whole_batch(name):
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    batch = batch._replace(labels=jnp.asarray(LABELS))
+
+    def value_and_gradient(params, batch, axis_name=None):
+        return jax.value_and_grad(lambda params: objective(
+            name, params, batch, centers, options=options_of(name), axis_name=axis_name)[0])(params)
+
+    def of_a_share(params, batch):
+        value, gradient = value_and_gradient(params, batch, "devices")
+        return value, jax.lax.pmean(gradient, "devices")
+
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2],
+                         axis_types=(jax.sharding.AxisType.Auto,))
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("devices")
+    found = jax.jit(jax.shard_map(of_a_share, mesh=mesh, in_specs=(whole, split),
+                                  out_specs=whole))(params, batch)
+    expected = jax.jit(value_and_gradient)(params, batch)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6),
+                 found, expected)
+
+
 # --- one family after the other ---------------------------------------------------------------
 
 
