@@ -18,8 +18,8 @@ the position of an image in the whole batch: the draws are the same for any numb
 ``Method.passes.relative`` is the work of an update in units of one of ``normal``.
 
 **A new method** is a function of :class:`~jaxrobust.methods.common.Parts` in a file of this
-package, a line in the table below and, if it has settings, a dataclass in
-:mod:`jaxrobust.methods.options`.
+package, a line in the table below, its name in :data:`CLEAN_METHODS` if it sees no noisy images,
+and, if it has settings, a dataclass in :mod:`jaxrobust.methods.options`.
 """
 
 import functools

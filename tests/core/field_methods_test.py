@@ -17,7 +17,14 @@ from jaxrobust import curvature, geometry
 from jaxrobust._validate import InputError
 from jaxrobust.centroids import CentroidState
 from jaxrobust.losses import softmax_cross_entropy, softmax_loss
-from jaxrobust.methods import METHODS, PAPER_METHODS, Batch, MethodOptions, make_method
+from jaxrobust.methods import (
+    CLEAN_METHODS,
+    METHODS,
+    PAPER_METHODS,
+    Batch,
+    MethodOptions,
+    make_method,
+)
 from jaxrobust.methods.augmix import augment_and_mix
 from jaxrobust.methods.common import in_turn
 from jaxrobust.methods.options import (
@@ -375,6 +382,16 @@ def test_under_shard_map_an_objective_is_that_of_the_whole_batch(name):
     expected = jax.jit(value_and_gradient)(params, batch)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6),
                  found, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_clean_methods_are_those_that_see_no_noisy_images(name):
+    params, batch, centers = as_jax(jax.tree.map(
+        lambda values: np.asarray(values, np.float32), problem()))
+    loss_of = jax.jit(lambda noisy: objective(
+        name, params, batch._replace(noisy=noisy, labels=jnp.asarray(LABELS)), centers)[0])
+    same = loss_of(batch.noisy) == loss_of(1 - batch.noisy)
+    assert bool(same) == (name in CLEAN_METHODS)
 
 
 # --- one family after the other ---------------------------------------------------------------
