@@ -12,11 +12,14 @@ from jaxrobust.centroids import class_rows, counted, counted_rows
 
 
 def safe_norm(vectors: jax.Array) -> jax.Array:
-    """Computes Euclidean norms over the last axis, with gradient 0, instead of NaN, at 0."""
+    """Computes Euclidean norms over the last axis, with gradient 0, instead of NaN, at 0.
+
+    The norm of a vector with NaN is NaN.
+    """
     squared = jnp.sum(jnp.square(vectors), axis=-1)
-    positive = squared > 0
+    zero = squared == 0
     # Mask inside the root: masking its result would still differentiate sqrt(0).
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
 
 
 def directions(vectors: jax.Array) -> jax.Array:

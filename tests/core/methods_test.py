@@ -230,6 +230,14 @@ def test_logits_that_are_not_finite_are_not_right_for_class_0():
         evaluated.metrics["accuracy_clean"], np.sum(predicted == 0) / BATCH, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["stability", "robust", "robust_both"])
+def test_noisy_features_that_are_not_finite_make_the_loss_nan(name):
+    params, batch, state = linear_problem()
+    batch = batch._replace(noisy=batch.noisy.at[0].set(jnp.nan))
+    loss, _ = evaluate(make_method(name, robust=CONFIG), params, batch, state)
+    assert jnp.isnan(loss)
+
+
 @pytest.mark.parametrize("name", ["stability", "robust"])
 def test_weights_of_numpy_change_no_dtype(name):
     params, batch, state = linear_problem()
