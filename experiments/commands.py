@@ -40,7 +40,7 @@ class Reproduce(Compare):
     def __call__(self) -> None:
         _validate.one_of("table, figure, question or recipe", self.recipe,
                          (*targets.TARGETS, *targets.EVERY, *RECIPES))
-        if self.recipe in RECIPES:
+        if self.recipe not in (*targets.TARGETS, *targets.EVERY):
             for name in ("scale", "studies"):
                 if getattr(self, name) is not None:
                     raise InputError(f"Expected {name} only with a table, figure or question, got "

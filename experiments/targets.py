@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from experiments import carry_over, survival
+from experiments import carry_over, strongest, survival
 from experiments.recipes import STUDIES, ablations
 from experiments.recipes.scales import SCALES
 from experiments.recipes.suites import settings_of
@@ -163,6 +163,8 @@ QUESTIONS: dict[str, Target] = {
         "perturbations", _perturbed("both"), pictures.perturbation_picture), perturbed=True),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
+    "methods": Target("What beats training on both views?", ("methods",), strongest.section,
+                      suites=("corruptions",), numbers=(*Target.numbers, strongest.numbers)),
     "corruptions": Target(
         "Does training on noise carry over to common corruptions?", ("cifar10",),
         carry_over.section, suites=("corruptions",), numbers=(carry_over.numbers,)),

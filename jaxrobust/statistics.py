@@ -336,6 +336,29 @@ def _spearman_matrix(values: np.ndarray) -> np.ndarray:
     return (ranks.T @ ranks) / np.outer(norms, norms)
 
 
+# --- Trade-offs --------------------------------------------------------------------------------
+
+
+def pareto_front(values: np.ndarray) -> np.ndarray:
+    """Tells which cases no other one dominates: is at least as good in all, and better in one.
+
+    Args:
+      values: [n, K], K values of each case, each the better the larger; finite.
+
+    Returns:
+      [n] bool. Cases that are alike are on the front together.
+
+    >>> pareto_front(np.array([[90.0, 50.0], [85.0, 80.0], [84.0, 79.0]])).tolist()
+    [True, True, False]
+    """
+    values = np.asarray(values, np.float64)
+    _validate.shapes(values=(values, "n K"))
+    if not np.isfinite(values).all():
+        raise _validate.InputError("Expected finite values of the cases to compare.")
+    least = (values[:, None] >= values[None]).all(axis=2)  # Row i is at least as good as row j.
+    return ~(least & ~least.T).any(axis=0)
+
+
 # --- Outcomes against a value of each case -----------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from experiments.recipes import (
     cifar10_medium,
     cifar10_narrow,
     cifar10_small,
+    methods,
     road,
     svhn,
     svhn_small,
@@ -21,6 +22,7 @@ STUDIES: dict[str, dict[str, Recipe]] = {
     "road": {"full": road.ROAD, "small": road.ROAD_SMALL, "tiny": tiny(road.ROAD)},
     **{study: {scale: ablations.at_scale(study, scale) for scale in ablations.AT_SCALES}
        for study in ablations.STUDIES},
+    "methods": {scale: methods.at_scale(scale) for scale in methods.SCALES},
 }
 """By name, the recipe at each of its scales, the paper's first."""
 

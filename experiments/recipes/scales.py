@@ -24,7 +24,9 @@ def tiny(recipe: Recipe) -> Recipe:
             config, model="small_cnn", feature_layer="dense", width=4, num_features=8,
             image_size=(32, 40), train_size=80, validation_size=40, batch_size=40, epochs=1,
             checkpoint_every=1, constraint_warmup_epochs=min(0.5, config.constraint_warmup_epochs),
-            optimizer=OptimizerConfig(learning_rate=0.01, clip_norm=1.0))
+            optimizer=OptimizerConfig(
+                learning_rate=0.01, clip_norm=1.0, sam_radius=config.optimizer.sam_radius,
+                ema_decay=config.optimizer.ema_decay))
 
     return dataclasses.replace(
         recipe, name=name_at(recipe.name, "tiny"),
@@ -36,7 +38,8 @@ def tiny(recipe: Recipe) -> Recipe:
                           for text in recipe.evaluation.perturb)),
         paper_perturbations={text.replace("70", "6").replace("(10,6)", "(2,1)"): row
                              for text, row in recipe.paper_perturbations.items()},
-        curvature=CurvatureConfig(num_images=40, num_probes=2, smoothing_draws=3, batch_size=40),
+        curvature=None if recipe.curvature is None else CurvatureConfig(
+            num_images=40, num_probes=2, smoothing_draws=3, batch_size=40),
         seeds=(0,), may_diverge=True,
         note="Tiny: it shows that everything runs. Its numbers say nothing.",
         cost=Cost(cpu_hours=0.02, cpu_gigabytes=1.0, gpu_hours=0.02, basis="estimated"))

@@ -2,16 +2,19 @@
 
     python -m experiments reproduce corruptions --scale small --jobs 2
     python -m experiments reproduce survival --scale small --jobs 2
+    python -m experiments reproduce methods --scale small --jobs 2
 
 Corruptions are measured on the test images of the study's evaluation; attacks and certificates,
 which take much longer, on the first 500 of these, whose curvature a study measures too.
 Certificates draw noise of the standard deviation that the networks were trained with. No network
-withstands the usual 8/255 that was not trained with attacks: hence 2/255 beside it.
+withstands the usual 8/255 that was not trained with attacks: hence 2/255 beside it. The many
+runs of `methods` get one severity of each corruption at the small scale, on 1,000 images.
 """
 
 import dataclasses
 from typing import Any
 
+from experiments.recipes.scales import name_at
 from jaxrobust.app.measurements.attacks import AttackSettings
 from jaxrobust.app.measurements.certificates import CertificateSettings
 from jaxrobust.app.measurements.corruptions import CorruptionSettings
@@ -27,6 +30,8 @@ def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
             linf=(2 / 255, 8 / 255), l2=(0.5,), nearest=("l2",), limit=500),
         "certificates": CertificateSettings(
             sigma=noise_std, n=100_000 if scale == "full" else 10_000, limit=500)}
+    if recipe.name == name_at("methods", "small"):
+        return every | {"corruptions": CorruptionSettings(severities=(3,), limit=1000)}
     if scale != "tiny":
         return every
     return {kind: dataclasses.replace(every[kind], **smaller) for kind, smaller in {

@@ -147,6 +147,13 @@ def method_of(config: RunConfig, class_weights: tuple[float, ...] | None) -> Met
         options=config.options)
 
 
+def work_of(config: RunConfig) -> float:
+    """The work of an update of a run, in units of one of ``normal``; sharpness-aware ones take
+    two."""
+    passes = method_of(config, None).passes
+    return passes.relative * (2 if config.optimizer.sam_radius else 1)
+
+
 def _optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:

@@ -429,3 +429,23 @@ def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_reject(suc
 def test_wilsons_interval_refuses_more_successes_than_trials():
     with pytest.raises(InputError, match=r"Expected successes=11 in \[0, 10\]"):
         statistics.share_interval(11, 10)
+
+
+@hypothesis.given(random=SAMPLES, number=st.integers(1, 12), values=st.integers(1, 3))
+@hypothesis.settings(max_examples=30)
+def test_the_front_has_the_cases_that_no_other_dominates(random, number, values):
+    cases = random.integers(0, 4, (number, values))  # Many are alike.
+
+    def dominates(one, other):
+        return (one >= other).all() and (one > other).any()
+
+    expected = [not any(dominates(other, one) for other in cases) for one in cases]
+    assert any(expected)
+    np.testing.assert_array_equal(statistics.pareto_front(cases), expected)
+
+
+def test_a_front_of_values_that_are_not_numbers_is_refused():
+    with pytest.raises(InputError, match="finite values"):
+        statistics.pareto_front(np.array([[1.0, np.nan]]))
+    with pytest.raises(InputError, match=r"values of shape \[n, K\]"):
+        statistics.pareto_front(np.zeros(3))

@@ -15,12 +15,13 @@ import real_formats
 from command_line import call, one_line
 
 from experiments import paper, targets
-from experiments.recipes import STUDIES, ablations
+from experiments.recipes import STUDIES, ablations, methods
 from experiments.recipes.scales import SCALES
 from experiments.recipes.suites import settings_of
 from jaxrobust import data
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError, get_setting
+from jaxrobust.app.program import work_of
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
 from jaxrobust.app.report import frame
 from jaxrobust.app.report.page import duration
@@ -79,7 +80,8 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert len(tables) + len(pictures) >= len(target.studies)
     expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1),
-                "corruptions": (1, 1), "survival": (3, 2)}.get(name.rstrip("0123456789"), (4, 2))
+                "corruptions": (1, 1), "survival": (3, 2), "methods": (7, 1)}.get(
+                    name.rstrip("0123456789"), (4, 2))
     assert len(tables) >= expected[0] and len(pictures) >= expected[1]
     for study in content["studies"]:
         assert study["commit"] and study["hardware"] and study["versions"]["jax"]
@@ -398,6 +400,41 @@ def _settings(config, prefix=""):
             yield from _settings(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
+
+
+def test_rows_at_equal_work_cost_what_both_does():
+    for scale in ("full", "small"):
+        recipe = STUDIES["methods"][scale]
+        both = recipe.rows[methods.REFERENCE]
+        assert work_of(both) == 2 and len(set(recipe.rows.values())) == len(recipe.rows)
+        alike = {f"{row}_work": run for row, run in recipe.rows.items()
+                 if not row.endswith("_work") and work_of(run) != 2}
+        assert list(alike) == [row for row in recipe.rows if row.endswith("_work")]
+        assert len(alike) == 12
+        for row, alone in alike.items():
+            equal = recipe.rows[row]
+            assert alone.epochs == both.epochs
+            # Rounded to whole epochs.
+            assert abs(equal.epochs - 2 * both.epochs / work_of(equal)) <= 0.5, row
+            assert dataclasses.replace(equal, epochs=alone.epochs, optimizer=alone.optimizer) == (
+                alone), row
+        # A schedule's epochs keep their places in the whole.
+        half = recipe.rows["sam_work"]
+        assert (half.epochs, work_of(half)) == (both.epochs // 2, 4)
+        if scale == "full":
+            assert half.optimizer.decay_epochs == (30, 60, 80)
+
+
+def test_the_variations_of_the_papers_loss_differ_in_its_options_alone():
+    rows = STUDIES["methods"]["small"].rows
+    for row, names in {
+            "direction": {"direction", "delta_d", "alpha", "beta", "lam"}, "other": {"align_to"},
+            "relative": {"margin_relative", "delta_d"},
+            "linear_warm": {"compact_linear_beyond", "alpha", "lam"}}.items():
+        changed = {name for name in _settings(rows[row])
+                   if get_setting(rows[row], name) != get_setting(rows["robust_both"], name)}
+        assert changed - {"constraint_warmup_epochs"} == {f"robust.{name}" for name in names}
+        assert ("constraint_warmup_epochs" in changed) == (row == "linear_warm")
 
 
 def test_families_of_noise_have_the_power_of_the_gaussian():

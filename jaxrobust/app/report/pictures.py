@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import ticker
 
+from jaxrobust.app.config import InputError
 from jaxrobust.app.report import figures
 from jaxrobust.app.report.frame import Accuracies, accuracies, noise_level, published_accuracies
 from jaxrobust.app.report.page import Picture
 from jaxrobust.app.report.tables import levels_of, perturbations_of, several_seeds, spread_of
 from jaxrobust.app.study.read import Study
+from jaxrobust.statistics import pareto_front
 
 
 def accuracy_picture(study: Study) -> Picture:
@@ -49,6 +51,50 @@ def levels_picture(study: Study) -> Picture:
     """Shows accuracy where there are too few noise levels to draw a line."""
     by_row = accuracies(study)
     return _dots(study, "accuracy", by_row, levels_of(by_row), "Test accuracy.")
+
+
+def pareto_picture(study: Study, level: str) -> Picture:
+    """Shows the accuracy at a noise level against the clean one, a point for each row, and the
+    rows that no other one beats in both.
+
+    Args:
+      level: as in the tables, such as "16/255".
+    """
+    by_row, spread = accuracies(study), spread_of(study)
+    found = {row: (values["clean"], values[level]) for row, values in by_row.items()
+             if "clean" in values and level in values}
+    if not found:
+        raise InputError(f"Expected finished runs of {study.name} tested clean and at {level}, "
+                         "found none.")
+    points = np.array([[one.mean for one in pair] for pair in found.values()])
+    front = pareto_front(points)
+    styles = figures.row_styles(study.labels)
+    figure = figures.new_figure(9, 5.5 + 0.11 * len(found))
+    ax = figure.subplots()
+    for number, ((row, pair), on_front) in enumerate(zip(found.items(), front, strict=True), 1):
+        across, up = np.nan_to_num([getattr(one, spread) for one in pair])
+        ax.errorbar(pair[0].mean, pair[1].mean, xerr=across, yerr=up, color=styles[row].color,
+                    marker=styles[row].marker, markersize=8 if on_front else 5.5, linewidth=0,
+                    elinewidth=0.7, markeredgecolor="black" if on_front else "white",
+                    markeredgewidth=0.8)
+        ax.annotate(str(number), (pair[0].mean, pair[1].mean), xytext=(5, 4), fontsize=8,
+                    textcoords="offset points")
+    ends = points[front][np.argsort(points[front][:, 0])]
+    ax.step(*ends.T, where="pre", color="#595959", linewidth=1, zorder=1)
+    ax.set_xlabel("Test accuracy, clean [%]")
+    ax.set_ylabel(f"Test accuracy under noise of {level} [%]")
+    figures.add_legend(figure, figures.style_handles(
+        [(f"{number} {study.labels[row]}", styles[row]) for number, row in enumerate(found, 1)],
+        linestyle="none"))
+    best = ", ".join(study.labels[row] for row, on in zip(found, front, strict=True) if on)
+    return Picture(
+        "pareto", figure, f"Accuracy at {level} against clean accuracy.",
+        f"Scatter plot of test accuracies in per cent, a point for each of {len(found)} methods. "
+        "The accuracy table holds the numbers.",
+        "How to read: further right and further up is better. Line and black edges: the Pareto "
+        f"front, the methods that no other one beats in both: {best}. Error bars: standard "
+        f"deviation over the {_over(study)}; which methods are on the front may change within "
+        "them.")
 
 
 def _dots(study: Study, name: str, by_row: Accuracies, tests: Sequence[str], caption: str

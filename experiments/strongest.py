@@ -1,0 +1,70 @@
+"""What beats training on both views: accuracies, their differences from it, and what they cost.
+
+    evaluation.json, corruptions.json of each run ─ numbers ─▶ tables by method, the Pareto front
+"""
+
+from collections.abc import Iterator
+
+from experiments import carry_over
+from experiments.recipes.methods import REFERENCE
+from jaxrobust.app.program import work_of
+from jaxrobust.app.report import pictures, report, tables
+from jaxrobust.app.report.frame import Accuracies, Number, accuracies, frame, over_seeds
+from jaxrobust.app.report.page import Section, Table, TableRow, text_row
+from jaxrobust.app.study.read import Run, Study
+
+UPDATE, TRAINING = "work of an update", "work of the training"
+LEVEL = "16/255"
+"""The noise of the picture: about that of the training."""
+
+
+def numbers(run: Run) -> Iterator[Number]:
+    """Yields what a run costs, in work of ``normal``, and the numbers of the suite."""
+    if run.config is not None:
+        yield Number("epochs", "", run.config.epochs, "epochs")
+        yield Number(UPDATE, "", work_of(run.config), "updates of normal")
+        yield Number(TRAINING, "", work_of(run.config) * run.config.epochs, "epochs of normal")
+    yield from carry_over.numbers(run)
+
+
+def section(study: Study) -> Section:
+    """Makes the section."""
+    by_row, corrupted = accuracies(study), carry_over.accuracies(study)
+    groups = [test for test in carry_over.tests_of(corrupted) if "mean of" in test]
+    found = [
+        _cost_table(study), tables.accuracy_table(study),
+        tables.difference_table(study, REFERENCE),
+        *_by_method(study, by_row, tables.perturbations_of(by_row), "Accuracy under other noise"),
+        *_by_method(study, corrupted, groups, "Accuracy under common corruptions")]
+    return Section(
+        "methods", study.title, " ".join(report.best_rows(study)), tuple(filter(None, found)),
+        (pictures.pareto_picture(study, LEVEL),))
+
+
+def _cost_table(study: Study) -> Table:
+    """Tabulates epochs and work by method."""
+    kinds = ("epochs", UPDATE, TRAINING)
+    means = over_seeds(frame(study, numbers)).set_index(["row", "measurement"])["mean"]
+    return Table(
+        "What a training costs.", ("Method", *map(str.capitalize, kinds)),
+        tuple(text_row(label, (f"{means[row, kind]:.3g}" for kind in kinds))
+              for row, label in study.labels.items() if (row, UPDATE) in means),
+        note="How to read: the work of an update in units of one of normal training, by its passes "
+        "through the network; the work of the training in epochs of normal training.")
+
+
+def _by_method(study: Study, by_row: Accuracies, tests: list[str], what: str
+               ) -> tuple[Table | None, ...]:
+    """Tabulates accuracies with methods in rows and tests in columns, and their differences."""
+    if not tests:
+        return ()
+    columns = ("Method", *tests)
+    cells = tables.accuracy_cells(by_row, tests, lambda row: "–", tables.spread_of(study))
+    found = tables.differences(by_row, REFERENCE, tests)
+    return (
+        Table(f"{what}, in %.", columns, tuple(
+            TableRow(study.labels[row], cells[row]) for row, values in by_row.items() if values),
+            note="How to read: higher is better; bold: the best of the column."),
+        tables.difference_table_of(study, REFERENCE, found, what, columns, [
+            TableRow(study.labels[row], tables.difference_cells(ones, tests))
+            for row, ones in found.items()]))
