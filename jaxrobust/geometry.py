@@ -29,7 +29,8 @@ def directions(vectors: jax.Array) -> jax.Array:
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
     vectors = vectors / jnp.where(largest > 0, largest, 1)
     length = safe_norm(vectors)[..., None]
-    return jnp.where(length > 0, vectors / jnp.where(length > 0, length, 1), 0)
+    # Phrased so that a vector with NaN shows in the result.
+    return jnp.where(length == 0, 0, vectors / jnp.where(length == 0, 1, length))
 
 
 class ClassRows(NamedTuple):

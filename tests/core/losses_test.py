@@ -898,6 +898,7 @@ def test_directions_are_those_of_tiny_and_large_vectors_and_0_has_none():
     np.testing.assert_allclose(
         gradient[:2] * length[:, None], [[0.16, -0.12], [0.16, -0.12]], rtol=1e-5)
     np.testing.assert_array_equal(gradient[2], [0, 0])
+    assert np.isnan(geometry.directions(jnp.array([np.nan, 1.0]))).all()
 
 
 def test_features_of_zero_have_finite_gradients_in_the_direction_only():
