@@ -105,9 +105,9 @@ BENCHMARKS = {
         "a": Section(
             "PGD against Foolbox",
             "Milliseconds an image of a whole attack, from a random start, with programs compiled "
-            "before. Foolbox calls the network as it is given, and with its logits compiled. “Its "
-            "gradients alone” are 20 compiled gradients of the loss by the images: no attack of so "
-            "many steps takes less.",
+            "before. Both call the network as it is given, and with its logits compiled and its "
+            "weights as constants. “Its gradients alone” are 20 compiled gradients of the loss by "
+            "the images, one after the other.",
             attacks.measure, attacks.settings_for),
         "b": Section(
             "Accuracies under noise against plain inference",

@@ -14,7 +14,7 @@ from experiments.bench.timing import Contender, Pair
 from jaxrobust import attacks, losses
 from jaxrobust.evaluation import logits_fn_of
 
-OWN, GRADIENTS = "PGD", "its gradients alone"
+OWN, OWN_COMPILED, GRADIENTS = "PGD", "PGD, logits compiled", "its gradients alone"
 FOOLBOX, FOOLBOX_COMPILED = "PGD of Foolbox", "PGD of Foolbox, logits compiled"
 
 
@@ -44,17 +44,20 @@ def measure(settings: Settings) -> timing.Parts:
     for width in settings.widths:
         made = problem.make_problem(Case(10, settings.image_size, width, settings.batch_size))
         logits_fn = logits_fn_of(made.model, made.variables)
-        contenders = {name: Contender(functools.partial(call, logits_fn, made, settings))
-                      for name, call in ((OWN, _own), (GRADIENTS, _gradients))}
+        compiled = jax.jit(logits_fn)
+        contenders = {
+            name: Contender(functools.partial(call, function, made, settings))
+            for name, call, function in ((OWN, _own, logits_fn), (OWN_COMPILED, _own, compiled),
+                                         (GRADIENTS, _gradients, logits_fn))}
         if missing is None:
             contenders |= {FOOLBOX: _of_foolbox(logits_fn, made, settings),
-                           FOOLBOX_COMPILED: _of_foolbox(jax.jit(logits_fn), made, settings)}
+                           FOOLBOX_COMPILED: _of_foolbox(compiled, made, settings)}
         case = (f"{settings.num_steps} steps, {settings.norm}, ResNet18 of width {width}, "
                 f"{settings.batch_size} images of {settings.image_size} x {settings.image_size}")
         rows = timing.rows(case, contenders, settings.rounds, per=settings.batch_size)
         yield rows, timing.ratios(rows, [
             Pair(OWN, FOOLBOX, target=1.0), Pair(OWN, FOOLBOX_COMPILED, target=1.0),
-            Pair(OWN, GRADIENTS)], missing)
+            Pair(OWN_COMPILED, FOOLBOX_COMPILED, target=1.0), Pair(OWN, GRADIENTS)], missing)
 
 
 def _own(logits_fn: Callable, made: problem.Problem, settings: Settings) -> jax.Array:
