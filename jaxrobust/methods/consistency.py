@@ -128,7 +128,7 @@ def make_noisy_consistency(parts: Parts):
         raise _validate.InputError(
             "Expected a perturb for the method 'noisy_consistency', which draws noise itself, got "
             "None.")
-    number = options.num_draws
+    number = options.num_versions
 
     def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
         del head

@@ -47,13 +47,13 @@ class NoisyConsistencyOptions:
     source."""
     entropy_weight: float = 0.5
     """Weight eta of the entropy of the mean prediction, >= 0; 0.5 in its source."""
-    num_draws: int = 2
+    num_versions: int = 2
     """Noisy versions m of each image, at least 2."""
 
     def __post_init__(self):
         _validate.in_range("noisy_consistency.weight", self.weight, 0)
         _validate.in_range("noisy_consistency.entropy_weight", self.entropy_weight, 0)
-        _validate.integer("noisy_consistency.num_draws", self.num_draws, 2)
+        _validate.integer("noisy_consistency.num_versions", self.num_versions, 2)
 
 
 @hyperparameters("weight")

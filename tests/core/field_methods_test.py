@@ -125,7 +125,7 @@ def by_consistency(params, batch, centers, options):
 
 
 def by_noisy_consistency(params, batch, centers, options):
-    versions = [batch.noisy] + [0.9 * batch.clean] * (options.num_draws - 1)
+    versions = [batch.noisy] + [0.9 * batch.clean] * (options.num_versions - 1)
     logits = [network(params, version)[1] for version in versions]
     predictions = [probabilities(z) for z in logits]
     mean = np.mean(predictions, axis=0)
@@ -670,7 +670,7 @@ def test_what_a_method_needs_and_is_not_given_is_named():
             (lambda: CenterOptions(rate=1.5), r"center.rate=1.5 in \[0, 1\]"),
             (lambda: ConsistencyOptions(weight=np.nan), "consistency.weight=nan"),
             (lambda: NoisyConsistencyOptions(entropy_weight=-1), "entropy_weight=-1"),
-            (lambda: NoisyConsistencyOptions(num_draws=1), "num_draws=1 to be an integer >= 2"),
+            (lambda: NoisyConsistencyOptions(num_versions=1), "num_versions=1 to be an integer >= 2"),
             (lambda: GradientPenaltyOptions(weight=-1), "gradient_penalty.weight=-1"),
             (lambda: JacobianPenaltyOptions(weight=-1), "jacobian_penalty.weight=-1"),
             (lambda: JacobianPenaltyOptions(num_projections=0), "num_projections=0"),
