@@ -296,7 +296,7 @@ EQUATIONS = {
     "center": (by_center, CenterOptions(weight=0.7)),
     "consistency": (by_consistency, ConsistencyOptions(weight=2.0)),
     "noisy_consistency": (by_noisy_consistency, NoisyConsistencyOptions(
-        weight=3.0, entropy_weight=0.7, num_draws=3)),
+        weight=3.0, entropy_weight=0.7, num_versions=3)),
     "gradient_penalty": (by_gradient_penalty, GradientPenaltyOptions(weight=2.0)),
     "jacobian_penalty": (by_jacobian_penalty, JacobianPenaltyOptions(
         weight=0.3, num_projections=2)),
@@ -492,7 +492,7 @@ def test_noisy_versions_are_drawn_anew_for_every_image_and_version():
 
     for key in (0, 0, 1):
         objective("noisy_consistency", params, batch, centers, perturb=record, key=key,
-                  options=options_of("noisy_consistency", num_draws=3))
+                  options=options_of("noisy_consistency", num_versions=3))
         jax.effects_barrier()
     assert len(drawn) == 3 * 2 * BATCH
     one, again, other = (sorted(map(tuple, part)) for part in np.split(np.array(drawn), 3))
