@@ -136,7 +136,7 @@ def test_a_larger_budget_never_means_less_and_nothing_exceeds_it():
 
 def test_what_is_left_out_is_named():
     assert schedule_in(30).notes == (
-        "Left out for the budget of 30 s: method normal, method robust_both, method half_noise, "
+        "Left out for the budget of 30 s: method normal, method half_noise, method robust_both, "
         "38 of 40 epochs, 2 of 3 seeds.",)
 
 

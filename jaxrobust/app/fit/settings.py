@@ -23,10 +23,9 @@ LABELS = {
 """The methods of a fit: those that were best on CIFAR-10 under the noise they were trained with,
 and plain training as their reference."""
 
-ORDER = ("both", "normal", "robust_both", "half_noise")
+ORDER = ("both", "normal", "half_noise", "robust_both")
 """The methods by how much would be lost without them: ``both`` is best or level with the best
-wherever it was measured; ``normal`` is best where noise hardly matters, and the cheapest;
-``half_noise`` is behind ``both`` on CIFAR-10, and far behind it after few epochs on photographs."""
+wherever it was measured; ``normal`` is best where noise hardly matters, and the cheapest."""
 
 
 class Decision(NamedTuple):
