@@ -49,7 +49,7 @@ def gaussian(std: float, *, clip: bool = True) -> Perturbation:
       std: standard deviation in pixel values of [0, 1], >= 0; 0 gives the image itself.
       clip: whether the result is clipped back to [0, 1], as the authors' release does.
     """
-    return jax.tree_util.Partial(_Noise(jax.random.normal, clip=clip), _strength("std", std))
+    return jax.tree_util.Partial(_Noise(_normal_draw, clip=clip), _strength("std", std))
 
 
 def sometimes_gaussian(std: float, probability: float = 0.5) -> Perturbation:
@@ -110,7 +110,7 @@ def speckle(std: float) -> Perturbation:
       std: relative standard deviation, >= 0; 0 gives the image itself.
     """
     return jax.tree_util.Partial(
-        _Noise(jax.random.normal, relative=True), _strength("std", std))
+        _Noise(_normal_draw, relative=True), _strength("std", std))
 
 
 def salt_and_pepper(amount: float) -> Perturbation:
@@ -313,14 +313,14 @@ def _widened(images):
 class _Noise:
     """Adds noise to images, or scales them by 1 + noise; compared by value, as jit needs it."""
 
-    draw: Callable[..., jax.Array]  # (key, shape, dtype) -> noise of strength 1
+    draw: Callable[..., jax.Array]  # (key, shape of the images) -> noise of strength 1
     relative: bool = False
     clip: bool = True
 
     def __call__(self, strength, key, images):
         _check_images(images, "B ...")
         wide = _widened(images)
-        noise = jnp.asarray(strength, jnp.float32) * draw_flat(self.draw, key, images.shape)
+        noise = jnp.asarray(strength, jnp.float32) * self.draw(key, images.shape)
         noise = noise.astype(wide.dtype)
         noisy = wide * (1 + noise) if self.relative else wide + noise
         return (jnp.clip(noisy, 0, 1) if self.clip else noisy).astype(images.dtype)
@@ -332,28 +332,32 @@ class _Mixed:
 
     probability: float
 
-    def __call__(self, key, shape, dtype):
+    def __call__(self, key, shape):
         chosen_key, key = jax.random.split(key)
         chosen = jax.random.bernoulli(chosen_key, self.probability, _one_per_image(shape))
-        return chosen.astype(dtype) * jax.random.normal(key, shape, dtype)
+        return chosen.astype(jnp.float32) * _normal_draw(key, shape)
 
 
-def _random_level_draw(key, shape, dtype):
+def _random_level_draw(key, shape):
     level_key, key = jax.random.split(key)
-    level = jax.random.uniform(level_key, _one_per_image(shape), dtype)
-    return level * jax.random.normal(key, shape, dtype)
+    level = jax.random.uniform(level_key, _one_per_image(shape), jnp.float32)
+    return level * _normal_draw(key, shape)
 
 
 def _one_per_image(shape):
     return shape[0], *(1 for _ in shape[1:])
 
 
-def _uniform_draw(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, minval=-1, maxval=1)
+def _normal_draw(key, shape):
+    return draw_flat(jax.random.normal, key, shape)
 
 
-def _laplace_draw(key, shape, dtype):
-    return jax.random.laplace(key, shape, dtype) * 0.5**0.5
+def _uniform_draw(key, shape):
+    return draw_flat(jax.random.uniform, key, shape, minval=-1, maxval=1)
+
+
+def _laplace_draw(key, shape):
+    return draw_flat(jax.random.laplace, key, shape) * 0.5**0.5
 
 
 def _identity(key, images):
