@@ -14,6 +14,7 @@ from jaxrobust.app import config, program, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
+from jaxrobust.app.study.sweep import USERS
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -169,12 +170,12 @@ def test_bfloat16_computes_and_float32_remembers(plain, digits, tmp_path):
     np.testing.assert_allclose(first["loss"], other["loss"], rtol=0.02)
 
 
-@pytest.mark.parametrize("method", ["robust", "stability"])
+@pytest.mark.parametrize("method", ["robust", "stability", "center", "trades"])
 def test_every_swept_setting_reaches_the_update(method, digits):
     # Noise that is seen, and a second update, which is the first to use the momentum.
     base = dataclasses.replace(TINY, method=method, noise_std=0.2)
-    names = [name for name in config.SWEPT if name == "noise_std" or (
-        "stability" in name) == (method == "stability")]
+    assert set(USERS) == set(config.SWEPT)
+    names = [name for name in config.SWEPT if method in USERS[name]]
     configs = [base, *(config.with_settings(base, {name: 0.5 * config.get_setting(base, name)})
                        for name in names)]
     built = program.program_of(configs, digits, make_layout("jit"))
