@@ -12,15 +12,20 @@ the last epoch is kept. The paper's loss has the small weights that work in shor
 
 import dataclasses
 
-from experiments.recipes import cifar10
+from experiments.recipes import cifar10, cifar10_small
 from jaxrobust.app.config import Evaluation, OptimizerConfig, RunConfig
-from jaxrobust.app.recipe import METHOD_PAPER_ROWS, SHORT_SCHEDULE_LABELS, Cost, Recipe, method_rows
-from jaxrobust.losses import RobustLossConfig
+from jaxrobust.app.recipe import (
+    FURTHER_LABELS,
+    METHOD_PAPER_ROWS,
+    SHORT_SCHEDULE_LABELS,
+    Cost,
+    Recipe,
+    method_rows,
+)
 
 BASE = RunConfig(
     dataset="cifar10", epochs=24, batch_size=500, dtype="bfloat16", select="last",
-    checkpoint_every=6, batch_norm_statistics="running",
-    robust=RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0),
+    checkpoint_every=6, batch_norm_statistics="running", robust=cifar10_small.BASE.robust,
     optimizer=OptimizerConfig(
         learning_rate=0.2, schedule="cosine", warmup_epochs=5.0, clip_norm=5.0))
 
@@ -33,11 +38,7 @@ RECIPE = Recipe(
             BASE, method="noisy", perturb=f"sometimes_gaussian({BASE.noise_std:g}, 1/2)"),
         "robust_both": dataclasses.replace(BASE, method="robust_both"),
     },
-    labels={
-        **SHORT_SCHEDULE_LABELS,
-        "half_noise": "Noise on half of the images",
-        "robust_both": "Both, with the paper's loss added",
-    },
+    labels=SHORT_SCHEDULE_LABELS | FURTHER_LABELS,
     evaluation=Evaluation(noise_levels=cifar10.RECIPE.evaluation.noise_levels),
     curvature=None,
     cost=Cost(cpu_hours=150, cpu_gigabytes=6, gpu_hours=0.2,

@@ -70,6 +70,13 @@ METHOD_LABELS = {
 """The rows of the paper's tables."""
 
 
+FURTHER_LABELS = {
+    "half_noise": "Noise on half of the images",
+    "robust_both": "Both, with the paper's loss added",
+}
+"""Rows beyond the paper's that several comparisons have."""
+
+
 def method_rows(base: RunConfig) -> dict[str, RunConfig]:
     """A row for each of the five methods, which differ in nothing else."""
     return {method: dataclasses.replace(base, method=method) for method in METHOD_LABELS}

@@ -10,16 +10,11 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.app.config import InputError, OptimizerConfig, RunConfig, with_settings
-from jaxrobust.app.recipe import DIGITS, PHOTOS
+from jaxrobust.app.recipe import DIGITS, FURTHER_LABELS, METHOD_LABELS, PHOTOS
 from jaxrobust.data import FOLDER_PREFIX
 from jaxrobust.losses import RobustLossConfig
 
-LABELS = {
-    "both": "Training on both clean and noisy images",
-    "half_noise": "Noise on half of the images",
-    "normal": "Normal training",
-    "robust_both": "Both, with the paper's loss added",
-}
+LABELS = {row: METHOD_LABELS[row] for row in ("both", "normal")} | FURTHER_LABELS
 """The methods of a fit: those that were best on CIFAR-10 under the noise they were trained with,
 and plain training as their reference."""
 
