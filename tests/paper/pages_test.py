@@ -1,5 +1,7 @@
-"""The tables of the README and the docs are made from the numbers under results/."""
+"""The tables of the README and the docs are made from the numbers under results/, and each
+guarantee names its tests."""
 
+import ast
 import json
 import re
 
@@ -26,6 +28,35 @@ def test_no_accuracy_is_typed_by_hand(page):
     for line in text.splitlines():
         if line.startswith("|"):
             assert not re.search(r"\d\.\d\d ± \d|\| \d+/255 \|", line), line
+
+
+GUARANTEES = readme.ROOT / "docs" / "guarantees.md"
+_NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def promises(text):
+    """Each item of the lists on a page, its lines joined."""
+    return [" ".join(item.split()) for item in
+            re.findall(r"^- (.*(?:\n +\S.*)*)", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("heading", re.findall(r"^## (.+)$", GUARANTEES.read_text(), re.MULTILINE))
+def test_every_guarantee_names_a_test_that_exists(heading):
+    section = GUARANTEES.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    found = promises(section)
+    assert found and section.count("::") == len(_NAMED.findall(section))
+    for promise in found:
+        named = _NAMED.findall(promise)
+        assert named, f"names no test: {promise}"
+        for path, name in named:
+            functions = {node.name for node in ast.parse((readme.ROOT / path).read_text()).body
+                         if isinstance(node, ast.FunctionDef)}
+            assert name in functions, f"{path} has no test {name}: {promise}"
+
+
+def test_promises_are_the_items_of_lists():
+    assert promises("# A\n\nNo - list.\n\n- One\n  `x`\n- Two\n\n## B\n\n- Three\n") == [
+        "One `x`", "Two", "Three"]
 
 
 @pytest.fixture(name="root")
