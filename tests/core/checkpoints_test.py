@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import shutil
 
@@ -73,6 +74,64 @@ def test_a_broken_newest_checkpoint_is_passed_over_and_named(broken, manager):
     assert len(skipped) == 1 and skipped[0].startswith("checkpoint 2 cannot be read")
 
 
+def files_of(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_rot_in_any_file_is_noticed_and_the_file_named(manager, tmp_path):
+    for step in (1, 2):
+        checkpoints.save_checkpoint(manager, step, make_state(step), {"epoch": step})
+    rotten = {"flipped": flip, "missing": pathlib.Path.unlink,
+              "truncated": lambda path: os.truncate(path, path.stat().st_size // 2)}
+    paths = files_of(pathlib.Path(manager.directory) / "2")
+    assert len(paths) > 5
+    for place, path in enumerate(paths):
+        copy = shutil.copytree(manager.directory, tmp_path / str(place))
+        how = list(rotten)[place % 3]
+        if path.name == "files.json" and how == "missing":
+            how = "flipped"  # As where a kill came before it.
+        rotten[how](copy / "2" / path)
+        with contextlib.closing(checkpoints.open_checkpoints(copy, keep=2)) as opened:
+            skipped = []
+            found = checkpoints.restore_checkpoint(opened, make_state(9), skipped=skipped)
+        assert found.step == 1, (path, how)
+        # An empty file of zero bytes cannot be changed by half; a list of sums that is cut off is
+        # no JSON, and says that.
+        line, = skipped
+        assert str(path) in line or path.name == "files.json", line
+
+
+def test_another_kind_of_state_is_refused_with_the_difference(manager):
+    checkpoints.save_checkpoint(manager, 1, make_state(1), {"epoch": 1})
+    other = make_state(9)
+    head = other.params["head"]
+    wider = other.replace(params=other.params | {"head": {
+        **head, "bias": jnp.zeros((5,)), "more": jnp.zeros((2, 3), jnp.int32)}})
+    for refused in (lambda: checkpoints.restore_checkpoint(manager, wider),
+                    lambda: checkpoints.save_checkpoint(manager, 1, wider)):
+        with pytest.raises(InputError) as error:
+            refused()
+        said = str(error.value)
+        assert "['bias'] float32[3], not float32[5]" in said
+        assert "['more'] missing, not int32[2,3]" in said
+    assert manager.all_steps() == [1]  # It is not set aside.
+
+
+def test_a_later_format_is_refused(manager, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", 2)
+        checkpoints.save_checkpoint(manager, 1, make_state(1))
+    with pytest.raises(InputError, match="Expected a checkpoint of format 1 or lower in .*, found "
+                                         "format 2 of jaxrobust "):
+        checkpoints.restore_checkpoint(manager, make_state(9))
+
+
 def test_if_all_are_broken_that_is_an_error(manager):
     checkpoints.save_checkpoint(manager, 1, make_state(1))
     break_checkpoint(manager, 1)
@@ -98,13 +157,20 @@ def test_a_damaged_checkpoint_is_written_again_and_kept_aside(broken, manager):
 def test_a_good_checkpoint_is_neither_replaced_nor_passed_by(manager):
     for step in (2, 3):
         checkpoints.save_checkpoint(manager, step, make_state(step), {"epoch": step})
-    checkpoints.save_checkpoint(manager, 3, make_state(7))
+    checkpoints.save_checkpoint(manager, 3, make_state(7), {"epoch": 3})
     with pytest.raises(InputError, match="Expected step=1 above 2, that of a checkpoint"):
         checkpoints.save_checkpoint(manager, 1, make_state(1))
     found = checkpoints.restore_checkpoint(manager, make_state(9))
     assert_same(found.state, make_state(3))
     assert found.facts == {"epoch": 3}
     assert sorted(manager.all_steps()) == [2, 3]
+    # The same updates, and more facts about them.
+    checkpoints.save_checkpoint(manager, 3, make_state(7), {"epoch": 3, "validated": True})
+    found = checkpoints.restore_checkpoint(manager, make_state(9))
+    assert_same(found.state, make_state(7))
+    assert sorted(manager.all_steps()) == [2, 3]
+    checkpoints.remove_after(manager, 2)
+    assert sorted(manager.all_steps()) == [2]
 
 
 def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path):
@@ -126,6 +192,7 @@ def test_facts_come_back_and_may_be_needed(manager):
     assert (found.step, found.facts) == (1, {"epoch": 1, "losses": [0.5, 1e-300]})
     break_checkpoint(manager, 2)
     shutil.rmtree(manager.directory / "1" / "facts")
+    (manager.directory / "1" / "files.json").unlink()  # As before there were facts.
     with pytest.raises(InputError, match="checkpoint 1 cannot be read: it was saved without"):
         checkpoints.restore_checkpoint(manager, make_state(9), need_facts=True)
 
