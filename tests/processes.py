@@ -1,10 +1,12 @@
 """Runs commands in one process of a job: ``python processes.py DEVICES EPOCH COMMAND [+ COMMAND]``.
 
 The process has so many CPU devices, and dies after training epoch EPOCH, as a killed one does (0:
-it lives). Commands are those of ``python -m experiments``, separated by a plus sign.
+it lives). With -EPOCH, all processes but the first get SIGTERM then, and live on. Commands are
+those of ``python -m experiments``, separated by a plus sign.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -22,6 +24,8 @@ def main(devices: str, last_epoch: str, *words: str) -> None:
 
     def record_until_killed(self, row, *rest):
         record(self, row, *rest)
+        if row["epoch"] == -int(last_epoch) and not files.is_writer():
+            signal.raise_signal(signal.SIGTERM)
         if row["epoch"] == int(last_epoch):
             # All have come here: none is left waiting for another that is gone.
             files.barrier("kill")

@@ -4,11 +4,13 @@ A command is a dataclass whose fields are its options. Its module is imported on
 """
 
 import importlib
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxrobust import InputError, __version__, _errors
+from jaxrobust.app import interruption
 
 
 class Command(NamedTuple):
@@ -42,7 +44,11 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust") -> None:
-    """Runs the command of the command line; prints bad input as one line and exits with 2."""
+    """Runs the command of the command line.
+
+    Prints bad input as one line and exits with 2. If SIGINT or SIGTERM ends it, prints the command
+    that goes on and exits with 130 or 143.
+    """
     words = sys.argv[1:]
     if words[:1] in (["--help"], ["-h"]):
         print(help_text(commands, program))
@@ -50,16 +56,15 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
     if words[:1] == ["--version"]:
         print(f"jaxrobust {__version__}")
         return
+    command = None
     try:
-        if not words:
-            raise InputError(f"Expected a command, got none. See {program} --help.")
-        _errors.one_of("command", words[0], commands)
-        # Not at the top: it imports JAX, which the help does not need.
-        from jaxrobust.app import arguments, execution
-
-        execution.start_process()
-        command = arguments.parse(find(commands[words[0]]), words, program)
-        command()
+        with interruption.handled():
+            command = _command(words, commands, program)
+            command()
+    except interruption.Interrupted as stop:
+        print(f"{stop.signal.name}: stopped. To go on: {_going_on(command, words, program)}",
+              file=sys.stderr)
+        sys.exit(stop.status)
     except InputError as error:
         lines = getattr(error, "lines", ())  # One for each image that cannot be used.
         for line in lines:
@@ -70,8 +75,24 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         hint = " Add --skip-bad to skip them." if skips else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def _command(words, commands, program):
+    """Reads the command of a command line, and prepares this process for it."""
+    if not words:
+        raise InputError(f"Expected a command, got none. See {program} --help.")
+    _errors.one_of("command", words[0], commands)
+    # Not at the top: it imports JAX, which the help does not need.
+    from jaxrobust.app import arguments, execution
+
+    execution.start_process()
+    return arguments.parse(find(commands[words[0]]), words, program)
+
+
+def _going_on(command, words, program) -> str:
+    """The command line that resumes a command, or runs it again."""
+    more = ["--resume"] if getattr(command, "resume", None) is False else []
+    return f"{program} {shlex.join([*words, *more])}"
 
 
 def find(command: Command) -> type:

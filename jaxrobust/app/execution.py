@@ -20,6 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxrobust import _validate
+from jaxrobust.app import interruption
 from jaxrobust.app.config import InputError
 from jaxrobust.data import Split
 from jaxrobust.parallel import FORMS, Layout, make_layout
@@ -72,6 +73,7 @@ class Execution:
             # Collectives wait only 30 seconds for a late process: connect all processes now,
             # before loading a data set takes some of them longer.
             multihost_utils.sync_global_devices("start")
+            interruption.install()  # JAX's handler would keep SIGTERM to itself.
         return make_layout(None if self.parallel == "auto" else self.parallel)
 
 

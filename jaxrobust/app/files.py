@@ -4,6 +4,7 @@ In a job of several processes the first one writes; all must see the same folder
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrobust.app.config import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None
 
 
 def require_writable(folder: pathlib.Path) -> None:
@@ -100,6 +106,29 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def first_says(value: int) -> int:
+    """The value of the first process of a job, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Locks a file, which must exist, against other processes that do the same.
+
+    Raises:
+      BlockingIOError: if another process has locked it.
+      OSError: if the system or the file system has no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    # Opened for writing, without which NFS locks nothing exclusively.
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def append_line(path: pathlib.Path, row: dict) -> None:
     """Appends an object to a JSON-lines file."""
     if is_writer():
@@ -117,6 +146,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     with writing(path):
         try:
             yield partial
+            with partial.open("rb+") as file:  # On the disk before it counts, if the power fails.
+                os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -21,12 +21,17 @@ measurements.
 
 The folder of a study holds study.json and a folder for each run, ROW-seedSEED. Arrays are written
 before the JSON file beside them: if that exists, they are complete.
+
+A command that trains locks config.json: two commands cannot train one run at the same time.
 """
 
+import contextlib
+import errno
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -152,6 +157,42 @@ def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
         raise files.holds_another("configuration", facts_path(folder, "config"))
 
 
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Locks the folder of a run for this process, or for the job that it belongs to.
+
+    The system removes the lock when the process ends, however it ends. Where the file system has no
+    locks, a line says so.
+
+    Raises:
+      InputError: (a ValueError) if another process has locked it.
+    """
+    path, taken = facts_path(folder, "config"), None
+    with contextlib.ExitStack() as stack:
+        if files.is_writer():
+            try:
+                stack.enter_context(files.locked(path))
+            except BlockingIOError:
+                taken = errno.EWOULDBLOCK
+            except OSError as error:
+                taken = error.errno
+        taken = files.first_says(taken or 0)
+        if taken == errno.EWOULDBLOCK:
+            raise InputError(f"Another command is training in {folder}. Wait for its end, or stop "
+                             "it first.")
+        if taken:
+            files.say(f"Note: {folder} cannot be locked ({os.strerror(taken)}). Start no other "
+                      "command that trains there before this one ends.")
+        yield
+
+
+def require_there(folder: pathlib.Path) -> None:
+    """Raises InputError if the folder of a run in training is gone. Checkpoints would make another
+    one, which could not be resumed."""
+    if not is_run(folder):
+        raise InputError(f"Cannot write {folder}: it was removed, or its config.json.")
+
+
 def read_split(folder: pathlib.Path) -> str | None:
     """Reads the images of the run's folder as CSV; None for other data sets."""
     path = folder / "split.csv"
@@ -197,8 +238,9 @@ def checkpoints_path(folder: pathlib.Path) -> pathlib.Path:
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether there is a checkpoint to resume from."""
-    return any(checkpoints_path(folder).glob("[0-9]*"))
+    """Whether there is a checkpoint to resume from; one half written does not count."""
+    place = checkpoints_path(folder)
+    return place.is_dir() and any(path.name.isdigit() for path in place.iterdir())
 
 
 def check_checkpoints(folder: pathlib.Path) -> None:

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 
 from jaxrobust import _validate, checkpoints, data, evaluation, parallel
-from jaxrobust.app import files, provenance, run_folder
+from jaxrobust.app import files, interruption, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import check_files, save_files
+from jaxrobust.app.events import Events
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.network import (
     Network,
@@ -90,42 +90,99 @@ def train_together(
     the state, the state of the best epoch so far, the log of the epochs done, and the metrics of
     the updates of the unfinished epoch. ``metrics.jsonl`` follows from it.
 
+    Locks the folders meanwhile. If a signal asks this process, or another of the job, to stop,
+    saves a checkpoint after the update in progress, and raises
+    :class:`~jaxrobust.app.interruption.Interrupted`.
+
     Returns a line for each run whose loss is no longer finite; its checkpoints remain.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
-        if run_folder.is_begun(folder) and not resume:
-            raise InputError(f"{folder} already holds a run. Add --resume to resume it.")
+        _refuse_begun(folder, resume)
         if not run_folder.is_trained(folder):
             run_folder.check_checkpoints(folder)
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Raises before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
-    left = [(config, folder) for config, folder in zip(configs, folders, strict=True)
-            if not run_folder.is_trained(folder)]
-    with compiling(f"the initial state of {configs[0].model}"):
-        first = [_first_state(config, folder, dataset, layout) for config, folder in left]
-    for config, folder in zip(configs, folders, strict=True):
-        check_files(dataset, folder)
-        check_network(dataset, folder)
-        run_folder.claim_run(folder, config)
-        save_network(dataset, folder)
-        save_files(dataset, folder)
-    failures = run_folder.divergences(folders)
+    by_folder = dict(zip(folders, configs, strict=True))
+    left = [folder for folder in folders if not run_folder.is_trained(folder)]
     with contextlib.ExitStack() as stack:
-        begun: dict[int, list[_Running]] = {}
+        there = [folder for folder in left if run_folder.is_run(folder)]
+        for folder in there:
+            stack.enter_context(run_folder.locked(folder))
+        with compiling(f"the initial state of {configs[0].model}"):
+            first = {folder: _first_state(by_folder[folder], folder, dataset, layout)
+                     for folder in left}
+        for folder, config in by_folder.items():
+            check_files(dataset, folder)
+            check_network(dataset, folder)
+            run_folder.claim_run(folder, config)
+        for folder in left:
+            if folder not in there:
+                stack.enter_context(run_folder.locked(folder))
+                _refuse_begun(folder, resume)  # Another command may have come and gone.
+        failures = run_folder.divergences(folders)
+        for folder in folders:
+            save_network(dataset, folder)
+            save_files(dataset, folder)
         batches = data.batch_sizes(len(splits.train.labels), configs[0].batch_size)
         if left:
             _say_what_to_expect(configs[0], model_of(configs[0], dataset),
                                 len(splits.train.labels), batches)
-        for (config, folder), (state, facts) in zip(left, first, strict=True):
-            running = stack.enter_context(contextlib.closing(_Running(
-                config, folder, state, facts, len(batches), tensorboard)))
-            begun.setdefault(int(running.state.step), []).append(running)
-        # One program trains only runs at the same update; a kill may leave them apart.
-        for group in begun.values():
-            failures += _train_group(group, dataset, splits, layout, feed, label)
+        for members in _begun_together(folders):
+            group = [
+                stack.enter_context(contextlib.closing(_Running(
+                    by_folder[folder], folder, *first.pop(folder), len(batches))))
+                if folder in first else _Lost(by_folder[folder])
+                for folder in members]
+            running = [one for one in group if isinstance(one, _Running)]
+            _align(running, feed)
+            for one in running:
+                one.begin([folder.name for folder in members], tensorboard)
+            # One program trains only runs at the same update.
+            steps = [one.step if isinstance(one, _Running) else None for one in group]
+            for step in sorted(set(steps) - {None}):
+                failures += _train_group(
+                    [one for one, at in zip(group, steps, strict=True) if at in (None, step)],
+                    dataset, splits, layout, feed, label)
     return failures
+
+
+def _refuse_begun(folder: pathlib.Path, resume: bool) -> None:
+    if run_folder.is_begun(folder) and not resume:
+        raise InputError(f"{folder} already holds a run. Add --resume to resume it.")
+
+
+def _begun_together(folders: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
+    """Groups the runs that are not finished into programs.
+
+    Runs begun as one program stay in one, and so do those of them that have diverged: in another
+    program the last bits would differ. Runs not yet begun make another one.
+    """
+    unfinished = [folder for folder in folders if not run_folder.is_done(folder)]
+    begun = {folder: tuple(facts.get("together", (folder.name,))) for folder in unfinished
+             if (facts := run_folder.read_facts(folder, "provenance"))}
+
+    def program_with(folder):
+        named = (names for names in begun.values() if folder.name in names)
+        return begun.get(folder) or next(named, None)
+
+    groups: dict[tuple[str, ...] | None, list[pathlib.Path]] = {}
+    for folder in unfinished:
+        groups.setdefault(program_with(folder), []).append(folder)
+    return [group for group in groups.values()
+            if not all(run_folder.is_trained(folder) for folder in group)]
+
+
+def _align(group: Sequence["_Running"], feed: Feed) -> None:
+    """Takes runs of one program, which a kill may leave at different updates, back to the latest
+    that all of them have saved; leaves them where they are if there is none."""
+    while len({running.step for running in group}) > 1:
+        common = set.intersection(*(running.saved_steps(feed) for running in group))
+        if not common:
+            return
+        for running in group:
+            running.rewind(max(common))
 
 
 LAG = 0.01
@@ -160,35 +217,33 @@ def _first_state(config, folder, dataset, layout):
     return state, facts
 
 
+class _Lost(NamedTuple):
+    """A run that has diverged, whose place in a program stays taken."""
+
+    config: RunConfig
+
+
 class _Running:
     """A run in training and its files."""
 
-    def __init__(self, config, folder, state, facts, steps_per_epoch, tensorboard):
+    def __init__(self, config, folder, state, facts, steps_per_epoch):
         self.config, self.folder = config, folder
+        self._initial, self._facts, self._steps = state, facts, steps_per_epoch
         self._checkpoints = checkpoints.open_checkpoints(
             run_folder.checkpoints_path(folder), keep=2)
-        # The initial state, until there is a best epoch.
-        self.state, self._best = state, checkpoints.to_host(state)
-        self._history, self.before = [], {}
-        self._restore()
-        self.done = len(self._history)
-        if int(self.state.step) != self.done * steps_per_epoch + _updates_in(self.before):
-            raise InputError(
-                f"Expected {self.done} epochs of {steps_per_epoch} updates, and "
-                f"{_updates_in(self.before)} of the next, in {folder}, found {self.state.step} in "
-                "all. It was trained on other images, or by another version.")
-        # Epochs logged after the checkpoint are trained again.
-        files.barrier("history")
-        run_folder.write_epochs(folder, self._history)
-        if int(self.state.step) == 0:
-            run_folder.write_facts(folder, "provenance", provenance.describe() | facts)
         self._events = None
-        if tensorboard and files.is_writer():
-            self._events = tensorboardX.SummaryWriter(
-                str(run_folder.events_path(folder)), purge_step=self.done + 1)
+        self._restore()
+
+    @property
+    def step(self) -> int:
+        """The number of updates done."""
+        return int(self.state.step)
 
     def _restore(self):
-        """Restores the newest checkpoint that can be read, if there is one."""
+        """Restores the newest checkpoint that can be read; without one, the initial state."""
+        # The initial state, until there is a best epoch.
+        self.state, self._best = self._initial, checkpoints.to_host(self._initial)
+        self._history, self.before = [], {}
         skipped: list[str] = []
         found = checkpoints.restore_checkpoint(
             self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,
@@ -200,9 +255,46 @@ class _Running:
             self._history = found.facts["epochs"]
             self.before = {name: np.array(values)
                            for name, values in found.facts["updates"].items()}
+        done = len(self._history)
+        if self.step != done * self._steps + _updates_in(self.before):
+            raise InputError(
+                f"Expected {done} epochs of {self._steps} updates, and "
+                f"{_updates_in(self.before)} of the next, in {self.folder}, found {self.step} in "
+                "all. It was trained on other images, or by another version.")
+
+    def saved_steps(self, feed) -> set[int]:
+        """The updates up to now that it can be taken back to: its checkpoints, and its beginning
+        if the newest one is no later than the first that was due."""
+        saved = {step for step in self._checkpoints.all_steps() if step <= self.step}
+        due = self._steps * self.config.checkpoint_every
+        if feed.checkpoint_steps and feed.checkpoint_steps < self._steps:
+            due = feed.checkpoint_steps
+        # A run with a checkpoint was begun here without its file of initial weights.
+        early = self.step <= due and (self.step == 0 or self.config.init_from is None)
+        return saved | ({0} if early else set())
+
+    def rewind(self, step):
+        """Goes back to a checkpoint, or to the beginning, and removes those after it."""
+        if self.step > step:
+            checkpoints.remove_after(self._checkpoints, step)
+            self._restore()
+
+    def begin(self, together, tensorboard):
+        """Makes the files agree with the state that training starts from."""
+        del self._initial
+        # Epochs logged after the checkpoint are trained again.
+        files.barrier("history")
+        run_folder.write_epochs(self.folder, self._history)
+        if self.step == 0:
+            run_folder.write_facts(self.folder, "provenance", {
+                **provenance.describe(), **self._facts, "together": together})
+        if tensorboard and files.is_writer():
+            self._events = Events(
+                run_folder.events_path(self.folder), first_step=len(self._history) + 1)
 
     def save(self, state, values):
         """Saves a state, with the metrics of the updates done in the current epoch."""
+        run_folder.require_there(self.folder)
         with files.writing(run_folder.checkpoints_path(self.folder)):
             checkpoints.save_checkpoint(
                 self._checkpoints, int(state.step), {"state": state, "best": self._best},
@@ -213,17 +305,20 @@ class _Running:
         """Logs an epoch and, if a checkpoint is due, validates and saves the state.
 
         ``ready(state)`` is the state to evaluate; ``selection_accuracy(ready state)``, if not None,
-        the accuracy that chooses the epoch.
+        the accuracy that chooses the epoch. A signal interrupts the validation.
         """
         epoch = row["epoch"]
         checkpoint = epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs
-        evaluated = ready(state) if checkpoint else None
-        if checkpoint and selection_accuracy is not None:
-            row["selection_accuracy"] = selection_accuracy(evaluated)
+        if checkpoint:
+            # Several processes compute together, and agree to stop after the next update.
+            with interruption.released() if jax.process_count() == 1 else contextlib.nullcontext():
+                evaluated = ready(state)
+                if selection_accuracy is not None:
+                    row["selection_accuracy"] = selection_accuracy(evaluated)
+        run_folder.require_there(self.folder)
         run_folder.append_epoch(self.folder, row)
         if self._events is not None:
-            for name, value in row.items():
-                self._events.add_scalar(name, value, epoch)
+            self._events.add(epoch, row)
         self._history.append(row)
         if checkpoint:
             if is_best(self._history):
@@ -251,50 +346,98 @@ def _updates_in(metrics) -> int:
 
 
 def _train_group(group, dataset, splits, layout, feed, label):
-    """Trains runs that are at the same update; returns a line for each that diverges."""
-    configs = [running.config for running in group]
+    """Trains runs that are at the same update, beside those that are lost; returns a line for each
+    that diverges."""
+    configs = [one.config for one in group]
     program = program_of(configs, dataset, layout)
     run = parallel.replicate(layout, stack_configs(configs))
-    state = stack_runs([running.state for running in group])
-    failures: dict[int, str] = {}
+    running = {index: one for index, one in enumerate(group) if isinstance(one, _Running)}
+    some, *_ = running.values()
+    begun = some.step
+    # Any state fills the place of a run that is lost.
+    state = stack_runs([running.get(index, some).state for index in range(len(group))])
+    before = [running.get(index, some).before for index in range(len(group))]
+    failures: list[str] = []
+    stop = _Stop(layout)
     select = None if splits.selection is None else functools.partial(
         accuracy, program.model, split=splits.selection, layout=layout)
-    first, before = group[0].done, [running.before for running in group]
-    begun = int(group[0].state.step)
 
-    def save_within(state, values):
-        for index, (running, own) in enumerate(
-                zip(group, unstack_runs(state, len(group)), strict=True)):
-            if index not in failures:
-                running.save(own, values[index])
+    def save(state, values, indices=None):
+        states = unstack_runs(state, len(group))
+        for index in list(running) if indices is None else indices:
+            running[index].save(states[index], values[index])
+
+    def end_epoch(epoch, state, values, seconds):
+        """Logs, validates and saves an epoch of the runs with values."""
+        states = unstack_runs(state, len(group))
+        left = [index for index in running if values[index]]
+        for place, index in enumerate(left):
+            one = running[index]
+            row = epochs.row(epoch, values[index], seconds)
+            ready = functools.partial(_as_evaluated, program, one.config, split=splits.train)
+            try:
+                wrong = _record(one, row, states[index], ready, select)
+            except interruption.Interrupted:
+                # The epoch's updates are done; resuming begins with its validation.
+                save(state, values, left[place:])
+                raise
+            if wrong is not None:
+                failures.append(f"{wrong}: the run has diverged. Lower the learning rate or set a "
+                                "clip norm.")
+                run_folder.write_facts(one.folder, "diverged", {
+                    "epoch": epoch, "message": failures[-1]})
+                del running[index]
+            elif place == 0:
+                shown.show(**_shown(row))
 
     with contextlib.closing(_Epochs(program, configs[0], splits.train, feed, run)) as epochs, \
-            progress(label, configs[0].epochs * epochs.steps, done=begun) as shown:
-        for epoch in range(first + 1, configs[0].epochs + 1):
-            state, rows = epochs.train(state, epoch, before, save_within, shown)
+            progress(label, configs[0].epochs * epochs.steps, done=begun) as shown, \
+            interruption.held():
+        first, within = divmod(begun, epochs.steps)
+        if not within:
+            if any(before):
+                end_epoch(first, state, before, 0.0)
             before = [{} for _ in group]
-            states = unstack_runs(state, len(group))
-            for index, (running, row, own) in enumerate(zip(group, rows, states, strict=True)):
-                if index in failures:
-                    continue
-                ready = functools.partial(
-                    _as_evaluated, program, running.config, split=splits.train)
-                wrong = _record(running, row, own, ready, select)
-                if wrong is not None:
-                    failures[index] = (f"{wrong}: the run has diverged. Lower the learning rate or "
-                                       "set a clip norm.")
-                    run_folder.write_facts(running.folder, "diverged", {
-                        "epoch": epoch, "message": failures[index]})
-            if len(failures) == len(group):
+        for epoch in range(first + 1, configs[0].epochs + 1):
+            if not running:
                 break
-            shown.show(**_shown(rows[0]))
+            state, values, seconds = epochs.train(state, epoch, before, save, shown, stop)
+            before = [{} for _ in group]
+            end_epoch(epoch, state, values, seconds)
     how = {"parallel": layout.form, "devices": layout.num_devices,
            "processes": jax.process_count(), "runs_together": len(group),
            "input": feed.input, "steps_per_call": feed.steps_per_call}
-    for index, running in enumerate(group):
-        if index not in failures:
-            running.finish(how)
-    return list(failures.values())
+    for one in running.values():
+        one.finish(how)
+    stop.check()
+    return failures
+
+
+class _Stop:
+    """Whether a process of the job was asked to stop: the same in all of them at the same call."""
+
+    def __init__(self, layout):
+        self._layout, self._largest = layout, parallel.compile(layout, jnp.max)
+        self._latest = None
+
+    def asked(self) -> int | None:
+        """The number of a signal, or None. In a job of several processes the answer is that of the
+        call before, for which nothing has to wait."""
+        mine = interruption.asked()
+        if jax.process_count() == 1:
+            return mine
+        size = self._layout.num_devices
+        rows = self._layout.rows_of(size)
+        known, self._latest = self._latest, self._largest(parallel.place_batch(
+            self._layout, np.full(rows.stop - rows.start, mine or 0, np.int32), size))
+        return None if known is None else int(known) or None
+
+    def check(self) -> None:
+        """Raises Interrupted if a process was asked to stop, without waiting for another call."""
+        self.asked()
+        number = self.asked()
+        if number is not None:
+            raise interruption.Interrupted(number)
 
 
 def _record(running, row, state, ready, selection_accuracy) -> str | None:
@@ -342,11 +485,13 @@ class _Epochs:
     def _place(self, rows, size):
         return parallel.place_batch(self._program.layout, rows, size)
 
-    def train(self, state, epoch, before, save, shown):
-        """Trains one epoch, or the rest of it; returns the new state and each run's mean metrics.
+    def train(self, state, epoch, before, save, shown, stop):
+        """Trains one epoch, or the rest of it; returns the new state, each run's metrics [T] of all
+        T updates of the epoch, and the seconds taken.
 
-        ``before`` has for each run the metrics [T] of the T updates that are already done.
-        ``save(state, metrics so far)`` is called for each checkpoint within the epoch.
+        ``before`` has for each run the metrics of the updates that are already done.
+        ``save(state, metrics so far)`` is called for each checkpoint within the epoch, and where
+        ``stop`` asks for an end, before Interrupted is raised.
         """
         start = time.monotonic()
         first = _updates_in(before[0])
@@ -362,15 +507,21 @@ class _Epochs:
             if len(collected) % 20 == 1 and len(collected) > 1:
                 latest, *_ = _by_run(collected[-2:-1], [{} for _ in before])
                 last = _shown(_means(latest))
-            if done < self.steps and done // every > (done - num_steps) // every:
-                save(state, _by_run(collected, before))
             shown.advance(num_steps, **last)
-        step, seconds = epoch * self.steps, time.monotonic() - start
-        return state, [
-            {"epoch": epoch, "step": step,
-             "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
-             **_means(values), "seconds": seconds}
-            for values in _by_run(collected, before)]
+            if done < self.steps:
+                asked = stop.asked()
+                if asked or done // every > (done - num_steps) // every:
+                    save(state, _by_run(collected, before))
+                if asked:
+                    raise interruption.Interrupted(asked)
+        return state, _by_run(collected, before), time.monotonic() - start
+
+    def row(self, epoch, values, seconds):
+        """The line of the log for an epoch."""
+        step = epoch * self.steps
+        return {"epoch": epoch, "step": step,
+                "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
+                **_means(values), "seconds": seconds}
 
     def _call(self, num_steps, size, step, *arguments):
         """Calls a step; the first call with these numbers compiles it."""

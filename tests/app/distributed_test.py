@@ -118,6 +118,20 @@ def test_a_run_of_several_processes_goes_on_with_one(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_the_job_within_two_updates(alone, tmp_path):
+    folder = tmp_path / "run"
+    # 150 images in batches of 16 are 10 updates an epoch.
+    stopped = job(2, 1, (*TRAIN, "--out", folder), last_epoch=-1)
+    assert_all_end(stopped, 143)
+    for _, said in stopped:
+        assert "SIGTERM: stopped. To go on: python -m experiments train digits" in said
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert steps[0] == 10 and 11 <= steps[1] <= 12
+    assert call(*TRAIN, "--out", folder) == 0
+    assert_the_same_run(folder, alone)
+
+
+@pytest.mark.slow
 def test_slurm_is_recognised_by_its_environment(tmp_path):
     def environment(process):
         return {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",

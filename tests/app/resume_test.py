@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import resource
+import shutil
+import signal
 
 import chex
 import pytest
 from command_line import metrics_of
 
 from jaxrobust import checkpoints
-from jaxrobust.app import config, files, program, run_folder, trainer
+from jaxrobust.app import config, files, interruption, program, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
@@ -119,6 +122,154 @@ def test_a_run_killed_at_every_moment_ends_with_the_same_bits(
     assert ended[0] == expected[0] == EPOCHS * STEPS
     assert ended[2:] == expected[2:]
     chex.assert_trees_all_equal(ended[1], expected[1])
+
+
+def newest(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir()
+               if path.name.isdigit())
+
+
+@pytest.mark.parametrize("source", ["resident", "stream"])
+def test_a_signal_stops_a_run_after_the_update_in_progress(
+        source, whole, digits, tmp_path, monkeypatch):
+    due = {}  # By moment, the signal that comes then.
+
+    def moment(*now):
+        if now in due:
+            signal.raise_signal(due.pop(now))
+
+    calls = {"resident": trainer._Epochs._resident, "stream": trainer._Epochs._streamed}[source]
+
+    def calls_with_signals(self, state, epoch, first):
+        update = (epoch - 1) * self.steps + first
+        for call in calls(self, state, epoch, first):
+            update += 1
+            moment("update", update)
+            yield call
+
+    monkeypatch.setattr(trainer._Epochs, calls.__name__, calls_with_signals)
+    accuracy, append = trainer.accuracy, run_folder.append_epoch
+    monkeypatch.setattr(trainer, "accuracy", lambda model, state, **options: (
+        moment("validation", int(state.step)), accuracy(model, state, **options))[1])
+    monkeypatch.setattr(run_folder, "append_epoch", lambda folder, row: (
+        moment("log", row["epoch"]), append(folder, row)))
+    folder, feed = tmp_path / "run", Feed(input=source)
+    changed = dataclasses.replace(TINY, checkpoint_every=2)
+    for now, number, saved in (
+            (("update", 2), signal.SIGTERM, 2), (("log", 1), signal.SIGINT, 5),
+            (("update", 8), signal.SIGINT, 8), (("validation", 8), signal.SIGTERM, 8),
+            (("log", 2), signal.SIGTERM, 9), (("validation", 12), signal.SIGTERM, 12)):
+        due[now] = number
+        with pytest.raises(interruption.Interrupted) as stopped, interruption.handled():
+            train(changed, digits, folder, feed)
+        assert (stopped.value.signal, newest(folder), due) == (number, saved, {})
+    with interruption.handled():
+        train(changed, digits, folder, feed)
+    ended, expected = final(folder, digits), whole[2]
+    assert ended[2:] == expected[2:]
+    chex.assert_trees_all_equal(ended[1], expected[1])
+
+
+@pytest.mark.slow
+def test_runs_of_one_program_killed_apart_end_with_the_same_bits(digits, tmp_path, monkeypatch):
+    runs = [TINY, dataclasses.replace(TINY, seed=1),
+            config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})]
+    runs = [dataclasses.replace(run, checkpoint_every=1) for run in runs]
+
+    def places(name):
+        return [tmp_path / name / str(number) for number in range(3)]
+
+    message, = trainer.train_together(runs, digits, places("whole"), tensorboard=False)
+    assert message.startswith(f"The loss of {tmp_path / 'whole' / '2'} is nan in epoch 1")
+    due = [(4, "0"), (4, "1"), (8, "0"), (8, "1"), (12, "0")]
+    save = trainer._Running.save
+
+    def save_until_killed(self, state, values):
+        save(self, state, values)
+        if (int(state.step), self.folder.name) in due:
+            due.remove((int(state.step), self.folder.name))
+            raise Killed
+
+    monkeypatch.setattr(trainer._Running, "save", save_until_killed)
+    for _ in range(6):
+        with contextlib.suppress(Killed):
+            trainer.train_together(
+                runs, digits, places("killed"), tensorboard=False, resume=True)
+    assert not due
+    for whole, killed in list(zip(places("whole"), places("killed"), strict=True))[:2]:
+        ended, expected = final(killed, digits), final(whole, digits)
+        assert ended[2:] == expected[2:]
+        chex.assert_trees_all_equal(ended[1], expected[1])
+    assert files.read_json(places("killed")[2] / "diverged.json")["epoch"] == 1
+
+
+@contextlib.contextmanager
+def at_most(size):
+    """Within, no file can be written beyond a size: what is written to the limit stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_keeps_what_is_saved(
+        whole, digits, tmp_path, monkeypatch):
+    folder, due = tmp_path / "run", []
+    log = folder / "metrics.jsonl"
+
+    def limit(owner, name, size_at, moment_of):
+        call = getattr(owner, name)
+
+        def limited(*arguments):
+            if due and due[0] == moment_of(*arguments):
+                due.pop()
+                with at_most(size_at()):
+                    return call(*arguments)
+            return call(*arguments)
+
+        monkeypatch.setattr(owner, name, limited)
+
+    limit(trainer.Events, "add", lambda: 20, lambda self, epoch, _: ("tensorboard", epoch))
+    limit(run_folder, "append_epoch", lambda: log.stat().st_size + 9,
+          lambda _, row: ("metrics.jsonl", row["epoch"]))
+    limit(trainer._Running, "save", lambda: 99,
+          lambda self, state, _: ("checkpoints", int(state.step)))
+    changed = dataclasses.replace(TINY, checkpoint_every=2)
+    for moment, last in (
+            (("tensorboard", 1), 0), (("metrics.jsonl", 1), 0), (("checkpoints", 8), 0),
+            (("metrics.jsonl", 3), 8), (("checkpoints", 12), 8)):
+        due.append(moment)
+        with pytest.raises(InputError) as full:
+            trainer.train(changed, digits, folder, resume=True)
+        assert str(full.value) == f"Cannot write {folder / moment[0]}: File too large."
+        assert run_folder.has_checkpoint(folder) == bool(last) and not due
+        if last:
+            assert newest(folder) == last
+        # What is half written is not read.
+        assert [row["epoch"] for row in run_folder.read_epochs(folder)] == list(
+            range(1, len(metrics_of(folder)) + 1))
+    trainer.train(changed, digits, folder, resume=True)
+    assert final(folder, digits)[2:] == whole[2][2:]
+    chex.assert_trees_all_equal(final(folder, digits)[1], whole[2][1])
+
+
+def test_a_folder_removed_in_mid_run_ends_it_in_one_line(digits, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    changed = dataclasses.replace(TINY, checkpoint_every=1)
+    save = trainer._Running.save
+
+    def save_and_remove(self, state, values):
+        save(self, state, values)
+        if int(state.step) == 4:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(trainer._Running, "save", save_and_remove)
+    for feed in (Feed(), Feed(checkpoint_steps=2)):
+        with pytest.raises(InputError, match=f"^Cannot write {folder}: it was removed"):
+            trainer.train(changed, digits, folder, tensorboard=False, feed=feed)
+        assert not folder.exists()
 
 
 def killed_at(moment, config, digits, folder, feed, moments):

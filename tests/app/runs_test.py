@@ -3,9 +3,12 @@
 import dataclasses
 import html
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 
 import chex
 import jax
@@ -14,7 +17,7 @@ import pytest
 from command_line import call, metrics_of, one_line
 from studies import RECIPE, TINY
 
-from jaxrobust.app import config, files, prepare, provenance, run_folder, trainer
+from jaxrobust.app import config, files, interruption, prepare, provenance, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe, method_rows
@@ -158,6 +161,29 @@ def test_a_process_that_is_killed_fails_its_run_alone(digits, tmp_path, monkeypa
         plan, digits, jobs=1, data_dir=tmp_path, tensorboard=False, feed=Feed()) == [
             "robust, seed 0: its process was killed"]
     assert (tmp_path / "both-seed0" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cannot bind processes here")
+def test_a_signal_stops_the_processes_of_a_study_which_goes_on_later(digits, tmp_path):
+    plan = plan_study(dataclasses.replace(RECIPE, rows={
+        row: dataclasses.replace(one, epochs=300) for row, one in RECIPE.rows.items()}), tmp_path)
+    log = tmp_path / "both-seed0" / "metrics.jsonl"
+    steps_per_epoch = -(-TINY.train_size // TINY.batch_size)
+
+    def stop():
+        while len(files.read_lines(log)) < 3:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(interruption.Interrupted) as stopped, interruption.handled():
+        threading.Thread(target=stop, daemon=True).start()
+        running.run_study_in_parallel(
+            plan, digits, jobs=1, data_dir=tmp_path, tensorboard=False, feed=Feed())
+    assert stopped.value.status == 143 and not multiprocessing.active_children()
+    steps = sorted(int(path.name) for path in (log.parent / "checkpoints").iterdir())
+    assert 9 <= steps[-1] < 300 * steps_per_epoch and steps[-1] - steps[-2] <= steps_per_epoch
+    assert not (tmp_path / "robust-seed0").exists()
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -7,14 +7,14 @@ import pathlib
 import queue
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
 
 from jaxrobust import _validate
-from jaxrobust.app import files, program, run_folder
+from jaxrobust.app import files, interruption, program, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
@@ -51,16 +51,22 @@ def run_study(
     make_test_split(dataset, plan.recipe.evaluation.test_size)
     for config in left.values():
         program.program_of([config], dataset, layout)
-    at_once = _choose_at_once(at_once, list(left.values()), dataset, layout, feed)
+    at_once = _choose_at_once(
+        at_once, list(configs.values()) if left else [], dataset, layout, feed)
     claim_study(plan, dataset.class_names)
     failures = run_folder.divergences(trained)
     _show_and_test(plan.recipe, dataset, trained, failures, layout)
-    for group in _groups(left, at_once):
-        first, *others = (place.name for place in group)
+    # Finished and diverged runs too: a resumed study has the programs of one never interrupted.
+    for group in _groups(configs, at_once):
+        names = [place.name for place in group if place in left]
+        if not names:
+            continue
+        first, *others = names
         new = train_together(
             list(group.values()), dataset, list(group), resume=True, tensorboard=tensorboard,
             label=f"{first} and {len(others)} more" if others else first, layout=layout, feed=feed)
-        _show_and_test(plan.recipe, dataset, group, new, layout)
+        new = [failure for failure in new if failure not in failures]
+        _show_and_test(plan.recipe, dataset, filter(left.__contains__, group), new, layout)
         failures += new
     _measure_suites(plan, dataset, layout)
     _measure(plan, dataset)
@@ -166,10 +172,22 @@ def run_study_in_parallel(
 
     tasks = [dataclasses.replace(plan, rows=(row,), seeds=(seed,), measured=())
              for seed in plan.seeds for row in plan.rows]
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failures in pool.map(execute, tasks) for failure in failures]
-    while not workers.empty():
-        workers.get()[1].shutdown()
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(execute, task) for task in tasks]
+            try:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # Raises its exception.
+                failures = [failure for future in futures for failure in future.result()]
+            except interruption.Interrupted:
+                for future in futures:
+                    future.cancel()
+                for process in multiprocessing.active_children():
+                    process.terminate()  # By SIGTERM: they save their runs.
+                raise
+    finally:
+        while not workers.empty():
+            workers.get()[1].shutdown()
     _measure(plan, dataset)
     return failures
 
@@ -182,13 +200,15 @@ def _start_worker(cores: set[int]) -> ProcessPoolExecutor:
 def _prepare_worker(cores: set[int]) -> None:
     os.sched_setaffinity(0, cores)
     start_process()
+    interruption.install(hold=True)  # Between two runs there is nothing to stop.
 
 
 def _execute(plan: StudyPlan, data_dir: pathlib.Path, tensorboard: bool, feed: Feed) -> list[str]:
     """Executes the only run of a plan; returns a line for each failure."""
     try:
-        dataset = load_recipe_dataset(plan.recipe, data_dir, feed)
-        return run_study(plan, dataset, tensorboard=tensorboard, feed=feed)
+        with interruption.released():
+            dataset = load_recipe_dataset(plan.recipe, data_dir, feed)
+            return run_study(plan, dataset, tensorboard=tensorboard, feed=feed)
     except InputError as error:
         return [f"{plan.rows[0]}, seed {plan.seeds[0]}: {error}"]
 

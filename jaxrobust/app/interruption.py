@@ -1,0 +1,101 @@
+"""Stops a command in good order on SIGINT (Ctrl-C) and on SIGTERM, which schedulers send first.
+
+    signal ─ handler ─▶ Interrupted, at once ─▶ the command line: one line, status 128 + number
+                   └▶ within `held()`: noted; training saves a checkpoint and raises it then
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked this process, or one of its job, to stop."""
+
+    def __init__(self, number: int):
+        super().__init__(number)  # All there is, so that processes can send it to each other.
+        self.signal = signal.Signals(number)
+
+    @property
+    def status(self) -> int:
+        """The exit status, as shells report a process that a signal ends."""
+        return 128 + self.signal
+
+
+_asked: int | None = None
+_holders = 0
+
+
+def _note(number, _frame) -> None:
+    global _asked
+    # A job and its launcher may both send SIGTERM; a second Ctrl-C means "at once".
+    again = _asked is not None and number == signal.SIGINT
+    _asked = _asked or number
+    if not _holders or again:
+        raise Interrupted(_asked)
+
+
+def install(*, hold: bool = False) -> None:
+    """Handles the signals of :data:`SIGNALS`, except those that this process was told to ignore.
+
+    JAX installs a handler of its own when a process joins a job; call it again after that. With
+    ``hold``, the whole process is as within :func:`held`, but for what is within :func:`released`.
+    """
+    global _holders
+    _holders += hold
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Handles the signals within, and forgets what was asked before."""
+    global _asked
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _asked = None
+    install()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within, the first signal raises nothing; see :func:`asked`."""
+    global _holders
+    _holders += 1
+    try:
+        yield
+    finally:
+        _holders -= 1
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Undoes :func:`held` within; raises Interrupted at once if a signal has come."""
+    global _holders
+    before, _holders = _holders, 0
+    try:
+        check()
+        yield
+    finally:
+        _holders = before
+
+
+def asked() -> int | None:
+    """The number of the signal that asked this process to stop, or None."""
+    return _asked
+
+
+def check() -> None:
+    """Raises Interrupted if a signal has asked this process to stop."""
+    if _asked is not None:
+        raise Interrupted(_asked)

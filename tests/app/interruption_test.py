@@ -1,0 +1,76 @@
+"""Signals: a command stops in good order, says how to go on, and has the status of shells."""
+
+import pickle
+import signal
+import threading
+
+import pytest
+from command_line import call, one_line
+
+from jaxrobust.app import commands, interruption
+
+
+def stop_by(*numbers):
+    def called(self):
+        for number in numbers:
+            signal.raise_signal(number)
+        raise AssertionError("not stopped")
+    return called
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_says_how_to_go_on(number, status, capsys, monkeypatch):
+    handlers = [signal.getsignal(one) for one in interruption.SIGNALS]
+    monkeypatch.setattr(commands.Train, "__call__", stop_by(number))
+    monkeypatch.setattr(commands._Evaluate, "__call__", stop_by(number))
+    name = signal.Signals(number).name
+    for words, more in ((("train", "digits", "--out", "a b"), " --resume"),
+                        (("train", "digits", "--out", "a b", "--resume"), ""),
+                        (("evaluate", "a b"), "")):
+        assert call(*words) == status
+        shown = " ".join(words).replace("a b", "'a b'")
+        assert one_line(capsys) == (
+            f"{name}: stopped. To go on: python -m experiments {shown}{more}")
+    assert [signal.getsignal(one) for one in interruption.SIGNALS] == handlers
+
+
+def test_a_held_signal_waits_and_a_second_ctrl_c_does_not():
+    with interruption.handled(), interruption.held():
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+            assert interruption.asked() == signal.SIGTERM
+        with pytest.raises(interruption.Interrupted), interruption.released():
+            raise AssertionError("released before")
+        with pytest.raises(interruption.Interrupted) as stopped:
+            signal.raise_signal(signal.SIGINT)
+        assert stopped.value.status == 143  # That of the first.
+    with interruption.handled():
+        interruption.check()  # What was asked of the last command is forgotten.
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.handled():
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.asked() is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_reaches_another_process_as_it_is():
+    sent = pickle.loads(pickle.dumps(interruption.Interrupted(signal.SIGTERM)))
+    assert (sent.signal, sent.status) == (signal.SIGTERM, 143)
+
+
+def test_a_command_in_another_thread_handles_nothing():
+    def run():
+        with interruption.handled():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    handlers = [signal.getsignal(signal.SIGTERM)]
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert handlers[0] == handlers[1]
