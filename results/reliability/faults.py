@@ -36,9 +36,9 @@ from jaxrobust.app import config, files, provenance, run_folder, trainer  # noqa
 from jaxrobust.app.execution import Execution, Feed  # noqa: E402
 from jaxrobust.app.recipe import RECIPES  # noqa: E402
 
-# 56 images in batches of 16: epochs of 4 updates, the last of 8 images.
+# 64 images in batches of 16: epochs of 4 updates.
 TINY = dataclasses.replace(
-    RECIPES["digits"].rows["robust"], train_size=56, epochs=4, width=2, num_features=4,
+    RECIPES["digits"].rows["robust"], train_size=64, epochs=4, width=2, num_features=4,
     batch_size=16, optimizer=config.OptimizerConfig(
         learning_rate=0.02, schedule="cosine", clip_norm=1.0))
 KINDS = ("time", "file operation", "writing of a checkpoint")
