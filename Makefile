@@ -45,6 +45,7 @@ test-lowest: $(LOWEST)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build *.egg-info

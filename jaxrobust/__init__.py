@@ -7,6 +7,7 @@ in Flax, Optax and Orbax.
 """
 
 import importlib
+from typing import Any
 
 from jaxrobust._errors import InputError
 
@@ -64,7 +65,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["InputError", *sorted(_HOME_OF)]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"jaxrobust.{_HOME_OF[name]}"), name)
         globals()[name] = value

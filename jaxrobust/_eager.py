@@ -3,26 +3,32 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
-def python_scalars(function: Callable) -> Callable:
+
+def python_scalars(function: Callable[P, T]) -> Callable[P, T]:
     """Converts NumPy scalars to Python's, which adopt the dtype of the arrays they meet."""
+    apply: Callable[..., T] = function
+
     @functools.wraps(function)
-    def call(*arguments, **options):
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
         plain = (value.item() if isinstance(value, np.generic) else value for value in arguments)
-        return function(*plain, **{
+        return apply(*plain, **{
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in options.items()})
 
     return call
 
 
-def as_one_program(estimator: Callable) -> Callable:
+def as_one_program(estimator: Callable[P, T]) -> Callable[P, T]:
     """Compiles an eager call as a whole, unless an earlier call was the same program.
 
     ``jax.jit`` with the functions as static arguments would keep the arrays that they close over
@@ -35,21 +41,22 @@ def as_one_program(estimator: Callable) -> Callable:
     NumPy and JAX become those of Python in either case.
     """
     signature = inspect.signature(estimator)
+    apply: Callable[..., T] = estimator
 
     @functools.wraps(estimator)
-    def call(*arguments, **options):
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
         bound = signature.bind(*arguments, **options)
         given = {name: _python_scalar(value) for name, value in bound.arguments.items()}
         if any(isinstance(value, jax.core.Tracer) for value in given.values()):
-            return estimator(**given)
+            return apply(**given)
         arrays = {name: jnp.asarray(given.pop(name)) for name in list(given)
                   if isinstance(given[name], (jax.Array, np.ndarray))}
-        return _traced(lambda arrays: estimator(**given, **arrays), arrays)(arrays)
+        return _traced(lambda arrays: apply(**given, **arrays), arrays)(arrays)
 
     return call
 
 
-def as_program(function: Callable) -> Callable:
+def as_program(function: Callable[[*Ts], T]) -> Callable[[*Ts], T]:
     """Compiles a function of arrays that is called again and again with the same shapes.
 
     It is traced at the first call, with the numbers it closes over as arguments of the program
@@ -57,10 +64,10 @@ def as_program(function: Callable) -> Callable:
     Scalars that it closes over are part of the program; those that are arguments are not. A call
     with traced arguments is left to the transformation.
     """
-    program = None
+    program: Callable[..., T] | None = None
 
     @functools.wraps(function)
-    def call(*arguments):
+    def call(*arguments: *Ts) -> T:
         nonlocal program
         if is_traced(arguments):
             return function(*arguments)
@@ -76,7 +83,7 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _traced(function: Callable, *arguments) -> Callable:
+def _traced(function: Callable[..., T], *arguments: Any) -> Callable[..., T]:
     """The function as a compiled program for arguments like these."""
     traced, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
     program, consts = _Program(traced.jaxpr), list(traced.consts)
@@ -97,7 +104,7 @@ def _python_scalar(value: Any) -> Any:
 class _Program:
     """A jaxpr without its constants, equal to all that compute the same."""
 
-    def __init__(self, jaxpr):
+    def __init__(self, jaxpr: Any) -> None:
         self.jaxpr = jaxpr
         # Constants of inner jitted functions, which stay in the jaxpr.
         self._inner = tuple(_inner_constants(jaxpr))
@@ -110,7 +117,7 @@ class _Program:
         return hash(self._key)
 
 
-def _inner_constants(jaxpr) -> Iterator[Any]:
+def _inner_constants(jaxpr: Any) -> Iterator[Any]:
     from jax.extend import core  # Takes a tenth of a second, which a mere import can do without.
 
     for equation in jaxpr.eqns:
@@ -124,7 +131,7 @@ def _inner_constants(jaxpr) -> Iterator[Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(program: _Program, constants: list, leaves: list) -> list:
+def _run(program: _Program, constants: list[Any], leaves: list[Any]) -> list[Any]:
     from jax.extend import core
 
     return core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, constants))(*leaves)

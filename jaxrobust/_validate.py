@@ -1,12 +1,13 @@
 """Checks of arguments, each failing with one line that names the argument and its value."""
 
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxrobust._errors import InputError, NotFiniteError, installed, one_of
 
@@ -14,8 +15,8 @@ __all__ = ["InputError", "NotFiniteError", "class_numbers", "finite", "finite_lo
            "images", "in_range", "installed", "integer", "labels", "one_of", "shapes"]
 
 
-def in_range(name: str, value: float, low: float, high: float = np.inf, *, open_low: bool = False,
-             open_high: bool = True) -> None:
+def in_range(name: str, value: float | jax.Array, low: float, high: float = np.inf, *,
+             open_low: bool = False, open_high: bool = True) -> None:
     """Raises InputError unless ``value`` is a number in the interval from ``low`` to ``high``.
 
     A value that is traced by a JAX transformation is not known yet, and passes.
@@ -44,7 +45,14 @@ def integer(name: str, value: int, low: int) -> int:
     return number
 
 
-def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
+class Shaped(Protocol):
+    """An array, or what is stored as one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def shapes(**arguments: tuple[Shaped, str]) -> dict[str, int]:
     """Checks shapes that share named dimensions, for example ``features=(x, "B d")``.
 
     A dimension ``...`` at the end stands for any further ones, and a number for that size; named
@@ -73,7 +81,7 @@ def shapes(**arguments: tuple[jax.Array, str]) -> dict[str, int]:
     return sizes
 
 
-def floats(name: str, value: jax.Array) -> jax.Array:
+def floats(name: str, value: ArrayLike) -> jax.Array:
     """Returns an array of floats as float32 or wider; raises InputError if they are not floats.
 
     In bfloat16 a sum of ones ends at 256.
@@ -85,7 +93,7 @@ def floats(name: str, value: jax.Array) -> jax.Array:
         np.promote_types(value.dtype, np.float32)))
 
 
-def class_numbers(name: str, value: jax.Array) -> jax.Array:
+def class_numbers(name: str, value: ArrayLike) -> jax.Array:
     """Returns labels as int32, so that none wraps around where classes are compared or indexed.
 
     A label beyond the range of int32 becomes -1, which is no class. Raises InputError unless
@@ -102,7 +110,7 @@ def class_numbers(name: str, value: jax.Array) -> jax.Array:
     return jnp.asarray(numpy.where(held, value.astype(np.int32), np.int32(-1)))
 
 
-def _as_array(name: str, value) -> jax.Array | np.ndarray:
+def _as_array(name: str, value: Any) -> jax.Array | np.ndarray:
     if isinstance(value, jax.Array):
         return value
     try:
@@ -112,7 +120,7 @@ def _as_array(name: str, value) -> jax.Array | np.ndarray:
                          "different lengths.") from error
 
 
-def labels(name: str, value: np.ndarray, num_classes: int) -> None:
+def labels(name: str, value: ArrayLike, num_classes: int) -> None:
     """Raises InputError unless ``value`` holds integers in [0, num_classes)."""
     value = np.asarray(value)
     if not np.issubdtype(value.dtype, np.integer):
@@ -137,7 +145,7 @@ def finite(name: str, tree: Any) -> None:
                              f"infinite{where}.")
 
 
-def finite_logits(finite: np.ndarray, which: str = "", indices: np.ndarray | None = None) -> None:
+def finite_logits(finite: ArrayLike, which: str = "", indices: np.ndarray | None = None) -> None:
     """Raises NotFiniteError, which says of how many images, unless all logits are finite.
 
     Args:
@@ -154,7 +162,7 @@ def finite_logits(finite: np.ndarray, which: str = "", indices: np.ndarray | Non
             f"{first if indices is None else int(indices[first])}.")
 
 
-def images(name: str, value: np.ndarray) -> None:
+def images(name: str, value: ArrayLike) -> None:
     """Raises InputError unless ``value`` is [N, H, W, channels], uint8 or float in [0, 1]."""
     value = np.asarray(value)
     if value.ndim != 4:

@@ -25,6 +25,7 @@ from flax import traverse_util
 
 from jaxrobust import _validate
 from jaxrobust.centroids import init_centroids
+from jaxrobust.images import Outputs
 from jaxrobust.methods import METHOD_KEY, Batch, BatchStats, Method
 from jaxrobust.methods.common import in_turn
 from jaxrobust.models.common import head_parameters, over_axis
@@ -111,14 +112,18 @@ def make_pass_step(
     """
     model, synchronised = over_axis(model, axis_name, sync_batch_norm)
 
-    def step(statistics, params, batch, key):
+    def step(
+        statistics: PassStatistics, params: Any, batch: Batch, key: jax.Array
+    ) -> PassStatistics:
         method_key = jax.random.fold_in(key, METHOD_KEY)
         if axis_name is not None:  # Each device has other images.
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         passes = itertools.count()
         zeros = jax.tree.map(jnp.zeros_like, statistics.average)
 
-        def forward(statistics, images):
+        def forward(
+            statistics: PassStatistics, images: jax.Array
+        ) -> tuple[Outputs, PassStatistics]:
             with nn.intercept_methods(_keep_own_statistics):
                 outputs, updated = model.apply(
                     {"params": params, "batch_stats": zeros}, images, train=True,
@@ -140,7 +145,10 @@ def make_pass_step(
     return step
 
 
-def _keep_own_statistics(call, args, kwargs, context):
+def _keep_own_statistics(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext
+) -> Any:
     """Makes batch norm's new statistics, which start from 0, those of its inputs alone."""
     outputs = call(*args, **kwargs)
     layer = context.module

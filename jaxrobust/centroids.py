@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrobust import _validate, parallel
 
@@ -27,7 +28,7 @@ class Centroids(NamedTuple):
     present: jax.Array  # shape=[C], dtype=bool; classes in this (global) batch
 
 
-def init_centroids(num_classes: int, dim: int, *, dtype=jnp.float32) -> CentroidState:
+def init_centroids(num_classes: int, dim: int, *, dtype: DTypeLike = jnp.float32) -> CentroidState:
     """Makes the state before any example was seen: zeros, no class seen.
 
     Args:
@@ -72,7 +73,7 @@ def class_sums(
     ignored, whatever they contain. On CPUs this is a scatter-add, one example after the other;
     elsewhere a product with the one-hot labels, because scatter-add is not deterministic on GPUs.
     """
-    def by_platform(values, labels):
+    def by_platform(values: jax.Array, labels: jax.Array) -> jax.Array:
         return jax.lax.platform_dependent(
             values, labels, cpu=functools.partial(_scattered_sums, num_classes=num_classes),
             default=functools.partial(_multiplied_sums, num_classes=num_classes))
@@ -100,7 +101,7 @@ def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
     that memory is O(B d + C d). The rows, and the sums of their gradients, are in float32 if
     ``table`` is not wider.
     """
-    def by_platform(table, labels):
+    def by_platform(table: jax.Array, labels: jax.Array) -> jax.Array:
         return jax.lax.platform_dependent(
             table, labels, cpu=_gathered_rows, default=_multiplied_rows)
 
@@ -108,23 +109,25 @@ def class_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
         _validate.floats("table", table), _validate.class_numbers("labels", labels))
 
 
-def _scattered_sums(values, labels, num_classes):
+def _scattered_sums(values: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
     return jax.ops.segment_sum(values, labels, num_classes)
 
 
-def _multiplied_sums(values, labels, num_classes):
+def _multiplied_sums(values: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
     # In full precision: TPUs and GPUs would otherwise round the factors.
     values = counted_rows(values, labels, num_classes)
     members = jax.nn.one_hot(labels, num_classes, dtype=values.dtype)
     return jnp.tensordot(members, values, axes=((0,), (0,)), precision=jax.lax.Precision.HIGHEST)
 
 
-def _gathered_rows(table, labels):
+def _gathered_rows(table: jax.Array, labels: jax.Array) -> jax.Array:
     return table.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _multiplied_rows(table, labels, table_size=TABLE_SIZE):
-    def row(label):
+def _multiplied_rows(
+    table: jax.Array, labels: jax.Array, table_size: int = TABLE_SIZE
+) -> jax.Array:
+    def row(label: jax.Array) -> jax.Array:
         member = jax.nn.one_hot(label, table.shape[0], dtype=table.dtype)
         return jnp.tensordot(member, table, axes=1, precision=jax.lax.Precision.HIGHEST)
 

@@ -27,7 +27,7 @@ import collections
 import functools
 import statistics as stdlib_statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from jaxrobust.probes import salted
 
 Classify = Callable[[jax.Array], jax.Array]
 """``images [B, H, W, channels] -> labels [B]``, integers; label i depends on image i alone."""
+
+Draw = Callable[[np.ndarray, int, int, int], Iterator[np.ndarray]]
+"""``(image, index, start, num) -> batches of labels`` of the draws with these numbers."""
 
 ABSTAINED = -1
 """The label of an image that is not certified or predicted."""
@@ -128,7 +131,7 @@ def certify(
     draw, indices = _draws(classify, image_batch, key, sigma, indices, batch_size, layout)
     least = _least_hits(n, alpha)
 
-    def one(image, index):
+    def one(image: np.ndarray, index: int) -> tuple[int, float | None, int]:
         label, hits, drawn = _certified_hits(
             draw(image, index, 0, n0), draw(image, index, n0, n), n, least)
         radius = 0.0 if label == ABSTAINED else certified_radius(hits, n, sigma=sigma, alpha=alpha)
@@ -192,7 +195,7 @@ def predict(
     n = _enough_draws(n, alpha, all_agree=lambda n: 2.0**(1 - n))
     draw, indices = _draws(classify, image_batch, key, sigma, indices, batch_size, layout)
 
-    def one(image, index):
+    def one(image: np.ndarray, index: int) -> tuple[int, int]:
         return _significant_label(draw(image, index, 0, n), n, alpha)
 
     labels, num_draws = zip(*map(one, image_batch, indices), strict=True)
@@ -236,7 +239,7 @@ def count_labels(
     start = _validate.integer("start", start, 0)
     num = _validate.integer("num", num, 1)
     draw, _ = _draws(classify, np.asarray(image)[None], key, sigma, [index], batch_size, layout)
-    counts = collections.Counter()
+    counts: collections.Counter[int] = collections.Counter()
     for labels in draw(image, index, start, num):
         counts.update(labels.tolist())
     return counts
@@ -299,7 +302,10 @@ def certified_accuracy(
 # --- Draws -------------------------------------------------------------------------------------
 
 
-def _draws(classify, images, key, sigma, indices, batch_size, layout):
+def _draws(
+    classify: Classify, images: np.ndarray, key: jax.Array, sigma: float,
+    indices: Sequence[int] | np.ndarray | None, batch_size: int, layout: Layout | None
+) -> tuple[Draw, np.ndarray]:
     """``(image, index, start, num) -> batches of labels``, and the indices; all checked."""
     _validate.in_range("sigma", sigma, 0, open_low=True)
     batch_size = _validate.integer("batch_size", batch_size, 1)
@@ -330,9 +336,9 @@ def _draws(classify, images, key, sigma, indices, batch_size, layout):
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _classify(layout, shared, own, numbers):
+def _classify(layout: Layout, shared: Any, own: Any, numbers: jax.Array) -> jax.Array:
     """Labels [B] of the draws of an image with these numbers [B]."""
-    def share(everywhere, numbers):
+    def share(everywhere: Any, numbers: jax.Array) -> jax.Array:
         (classify, key, sigma), (image, index) = everywhere
         key = jax.random.fold_in(key, index)
         image = to_float(image).astype(jnp.float32)
@@ -366,7 +372,7 @@ def _certified_hits(
       n: labels of ``bounding``.
       least: hits without which it abstains, >= 1.
     """
-    selected = collections.Counter()
+    selected: collections.Counter[int] = collections.Counter()
     for labels in selection:
         selected.update(labels.tolist())
     (label, _), _ = _ranked(selected)
@@ -386,10 +392,10 @@ def _significant_label(
     """The class that is ahead of all others in n labels, and the labels read; :func:`predict`."""
     from jaxrobust import statistics  # SciPy, which a mere import does not need.
 
-    def is_ahead(first, second):
+    def is_ahead(first: int, second: int) -> bool:
         return first > second and statistics.sign_test(first, second) <= alpha
 
-    counts = collections.Counter()
+    counts: collections.Counter[int] = collections.Counter()
     for labels in batches:
         counts.update(labels.tolist())
         left = n - counts.total()

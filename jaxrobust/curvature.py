@@ -32,7 +32,7 @@ call is part of the caller's program.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
     for value in std:
         _validate.in_range("std", float(value), 0, open_low=True)
 
-    def of_normalised(x):
+    def of_normalised(x: jax.Array) -> jax.Array:
         if x.ndim < 2 or x.shape[-1] != len(mean):
             raise _validate.InputError(f"Expected images of shape [B, ..., channels] with channels="
                                        f"{len(mean)}, as mean and std, got {x.shape}.")
@@ -154,7 +154,7 @@ def squared_frobenius(
     key = probes.salted(key, "squared_frobenius")
     _, product = jax.linearize(probes.gradient_of(loss), x)
 
-    def probe(index):
+    def probe(index: jax.Array) -> jax.Array:
         return probes.squared_norm(product(probes.draw(key, index, x, indices, distribution)))
 
     if rtol is None:
@@ -203,7 +203,7 @@ def finite_difference_curvature(
     gradient = probes.gradient_of(loss)
     at_x = gradient(x)
 
-    def probe(index):
+    def probe(index: jax.Array) -> jax.Array:
         v = probes.draw(key, index, x, indices)
         return probes.squared_norm((gradient(x + step * v) - at_x) / step)
 
@@ -263,7 +263,7 @@ def smoothed_curvature(
     key = probes.salted(key, "smoothed_curvature")
     gradient = probes.gradient_of(loss)
 
-    def draw(index):
+    def draw(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         e = probes.draw(key, index, x, indices)
         slope = (gradient(x + sigma * e) - gradient(x - sigma * e)) / (2 * sigma)
         return e.reshape(len(x), -1), slope.reshape(len(x), -1)
@@ -318,7 +318,7 @@ def piecewise_linear_spectrum(logits_fn: LogitsFn, x: jax.Array) -> jax.Array:
     # the products also spares the digits that a large common part of the rows of J would cost.
     differences = jnp.eye(num_classes, dtype=logits.dtype)[:-1].at[:, -1].set(-1)
 
-    def row(c):
+    def row(c: jax.Array) -> jax.Array:
         return pullback(jnp.broadcast_to(differences[c], logits.shape))[0].reshape(batch, -1)
 
     # As few at once as keep the loop short enough to be unrolled on CPUs. In any order, which is
@@ -431,7 +431,9 @@ def ritz_values(
     key = probes.salted(key, "ritz_values")
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
 
-    def one(product, start):
+    def one(
+        product: Callable[[jax.Array], jax.Array], start: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Where the Krylov space ends early, Lanczos continues with vectors of rounding errors, or
         # NaN. Projecting H on an orthonormal basis of what it found is right in any case.
         basis, _ = jnp.linalg.qr(jnp.nan_to_num(tridiagonalise(product, start)[0]).T)
@@ -652,7 +654,7 @@ def loss_surface(
     key = probes.salted(key, "loss_surface")
     axes, shape = tuple(range(1, x.ndim)), (len(x), *[1] * (x.ndim - 1))
 
-    def unit(vectors):
+    def unit(vectors: jax.Array) -> jax.Array:
         vectors = vectors / probes.unit_of(vectors, axes).reshape(shape)
         return vectors / probes.unit_of(
             jnp.sqrt(jnp.sum(jnp.square(vectors), axis=axes))).reshape(shape)
@@ -665,7 +667,7 @@ def loss_surface(
         w = unit(w - along * u)
     offsets = jnp.linspace(-extent, extent, resolution, dtype=x.dtype)
 
-    def row(i):
+    def row(i: jax.Array) -> jax.Array:
         return jax.vmap(lambda a: loss(x + offsets[i] * u + a * w))(offsets)
 
     values = probes.map_in_chunks(row, resolution, 1)  # [R, R, B]
@@ -677,7 +679,9 @@ _MOST_IMAGES = 32  # At once, on CPUs, for the leave-one-out estimators.
 _LEAVE_ONE_OUT_PROBES = 16  # By default, for images of at least as many numbers.
 
 
-def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
+def _image_by_image(
+    algorithm: Callable[..., Any], loss: Loss, x: jax.Array, *arrays: jax.Array
+) -> tuple[Any, jax.Array]:
     """Runs an algorithm for one matrix on the Hessian of each image, divided by its scale.
 
     The algorithm is given ``product``, which multiplies a vector [n] by the Hessian, and the
@@ -691,8 +695,8 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
     """
     _, linear = jax.linearize(probes.gradient_of(loss), x)
 
-    def one(*own):
-        def product(v):
+    def one(*own: jax.Array) -> tuple[Any, jax.Array]:
+        def product(v: jax.Array) -> jax.Array:
             vectors = jax.lax.all_gather(v, _IMAGES).reshape(x.shape)
             return linear(vectors).reshape(len(x), -1)[jax.lax.axis_index(_IMAGES)]
 
@@ -707,7 +711,10 @@ def _image_by_image(algorithm, loss: Loss, x: jax.Array, *arrays: jax.Array):
         return jax.vmap(one, axis_name=_IMAGES)(*arrays)
 
 
-def _leave_one_out(integrand, loss, x, key, num_probes, indices, power: int) -> Estimate:
+def _leave_one_out(
+    integrand: Callable[..., Any], loss: Loss, x: jax.Array, key: jax.Array, num_probes: int | None,
+    indices: jax.Array | None, power: int
+) -> Estimate:
     """Applies a leave-one-out estimator that is homogeneous of degree ``power`` to each Hessian."""
     check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])

@@ -29,7 +29,7 @@ class _Ranked(NamedTuple):
     labelled: jax.Array  # shape=[B], dtype=bool; whether the label is one of the classes
 
 
-def _rank(logits_fn, images, labels) -> _Ranked:
+def _rank(logits_fn: LogitsFn, images: jax.Array, labels: jax.Array) -> _Ranked:
     labels = _validate.class_numbers("labels", labels)
     logits = logits_fn(images)
     num_classes = _validate.shapes(labels=(labels, "B"), logits=(logits, "B C"))["C"]
@@ -45,7 +45,15 @@ def predict(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
 
     Its outputs are not checked: do not rank logits that are not finite.
     """
-    return model.apply(variables, to_float(images), train=False)
+    return _outputs_of(model, variables, to_float(images))
+
+
+def _outputs_of(model: nn.Module, variables: Any, images: jax.Array) -> Outputs:
+    outputs = model.apply(variables, images, train=False)
+    if not isinstance(outputs, Outputs):
+        raise _validate.InputError("Expected a model that returns jaxrobust.models.Outputs, "
+                                   f"got one that returns a {type(outputs).__name__}.")
+    return outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +63,8 @@ class _Output:
     model: nn.Module
     name: str  # of a field of Outputs
 
-    def __call__(self, variables, images):
-        outputs = self.model.apply(variables, images, train=False)
-        if not isinstance(outputs, Outputs):
-            raise _validate.InputError("Expected a model that returns jaxrobust.models.Outputs, "
-                                       f"got one that returns a {type(outputs).__name__}.")
-        return getattr(outputs, self.name)
+    def __call__(self, variables: Any, images: jax.Array) -> jax.Array:
+        return getattr(_outputs_of(self.model, variables, images), self.name)
 
 
 def logits_fn_of(model: nn.Module, variables: Any) -> LogitsFn:
@@ -76,14 +80,19 @@ def features_fn_of(model: nn.Module, variables: Any) -> FeaturesFn:
     return jax.tree_util.Partial(_Output(model, "features"), variables)
 
 
-def _correct(layout, logits_fn, perturb, key, images, labels, indices) -> _Ranked:
+def _correct(
+    layout: Layout, logits_fn: LogitsFn, perturb: Perturbation, key: jax.Array, images: jax.Array,
+    labels: jax.Array, indices: jax.Array
+) -> _Ranked:
     """In two programs: the network takes longest to compile, and needs it once."""
     return _ranked(layout, logits_fn, _perturbed(layout, perturb, key, images, indices), labels)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _perturbed(layout, perturb, key, images, indices):
-    def share(shared, rows):
+def _perturbed(
+    layout: Layout, perturb: Perturbation, key: jax.Array, images: jax.Array, indices: jax.Array
+) -> jax.Array:
+    def share(shared: Any, rows: Any) -> jax.Array:
         (perturb, key), (images, indices) = shared, rows
         return per_example(perturb, key, to_float(images), indices)
 
@@ -91,19 +100,25 @@ def _perturbed(layout, perturb, key, images, indices):
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _ranked(layout, logits_fn, images, labels):
+def _ranked(layout: Layout, logits_fn: LogitsFn, images: jax.Array, labels: jax.Array) -> _Ranked:
     return map_examples(layout, lambda logits_fn, rows: _rank(logits_fn, *rows))(
         logits_fn, (images, labels))
 
 
 @overload
-def evaluate(model: nn.Module, variables: Any, images: np.ndarray | StoredImages,
-             labels: np.ndarray, **options: Any) -> Iterator[np.ndarray]: ...
+def evaluate(
+    model: nn.Module, variables: Any, images: np.ndarray | StoredImages, labels: np.ndarray, /, *,
+    perturb: Perturbation | None = None, key: jax.Array, num_draws: int = 1,
+    batch_size: int = 500, layout: Layout | None = None,
+) -> Iterator[np.ndarray]: ...
 
 
 @overload
-def evaluate(logits_fn: LogitsFn, images: np.ndarray | StoredImages, labels: np.ndarray,
-             **options: Any) -> Iterator[np.ndarray]: ...
+def evaluate(
+    logits_fn: LogitsFn, images: np.ndarray | StoredImages, labels: np.ndarray, /, *,
+    perturb: Perturbation | None = None, key: jax.Array, num_draws: int = 1,
+    batch_size: int = 500, layout: Layout | None = None,
+) -> Iterator[np.ndarray]: ...
 
 
 def evaluate(
@@ -175,13 +190,16 @@ def _as_pytree(function: Callable[..., Any]) -> jax.tree_util.Partial:
         function)
 
 
-def _require_arguments(names: str, number: int, arguments: tuple) -> None:
+def _require_arguments(names: str, number: int, arguments: tuple[Any, ...]) -> None:
     if len(arguments) != number:
         raise _validate.InputError(
             f"Expected evaluate({names}, key=...), got {len(arguments) + 1} arguments.")
 
 
-def _draws(logits_fn, images, labels, perturb, key, num_draws, batch_size, layout):
+def _draws(
+    logits_fn: LogitsFn, images: np.ndarray | StoredImages, labels: np.ndarray,
+    perturb: Perturbation, key: jax.Array, num_draws: int, batch_size: int, layout: Layout
+) -> Iterator[np.ndarray]:
     """What :func:`evaluate` yields."""
     logits_fn = replicate(layout, logits_fn)
     for draw in range(num_draws):
@@ -206,7 +224,7 @@ def padded_batches(size: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def map_batches(
-    function: Callable[..., Any], *arrays: np.ndarray, batch_size: int,
+    function: Callable[..., Any], *arrays: np.ndarray | StoredImages, batch_size: int,
     layout: Layout | None = None,
 ) -> Any:
     """Applies ``function`` to the rows of ``arrays``, a batch at a time.
@@ -232,7 +250,7 @@ def map_batches(
     if layout is not None:
         batch_size = -(-batch_size // layout.num_devices) * layout.num_devices
 
-    def read(rows):
+    def read(rows: np.ndarray) -> tuple[Any, ...]:
         if layout is None:
             return tuple(array[rows] for array in arrays)
         mine = rows[layout.rows_of(batch_size)]

@@ -68,7 +68,7 @@ def distances_to_all(points: jax.Array, own: ClassRows, others: ClassRows) -> ja
 
     This decides which rows are separated: those whose distance is not +inf.
     """
-    def with_all(left):
+    def with_all(left: jax.Array) -> jax.Array:
         return jnp.dot(left, others.rows.T, precision=jax.lax.Precision.HIGHEST)
 
     gaps = (jnp.sum(points * own.rows, axis=1) + own.bias)[:, None] - (
@@ -161,10 +161,10 @@ def class_dispersion(features: jax.Array, labels: jax.Array, num_classes: int) -
     return parallel.over_any_mesh(functools.partial(_dispersion, num_classes))(features, labels)
 
 
-def _dispersion(num_classes, features, labels):
+def _dispersion(num_classes: int, features: jax.Array, labels: jax.Array) -> jax.Array:
     features = counted_rows(features, labels, num_classes)
 
-    def farthest(example):
+    def farthest(example: tuple[jax.Array, jax.Array]) -> jax.Array:
         feature, label = example
         return jnp.max(jnp.where(labels == label, safe_norm(features - feature[None]), 0))
 
@@ -187,7 +187,9 @@ def class_margin(
       [C], in the units of the features; +inf for a class without examples, and for one without a
       hyperplane.
     """
-    def smallest(features, labels, kernel, bias):
+    def smallest(
+        features: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array
+    ) -> jax.Array:
         distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
         return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
 

@@ -4,7 +4,7 @@ An image is [H, W, channels]: uint8 as stored, floats in [0, 1] as networks take
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ LogitsFn = Callable[[jax.Array], jax.Array]
 
 FeaturesFn = Callable[[jax.Array], jax.Array]
 """``images [B, ...] -> features [B, d]``, row i depending on image i alone."""
+
+
+Images = TypeVar("Images", jax.Array, np.ndarray)
 
 
 class Batch(NamedTuple):
@@ -38,7 +41,7 @@ class Outputs(NamedTuple):
     blocks: dict[str, jax.Array]  # each [B, H, W, channels]; outputs of the named blocks
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(images: Images) -> Images:
     """Converts uint8 images to floats in [0, 1]; returns others as they are."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 

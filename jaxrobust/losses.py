@@ -20,6 +20,7 @@ its range.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from jaxrobust.centroids import (
     update_centroids,
 )
 from jaxrobust.geometry import (
+    ClassRows,
     class_rows_of,
     directions,
     distances_to_all,
@@ -102,7 +104,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     labels = jnp.where(counts, labels, 0)
     largest = jnp.argmax(jax.lax.stop_gradient(logits), axis=1).astype(labels.dtype)
 
-    def of(classes):
+    def of(classes: jax.Array) -> jax.Array:
         return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
 
     top = of(largest)
@@ -227,7 +229,9 @@ def _check_linear_beyond(name: str, value: float | None, squared: bool) -> None:
         raise _validate.InputError(f"Expected {name} only with a squared hinge, got {value}.")
 
 
-def _own_centroids(centroids, labels, axis_name):
+def _own_centroids(
+    centroids: jax.Array, labels: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
     """The centroid of each example's class, [B, d], and the example's weight in the mean over the
     classes present of the means over their examples, [B]; both 0 for an example that does not
     count.
@@ -238,7 +242,10 @@ def _own_centroids(centroids, labels, axis_name):
     return class_rows(centroids, labels), class_rows(shares, labels)
 
 
-def _pull(features, own, shares, delta_v, squared, linear_beyond, axis_name):
+def _pull(
+    features: jax.Array, own: jax.Array, shares: jax.Array, delta_v: float | jax.Array,
+    squared: bool, linear_beyond: float | None, axis_name: str | None
+) -> jax.Array:
     """Eq. 8 or 12 from what :func:`_own_centroids` returns; features that do not count are 0."""
     delta_v = jnp.asarray(delta_v, own.dtype)
     hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
@@ -306,8 +313,11 @@ def margin_loss(
         relative=relative)
 
 
-def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, boundaries,
-                         relative=False, at_most=None, table_size=TABLE_SIZE):
+def _margin_over_present(
+    centroids: jax.Array, present: jax.Array, kernel: jax.Array, bias: jax.Array, *,
+    delta_d: float | jax.Array, squared: bool, boundaries: str, relative: bool = False,
+    at_most: int | None = None, table_size: int = TABLE_SIZE
+) -> jax.Array:
     """:func:`margin_loss` where at most ``at_most`` classes are present, if that is known."""
     _validate.in_range("delta_d", delta_d, 0)
     _validate.one_of("boundaries", boundaries, ("max", "mean"))
@@ -329,16 +339,16 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
         centroids, own = jax.tree.map(
             lambda table: table.at[labels].get(unique_indices=True), (centroids, every))
 
-    def hinge(distances):
+    def hinge(distances: jax.Array) -> jax.Array:
         hinge = jax.nn.relu(delta_d - distances)
         return jnp.square(hinge) if squared else hinge
 
-    def distances(example, every):
+    def distances(example: tuple[jax.Array, jax.Array, ClassRows], every: ClassRows) -> jax.Array:
         """Distances of one centroid to the boundaries with all classes, [C]."""
         label, centroid, own = jax.tree.map(lambda value: value[None], example)
         return jnp.where(numbers == label, jnp.inf, distances_to_all(centroid, own, every)[0])
 
-    def mean_hinge(example):
+    def mean_hinge(example: tuple[jax.Array, jax.Array, ClassRows]) -> jax.Array:
         to_all = distances(example, every)
         # Distances of +inf belong to no boundary, and have hinge 0.
         number = jnp.sum((to_all != jnp.inf).astype(to_all.dtype))
@@ -360,7 +370,7 @@ def _margin_over_present(centroids, present, kernel, bias, *, delta_d, squared, 
         hinge(distances_to_one(centroids, own, other, separated)), present)
 
 
-def _first_smallest(values):
+def _first_smallest(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first index of the smallest value, up to rounding, and whether that is not +inf.
 
     Much faster than argmin on CPUs. NaN counts as the smallest value.
@@ -472,7 +482,7 @@ class RobustLossConfig:
     margin_relative: bool = False
     """Beyond the paper: delta_d in units of the mean norm of the centroids of Eq. 9."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma_reg", "lam", "delta_v", "delta_d"):
             _validate.in_range(name, getattr(self, name), 0)
         _validate.in_range("momentum", self.momentum, 0, 1)
@@ -588,13 +598,13 @@ def robust_loss(
     if config.direction:
         chosen = jax.tree.map(directions, chosen)
 
-    def pull_to(centroids):
+    def pull_to(centroids: jax.Array) -> Callable[..., jax.Array]:
         own, shares = _own_centroids(centroids, labels, axis_name)
         return functools.partial(
             _pull, own=own, shares=shares, delta_v=config.delta_v, squared=config.compact_squared,
             linear_beyond=config.compact_linear_beyond, axis_name=axis_name)
 
-    def align():
+    def align() -> jax.Array:
         to_clean = pull(noisy_features)
         if config.align_to == "clean":
             return to_clean

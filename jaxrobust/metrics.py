@@ -66,7 +66,8 @@ class Reliability(NamedTuple):
     """The data of a reliability diagram: M bins of confidence."""
 
     edges: np.ndarray  # shape=[M + 1], dtype=float64; bin m is (edges[m], edges[m + 1]]
-    count: np.ndarray  # shape=[M], dtype=int64; predictions
+    count: np.ndarray  # type: ignore[assignment]  # tuple has a method of this name.
+    # shape=[M], dtype=int64; predictions
     confidence: np.ndarray  # shape=[M], dtype=float64; their mean one; NaN for an empty bin
     accuracy: np.ndarray  # shape=[M], dtype=float64; the share that is right; NaN for an empty bin
 
@@ -186,7 +187,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             "Expected logits that are larger for the label than on average: where they are not, a "
             "temperature is the better the larger it is.")
 
-    def slope(beta):
+    def slope(beta: float) -> float:
         return np.sum(scipy.special.softmax(beta * gaps, axis=1) * gaps, axis=1).mean()
 
     high = 1 / gaps.max()
@@ -197,7 +198,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(1 / scipy.optimize.brentq(slope, high / 2, high, xtol=1e-14 * high))
 
 
-def _checked(logits, labels):
+def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N, C] in float64 and labels [N], as NumPy's."""
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     num_classes = _validate.shapes(logits=(logits, "N C"), labels=(labels, "N"))["C"]
@@ -207,20 +208,20 @@ def _checked(logits, labels):
     return logits, labels
 
 
-def _log_probabilities(logits, labels):
+def _log_probabilities(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     import scipy.special
 
     logits, labels = _checked(logits, labels)
     return scipy.special.log_softmax(logits, axis=1), labels
 
 
-def _confidence(logits, labels):
+def _confidence(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest probability [N], and whether its class, of equals the first, is the label."""
     log_probabilities, labels = _log_probabilities(logits, labels)
     return np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == labels
 
 
-def _edges(probability, num_bins, bins):
+def _edges(probability: np.ndarray, num_bins: int, bins: str) -> np.ndarray:
     num_bins = _validate.integer("num_bins", num_bins, 1)
     _validate.one_of("bins", bins, BINS)
     edges = np.linspace(0, 1, num_bins + 1)
@@ -228,14 +229,19 @@ def _edges(probability, num_bins, bins):
         probability, edges, method="inverted_cdf")
 
 
-def _sums_by_bin(edges, probability, happened):
+def _sums_by_bin(
+    edges: np.ndarray, probability: np.ndarray, happened: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """By bin [M]: number, sum of probabilities [N], and how often it happened [N]."""
     places = np.searchsorted(edges[1:-1], probability, side="left")
-    return tuple(np.bincount(places, weights, len(edges) - 1)
-                 for weights in (None, probability, happened))
+    number, expected, found = (np.bincount(places, weights, len(edges) - 1)
+                               for weights in (None, probability, happened))
+    return number, expected, found
 
 
-def _calibration_error(probability, happened, num_bins, bins):
+def _calibration_error(
+    probability: np.ndarray, happened: np.ndarray, num_bins: int, bins: str
+) -> float:
     _, expected, found = _sums_by_bin(_edges(probability, num_bins, bins), probability, happened)
     return float(np.abs(found - expected).sum() / len(probability))
 
@@ -332,7 +338,7 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, num_classes: int)
     covariance, _ = sklearn.covariance.ledoit_wolf(centred, assume_centered=True)
     # All of it is 0 where every class is a point.
     precision = np.linalg.pinv(covariance, hermitian=True)
-    return ClassStatistics(*(np.float32(part) for part in (mean, scale, precision)))
+    return ClassStatistics(*(part.astype(np.float32) for part in (mean, scale, precision)))
 
 
 def scaled_distance(

@@ -6,6 +6,8 @@ Plain NumPy on the host, in float64. Both raise InputError (a ValueError) if ima
 for an image that is saturated nearly everywhere.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxrobust import _validate
@@ -84,7 +86,7 @@ def pair_noise_std(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.array(found) / np.sqrt(2)
 
 
-def _checked(name, images) -> np.ndarray:
+def _checked(name: str, images: np.ndarray) -> np.ndarray:
     """Checks images; returns them as float64 in [0, 1]."""
     images = np.asarray(images)
     _validate.images(name, images)
@@ -95,13 +97,13 @@ def _checked(name, images) -> np.ndarray:
     return images / 255 if images.dtype == np.uint8 else images.astype(np.float64)
 
 
-def _saturated(image):
+def _saturated(image: np.ndarray) -> np.ndarray:
     return (image <= 0) | (image >= 1)
 
 
-def _flat_response(image) -> float:
+def _flat_response(image: np.ndarray) -> float:
     """Returns q(x) of an image [H, W, channels]; NaN if it is saturated nearly everywhere."""
-    def windows(values):
+    def windows(values: np.ndarray) -> list[list[np.ndarray]]:
         height, width, _ = values.shape
         return [[values[i : height - 2 + i, j : width - 2 + j] for j in range(3)] for i in range(3)]
 
@@ -111,16 +113,18 @@ def _flat_response(image) -> float:
     return _over_blocks(np.where(saturated, np.nan, response), _block_mean, _FLAT)
 
 
-def _block_mean(blocks, counts):
+def _block_mean(blocks: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.nansum(blocks, axis=0) / counts
 
 
-def _block_std(blocks, counts):
+def _block_std(blocks: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.sqrt(np.nansum((blocks - np.nansum(blocks, axis=0) / counts) ** 2, axis=0)
                    / (counts - 1))
 
 
-def _over_blocks(values, statistic, quantile) -> float:
+def _over_blocks(
+    values: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], quantile: float
+) -> float:
     """A quantile over the blocks of values [H, W, channels] that are more than half not NaN."""
     height, width, channels = values.shape[0] // _BLOCK, values.shape[1] // _BLOCK, values.shape[2]
     blocks = values[: height * _BLOCK, : width * _BLOCK].reshape(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -111,13 +112,13 @@ def over_any_mesh(
         with the same sharding, or a ``PartitionSpec``. None if all results are whole on every
         device.
     """
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
         mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         if mesh is None:
             return function(*arguments)
 
-        def sharding(leaf):
+        def sharding(leaf: Any) -> NamedSharding:
             spec = leaf if isinstance(leaf, PartitionSpec) else jax.typeof(leaf).sharding.spec
             return NamedSharding(mesh, spec)
 
@@ -135,10 +136,10 @@ def replicate(layout: Layout, tree: Any) -> Any:
         return jax.device_put(tree, layout.mesh.devices.flat[0])
     sharding = NamedSharding(layout.mesh, PartitionSpec())
 
-    def place(leaf):
+    def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(
                 leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
@@ -171,7 +172,7 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
         return replicate(layout, rows)
     sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))
 
-    def place(leaf):
+    def place(leaf: Any) -> jax.Array:
         if layout.form == "pmap":  # It takes the devices as an axis of their own.
             leaf = np.reshape(leaf, (layout.num_devices, -1, *leaf.shape[1:]))
             return jax.device_put(leaf, sharding)
@@ -238,7 +239,7 @@ def compile_step(
         make_step(AXIS), axis_name=AXIS, in_axes=(None, None, 0), out_axes=None,
         donate_argnums=0, devices=list(layout.mesh.devices.flat))
 
-    def step(state, shared, rows):
+    def step(state: Any, shared: Any, rows: Any) -> tuple[Any, Any]:
         is_split = jax.tree.leaves(rows)[0].sharding.spec == PartitionSpec(AXIS)
         return (mapped if is_split else whole)(state, shared, rows)
 
@@ -269,7 +270,7 @@ def map_examples(
     if not whole:
         return mapped
 
-    def call(shared, rows):
+    def call(shared: Any, rows: Any) -> Any:
         return jax.lax.with_sharding_constraint(
             mapped(shared, rows), NamedSharding(layout.mesh, everywhere))
 

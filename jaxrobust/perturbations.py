@@ -17,7 +17,7 @@ import functools
 import inspect
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -224,33 +224,36 @@ def parse_perturbation(text: str) -> Perturbation:
     return compose(*(_make(text, *call) for call in calls))
 
 
-def _shown(text):
+def _shown(text: str) -> str:
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
-def _terms(node):
+def _terms(node: ast.expr) -> list[ast.expr]:
     """The nodes of a sum, in their order."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return [*_terms(node.left), *_terms(node.right)]
     return [node]
 
 
-def _read_call(node):
+def _read_call(node: ast.expr) -> tuple[str, list[float], list[tuple[str, float]]]:
     """The name, the numbers and the named numbers of a call; SyntaxError for anything else."""
     # A bare name is a call without arguments.
     call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
             and all(keyword.arg for keyword in call.keywords)):
         raise SyntaxError("not a call")
-    named = [(keyword.arg, _number(keyword.value)) for keyword in call.keywords]
+    named = [(keyword.arg, _number(keyword.value)) for keyword in call.keywords if keyword.arg]
     return call.func.id, [_number(node) for node in call.args], named
 
 
-def _number(node):
+def _number(node: ast.expr) -> float:
     """The value of a number or of an arithmetic expression of numbers."""
-    operations = {ast.Div: operator.truediv, ast.Mult: operator.mul, ast.USub: operator.neg}
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # A bool is an int.
-        number = node.value
+    operations: dict[type[ast.AST], Callable[..., float]] = {
+        ast.Div: operator.truediv, ast.Mult: operator.mul, ast.USub: operator.neg}
+    # A bool is an int.
+    if (isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
+            and not isinstance(node.value, bool)):
+        number: float = node.value
     elif isinstance(node, ast.UnaryOp) and type(node.op) in operations:
         number = operations[type(node.op)](_number(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in operations:
@@ -261,7 +264,9 @@ def _number(node):
     return number
 
 
-def _make(text, name, values, named):
+def _make(
+    text: str, name: str, values: list[float], named: list[tuple[str, float]]
+) -> Perturbation:
     _validate.one_of("perturbation", name, PERTURBATIONS)
     make = PERTURBATIONS[name]
     signature = inspect.signature(make).replace(return_annotation=inspect.Signature.empty)
@@ -287,7 +292,12 @@ def _make(text, name, values, named):
 
 
 def is_random(perturb: Perturbation) -> bool:
-    """Whether a perturbation made here depends on the key, unlike down-up sampling or a blur."""
+    """Whether a perturbation depends on the key, unlike down-up sampling or a blur.
+
+    One that was not made here counts as random.
+    """
+    if not isinstance(perturb, jax.tree_util.Partial):
+        return True
     function = perturb.func
     if function is _composed:
         return any(is_random(part) for part in perturb.args[0])
@@ -296,7 +306,7 @@ def is_random(perturb: Perturbation) -> bool:
     return not (function is _identity or isinstance(function, _DownUp))
 
 
-def _check_images(images, spec):
+def _check_images(images: jax.Array, spec: str) -> dict[str, int]:
     """Checks images; returns their sizes by the names in ``spec``."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise _validate.InputError(
@@ -304,7 +314,7 @@ def _check_images(images, spec):
     return _validate.shapes(images=(images, spec))
 
 
-def _widened(images):
+def _widened(images: jax.Array) -> jax.Array:
     """Images in float32, or in their own dtype if that is wider."""
     return images.astype(jnp.float64 if images.dtype == jnp.float64 else jnp.float32)
 
@@ -317,7 +327,7 @@ class _Noise:
     relative: bool = False
     clip: bool = True
 
-    def __call__(self, strength, key, images):
+    def __call__(self, strength: float | jax.Array, key: jax.Array, images: jax.Array) -> jax.Array:
         _check_images(images, "B ...")
         wide = _widened(images)
         noise = jnp.asarray(strength, jnp.float32) * self.draw(key, images.shape)
@@ -332,41 +342,41 @@ class _Mixed:
 
     probability: float
 
-    def __call__(self, key, shape):
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         chosen_key, key = jax.random.split(key)
         chosen = jax.random.bernoulli(chosen_key, self.probability, _one_per_image(shape))
         return chosen.astype(jnp.float32) * _normal_draw(key, shape)
 
 
-def _random_level_draw(key, shape):
+def _random_level_draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     level_key, key = jax.random.split(key)
     level = jax.random.uniform(level_key, _one_per_image(shape), jnp.float32)
     return level * _normal_draw(key, shape)
 
 
-def _one_per_image(shape):
+def _one_per_image(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[0], *(1 for _ in shape[1:])
 
 
-def _normal_draw(key, shape):
+def _normal_draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return draw_flat(jax.random.normal, key, shape)
 
 
-def _uniform_draw(key, shape):
+def _uniform_draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return draw_flat(jax.random.uniform, key, shape, minval=-1, maxval=1)
 
 
-def _laplace_draw(key, shape):
+def _laplace_draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return draw_flat(jax.random.laplace, key, shape) * 0.5**0.5
 
 
-def _identity(key, images):
+def _identity(key: jax.Array, images: jax.Array) -> jax.Array:
     del key
     _check_images(images, "B ...")
     return images
 
 
-def _salt_and_pepper(amount, key, images):
+def _salt_and_pepper(amount: float | jax.Array, key: jax.Array, images: jax.Array) -> jax.Array:
     _check_images(images, "B ...")
     draws = draw_flat(jax.random.uniform, key, images.shape)
     amount = jnp.asarray(amount, jnp.float32)
@@ -381,7 +391,7 @@ class _Masks:
     height: int | None  # None: as high as the image
     width: int
 
-    def __call__(self, key, images):
+    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         size = _check_images(images, "B H W channels")
         batch, rows, columns = size["B"], size["H"], size["W"]
         height = rows if self.height is None else self.height
@@ -391,7 +401,7 @@ class _Masks:
                     f"Expected images of {name} >= {size}, that of a mask, got {side}.")
         top_key, left_key = jax.random.split(key)
 
-        def covered(key, side, size):
+        def covered(key: jax.Array, side: int, size: int) -> jax.Array:
             first = jax.random.randint(key, (batch, self.number, 1), 0, side - size + 1)
             places = jnp.arange(side)[None, None]
             return (first <= places) & (places < first + size)
@@ -408,7 +418,7 @@ class _DownUp:
 
     factor: float
 
-    def __call__(self, key, images):
+    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         del key
         batch, height, width, channels = _check_images(images, "B H W channels").values()
         if min(height, width) < self.factor:
@@ -422,7 +432,7 @@ class _DownUp:
         return jnp.clip(resize(small, images.shape), 0, 1).astype(images.dtype)
 
 
-def _composed(parts, key, images):
+def _composed(parts: Sequence[Perturbation], key: jax.Array, images: jax.Array) -> jax.Array:
     for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
         images = part(own, images)
     return images
@@ -444,7 +454,7 @@ def per_example(
     """
     _validate.shapes(images=(images, "B ..."), indices=(indices, "B"))
 
-    def one(index, image):
+    def one(index: jax.Array, image: jax.Array) -> jax.Array:
         return perturb(jax.random.fold_in(key, index), image[None])[0]
 
     return jax.vmap(one)(indices, images)

@@ -91,7 +91,7 @@ def map_in_chunks(function: Callable[[jax.Array], Any], num_probes: int, chunk_s
     iterations = num_probes // chunk_size
     written_out = jax.default_backend() == "cpu" and iterations <= LONGEST_WRITTEN_OUT
 
-    def step(zero, chunk):
+    def step(zero: jax.Array, chunk: jax.Array) -> tuple[jax.Array, Any]:
         values = jax.vmap(function)(chunk + zero)
         if not in_order:
             return zero, values
@@ -182,22 +182,24 @@ def mean_until(
     _validate.in_range("num_probes", num_probes, _LEAST_PROBES)
     _validate.in_range("chunk_size", chunk_size, 1)
 
-    def error(count, squares):
+    def error(count: jax.Array, squares: jax.Array) -> jax.Array:
         widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)
         return widened * jnp.sqrt(squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
 
-    def is_open(count, mean, squares):
+    def is_open(count: jax.Array, mean: jax.Array, squares: jax.Array) -> jax.Array:
         return (count < _LEAST_PROBES) | (
             (count < num_probes) & (error(count, squares) > rtol * mean))
 
-    def add(state, sample):
+    def add(
+        state: tuple[jax.Array, jax.Array, jax.Array], sample: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         count, mean, squares = state
         counted = jnp.where(is_open(*state), 1, 0).astype(count.dtype)
         moved = counted * (sample - mean)
         new_mean = mean + moved / jnp.maximum(count + counted, 1)
         return (count + counted, new_mean, squares + moved * (sample - new_mean)), None
 
-    def step(state):
+    def step(state: Any) -> Any:
         number, unit, sums = state
         samples = jax.vmap(probe)(number * chunk_size + jnp.arange(chunk_size))
         # In units of the first: squares of small curvatures are beyond float32.
@@ -236,7 +238,7 @@ def norm(vectors: jax.Array) -> jax.Array:
     return unit * jnp.sqrt(squares)
 
 
-def _sum_of_squares(vectors):
+def _sum_of_squares(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(unit [B], sum of squares [B])`` of the vectors in this unit."""
     axes = tuple(range(1, vectors.ndim))
     unit = unit_of(vectors, axes)

@@ -6,7 +6,7 @@ out of its range, or the shapes do not match.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -188,7 +188,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return _coefficient(stats.spearmanr, x, y)
 
 
-def _coefficient(statistic: Callable, x: np.ndarray, y: np.ndarray) -> float:
+def _coefficient(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
     if x.shape != y.shape:
         raise _validate.InputError(f"Expected y of the shape of x, {x.shape}, got {y.shape}.")
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -220,7 +220,7 @@ class RankCorrelations:
     """
 
     def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
-                 num_resamples: int = 500, confidence: float = 0.95):
+                 num_resamples: int = 500, confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
         _validate.in_range("confidence", confidence, 0, 1, open_low=True)
         _validate.shapes(groups=(groups, "n"), **{
@@ -262,7 +262,7 @@ class MeanRankCorrelations:
 
     def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
                  kept: np.ndarray | None = None, num_resamples: int = 200,
-                 confidence: float = 0.95):
+                 confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
         _validate.in_range("confidence", confidence, 0, 1, open_low=True)
         shapes = {str(name): (each, "M n") for name, each in variables.items()}
@@ -307,7 +307,7 @@ def _matrices_of(values: np.ndarray, kept: np.ndarray, drawn: np.ndarray) -> np.
 def _between(matrices: np.ndarray, index: Mapping[Hashable, int], x: Hashable, y: Hashable,
              given: Hashable | None) -> np.ndarray:
     """The coefficients of two variables in matrices [..., k, k], or the partial ones."""
-    def of(first, second):
+    def of(first: Hashable, second: Hashable) -> np.ndarray:
         return matrices[..., index[first], index[second]]
 
     found = of(x, y)
@@ -356,7 +356,7 @@ def pareto_front(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise _validate.InputError("Expected finite values of the cases to compare.")
     least = (values[:, None] >= values[None]).all(axis=2)  # Row i is at least as good as row j.
-    return ~(least & ~least.T).any(axis=0)
+    return ~np.any(least & ~least.T, axis=0)
 
 
 # --- Outcomes against a value of each case -----------------------------------------------------

@@ -19,6 +19,7 @@ are, one after the other. The module must then treat each as if it were alone, a
 these images, and otherwise for each pass.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -34,8 +35,9 @@ from jax.sharding import PartitionSpec
 
 from jaxrobust import _validate, parallel
 from jaxrobust.centroids import CentroidState, init_centroids
+from jaxrobust.images import Outputs
 from jaxrobust.methods import METHOD_KEY, Batch, Evaluated, Method
-from jaxrobust.methods.common import at_once, in_turn
+from jaxrobust.methods.common import BatchStats, at_once, in_turn
 from jaxrobust.models.common import has_field, head_parameters, over_axis
 
 
@@ -98,21 +100,23 @@ def make_objective(
     :class:`~jaxrobust.methods.Evaluated`; it does not use the parameters in the state. Batch norm
     and dropout are in training mode.
     """
-    def objective(params, state, batch):
+    def objective(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Evaluated]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, METHOD_KEY), state.step)
         dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
         if axis_name is not None:  # Each device has other images.
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
         passes = itertools.count()
 
-        def one_pass(model, batch_stats, images):
+        def one_pass(
+            model: nn.Module, batch_stats: BatchStats, images: jax.Array
+        ) -> tuple[Outputs, BatchStats]:
             outputs, updated = model.apply(
                 {"params": params, "batch_stats": batch_stats}, images, train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(dropout_key, next(passes))})
             return outputs, updated.get("batch_stats", batch_stats)
 
-        def forward(batch_stats, *batches):
+        def forward(batch_stats: BatchStats, *batches: jax.Array) -> tuple[Any, ...]:
             if len(batches) == 1 or not has_field(model, "batch_groups"):
                 return in_turn(functools.partial(one_pass, model))(batch_stats, *batches)
             grouped = model.clone(batch_groups=len(batches))
@@ -172,13 +176,15 @@ def make_train_step(
 
     _validate.in_range("sam_radius", sam_radius, 0)
 
-    def with_gradients(params, state, batch):
+    def with_gradients(
+        params: Any, state: TrainState, batch: Batch
+    ) -> tuple[tuple[jax.Array, Evaluated], Any]:
         result, gradients = jax.value_and_grad(objective, has_aux=True)(params, state, batch)
         if axis_name is not None:
             gradients = jax.lax.pmean(gradients, axis_name)
         return result, gradients
 
-    def update(state, batch):
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, evaluated), gradients = with_gradients(state.params, state, batch)
         if axis_name is not None and not synchronised:
             evaluated = evaluated._replace(
@@ -188,13 +194,13 @@ def make_train_step(
                 _towards(state.params, gradients, sam_radius), state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
-        state = state.replace(
-            step=state.step + 1, params=optax.apply_updates(state.params, updates),
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=optax.apply_updates(state.params, updates),
             batch_stats=evaluated.batch_stats, opt_state=opt_state,
             centroids=evaluated.centroids)
         return state, metrics
 
-    def train_step(state, batch):
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         _validate.shapes(**{"batch.clean": (batch.clean, "B ..."),
                             "batch.noisy": (batch.noisy, "B ..."),
                             "batch.labels": (batch.labels, "B")})
@@ -205,7 +211,7 @@ def make_train_step(
     return train_step
 
 
-def _towards(params, gradients, radius: float):
+def _towards(params: Any, gradients: Any, radius: float) -> Any:
     """The parameters, moved by ``radius`` along the gradients; where they are if these are 0."""
     norm = optax.tree.norm(gradients)
     scale = radius / jnp.where(norm > 0, norm, 1)
@@ -216,7 +222,8 @@ class AveragedState(NamedTuple):
     """The state of an optimiser that :func:`averaged` made."""
 
     inner: optax.OptState
-    count: jax.Array  # shape=[], dtype=int32; updates done
+    count: jax.Array  # type: ignore[assignment]  # tuple has a method of this name.
+    # shape=[], dtype=int32; updates done
     average: Any  # like the parameters
 
 
@@ -242,11 +249,13 @@ def averaged(
     """
     _validate.in_range("decay", decay, 0, 1)
 
-    def init(params):
+    def init(params: optax.Params) -> AveragedState:
         return AveragedState(optimizer.init(params), jnp.zeros((), jnp.int32),
                              jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: AveragedState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AveragedState]:
         updates, inner = optimizer.update(updates, state.inner, params)
         count = state.count + 1
         # 1 - gamma^t without the cancellation that float32 would have at first.
@@ -275,7 +284,7 @@ def with_averaged_parameters(state: TrainState) -> TrainState:
     if not isinstance(state.opt_state, AveragedState):
         raise _validate.InputError("Expected the state of an optimizer made by averaged(...), got "
                                    f"{type(state.opt_state).__name__}.")
-    return state.replace(params=state.opt_state.average)
+    return dataclasses.replace(state, params=state.opt_state.average)
 
 
 def _of_float(schedule: optax.Schedule) -> optax.Schedule:
@@ -330,10 +339,12 @@ def adam(
     return _with_decay(_adam, learning_rate, weight_decay, clip_norm)
 
 
-def _adam(learning_rate):
+def _adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     optimizer = optax.adam(learning_rate)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         # Its bias correction raises a float to the power of an integer array.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(updates, state, params)
@@ -341,7 +352,10 @@ def _adam(learning_rate):
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def _with_decay(make, learning_rate, weight_decay, clip_norm):
+def _with_decay(
+    make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
     """Makes an optimiser that first clips gradients, then adds the L2 penalty's."""
     _validate.in_range("weight_decay", weight_decay, 0)
     if callable(learning_rate):

@@ -1,5 +1,6 @@
 """The smallest perturbation that changes the class: targeted FAB."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -89,7 +90,7 @@ def fab(
 
 def begin(logits_fn: Classifier, problem: Problem) -> Nearest:
     """The images themselves: at distance 0 where they are misclassified, else at infinity."""
-    def look(problem):
+    def look(problem: Problem) -> Nearest:
         evaluated = common.evaluate(
             logits_fn, towards_target, problem, problem.images, problem.keys)
         return Nearest(problem.images, jnp.where(evaluated.wrong, 0, jnp.inf).astype(jnp.float32),
@@ -108,11 +109,13 @@ class _Approach(NamedTuple):
 _ALPHA_MAX, _ETA, _BETA, _LEAST_DISTANCE = 0.1, 1.05, 0.9, 1e-8
 
 
-def make_fab(logits_fn: Classifier, norm: str, num_steps: int):
+def make_fab(
+    logits_fn: Classifier, norm: str, num_steps: int
+) -> Callable[[Problem, Nearest], Nearest]:
     """A run of FAB for one target, compiled: ``(problem, nearest) -> nearest``."""
     num_steps = _validate.integer("num_steps", num_steps, 1)
 
-    def step(problem, number, state):
+    def step(problem: Problem, number: jax.Array, state: _Approach) -> _Approach:
         keys = common.step_keys(problem, number)
         here, gradient = common.evaluate_with_gradient(
             logits_fn, towards_target, problem, state.images, keys)
@@ -135,7 +138,9 @@ def make_fab(logits_fn: Classifier, norm: str, num_steps: int):
     return lambda problem, nearest: walk_on(problem, _Approach(problem.images, nearest)).nearest
 
 
-def _nearer(norm, problem, nearest, images, evaluated):
+def _nearer(
+    norm: str, problem: Problem, nearest: Nearest, images: jax.Array, evaluated: common.Evaluated
+) -> Nearest:
     distance = common.size_of(norm, images - problem.images)
     nearer = evaluated.wrong & (distance < nearest.distance)
     images, distance = choose(nearer, (images, distance), nearest[:2])
@@ -145,9 +150,11 @@ def _nearer(norm, problem, nearest, images, evaluated):
 _HALVINGS = 12
 
 
-def make_bisection(logits_fn: Classifier, norm: str):
+def make_bisection(logits_fn: Classifier, norm: str) -> Callable[[Problem, Nearest], Nearest]:
     """Halves, again and again, the way between the image and the nearest one found, compiled."""
-    def step(problem, number, state):
+    def step(
+        problem: Problem, number: jax.Array, state: tuple[jax.Array, Nearest, jax.Array]
+    ) -> tuple[jax.Array, Nearest, jax.Array]:
         bounds, nearest, far = state  # [B, 2], shares of the way to ``far``
         middle = jnp.mean(bounds, axis=1)
         points = problem.images + rows(middle, far) * (far - problem.images)
@@ -159,7 +166,7 @@ def make_bisection(logits_fn: Classifier, norm: str):
 
     walk_on = common.repeated(step, _HALVINGS)
 
-    def run(problem, nearest):
+    def run(problem: Problem, nearest: Nearest) -> Nearest:
         bounds = jnp.broadcast_to(jnp.array([[0.0, 1.0]], jnp.float32), (len(problem.images), 2))
         return walk_on(problem, (bounds, nearest, nearest.images))[1]
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxrobust import _validate, probes
 from jaxrobust._eager import as_program, is_traced
@@ -49,7 +50,7 @@ class Randomised:
     num_draws: int = 20
     chunk_size: int = 5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.integer("num_draws", self.num_draws, 1)
         _validate.integer("chunk_size", self.chunk_size, 1)
 
@@ -88,8 +89,8 @@ Objective = Callable[[jax.Array, Problem], jax.Array]
 """``(logits [B, C], problem) -> [B]``, what an attack maximises."""
 
 
-def prepare(images: jax.Array, labels: jax.Array, key: jax.Array, *, norm: str, epsilon: float,
-            indices: jax.Array | None) -> Problem:
+def prepare(images: ArrayLike, labels: ArrayLike, key: jax.Array, *, norm: str, epsilon: float,
+            indices: ArrayLike | None) -> Problem:
     """Checks what attacks are given.
 
     Raises:
@@ -167,7 +168,7 @@ def project(norm: str, center: jax.Array, points: jax.Array, epsilon: jax.Array)
 
 
 @jax.jit
-def _with_parameters(classifier, images):
+def _with_parameters(classifier: LogitsFn, images: jax.Array) -> jax.Array:
     """A function that holds its parameters is traced once for all attacks, with its gradient."""
     return classifier(images)
 
@@ -188,7 +189,10 @@ def classify(classifier: Classifier, problem: Problem, images: jax.Array, keys: 
     return logits
 
 
-def _once(classifier, objective, problem, images, keys):
+def _once(
+    classifier: Classifier, objective: Objective, problem: Problem, images: jax.Array,
+    keys: jax.Array
+) -> Evaluated:
     logits = classify(classifier, problem, images, keys)
     counts = counted(problem.labels, logits.shape[1])
     finite = jnp.isfinite(logits).all(axis=1)
@@ -197,7 +201,9 @@ def _once(classifier, objective, problem, images, keys):
                      (predicted != problem.labels) & finite & counts, finite | ~counts)
 
 
-def _over_draws(classifier, one_draw, keys):
+def _over_draws(
+    classifier: Classifier, one_draw: Callable[[jax.Array], tuple[Evaluated, Tree]], keys: jax.Array
+) -> tuple[Evaluated, Tree]:
     """The means over draws of what ``one_draw(keys)`` returns: (Evaluated, gradient)."""
     if not isinstance(classifier, Randomised):
         return one_draw(keys)
@@ -221,8 +227,8 @@ def evaluate_with_gradient(
     keys: jax.Array,
 ) -> tuple[Evaluated, jax.Array]:
     """What the classifier says of images, and the gradient of the objective, like images."""
-    def one_draw(keys):
-        def total(images):
+    def one_draw(keys: jax.Array) -> tuple[Evaluated, jax.Array]:
+        def total(images: jax.Array) -> tuple[jax.Array, Evaluated]:
             found = _once(classifier, objective, problem, images, keys)
             return jnp.sum(found.loss), found
 
@@ -251,7 +257,7 @@ def consider(found: Found, images: jax.Array, evaluated: Evaluated) -> Found:
 def looking_at(classifier: Classifier, objective: Objective
                ) -> Callable[[Problem, Found, jax.Array], Found]:
     """``(problem, found, images) -> found`` with the images considered, compiled."""
-    def look(problem, found, images):
+    def look(problem: Problem, found: Found, images: jax.Array) -> Found:
         keys = fold_in(problem.keys, _LOOK)
         return consider(found, images, evaluate(classifier, objective, problem, images, keys))
 
@@ -307,10 +313,10 @@ def repeated(
       num_steps: the number of steps.
       done: ``(problem, state) -> []`` bool, whether the steps that are left can be left out.
     """
-    compiled_step = as_program(step)
+    compiled_step: Callable[..., State] = as_program(step)
     compiled_done = None if done is None else as_program(done)
 
-    def whole(problem, state):
+    def whole(problem: Problem, state: State) -> State:
         if done is None:
             written_out = (jax.default_backend() == "cpu"
                            and num_steps <= probes.LONGEST_WRITTEN_OUT)
@@ -323,7 +329,7 @@ def repeated(
 
     compiled_whole = as_program(whole)
 
-    def run(problem, state):
+    def run(problem: Problem, state: State) -> State:
         if is_traced((problem, state)) or jax.default_backend() != "cpu":
             return compiled_whole(problem, state)
         for number in range(num_steps):

@@ -1,6 +1,6 @@
 """AutoAttack's ensemble of attacks with its warnings, and checks for masked gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxrobust.attacks.common import Classifier, Problem, Randomised
 from jaxrobust.attacks.gradient import aimed, fgsm, make_apgd, pgd
 from jaxrobust.attacks.objectives import OBJECTIVES
 from jaxrobust.attacks.square import make_square
+from jaxrobust.images import to_float
 
 
 class Ensemble(NamedTuple):
@@ -112,7 +113,9 @@ def auto_attack(
         common.evaluate(logits_fn, OBJECTIVES["cross_entropy"], problem, images, problem.keys),
         common.classify(logits_fn, problem, images, problem.keys)))
 
-    def judged(rows, problem, images):
+    def judged(
+        rows: np.ndarray, problem: Problem, images: jax.Array
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Whether rows of a batch are misclassified, and their logits."""
         evaluated, logits = (jax.tree.map(lambda leaf: np.asarray(leaf)[:len(rows)], part)
                              for part in judge(problem, images))
@@ -126,7 +129,7 @@ def auto_attack(
     if not counts.any():
         raise _validate.InputError(f"Expected labels in [0, {num_classes}), got none.")
     result = Ensemble(
-        np.array(common.to_float(images), np.float32), counts & ~wrong,
+        np.array(to_float(images), np.float32), counts & ~wrong,
         np.where(counts & wrong, "clean", "").astype(object), {}, {})
     result.accuracy["clean"] = float(result.robust.sum() / counts.sum())
 
@@ -165,11 +168,14 @@ class _Attack(NamedTuple):
     targeted: bool = False
 
 
-def _attacks(logits_fn, norm, num_classes, num_steps, num_queries, result):
-    def by_apgd(loss):
+def _attacks(
+    logits_fn: Classifier, norm: str, num_classes: int, num_steps: int, num_queries: int,
+    result: Ensemble
+) -> list[_Attack]:
+    def by_apgd(loss: str) -> Callable[[Problem], tuple[jax.Array, jax.Array, jax.Array]]:
         run = make_apgd(logits_fn, norm, loss, num_steps, until_wrong=True)
 
-        def attack(problem):
+        def attack(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
             ended = run(problem, common.nothing_found(problem))
             # Only where the attack failed: that is where they may be the reason.
             zero = common.size_of("linf", ended.best.gradient) == 0
@@ -177,14 +183,14 @@ def _attacks(logits_fn, norm, num_classes, num_steps, num_queries, result):
 
         return attack
 
-    def by_fab(problem):
+    def by_fab(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
         nearest = run_fab(problem, Nearest(problem.images, jnp.full(
             len(problem.images), jnp.inf, jnp.float32), jnp.ones(len(problem.images), bool)))
         inside = nearest.distance <= problem.epsilon
         return (common.choose(inside, nearest.images, problem.images), nearest.finite,
                 jnp.zeros_like(inside))
 
-    def by_square(problem):
+    def by_square(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
         found = run_square(problem, common.nothing_found(problem))
         return found.images, found.finite, jnp.zeros_like(found.wrong)
 
@@ -203,7 +209,7 @@ def _attacks(logits_fn, norm, num_classes, num_steps, num_queries, result):
     return attacks
 
 
-def _warn_of_outputs(result, logits):
+def _warn_of_outputs(result: Ensemble, logits: np.ndarray) -> None:
     if (logits.min() > -_PROBABLE and logits.max() < 1 + _PROBABLE
             and (np.abs(logits.sum(axis=1) - 1) < _PROBABLE).all()):
         result.warnings["probabilities"] = (
@@ -211,7 +217,7 @@ def _warn_of_outputs(result, logits):
             "logits.")
 
 
-def _warn_of_randomness(result, passes):
+def _warn_of_randomness(result: Ensemble, passes: Sequence[np.ndarray]) -> None:
     directions = np.stack([logits / (np.linalg.norm(logits, axis=1, keepdims=True) + 1e-10)
                            for logits in passes])
     spread = np.linalg.norm(directions[:, None] - directions[None], axis=-1)
@@ -221,14 +227,13 @@ def _warn_of_randomness(result, passes):
             "Attack it as a Randomised classifier.")
 
 
-def _warn_of_gradients(result, zero_gradients):
+def _warn_of_gradients(result: Ensemble, zero_gradients: int) -> None:
     if zero_gradients:
         result.warnings["zero_gradients"] = (
             f"Gradients are zero in {zero_gradients} runs of APGD that failed: attacks by "
             "gradients may not say how robust the network is.")
-    before, after = (min((value for name, value in result.accuracy.items()
-                          if (name == "square") == is_square), default=None)
-                     for is_square in (False, True))
+    before = min(value for name, value in result.accuracy.items() if name != "square")
+    after = result.accuracy.get("square")
     if after is not None and before - after > _GAIN:
         result.warnings["black_box"] = (
             f"Square, which uses no gradients, lowers the accuracy from {before:.2%} to "
@@ -279,14 +284,16 @@ def masking_checks(
         common.evaluate(logits_fn, OBJECTIVES["cross_entropy"], problem, images, problem.keys),
         common.classify(logits_fn, problem, images, problem.keys).shape[1]))
 
-    def accuracy(attacked):
+    def accuracy(attacked: jax.Array) -> float:
         evaluated, num_classes = judge(problem, attacked)
         counts = np.asarray((problem.labels >= 0) & (problem.labels < num_classes))
         if not counts.any():
             raise _validate.InputError(f"Expected labels in [0, {num_classes}), got none.")
         return float((counts & ~np.asarray(evaluated.wrong)).sum() / counts.sum())
 
-    def under_pgd(*, epsilon=epsilon, num_steps=num_steps, num_restarts=num_restarts):
+    def under_pgd(
+        *, epsilon: float = epsilon, num_steps: int = num_steps, num_restarts: int = num_restarts
+    ) -> float:
         return accuracy(pgd(logits_fn, images, labels, key, norm=norm, epsilon=epsilon,
                             num_steps=num_steps, num_restarts=num_restarts, indices=indices))
 

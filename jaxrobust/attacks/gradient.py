@@ -49,7 +49,7 @@ def fgsm(logits_fn: Classifier, images: jax.Array, labels: jax.Array, *, norm: s
     problem = common.prepare(images, labels, jax.random.key(0), norm=norm, epsilon=epsilon,
                              indices=None)
 
-    def attack(problem):
+    def attack(problem: Problem) -> tuple[jax.Array, jax.Array]:
         evaluated, gradient = common.evaluate_with_gradient(
             logits_fn, _CROSS_ENTROPY, problem, problem.images, problem.keys)
         return evaluated.finite, _climb(norm, problem, problem.images, gradient, problem.epsilon)
@@ -59,7 +59,9 @@ def fgsm(logits_fn: Classifier, images: jax.Array, labels: jax.Array, *, norm: s
     return attacked
 
 
-def _climb(norm, problem, images, gradient, step_size):
+def _climb(
+    norm: str, problem: Problem, images: jax.Array, gradient: jax.Array, step_size: jax.Array
+) -> jax.Array:
     """A step; images that are not attacked have no gradient, and stay."""
     return common.project(norm, problem.images,
                           images + step_size * common.ascent(norm, gradient), problem.epsilon)
@@ -71,7 +73,7 @@ def ascend(logits_fn: Classifier, objective: common.Objective, problem: Problem,
 
     Unlike :func:`pgd` it returns the last of the iterates, and evaluates no others.
     """
-    def step(problem, number, images):
+    def step(problem: Problem, number: jax.Array, images: jax.Array) -> jax.Array:
         _, gradient = common.evaluate_with_gradient(
             logits_fn, objective, problem, images, common.step_keys(problem, number))
         return _climb(norm, problem, images, gradient, step_size)
@@ -151,7 +153,7 @@ def pgd(
     step_size = (2.5 * problem.epsilon / num_steps if step_size is None
                  else jnp.asarray(step_size, jnp.float32))
 
-    def step(problem, number, walk):
+    def step(problem: Problem, number: jax.Array, walk: _Walk) -> _Walk:
         evaluated, gradient = common.evaluate_with_gradient(
             logits_fn, _CROSS_ENTROPY, problem, walk.images, common.step_keys(problem, number))
         return _Walk(_climb(norm, problem, walk.images, gradient, walk.step_size), walk.step_size,
@@ -174,7 +176,7 @@ def uniform_start(norm: str, problem: Problem) -> jax.Array:
     shape = problem.images.shape[1:]
     dimension = int(np.prod(shape))
 
-    def draw(key):
+    def draw(key: jax.Array) -> jax.Array:
         if norm == "linf":
             return jax.random.uniform(key, shape, jnp.float32, -1, 1)
         direction, radius = jax.random.split(key)
@@ -187,9 +189,9 @@ def uniform_start(norm: str, problem: Problem) -> jax.Array:
                           problem.epsilon)
 
 
-def _sphere_start(norm, problem):
+def _sphere_start(norm: str, problem: Problem) -> jax.Array:
     """On the boundary of the ball, as APGD starts: one value of the box's, or any direction."""
-    def draw(key):
+    def draw(key: jax.Array) -> jax.Array:
         if norm == "linf":
             return jax.random.uniform(key, problem.images.shape[1:], jnp.float32, -1, 1)
         return jax.random.normal(key, problem.images.shape[1:], jnp.float32)
@@ -328,7 +330,7 @@ def make_apgd(logits_fn: Classifier, norm: str, loss: str, num_steps: int, *,
     windows = jnp.asarray(checkpoints(num_steps))
     objective = OBJECTIVES[loss]
 
-    def step(problem, number, state):
+    def step(problem: Problem, number: jax.Array, state: Adaptive) -> Adaptive:
         evaluated, gradient = common.evaluate_with_gradient(
             logits_fn, objective, problem, state.images, common.step_keys(problem, number))
         here = Best(state.images, gradient, evaluated.loss)
@@ -353,7 +355,7 @@ def make_apgd(logits_fn: Classifier, norm: str, loss: str, num_steps: int, *,
             jnp.where(window > 0, halve, state.halved),
             common.consider(state.found, state.images, evaluated))
 
-    def begin(problem, found):
+    def begin(problem: Problem, found: Found) -> Adaptive:
         first = _sphere_start(norm, problem)
         size = len(first)
         lowest = jnp.full(size, -jnp.inf, jnp.float32)
@@ -362,7 +364,7 @@ def make_apgd(logits_fn: Classifier, norm: str, loss: str, num_steps: int, *,
             Best(first, jnp.zeros_like(first), lowest), jnp.zeros(size, jnp.int32), lowest,
             jnp.ones(size, bool), found)
 
-    def done(problem, state):
+    def done(problem: Problem, state: Adaptive) -> jax.Array:
         return common.all_wrong(problem, state.found)
 
     start = as_program(begin)

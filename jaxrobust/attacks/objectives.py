@@ -81,7 +81,7 @@ def other_classes(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.argsort(-hidden, axis=1)[:, :-1].astype(jnp.int32)
 
 
-def _checked(logits, labels, least):
+def _checked(logits: jax.Array, labels: jax.Array, least: int) -> tuple[jax.Array, jax.Array]:
     """Labels with 0 in place of those that do not count, and which do."""
     labels = _validate.class_numbers("labels", labels)
     num_classes = _validate.shapes(logits=(logits, "B C"), labels=(labels, "B"))["C"]
@@ -90,11 +90,11 @@ def _checked(logits, labels, least):
     return jnp.where(counts, labels, 0), counts
 
 
-def _of(logits, classes):
+def _of(logits: jax.Array, classes: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
 
 
-def _is_class(logits, labels):
+def _is_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.arange(logits.shape[1], dtype=labels.dtype)[None] == labels[:, None]
 
 

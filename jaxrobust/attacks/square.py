@@ -1,6 +1,7 @@
 """An attack by scores alone, without gradients: Square."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -83,11 +84,13 @@ class _Search(NamedTuple):
     found: Found
 
 
-def make_square(logits_fn: Classifier, norm: str, num_queries: int):
+def make_square(
+    logits_fn: Classifier, norm: str, num_queries: int
+) -> Callable[[Problem, Found], Found]:
     """A run of Square, compiled: ``(problem, found) -> found``."""
     num_queries = _validate.integer("num_queries", num_queries, 1)
 
-    def step(problem, number, state):
+    def step(problem: Problem, number: jax.Array, state: _Search) -> _Search:
         keys = common.step_keys(problem, number)
         propose = _propose_linf if norm == "linf" else _propose_l2
         evaluate = functools.partial(common.evaluate, logits_fn, margin_objective, problem)
@@ -105,7 +108,7 @@ def make_square(logits_fn: Classifier, norm: str, num_queries: int):
         kept = common.choose(is_open, found, state.found)
         return _Search(images, loss, kept._replace(finite=found.finite))
 
-    def begin(problem, found):
+    def begin(problem: Problem, found: Found) -> _Search:
         first = jax.vmap(_start_linf if norm == "linf" else _start_l2, (0, 0, None))(
             common.start_keys(problem), problem.images, problem.epsilon)
         return _Search(first, jnp.full(len(first), -jnp.inf, jnp.float32), found)
@@ -128,18 +131,18 @@ def halvings(query: jax.Array) -> jax.Array:
     return jnp.sum(query > jnp.array(_HALVED_AFTER, jnp.int32))
 
 
-def _signs(key, shape):
+def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.rademacher(key, shape, jnp.float32)
 
 
-def _corner(key, shape, side):
+def _corner(key: jax.Array, shape: tuple[int, ...], side: jax.Array) -> jax.Array:
     """The upper left pixel of a window [side, side] within an image, each equally likely."""
     draws = jax.random.uniform(key, (2,), jnp.float32)
     places = jnp.array(shape[:2], jnp.int32) - side + 1
     return jnp.minimum((draws * places.astype(jnp.float32)).astype(jnp.int32), places - 1)
 
 
-def _window(shape, corner, side):
+def _window(shape: tuple[int, ...], corner: jax.Array, side: jax.Array) -> jax.Array:
     """Whether pixels are in the window, [H, W, 1] bool."""
     row, column = (jnp.arange(length, dtype=jnp.int32) for length in shape[:2])
     inside = [(numbers >= first) & (numbers < first + side)
@@ -147,12 +150,14 @@ def _window(shape, corner, side):
     return (inside[0][:, None] & inside[1][None])[..., None]
 
 
-def _start_linf(key, image, epsilon):
+def _start_linf(key: jax.Array, image: jax.Array, epsilon: jax.Array) -> jax.Array:
     """Vertical stripes of one pixel."""
     return jnp.clip(image + epsilon * _signs(key, (1, *image.shape[1:])), 0, 1)
 
 
-def _propose_linf(key, image, best, epsilon, query):
+def _propose_linf(
+    key: jax.Array, image: jax.Array, best: jax.Array, epsilon: jax.Array, query: jax.Array
+) -> jax.Array:
     height, width, channels = image.shape
     share = _FIRST_SHARE * 0.5 ** halvings(query).astype(jnp.float32)
     side = jnp.round(jnp.sqrt(share * (height * width))).astype(jnp.int32)
@@ -163,14 +168,14 @@ def _propose_linf(key, image, best, epsilon, query):
     return best + jnp.where(window, 2 * epsilon * _signs(sign, (1, 1, channels)), 0)
 
 
-def _bump(height, width):
+def _bump(height: int, width: int) -> np.ndarray:
     """A pattern with a peak in the middle: the sum over i of 1 / i^2 on rectangles that grow."""
     pattern = np.zeros((height, width))
     middle = height // 2, width // 2
     for ring in range(max(middle) + 1):
         rectangle = tuple(slice(max(centre - ring, 0), centre + ring + 1) for centre in middle)
         pattern[rectangle] += 1 / (ring + 1) ** 2
-    return pattern / max(np.linalg.norm(pattern), 1e-12)
+    return pattern / max(float(np.linalg.norm(pattern)), 1e-12)
 
 
 def _pattern(side: int) -> np.ndarray:
@@ -179,7 +184,7 @@ def _pattern(side: int) -> np.ndarray:
     return (both / np.linalg.norm(both)).astype(np.float32)
 
 
-def _start_l2(key, image, epsilon):
+def _start_l2(key: jax.Array, image: jax.Array, epsilon: jax.Array) -> jax.Array:
     """Patterns in tiles of a fifth of the image, of random signs and directions."""
     side = max(min(image.shape[:2]) // 5, 1)
     down, across = (length // side for length in image.shape[:2])
@@ -203,7 +208,9 @@ def _sides(height: int, width: int) -> np.ndarray:
     return np.minimum(sides, largest)
 
 
-def _propose_l2(key, image, best, epsilon, query):
+def _propose_l2(
+    key: jax.Array, image: jax.Array, best: jax.Array, epsilon: jax.Array, query: jax.Array
+) -> jax.Array:
     height, width, channels = image.shape
     change = best - image
     sides = _sides(height, width)
@@ -230,6 +237,6 @@ def _propose_l2(key, image, best, epsilon, query):
     return image + epsilon * change / jnp.maximum(jnp.linalg.norm(change), _TINY)
 
 
-def _channel_norms(change):
+def _channel_norms(change: jax.Array) -> jax.Array:
     """[1, 1, channels]"""
     return jnp.sqrt(jnp.sum(jnp.square(change), axis=(0, 1), keepdims=True))

@@ -69,7 +69,8 @@ benchmark, in its order; extra for the 4 that its authors keep for validation.""
 BENCHMARK = tuple(name for name, group in CORRUPTIONS.items() if group != "extra")
 """The 15 over which means are taken."""
 
-_APPLY = {function.__name__: function for functions in _GROUPS.values() for function in functions}
+_APPLY: dict[str, Callable[..., jax.Array]] = {
+    function.__name__: function for functions in _GROUPS.values() for function in functions}
 
 _DETERMINISTIC = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate",
                   "jpeg_compression", "gaussian_blur", "saturate")
@@ -102,7 +103,7 @@ class Corruption:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _corrupt(corruption, key, images):
+def _corrupt(corruption: Corruption, key: jax.Array, images: jax.Array) -> jax.Array:
     """Compiled as a whole, also when it is called eagerly."""
     number, height, width, _ = images.shape
     values = parameters_for(corruption.name, corruption.severity, height, width)
@@ -135,7 +136,7 @@ def corruption(name: str, severity: int) -> Callable[[jax.Array, jax.Array], jax
 
 
 def _maker(name: str) -> Callable[[int], Callable[[jax.Array, jax.Array], jax.Array]]:
-    def make(severity: int):
+    def make(severity: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return corruption(name, severity)
 
     make.__name__ = name

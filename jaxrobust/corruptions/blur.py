@@ -99,7 +99,7 @@ def moved(image: jax.Array, radius: float, std: float, angle: jax.Array) -> jax.
     padded = jnp.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     direction = jnp.stack([jnp.sin(angle), jnp.cos(angle)])
 
-    def add(total, step):
+    def add(total: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         tap, weight = step
         first = reach + jnp.ceil(tap * direction - 0.5).astype(jnp.int32)
         part = jax.lax.dynamic_slice(

@@ -37,15 +37,18 @@ def saturate(key: jax.Array, image: jax.Array, factor: float, added: float) -> j
 def pixelate(key: jax.Array, image: jax.Array, factor: float) -> jax.Array:
     """Scales down by ``factor`` with a box filter, and up again by the nearest pixel."""
     del key
-    return linear.separable(*(_pixelating(size, factor) for size in image.shape[:2]), image)
+    rows, columns = (_pixelating(size, factor) for size in image.shape[:2])
+    return linear.separable(rows, columns, image)
 
 
-def _pixelating(size, factor):
+def _pixelating(size: int, factor: float) -> np.ndarray:
     fewer = max(int(size * factor), 1)
     return linear.box_matrix(fewer, size) @ linear.box_matrix(size, fewer)
 
 
-def sample(image: jax.Array, y: jax.Array, x: jax.Array, border) -> jax.Array:
+def sample(
+    image: jax.Array, y: jax.Array, x: jax.Array, border: linear.Border[jax.Array]
+) -> jax.Array:
     """Reads the image at places [H, W] in pixels, bilinear, its ``border`` extended."""
     height, width, channels = image.shape
     pixels = image.reshape(-1, channels)
@@ -53,7 +56,7 @@ def sample(image: jax.Array, y: jax.Array, x: jax.Array, border) -> jax.Array:
     down, right = (y - top)[..., None], (x - left)[..., None]
     rows, columns = top.astype(jnp.int32), left.astype(jnp.int32)
 
-    def at(row, column):
+    def at(row: jax.Array, column: jax.Array) -> jax.Array:
         return pixels.at[border(row, height) * width + border(column, width)].get(
             mode="promise_in_bounds")
 

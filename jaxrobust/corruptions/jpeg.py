@@ -49,7 +49,7 @@ def jpeg_compression(key: jax.Array, image: jax.Array, quality: int) -> jax.Arra
         y + jnp.round(1.772 * cb)], axis=-1), 0, 255) / 255
 
 
-def _coded(planes, steps):
+def _coded(planes: jax.Array, steps: np.ndarray) -> jax.Array:
     """Planes [H, W, n] of levels 0, 1, ..., 255, each block quantised by ``steps`` [8, 8]."""
     height, width, n = planes.shape
     padded = jnp.pad(planes, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
@@ -66,12 +66,12 @@ def _coded(planes, steps):
     return jnp.clip(decoded.reshape(padded.shape), 0, 255)[:height, :width]
 
 
-def _transform(axes, blocks):
+def _transform(axes: str, blocks: jax.Array) -> jax.Array:
     return jnp.einsum(axes, jnp.asarray(_DCT, jnp.float32), blocks,
                       precision=jax.lax.Precision.HIGHEST)
 
 
-def _halved(planes):
+def _halved(planes: jax.Array) -> jax.Array:
     """Means of 2 x 2 pixels, which at a half round down and up in turn, as libjpeg's."""
     height, width, n = planes.shape
     padded = jnp.pad(planes, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -80,14 +80,14 @@ def _halved(planes):
     return jnp.floor((sums + bias[None, :, None]) / 4)
 
 
-def _doubled(planes):
+def _doubled(planes: jax.Array) -> jax.Array:
     """Twice as many pixels, each 3/4 of the nearest and 1/4 of the next along either side."""
-    def interleaved(before, after, axis):
+    def interleaved(before: jax.Array, after: jax.Array, axis: int) -> jax.Array:
         shape = list(before.shape)
         shape[axis] *= 2
         return jnp.stack([before, after], axis=axis + 1).reshape(shape)
 
-    def neighbours(planes, axis):
+    def neighbours(planes: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
         first, last = (jax.lax.slice_in_dim(planes, start, stop, axis=axis) for start, stop in (
             (0, 1), (planes.shape[axis] - 1, planes.shape[axis])))
         padded = jnp.concatenate([first, planes, last], axis=axis)

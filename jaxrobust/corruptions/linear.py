@@ -1,10 +1,18 @@
 """Linear maps of rows and columns as matrices, which suit every device and every batch."""
 
+import functools
+import operator
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Indices = TypeVar("Indices", np.ndarray, jax.Array)
+
+Border = Callable[[Indices, int], Indices]
+"""``(indices, size) -> indices`` in [0, size): the pixels that continue an image beyond itself."""
 
 
 def nearest(index: np.ndarray, size: int) -> np.ndarray:
@@ -12,12 +20,12 @@ def nearest(index: np.ndarray, size: int) -> np.ndarray:
     return np.clip(index, 0, size - 1)
 
 
-def reflect(index, size: int):
+def reflect(index: Indices, size: int) -> Indices:
     """Indices of ``c b a | a b c d | d c b``; NumPy or JAX."""
     return (2 * size - 1 - abs(2 * (index % (2 * size)) - 2 * size + 1)) // 2
 
 
-def mirror(index, size: int):
+def mirror(index: Indices, size: int) -> Indices:
     """Indices of ``d c b | a b c d | c b a``; NumPy or JAX."""
     if size == 1:
         return index * 0
@@ -25,7 +33,7 @@ def mirror(index, size: int):
 
 
 def gaussian_matrix(
-    size: int, std: float, *, radius: int, border: Callable[[np.ndarray, int], np.ndarray]
+    size: int, std: float, *, radius: int, border: Border[np.ndarray]
 ) -> np.ndarray:
     """[size, size] float64, which blurs ``size`` pixels with a Gaussian cut off at ``radius``."""
     if radius == 0:
@@ -74,17 +82,19 @@ def separable(rows: np.ndarray, columns: np.ndarray, image: jax.Array) -> jax.Ar
 
 
 def gaussian_filter(
-    image: jax.Array, std: float, *, truncate: float = 4.0, border=nearest
+    image: jax.Array, std: float, *, truncate: float = 4.0, border: Border[np.ndarray] = nearest
 ) -> jax.Array:
     """A Gaussian blur of an image [H, W, channels], cut off at ``truncate`` standard deviations."""
     radius = int(truncate * std + 0.5)
-    return separable(*(gaussian_matrix(size, std, radius=radius, border=border)
-                       for size in image.shape[:2]), image)
+    rows, columns = (gaussian_matrix(size, std, radius=radius, border=border)
+                     for size in image.shape[:2])
+    return separable(rows, columns, image)
 
 
 def clipped_zoom(image: jax.Array, factor: float) -> jax.Array:
     """An image [H, W, channels], enlarged about its middle and cropped to its size."""
-    return separable(*(zoom_matrix(size, factor) for size in image.shape[:2]), image)
+    rows, columns = (zoom_matrix(size, factor) for size in image.shape[:2])
+    return separable(rows, columns, image)
 
 
 def correlate(image: jax.Array, kernel: np.ndarray) -> jax.Array:
@@ -93,11 +103,12 @@ def correlate(image: jax.Array, kernel: np.ndarray) -> jax.Array:
     height, width, _ = image.shape
     rows, columns = (np.asarray(kernel.shape) - 1) // 2
     padded = _mirrored(image, rows, columns)
-    return sum(np.float32(kernel[i, j]) * padded[i:i + height, j:j + width]
-               for i, j in zip(*np.nonzero(kernel), strict=True))
+    return functools.reduce(operator.add, (
+        padded[i:i + height, j:j + width] * np.float32(kernel[i, j])
+        for i, j in zip(*np.nonzero(kernel), strict=True)))
 
 
-def _mirrored(image, rows, columns):
+def _mirrored(image: jax.Array, rows: int, columns: int) -> jax.Array:
     height, width, _ = image.shape
     return image[mirror(np.arange(-rows, height + rows), height)][
         :, mirror(np.arange(-columns, width + columns), width)]

@@ -13,7 +13,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 _SMALL, _LARGE = 32, 224  # Sides of the images of CIFAR-10 and ImageNet, in pixels.
 
 
-def _linear(share, small, large):
+def _linear(share: float, small: float, large: float) -> float:
     return (1 - share) * small + share * large
 
 
@@ -24,34 +24,37 @@ class _Share(NamedTuple):
     log_side: float  # Linear in its logarithm.
 
 
-def _number(share, small, large):
+def _number(share: _Share, small: float, large: float) -> float:
     return _linear(share.log_side, small, large)
 
 
-def _whole(share, small, large):
+def _whole(share: _Share, small: float, large: float) -> int:
     return round(_number(share, small, large))
 
 
-def _length(share, small, large):
+def _length(share: _Share, small: float, large: float) -> float:
     """A length in pixels, which grows with the image."""
     return _linear(share.side, small, large)
 
 
-def _whole_length(share, small, large):
+def _whole_length(share: _Share, small: float, large: float) -> int:
     return round(_length(share, small, large))
 
 
-def _ratio(share, small, large):
+def _ratio(share: _Share, small: float, large: float) -> float:
     return math.exp(_linear(share.log_side, math.log(small), math.log(large)))
 
 
+_Kind = Callable[[_Share, float, float], float]
+
+
 class _Table(NamedTuple):
-    kinds: tuple[Callable, ...]  # How each column is interpolated.
+    kinds: tuple[_Kind, ...]  # How each column is interpolated.
     cifar: tuple[tuple[float, ...], ...]  # A row for each severity.
     imagenet: tuple[tuple[float, ...], ...]
 
 
-def _column(kind: Callable, cifar: str, imagenet: str) -> _Table:
+def _column(kind: _Kind, cifar: str, imagenet: str) -> _Table:
     """The table of a corruption with one parameter, whose five values are given as text."""
     return _Table((kind,), *(tuple((float(value),) for value in text.split())
                              for text in (cifar, imagenet)))

@@ -160,7 +160,7 @@ def mean_flip_rate(rates: Mapping[str, float], baseline: Mapping[str, float]) ->
     return mean_corruption_error(rates, baseline)
 
 
-def _means(name, errors):
+def _means(name: str, errors: Errors) -> dict[str, float]:
     if not errors:
         raise _validate.InputError(f"Expected {name} of at least one corruption, got none.")
     for corruption, values in errors.items():

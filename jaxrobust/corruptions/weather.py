@@ -17,12 +17,12 @@ _ICE = np.array([[[0.88, 0.96, 1.0]]], np.float32)
 _CRYSTALS = 14
 
 
-def _grey(image):
+def _grey(image: jax.Array) -> jax.Array:
     """[H, W, 1]."""
     return image if image.shape[-1] == 1 else jnp.sum(image * _LUMA, axis=-1, keepdims=True)
 
 
-def _colour_for(image, colour):
+def _colour_for(image: jax.Array, colour: np.ndarray) -> np.ndarray:
     """A colour [1, 1, 3], or its grey [1, 1, 1] for a grey image."""
     return colour if image.shape[-1] == 3 else np.sum(colour * _LUMA, axis=-1, keepdims=True)
 
@@ -107,7 +107,8 @@ def plasma(key: jax.Array, height: int, width: int, decay: float) -> jax.Array:
 
 def fog(key: jax.Array, image: jax.Array, amount: float, decay: float) -> jax.Array:
     """Adds clouds, a plasma fractal, and scales the brightest possible pixel to the brightest."""
-    clouds = plasma(key, *image.shape[:2], decay)[..., None]
+    height, width, _ = image.shape
+    clouds = plasma(key, height, width, decay)[..., None]
     brightest = jnp.max(image)
     return (image + amount * clouds) * brightest / (brightest + amount)
 
@@ -140,7 +141,7 @@ _EMBOSS = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
 _MEAN = np.full((3, 3), 1 / 9)
 
 
-def _shading(inside):
+def _shading(inside: jax.Array) -> jax.Array:
     """Returns the light on drops, [H, W, 1] in [0, 255], in whole steps, as OpenCV's of bytes."""
     padded = jnp.pad(inside[..., 0], 1, mode="edge")
     interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -166,7 +167,7 @@ def distance(marked: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.sqrt(nearest), _FURTHEST)
 
 
-def _equalised(steps):
+def _equalised(steps: jax.Array) -> jax.Array:
     """Steps 0, 1, ..., 20 as their ranks in [0, 255]: an equalised histogram."""
     levels = jnp.arange(_FURTHEST + 1, dtype=jnp.float32)[None, None]
     below = jnp.sum((steps <= levels).astype(jnp.float32), axis=(0, 1))  # [21]

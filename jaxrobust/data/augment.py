@@ -39,7 +39,7 @@ def standard_augmentation(*, padding: int = 4, flip: bool = True) -> Augmentatio
     """
     _validate.in_range("padding", padding, 0)
 
-    def augment(key, image):
+    def augment(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
         image = random_crop(crop_key, image, padding=padding) if padding else image
         return random_flip(flip_key, image) if flip else image
@@ -80,7 +80,7 @@ def photo_augmentation(
     _validate.in_range("distortion", distortion, 0, 1, open_high=False)
     _validate.in_range("perspective_probability", perspective_probability, 0, 1, open_high=False)
 
-    def augment(key, image):
+    def augment(key: jax.Array, image: jax.Array) -> jax.Array:
         jitter_key, rotation_key, perspective_key, flip_key = jax.random.split(key, 4)
         image = color_jitter(jitter_key, image, brightness=brightness, contrast=contrast,
                              saturation=saturation)
@@ -122,7 +122,7 @@ def make_batch(
     _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"),
                      positions=(positions, "B"))
 
-    def views(position, image):
+    def views(position: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         clean_key, noisy_key, noise_key = jax.random.split(jax.random.fold_in(key, position), 3)
         clean = augment(clean_key, image)
         other = augment(noisy_key, image) if independent_views else clean

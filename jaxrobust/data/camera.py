@@ -85,7 +85,7 @@ def measure_noise(
             f"Expected image_size={tuple(image_size)} of {noise_level.LEAST_SIDE} x "
             f"{noise_level.LEAST_SIDE} pixels or more, to tell noise from what images show.")
     pairs = pairs_of(paths) if use_pairs else []
-    chosen = pairs or [(path,) for path in paths]
+    chosen: list[tuple[pathlib.Path, ...]] = [*pairs] or [(path,) for path in paths]
     if len(chosen) > MOST_IMAGES:
         chosen = [chosen[place] for place in np.linspace(
             0, len(chosen) - 1, MOST_IMAGES).round().astype(int)]

@@ -15,7 +15,7 @@ _FLAT = 2.0  # Grey levels.
 
 def digest_of(image: np.ndarray) -> str:
     """A digest of the pixels [H, W, 3], equal for equal ones."""
-    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()[:32]
+    return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()[:32]
 
 
 def thumbnail_of(image: np.ndarray) -> bytes:

@@ -118,7 +118,7 @@ def load_perturbed(folder: str | pathlib.Path, name: str) -> Perturbed:
     return Perturbed(images, "noise" in name, f"{path / name}.npy")
 
 
-def _check(name, severity):
+def _check(name: str, severity: int) -> None:
     _validate.one_of("corruption", name, CORRUPTIONS)
     _validate.integer("severity", severity, 1)
     _validate.in_range("severity", severity, 1, SEVERITIES[-1], open_high=False)

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,10 @@ from jaxrobust.data.listing import Entry
 
 _CACHE_FORMAT = 2  # Raise it when what is kept, or the pixels of the same file, would change.
 _SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file in progress is written to more often than this.
+
+
+Progress = Callable[[int, int], None]
+"""Called with (files done, files in all)."""
 
 
 class Facts(NamedTuple):
@@ -130,16 +134,20 @@ def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> n
     return np.array(image).reshape(height, width, channels)
 
 
-def decode_all(path, root, entries, image_size, cache_dir, num_threads, progress):
+def decode_all(
+    path: pathlib.Path, root: pathlib.Path, entries: Sequence[Entry], image_size: tuple[int, int],
+    cache_dir: pathlib.Path, num_threads: int, progress: Progress | None
+) -> tuple[np.ndarray, list[Facts]]:
     """Decodes the files; returns ``(images [N, H, W, 3], facts of each)`` in their order."""
+    nothing = _Cached(np.empty((0, *image_size, 3), np.uint8), {}, [])
     if not entries:
-        return np.empty((0, *image_size, 3), np.uint8), []
+        return nothing.images, nothing.facts
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     index = cache_dir / "{}-{}x{}.json".format(key, *image_size)
     cached = _open_cache(index, image_size)
     if cached is None or list(cached.rows) != [_key(entry) for entry in entries]:
         cached = _build_cache(
-            path, root, entries, image_size, index, cached, num_threads, progress)
+            path, root, entries, image_size, index, cached or nothing, num_threads, progress)
     return cached.images, cached.facts
 
 
@@ -170,7 +178,10 @@ def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | N
     return _Cached(np.asarray(images), rows, facts) if usable else None
 
 
-def _build_cache(path, root, entries, image_size, index, old, num_threads, progress) -> _Cached:
+def _build_cache(
+    path: pathlib.Path, root: pathlib.Path, entries: Sequence[Entry], image_size: tuple[int, int],
+    index: pathlib.Path, old: _Cached, num_threads: int, progress: Progress | None
+) -> _Cached:
     """Decodes what is not in ``old``, writes everything, and opens it.
 
     The index names the file of the images, and is replaced last, so that what it names is complete.
@@ -190,7 +201,7 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
         files = [(entry.path, entry.size, entry.mtime_ns if lasting else None, *facts)
                  for entry, (facts, lasting) in zip(entries, outcomes, strict=True)]
         digest = hashlib.sha256(json.dumps([_decoder(), files]).encode()).hexdigest()[:16]
-        record = {"source": str(path), "images": f"{index.stem}-{digest}.npy",
+        record: dict[str, Any] = {"source": str(path), "images": f"{index.stem}-{digest}.npy",
                   "decoder": _decoder(), "files": files}
         with _writing(folder):
             index_path.write_text(json.dumps(record))
@@ -207,14 +218,17 @@ def _build_cache(path, root, entries, image_size, index, old, num_threads, progr
     return _Cached(images, {}, [facts for facts, _ in outcomes])
 
 
-def _write_images(target, root, entries, shape, old, num_threads, progress):
+def _write_images(
+    target: pathlib.Path, root: pathlib.Path, entries: Sequence[Entry],
+    shape: tuple[int, int, int, int], old: _Cached, num_threads: int, progress: Progress | None
+) -> list[tuple[Facts, bool]]:
     """Writes the images as a NumPy file; returns ``(facts, whether they last)`` of each file."""
     lock = threading.Lock()
     row_bytes = int(np.prod(shape[1:]))
 
-    def work(row):
+    def work(row: int) -> tuple[Facts, bool]:
         entry = entries[row]
-        known = None if old is None else old.rows.get(_key(entry))
+        known = old.rows.get(_key(entry))
         facts = None if known is None else old.facts[known]
         if facts is not None and facts.reason is not None:
             return facts, True
@@ -231,7 +245,7 @@ def _write_images(target, root, entries, shape, old, num_threads, progress):
                            base64.b64encode(copies.thumbnail_of(image)).decode())
         with lock, _writing(target.parent):
             file.seek(start + row * row_bytes)
-            file.write(image)
+            file.write(image.data)
         return facts, True
 
     outcomes = []

@@ -5,14 +5,14 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.data import copies
-from jaxrobust.data.decoded import check_size, decode_all, require_pillow
-from jaxrobust.data.listing import class_order, list_images, shown
+from jaxrobust.data.decoded import Facts, Progress, check_size, decode_all, require_pillow
+from jaxrobust.data.listing import Listing, class_order, list_images, shown
 from jaxrobust.data.splitting import split_rows
 from jaxrobust.data.types import Dataset, File, Split, StoredImages
 
@@ -32,7 +32,7 @@ class BadFiles(_validate.InputError):
     Its message is one line that names the first; ``lines`` has one line for each, with the reason.
     """
 
-    def __init__(self, source: pathlib.Path, lines: Sequence[str]):
+    def __init__(self, source: pathlib.Path, lines: Sequence[str]) -> None:
         super().__init__(f"Bad files in {source}: {len(lines)}, the first {lines[0]}.")
         self.lines = tuple(lines)
 
@@ -47,7 +47,7 @@ def load_folder(
     skip_bad: bool = False,
     in_memory: bool = True,
     num_threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Loads a folder of images with a sub-folder for each class.
 
@@ -130,7 +130,7 @@ def load_folder(
     stored = StoredImages(lambda rows: [images[row] for row in rows], len(listing.entries),
                           images.shape[1:], str(path))
 
-    def take(side):
+    def take(side: str) -> Split:
         part = stored.take(np.array(good)[sides[side]])
         return Split(part[:] if in_memory else part, labels[sides[side]])
 
@@ -149,7 +149,7 @@ def load_folder(
 
 # --- classes and split ------------------------------------------------------------------------
 
-def _sort_out(listing, facts) -> tuple[list[int], list[str], list[str]]:
+def _sort_out(listing: Listing, facts: Sequence[Facts]) -> tuple[list[int], list[str], list[str]]:
     """The rows of the usable entries, the classes, and a line for each bad file or class."""
     entries, bad = listing.entries, list(listing.bad)
     bad += [f"{shown(entry.path)}: {fact.reason}"
@@ -191,7 +191,10 @@ def _check_classes(path: pathlib.Path, labels: Iterable[str], num_bad: int) -> N
             f"Expected images of at least 2 classes in {path}, got {found}{_without(num_bad)}.")
 
 
-def _sides(path, given, labels, groups, class_names, test_share, seed, num_bad):
+def _sides(
+    path: pathlib.Path, given: Sequence[str | None], labels: np.ndarray, groups: np.ndarray,
+    class_names: Sequence[str], test_share: float, seed: int, num_bad: int
+) -> dict[str, np.ndarray]:
     """The rows of each side of the split, by its name."""
     sides = {side: np.array([row for row, one in enumerate(given) if one == side], np.int64)
              for side in ("train", "validation", "test")}
@@ -202,7 +205,10 @@ def _sides(path, given, labels, groups, class_names, test_share, seed, num_bad):
     return {side: rows for side, rows in sides.items() if len(rows)}
 
 
-def _split(path, labels, class_names, test_share, seed, num_bad, groups):
+def _split(
+    path: pathlib.Path, labels: np.ndarray, class_names: Sequence[str], test_share: float,
+    seed: int, num_bad: int, groups: np.ndarray
+) -> dict[str, np.ndarray]:
     """The rows of either side of a random split."""
     try:
         train, test = split_rows(
@@ -221,7 +227,7 @@ def _split(path, labels, class_names, test_share, seed, num_bad, groups):
     return {"train": train, "test": test}
 
 
-def _images_needed(size, test_share):
+def _images_needed(size: int, test_share: float) -> int:
     """Images that a class needs to be on both sides, however its share is rounded."""
     part = min(test_share, 1 - test_share)
     drawn = min(round(test_share * size), size - round(test_share * size))
@@ -234,7 +240,9 @@ def _without(num_bad: int) -> str:
 
 # --- notes for the user -----------------------------------------------------------------------
 
-def _notes_on_files(path, listing, sides, test_share):
+def _notes_on_files(
+    path: pathlib.Path, listing: Listing, sides: dict[str, np.ndarray], test_share: float
+) -> Iterator[str]:
     over = listing.passed_over
     if over:
         yield (f"Ignored in {path}, as not part of the data set: {len(over)} files and folders, "
@@ -246,13 +254,16 @@ def _notes_on_files(path, listing, sides, test_share):
         yield f"The split is that of {path}: {counts} images{how}."
 
 
-def _notes_on_copies(paths, groups, thumbnails, sides):
+def _notes_on_copies(
+    paths: Sequence[str], groups: np.ndarray, thumbnails: Sequence[str],
+    sides: dict[str, np.ndarray]
+) -> Iterator[str]:
     side_of = {row: side for side, rows in sides.items() for row in rows.tolist()}
 
-    def divided(pair):
+    def divided(pair: Sequence[int]) -> bool:
         return side_of[pair[0]] != side_of[pair[1]]
 
-    def named(pair):
+    def named(pair: Sequence[int]) -> str:
         return " and ".join(f"{shown(paths[row])} ({side_of[row]})" for row in pair)
 
     members: dict[int, list[int]] = {}
@@ -281,7 +292,7 @@ def _notes_on_copies(paths, groups, thumbnails, sides):
                f"{len(apart)}, the first {named(first)}.")
 
 
-def _notes_on_classes(labels, class_names):
+def _notes_on_classes(labels: np.ndarray, class_names: Sequence[str]) -> Iterator[str]:
     counts = np.bincount(labels, minlength=len(class_names))
     most, least = int(np.argmax(counts)), int(np.argmin(counts))
     if counts[most] >= _UNEQUAL * counts[least]:

@@ -3,7 +3,10 @@
 import io
 import os
 import struct
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:  # Pillow is of the application's dependencies alone.
+    from PIL.ImageFile import ImageFile
 
 FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF or JPEG 2000"
 """In words. Pillow's other formats are not tried: some of them start other programs."""
@@ -12,7 +15,7 @@ _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 _REDUCED, _NEW_SUBFILE_TYPE, _DNG_VERSION = 1, 254, 50706
 
 
-def open_image(file: BinaryIO, limit: int | None):
+def open_image(file: BinaryIO, limit: int | None) -> "ImageFile":
     """Opens an image with Pillow, reading its header only.
 
     It uses the formats' own classes, since ``Image.open`` only warns of an image that is somewhat
@@ -45,7 +48,8 @@ def open_image(file: BinaryIO, limit: int | None):
         image = WebPImagePlugin.WebPImageFile(file)
     elif start.startswith((b"GIF87a", b"GIF89a")):
         # Pillow allocates the first frame when it opens the file.
-        _check_pixels(*struct.unpack_from("<HH", start.ljust(10, b"\0"), 6), limit)
+        width, height = struct.unpack_from("<HH", start.ljust(10, b"\0"), 6)
+        _check_pixels(width, height, limit)
         image = GifImagePlugin.GifImageFile(file)
     elif start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         image = _open_tiff(file, start)
@@ -64,13 +68,13 @@ def open_image(file: BinaryIO, limit: int | None):
     return image
 
 
-def _check_pixels(width, height, limit):
+def _check_pixels(width: int, height: int, limit: int | None) -> None:
     if limit is not None and width * height > limit:
         raise ValueError(
             f"{width} x {height} pixels, more than the {limit} that Pillow considers safe")
 
 
-def _open_optional(module, name, feature, what, file):
+def _open_optional(module: str, name: str, feature: str, what: str, file: BinaryIO) -> "ImageFile":
     """An image of a format that Pillow can be built without."""
     import importlib
 
@@ -81,7 +85,7 @@ def _open_optional(module, name, feature, what, file):
     return getattr(importlib.import_module(f"PIL.{module}"), name)(file)
 
 
-def _open_tiff(file, start):
+def _open_tiff(file: BinaryIO, start: bytes) -> "ImageFile":
     from PIL import TiffImagePlugin
 
     _check_tiff_directory(file, start)
@@ -94,7 +98,7 @@ def _open_tiff(file, start):
     return image
 
 
-def _check_tiff_directory(file, start):
+def _check_tiff_directory(file: BinaryIO, start: bytes) -> None:
     """Raises ValueError if the first directory, or a value that it points to, is not in the file.
 
     Pillow would only warn of a truncated value, and continue without it.

@@ -39,7 +39,7 @@ def rotate(image: jax.Array, angle: jax.typing.ArrayLike) -> jax.Array:
     cos, sin = jnp.cos(theta), jnp.sin(theta)
     x, y = size["W"] / 2, size["H"] / 2  # the centre
 
-    def source(along_column, along_row, first):
+    def source(along_column: jax.Array, along_row: jax.Array, first: jax.Array) -> jax.Array:
         """Where row i and column j come from, by the point of row 0 and column 0."""
         i, j = jnp.arange(size["H"])[:, None], jnp.arange(size["W"])[None]
         return (_fixed(along_column) * j + _fixed(along_row) * i + _fixed(first)) >> 16
@@ -89,16 +89,16 @@ def warp_perspective(image: jax.Array, matrix: jax.Array) -> jax.Array:
     top, bottom, along = _neighbours(jnp.where(inside, y, 0), height)
     across, along = (part[..., None].astype(image.dtype) for part in (across, along))
 
-    def between(first, second, part):
+    def between(first: jax.Array, second: jax.Array, part: jax.Array) -> jax.Array:
         return first + (second - first) * part
 
-    def row(_, line):
+    def row(_: None, line: jax.Array) -> tuple[None, jax.Array]:
         return None, between(_pixels(image, left, line), _pixels(image, right, line), across)
 
     # In a loop, because XLA for CPUs would otherwise fuse the computation of the image into each of
     # the four reads, and repeat it four times.
-    _, (above, below) = jax.lax.scan(
-        row, None, jnp.stack([top, bottom]), unroll=jax.default_backend() != "cpu")
+    above, below = jax.lax.scan(
+        row, None, jnp.stack([top, bottom]), unroll=jax.default_backend() != "cpu")[1]
     return jnp.where(inside[..., None], between(above, below, along), 0)
 
 
@@ -162,8 +162,8 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
     corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.int32)
     most = np.array([[int(distortion * (width // 2)), int(distortion * (height // 2))]], np.int32)
 
-    def draw(key):
-        return corners + _INWARDS * jax.random.randint(key, (4, 2), 0, most + 1)
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.randint(key, (4, 2), 0, most + 1) * _INWARDS + corners
 
     first, (x, y) = draw(key), most[0].tolist()
     # If even the corner moved furthest stays outside of the line through its neighbours,
@@ -176,7 +176,7 @@ def random_corners(key: jax.Array, height: int, width: int, *, distortion: float
         (key, first))[1]
 
 
-def _three_on_a_line(corners):
+def _three_on_a_line(corners: jax.Array) -> jax.Array:
     """Whether any three of four corners, [4, 2] integers, are on a line."""
     sides = jnp.roll(corners, -1, axis=0) - corners
     following = jnp.roll(sides, -1, axis=0)
@@ -208,23 +208,23 @@ def random_perspective(
         perspective_matrix(corners, size["H"], size["W"]), _IDENTITY))
 
 
-def _fixed(value):
+def _fixed(value: jax.Array) -> jax.Array:
     """The value in multiples of 2^-16, int32."""
     return jnp.round(value * 2 ** 16).astype(jnp.int32)
 
 
-def _inside(image, x, y):
+def _inside(image: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """[H, W], where points are in the image; False for NaN."""
     height, width, _ = image.shape
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
 
-def _pixels(image, column, row):
+def _pixels(image: jax.Array, column: jax.Array, row: jax.Array) -> jax.Array:
     """[H, W, channels] at indices [H, W] that are known to be in the image."""
     return jnp.asarray(image).at[row, column].get(mode="promise_in_bounds")
 
 
-def _neighbours(coordinate, size):
+def _neighbours(coordinate: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The pixels before and after a coordinate in [0, size), and its position between them."""
     before = jnp.floor(coordinate - 0.5)
     part = coordinate - 0.5 - before

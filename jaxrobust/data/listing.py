@@ -98,7 +98,7 @@ def class_order(labels: Iterable[str]) -> list[str]:
     >>> class_order(["10", "9", "shape 10", "shape 9"])
     ['9', '10', 'shape 9', 'shape 10']
     """
-    def key(label):
+    def key(label: str) -> tuple[list[int | str], str]:
         # Text and digits alternate, so that numbers are compared with numbers.
         parts = re.split("([0-9]+)", label)
         return [int(part) if place % 2 else part for place, part in enumerate(parts)], label
@@ -194,7 +194,7 @@ def _list_classes(
     folder: pathlib.Path, inside: Iterable[pathlib.Path], side: str | None, found: _Found
 ) -> None:
     """Adds the files of the class folders ``inside`` to those found."""
-    def unreadable(error):
+    def unreadable(error: OSError) -> None:
         place = pathlib.Path(error.filename).relative_to(folder).as_posix()
         found.bad.append(f"{shown(place)}: {reason_of(error)}")
 
@@ -202,7 +202,7 @@ def _list_classes(
         if not entry.is_dir() or _passed_over(entry.name, is_file=False):
             _list_beside(folder, entry, found)
             continue
-        files = []
+        files: list[str] = []
         for path, passed_over in _walk(entry, unreadable):
             relative = pathlib.Path(path).relative_to(folder).as_posix()
             (found.passed_over if passed_over else files).append(relative)

@@ -68,7 +68,7 @@ def color_jitter(
     return jnp.moveaxis(planes, 0, -1)
 
 
-def _planes(image):
+def _planes(image: jax.Array) -> jax.Array:
     """The image as [channels, H, W]: weighting whole planes is several times faster on CPUs."""
     size = _validate.shapes(image=(image, "H W channels"))
     if size["channels"] not in (1, 3):
@@ -77,7 +77,7 @@ def _planes(image):
     return jnp.moveaxis(image, -1, 0)
 
 
-def _blended(planes, factor, which):
+def _blended(planes: jax.Array, factor: jax.typing.ArrayLike, which: int | jax.Array) -> jax.Array:
     """The adjustment with index ``which``, by a select, which vmap makes of any switch."""
     factor = jnp.asarray(factor, planes.dtype)
     grey = planes if len(planes) == 1 else (

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def _load_digits() -> Dataset:
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     everything = Split(images, digits.target.astype(np.int32))
     train, test = split_off(everything, 360, seed=0)
-    pixels = train.images / 255
+    pixels = np.asarray(train.images) / 255
     return Dataset(
         name="digits", train=train, test=test, class_names=tuple("0123456789"),
         mean=(float(pixels.mean()),), std=(float(pixels.std()),), flip=False)
@@ -107,7 +108,7 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> D
             f"The data set {name} is not prepared in {folder}. Prepare it with: jaxrobust.data."
             f"tfds_builder({name!r}, {str(folder)!r}).download_and_prepare()")
 
-    def read(split):
+    def read(split: str) -> Split:
         images, labels = open_tfds(builder, split, f"{name} {split} in {folder}")
         return Split(images[:] if in_memory else images, labels)
 
@@ -117,14 +118,14 @@ def _load_tfds(name: str, data_dir: str | pathlib.Path, *, in_memory: bool) -> D
                    mean=facts.mean, std=facts.std, flip=facts.flip)
 
 
-def open_tfds(builder, split: str, name: str) -> Split:
+def open_tfds(builder: Any, split: str, name: str) -> Split:
     """A split with its images stored; only the labels are decoded."""
     import tensorflow_datasets as tfds
 
     records = builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
-    def reader(feature):
+    def reader(feature: str) -> Callable[[list[int]], list[Any]]:
         # Data sources do not decode partially, but a subset of the features can decode itself.
         part = tfds.features.FeaturesDict({feature: builder.info.features[feature]})
         return lambda positions: [part.deserialize_example_np(record)[feature]
@@ -140,7 +141,7 @@ def open_tfds(builder, split: str, name: str) -> Split:
     return Split(images, np.concatenate(labels).astype(np.int32))
 
 
-def tfds_builder(name: str, folder: str | pathlib.Path):
+def tfds_builder(name: str, folder: str | pathlib.Path) -> Any:
     """Makes the TFDS builder of a data set as array_record, which is read without TensorFlow.
 
     Raises:

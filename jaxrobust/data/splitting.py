@@ -50,7 +50,9 @@ def split_rows(
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-def _stratified(labels, size, seed, name):
+def _stratified(
+    labels: np.ndarray, size: int, seed: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
     import sklearn.model_selection
 
     rows, counts = np.arange(len(labels)), np.unique(labels, return_counts=True)[1]

@@ -2,9 +2,11 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
@@ -70,15 +72,18 @@ def stream_batches(
 class _Pieces:
     """A Grain source: every batch from ``start`` to ``stop``, each in so many pieces."""
 
-    def __init__(self, split, order_of, batch_size, rows_of, start, stop, pieces):
+    def __init__(
+        self, split: Split, order_of: Callable[[int], np.ndarray], batch_size: int,
+        rows_of: Callable[[int], slice], start: int, stop: int, pieces: int
+    ) -> None:
         self._split, self._order_of, self._batch_size = split, order_of, batch_size
         self._rows_of, self._start, self._stop, self._pieces = rows_of, start, stop, pieces
         self._sizes = batch_sizes(len(split.labels), batch_size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (self._stop - self._start) * self._pieces
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         update, piece = divmod(index, self._pieces)
         epoch, batch = divmod(self._start + update, len(self._sizes))
         first = batch * self._batch_size
@@ -89,7 +94,7 @@ class _Pieces:
         return self._split.images[rows], self._split.labels[rows]
 
 
-def _reading(source, num_threads, buffer_size):
+def _reading(source: _Pieces, num_threads: int, buffer_size: int) -> Iterable[Any]:
     """A Grain data set that reads ahead the elements of ``source`` in order."""
     grain = _validate.installed("grain", "Grain", "Streaming", "pip install 'jaxrobust[data]'")
     options = grain.ReadOptions(
@@ -97,7 +102,7 @@ def _reading(source, num_threads, buffer_size):
     return grain.MapDataset.source(source).to_iter_dataset(options)
 
 
-def _batches(dataset, pieces):
+def _batches(dataset: Any, pieces: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     iterator = iter(dataset)
     try:
         for batch in zip(*[iterator] * pieces, strict=True):
@@ -123,11 +128,12 @@ def host_epoch_order(key: jax.Array, size: int) -> Callable[[int], np.ndarray]:
 
     # For two epochs, since reading ahead crosses from one to the next.
     @functools.lru_cache(maxsize=2)
-    def compute(epoch):
+    def compute(epoch: int) -> np.ndarray:
         with jax.default_device(host):
-            return np.asarray(epoch_order(jax.random.wrap_key_data(data, impl=impl), epoch, size))
+            key = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+            return np.asarray(epoch_order(key, epoch, size))
 
-    def order(epoch):
+    def order(epoch: int) -> np.ndarray:
         with lock:  # One thread computes while others wait for the result.
             return compute(epoch)
 

@@ -4,13 +4,15 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust._errors import reason_of
 from jaxrobust.data.listing import shown
+
+Value = TypeVar("Value")
 
 READ_AT_ONCE = 512  # Records. Reading a few of them costs nearly as much as reading many.
 
@@ -46,10 +48,10 @@ class StoredImages:
     def __init__(
         self, read: Callable[[list[int]], Sequence[np.ndarray]], size: int,
         image_shape: tuple[int, int, int], name: str,
-    ):
+    ) -> None:
         self._read = read
         self._positions = np.arange(size)
-        self._image_shape = tuple(image_shape)
+        self._image_shape: tuple[int, int, int] = (*image_shape,)
         self._name = name
 
     @property
@@ -81,7 +83,7 @@ class StoredImages:
         view._positions = np.atleast_1d(self._positions[rows])
         return view
 
-    def __array__(self, *_, **__):
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
         raise _validate.InputError(
             f"Expected rows of the stored images of {self._name} to be read, as images[rows], got "
             f"a conversion of all {len(self)} to an array.")
@@ -90,7 +92,9 @@ class StoredImages:
         return f"StoredImages({self._name}, shape={self.shape})"
 
 
-def read_named(read, positions: list[int], what: str):
+def read_named(
+    read: Callable[[list[int]], Sequence[Value]], positions: list[int], what: str
+) -> Sequence[Value]:
     """Reads the positions together or, if that fails, one by one, to name the bad record."""
     try:
         return read(positions)
@@ -98,7 +102,9 @@ def read_named(read, positions: list[int], what: str):
         return [value for position in positions for value in _read_one(read, position, what)]
 
 
-def _read_one(read, position: int, what: str):
+def _read_one(
+    read: Callable[[list[int]], Sequence[Value]], position: int, what: str
+) -> Sequence[Value]:
     try:
         return read([position])
     except Exception as error:
@@ -155,7 +161,7 @@ class Dataset:
         """(H, W, channels)."""
         return self.train.images.shape[1:]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, split in self.splits.items():
             if not isinstance(split.images, StoredImages):  # These check what they read.
                 _validate.images(f"{name} images", split.images)

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust.attacks import common
+from jaxrobust.attacks.common import Problem
 from jaxrobust.attacks.gradient import ascend, uniform_start
 from jaxrobust.attacks.objectives import OBJECTIVES
-from jaxrobust.centroids import counted
-from jaxrobust.images import Batch
+from jaxrobust.centroids import CentroidState, counted
+from jaxrobust.images import Batch, LogitsFn
 from jaxrobust.methods.common import (
     BatchStats,
     Evaluated,
     Forward,
+    Head,
+    Objective,
     Parts,
     Passes,
     accuracy,
@@ -34,7 +37,7 @@ from jaxrobust.methods.options import AttackOptions
 _STARTING_NOISE = 1e-3  # Standard deviation at which TRADES starts, where its gradient is 0.
 
 
-def _frozen(forward: Forward, batch_stats: BatchStats, images: jax.Array) -> Callable:
+def _frozen(forward: Forward, batch_stats: BatchStats, images: jax.Array) -> LogitsFn:
     """``images -> logits`` with parameters that are constants.
 
     Otherwise their derivatives would be traced through every step of an attack, and dropped.
@@ -45,8 +48,10 @@ def _frozen(forward: Forward, batch_stats: BatchStats, images: jax.Array) -> Cal
     return lambda images: logits_of(images, *closed_over)
 
 
-def _attacked(forward, batch_stats, batch: Batch, key, axis_name, options: AttackOptions,
-              objective: common.Objective, start) -> jax.Array:
+def _attacked(
+    forward: Forward, batch_stats: BatchStats, batch: Batch, key: jax.Array, axis_name: str | None,
+    options: AttackOptions, objective: common.Objective, start: Callable[[Problem], jax.Array]
+) -> jax.Array:
     """The images after the last step, of the dtype of the clean ones."""
     problem = common.prepare(
         jax.lax.stop_gradient(batch.clean), batch.labels, key, norm=options.norm,
@@ -59,7 +64,7 @@ def _attacked(forward, batch_stats, batch: Batch, key, axis_name, options: Attac
     return jax.lax.stop_gradient(attacked).astype(batch.clean.dtype)
 
 
-def make_pgd(parts: Parts):
+def make_pgd(parts: Parts) -> tuple[Objective, Passes]:
     r"""The softmax loss on attacked images.
 
     .. math:: \frac{1}{B} \sum_x l(x', y), \qquad
@@ -73,7 +78,10 @@ def make_pgd(parts: Parts):
     """
     options = parts.options.pgd
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del head, weight
         images = _attacked(forward, batch_stats, batch, key, axis_name, options,
                            OBJECTIVES["cross_entropy"],
@@ -88,7 +96,7 @@ def make_pgd(parts: Parts):
     return objective, Passes(options.num_steps + 1, options.num_steps, 1)
 
 
-def make_trades(parts: Parts):
+def make_trades(parts: Parts) -> tuple[Objective, Passes]:
     r"""The softmax loss on clean images, plus the divergence from predictions for attacked ones.
 
     .. math:: \frac{1}{B} \sum_x l(x, y) + \beta KL(p(x) \| p(x')), \qquad
@@ -102,18 +110,21 @@ def make_trades(parts: Parts):
     """
     options = parts.options.trades
 
-    def start(problem):
+    def start(problem: Problem) -> jax.Array:
         noise = jax.vmap(lambda key: jax.random.normal(key, problem.images.shape[1:], jnp.float32))(
             common.start_keys(problem))
         return common.project(options.norm, problem.images,
                               problem.images + _STARTING_NOISE * noise, problem.epsilon)
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del head
         clean, batch_stats = forward(batch_stats, batch.clean)
         fixed = jax.lax.stop_gradient(clean.logits)
 
-        def apart(logits, problem):
+        def apart(logits: jax.Array, problem: Problem) -> jax.Array:
             counts = counted(problem.labels, logits.shape[1])
             return divergence(*(jnp.where(counts[:, None], z, 0) for z in (fixed, logits)))
 

@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
-from jaxrobust.centroids import counted
+from jaxrobust.centroids import CentroidState, counted
 from jaxrobust.corruptions.digital import sample
+from jaxrobust.images import Batch
 from jaxrobust.losses import mean_over_batch
 from jaxrobust.methods.common import (
+    BatchStats,
     Evaluated,
+    Forward,
+    Head,
+    Objective,
     Parts,
     Passes,
     accuracy,
@@ -42,7 +47,7 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], pixels, 0)
 
 
-def _in_8_bits(image):
+def _in_8_bits(image: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(255 * image), 0, 255).astype(jnp.int32)
 
 
@@ -54,7 +59,7 @@ def stretch(image: jax.Array) -> jax.Array:
 
 def equalize(image: jax.Array) -> jax.Array:
     """Equalises the histogram of each channel, as ``ImageOps.equalize``."""
-    def of_channel(values):
+    def of_channel(values: jax.Array) -> jax.Array:
         counts = jnp.zeros(256, jnp.int32).at[values.ravel()].add(1)
         step = (values.size - counts[jnp.max(values)]) // 255
         below = jnp.cumsum(counts) - counts
@@ -138,7 +143,7 @@ def augment_and_mix(
     _validate.shapes(image=(image, "H W channels"))
     share_key, weight_key, chains_key = jax.random.split(key, 3)
 
-    def chain(key):
+    def chain(key: jax.Array) -> jax.Array:
         length_key, *keys = jax.random.split(key, 1 + depth)
         length = jax.random.randint(length_key, (), 1, depth + 1)
         mixed = image
@@ -192,18 +197,21 @@ def jensen_shannon_loss(
     return mean_over_batch(jnp.mean(apart, axis=0), axis_name, counts=counts)
 
 
-def make_augmix(parts: Parts):
+def make_augmix(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus the Jensen-Shannon divergence of predictions for them
     and for two mixtures of augmentations of each; all three in one pass."""
     options = parts.options.augmix
     versions = 3
 
-    def mixed(key, where, images):
+    def mixed(key: jax.Array, where: jax.Array, images: jax.Array) -> jax.Array:
         return jax.vmap(lambda position, image: augment_and_mix(
             jax.random.fold_in(key, position), image, severity=options.severity,
             num_chains=options.num_chains, depth=options.depth))(where, images)
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del head
         size = len(batch.labels)
         where = positions(size, axis_name)

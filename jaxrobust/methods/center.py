@@ -12,8 +12,18 @@ from jaxrobust.centroids import (
     counted,
     counted_rows,
 )
+from jaxrobust.images import Outputs
 from jaxrobust.losses import mean_over_batch
-from jaxrobust.methods.common import PASSES_OF_ONE_VIEW, Parts, one_view, scaled
+from jaxrobust.methods.common import (
+    PASSES_OF_ONE_VIEW,
+    Added,
+    Head,
+    Objective,
+    Parts,
+    Passes,
+    one_view,
+    scaled,
+)
 
 
 def center_loss(
@@ -84,11 +94,14 @@ def move_centers(
     return CentroidState(moved.astype(state.mean.dtype), state.seen | (counts > 0))
 
 
-def make_center(parts: Parts):
+def make_center(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus the centre loss of their features."""
     options = parts.options.center
 
-    def add(clean, noisy, labels, head, centroids, axis_name):
+    def add(
+        clean: Outputs, noisy: Outputs, labels: jax.Array, head: Head, centroids: CentroidState,
+        axis_name: str | None
+    ) -> Added:
         del noisy, head
         loss = center_loss(clean.features, labels, centroids.mean, axis_name=axis_name)
         centroids = move_centers(

@@ -20,6 +20,9 @@ from jaxrobust.methods.options import MethodOptions
 from jaxrobust.perturbations import Perturbation
 
 BatchStats = Any
+Head = tuple[jax.Array, jax.Array]
+"""``(kernel [d, C], bias [C])`` of the softmax layer."""
+
 Pass = Callable[[BatchStats, jax.Array], tuple[Outputs, BatchStats]]
 """``(batch_stats, images) -> (outputs, new batch_stats)``, in training mode."""
 
@@ -30,7 +33,7 @@ or several batches of B images, each of which batch norm sees, and is updated by
 
 def in_turn(forward: Pass) -> Forward:
     """Passes batches through the network one after the other."""
-    def passes(batch_stats, *batches):
+    def passes(batch_stats: BatchStats, *batches: jax.Array) -> tuple[Any, ...]:
         seen = []
         for images in batches:
             outputs, batch_stats = forward(batch_stats, images)
@@ -42,7 +45,7 @@ def in_turn(forward: Pass) -> Forward:
 
 def at_once(forward: Pass) -> Forward:
     """Passes batches through the network as one; it says what batch norm sees."""
-    def one_pass(batch_stats, *batches):
+    def one_pass(batch_stats: BatchStats, *batches: jax.Array) -> tuple[Any, ...]:
         outputs, batch_stats = forward(batch_stats, jnp.concatenate(batches))
         size = len(batches[0])
         rows = (slice(first, first + size) for first in range(0, size * len(batches), size))
@@ -63,7 +66,7 @@ class Objective(Protocol):
     """Computes ``(loss [], Evaluated)`` of a batch; see :mod:`jaxrobust.methods`."""
 
     def __call__(
-        self, forward: Forward, head: tuple[jax.Array, jax.Array], batch_stats: BatchStats,
+        self, forward: Forward, head: Head, batch_stats: BatchStats,
         centroids: CentroidState, batch: Batch, *, weight: jax.Array | float, key: jax.Array,
         axis_name: str | None,
     ) -> tuple[jax.Array, Evaluated]: ...
@@ -138,23 +141,31 @@ def positions(size: int, axis_name: str | None) -> jax.Array:
     return first + jnp.arange(size, dtype=jnp.int32)
 
 
-Added = Callable[..., tuple[jax.Array, CentroidState, dict[str, jax.Array]]]
+Added = tuple[jax.Array, CentroidState, dict[str, jax.Array]]
+"""A loss, [], the next centroids, and the terms of the loss, each []."""
+
+Add = Callable[..., Added]
 """A loss on what the network returns, called as ``add(clean, noisy, labels, head, centroids,
-axis_name)`` with the :class:`~jaxrobust.images.Outputs` of both views; returns the loss, the next
-centroids and the terms of the loss."""
+axis_name)`` with the :class:`~jaxrobust.images.Outputs` of both views."""
 
 
-def nothing(clean, noisy, labels, head, centroids, axis_name):
+def nothing(
+    clean: Outputs, noisy: Outputs, labels: jax.Array, head: Head, centroids: CentroidState,
+    axis_name: str | None
+) -> Added:
     """Adds no loss; only tracks the centroids."""
     del noisy, head
     none = jnp.zeros((), _validate.floats("features", clean.features).dtype)
     return none, track(centroids, clean.features, labels, axis_name), {}
 
 
-def one_view(view: str, softmax: SoftmaxLoss, add: Added) -> Objective:
+def one_view(view: str, softmax: SoftmaxLoss, add: Add) -> Objective:
     """The softmax loss on one of the two views, plus a loss on what the network returns for it."""
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del key
         outputs, batch_stats = forward(batch_stats, getattr(batch, view))
         loss = softmax(outputs.logits, batch.labels, axis_name=axis_name)
@@ -182,11 +193,14 @@ def pass_both_views(
 
 
 def two_views(
-    softmax: SoftmaxLoss, add: Added, *, one_pass: bool, softmax_on_noisy: bool = False,
+    softmax: SoftmaxLoss, add: Add, *, one_pass: bool, softmax_on_noisy: bool = False,
 ) -> Objective:
     """The softmax loss plus a loss on what the network returns for both views."""
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del key
         clean, noisy, batch_stats = pass_both_views(forward, batch_stats, batch, one_pass=one_pass)
         loss = softmax(clean.logits, batch.labels, axis_name=axis_name)

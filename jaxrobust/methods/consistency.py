@@ -4,11 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
-from jaxrobust.centroids import counted
+from jaxrobust.centroids import CentroidState, counted
+from jaxrobust.images import Batch, Outputs
 from jaxrobust.losses import mean_over_batch
 from jaxrobust.methods.common import (
     PASSES_OF_TWO_VIEWS,
+    Added,
+    BatchStats,
     Evaluated,
+    Forward,
+    Head,
+    Objective,
     Parts,
     Passes,
     accuracy,
@@ -109,9 +115,12 @@ def noisy_consistency_losses(
             mean_over_batch(-jnp.sum(mean * mean_log, axis=1), axis_name, counts=counts))
 
 
-def make_consistency(parts: Parts):
+def make_consistency(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus the divergence from predictions for noisy ones."""
-    def add(clean, noisy, labels, head, centroids, axis_name):
+    def add(
+        clean: Outputs, noisy: Outputs, labels: jax.Array, head: Head, centroids: CentroidState,
+        axis_name: str | None
+    ) -> Added:
         del head
         loss = consistency_loss(clean.logits, noisy.logits, labels, axis_name=axis_name)
         return (scaled(parts.options.consistency.weight, loss),
@@ -120,7 +129,7 @@ def make_consistency(parts: Parts):
     return two_views(parts.softmax, add, one_pass=parts.one_pass), PASSES_OF_TWO_VIEWS
 
 
-def make_noisy_consistency(parts: Parts):
+def make_noisy_consistency(parts: Parts) -> tuple[Objective, Passes]:
     """The mean softmax loss over several noisy versions, plus their divergence from the mean
     prediction and its entropy; all versions in one pass."""
     options, perturb = parts.options.noisy_consistency, parts.perturb
@@ -130,11 +139,14 @@ def make_noisy_consistency(parts: Parts):
             "None.")
     number = options.num_versions
 
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del head
         where = positions(len(batch.labels), axis_name)
 
-        def drawn(number):
+        def drawn(number: int) -> jax.Array:
             own = jax.random.fold_in(key, number)
             return jax.vmap(lambda position, image: perturb(
                 jax.random.fold_in(own, position), image[None])[0])(where, batch.clean)

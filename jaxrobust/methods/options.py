@@ -20,7 +20,7 @@ class CenterOptions:
     rate: float = 0.5
     """Rate alpha at which centres move to their class's features, in [0, 1]; 0.5 in its source."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("center.weight", self.weight, 0)
         _validate.in_range("center.rate", self.rate, 0, 1, open_high=False)
 
@@ -33,7 +33,7 @@ class ConsistencyOptions:
     weight: float = 1.0
     """Weight of the divergence between the predictions for clean and noisy images, >= 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("consistency.weight", self.weight, 0)
 
 
@@ -50,7 +50,7 @@ class NoisyConsistencyOptions:
     num_versions: int = 2
     """Noisy versions m of each image, at least 2."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("noisy_consistency.weight", self.weight, 0)
         _validate.in_range("noisy_consistency.entropy_weight", self.entropy_weight, 0)
         _validate.integer("noisy_consistency.num_versions", self.num_versions, 2)
@@ -64,7 +64,7 @@ class GradientPenaltyOptions:
     weight: float = 0.1
     """Weight of the squared norm of the loss's gradient by the image, >= 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("gradient_penalty.weight", self.weight, 0)
 
 
@@ -78,7 +78,7 @@ class JacobianPenaltyOptions:
     num_projections: int = 1
     """Random directions of each image and update, at least 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("jacobian_penalty.weight", self.weight, 0)
         _validate.integer("jacobian_penalty.num_projections", self.num_projections, 1)
 
@@ -94,7 +94,7 @@ class CureOptions:
     """Step of the finite difference that takes the place of the Hessian, in pixel values of [0, 1],
     > 0; 1.5 in its source. None for the exact Hessian."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("cure.weight", self.weight, 0)
         if self.step is not None:
             _validate.in_range("cure.step", self.step, 0, open_low=True)
@@ -113,7 +113,7 @@ class AttackOptions:
     step_size: float | None = None
     """Size of a step, in pixel values of [0, 1], > 0; none for 2.5 epsilon / num_steps."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.one_of("norm", self.norm, ("linf", "l2"))
         _validate.in_range("epsilon", self.epsilon, 0)
         _validate.integer("num_steps", self.num_steps, 1)
@@ -138,7 +138,7 @@ class TradesOptions(AttackOptions):
     """Weight beta of the divergence from predictions for attacked images, >= 0; 1 or 6 in its
     source."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _validate.in_range("trades.weight", self.weight, 0)
 
@@ -159,7 +159,7 @@ class LargeMarginOptions:
     num_classes: int = 1
     """Other classes, those with the largest logits, whose boundaries are considered, at least 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("large_margin.weight", self.weight, 0)
         _validate.in_range("large_margin.margin", self.margin, 0, open_low=True)
         _validate.in_range("large_margin.clip", self.clip, 0, open_low=True)
@@ -180,7 +180,7 @@ class AugMixOptions:
     depth: int = 3
     """Most operations in a chain, at least 1; 3 in its source."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.in_range("augmix.weight", self.weight, 0)
         _validate.in_range("augmix.severity", self.severity, 0.1, 10, open_high=False)
         _validate.integer("augmix.num_chains", self.num_chains, 1)

@@ -6,6 +6,8 @@ losses of the others too, as in every implementation that does not freeze these 
 batch norm, or dropout that is shared, it is the gradient of the image's own loss.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -13,12 +15,14 @@ import jax.numpy as jnp
 
 from jaxrobust import _validate, probes
 from jaxrobust.attacks.objectives import other_classes
-from jaxrobust.centroids import counted
+from jaxrobust.centroids import CentroidState, counted
 from jaxrobust.images import Batch, Outputs
 from jaxrobust.losses import mean_over_batch, softmax_cross_entropy
 from jaxrobust.methods.common import (
     BatchStats,
     Evaluated,
+    Forward,
+    Head,
     Objective,
     Parts,
     Passes,
@@ -29,17 +33,22 @@ from jaxrobust.methods.common import (
     track,
 )
 
-Network = Callable[[jax.Array], tuple[Outputs, BatchStats]]
+Seen = tuple[Outputs, BatchStats]
+"""``(outputs, new batch_stats)``."""
+
+Network = Callable[[jax.Array], Seen]
 """``images -> (outputs, new batch_stats)``."""
 
-Penalty = Callable[..., tuple[jax.Array, tuple[Outputs, BatchStats]]]
+Penalty = Callable[..., tuple[jax.Array, Seen]]
 """Called as ``penalty(network, batch, key, axis_name)``; returns the penalty of each image [B], and
 what the network returns for the clean images."""
 
 
-def _gradient_of_losses(network: Network, labels: jax.Array):
+def _gradient_of_losses(
+    network: Network, labels: jax.Array
+) -> Callable[[jax.Array], tuple[jax.Array, Seen]]:
     """The function ``images -> (gradient, (outputs, batch_stats))`` of the sum of the losses."""
-    def total(images):
+    def total(images: jax.Array) -> tuple[jax.Array, Seen]:
         outputs, batch_stats = network(images)
         return jnp.sum(softmax_cross_entropy(outputs.logits, labels)), (outputs, batch_stats)
 
@@ -52,7 +61,9 @@ def _squared_norms(rows: jax.Array, counts: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(rows), axis=tuple(range(1, rows.ndim)))
 
 
-def squared_gradient_norms(network: Network, batch: Batch, key, axis_name):
+def squared_gradient_norms(
+    network: Network, batch: Batch, key: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, Seen]:
     r"""Computes the squared norm of each image's loss gradient.
 
     .. math:: \|\nabla_x l(x, y)\|^2
@@ -77,8 +88,10 @@ def squared_jacobian_norms(num_projections: int) -> Penalty:
     Source: Hoffman, Roberts and Yaida, Robust Learning with Jacobian Regularization (2019),
     Eq. 5 to 9, https://arxiv.org/abs/1908.02729.
     """
-    def penalty(network, batch, key, axis_name):
-        def logits_of(images):
+    def penalty(
+        network: Network, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Seen]:
+        def logits_of(images: jax.Array) -> tuple[jax.Array, Seen]:
             outputs, batch_stats = network(images)
             return outputs.logits, (outputs, batch_stats)
 
@@ -87,7 +100,7 @@ def squared_jacobian_norms(num_projections: int) -> Penalty:
         counts = counted(batch.labels, num_classes)
         where = positions(size, axis_name)
 
-        def row_norms(number):
+        def row_norms(number: int) -> jax.Array:
             own = jax.random.fold_in(key, number)
             directions = jax.vmap(lambda position: jax.random.normal(
                 jax.random.fold_in(own, position), (num_classes,), logits.dtype))(where)
@@ -95,7 +108,7 @@ def squared_jacobian_norms(num_projections: int) -> Penalty:
             gradient, = pull(jnp.where(counts[:, None], directions, 0))
             return _squared_norms(gradient, counts)
 
-        total = sum(row_norms(number) for number in range(num_projections))
+        total = functools.reduce(operator.add, map(row_norms, range(num_projections)))
         return num_classes / (2 * num_projections) * total, seen
 
     return penalty
@@ -118,7 +131,9 @@ def squared_curvatures(step: float | None) -> Penalty:
     Source: Moosavi-Dezfooli et al., Robustness via Curvature Regularization, and Vice Versa (2019),
     Eq. 8 and 9, https://arxiv.org/abs/1811.09716; it penalises :math:`h^2` times this.
     """
-    def penalty(network, batch, key, axis_name):
+    def penalty(
+        network: Network, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Seen]:
         del key, axis_name
         gradient_of = _gradient_of_losses(network, batch.labels)
         if step is None:
@@ -156,10 +171,12 @@ def missing_margins(margin: float, clip: float, num_classes: int) -> Penalty:
     https://arxiv.org/abs/1803.05598, at the input alone; lower limit and defaults as in the
     authors' release, which has probabilities in the place of logits.
     """
-    def penalty(network, batch, key, axis_name):
+    def penalty(
+        network: Network, batch: Batch, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Seen]:
         del key, axis_name
 
-        def logits_of(images):
+        def logits_of(images: jax.Array) -> tuple[jax.Array, Seen]:
             outputs, batch_stats = network(images)
             return outputs.logits, (outputs, batch_stats)
 
@@ -171,7 +188,7 @@ def missing_margins(margin: float, clip: float, num_classes: int) -> Penalty:
         own = numbers == labels[:, None]
         others = other_classes(jax.lax.stop_gradient(logits), labels)
 
-        def distance(other):
+        def distance(other: jax.Array) -> jax.Array:
             sides = own.astype(logits.dtype) - (numbers == other[:, None]).astype(logits.dtype)
             gradient, = pull(jnp.where(counts[:, None], sides, 0))
             steepness = probes.norm(jax.lax.stop_gradient(jnp.where(
@@ -188,7 +205,10 @@ def missing_margins(margin: float, clip: float, num_classes: int) -> Penalty:
 
 def penalised(softmax: SoftmaxLoss, penalty: Penalty, own_weight: float, term: str) -> Objective:
     """The softmax loss on clean images, plus the mean of a penalty of each image."""
-    def objective(forward, head, batch_stats, centroids, batch, *, weight, key, axis_name):
+    def objective(
+        forward: Forward, head: Head, batch_stats: BatchStats, centroids: CentroidState,
+        batch: Batch, *, weight: jax.Array | float, key: jax.Array, axis_name: str | None
+    ) -> tuple[jax.Array, Evaluated]:
         del head
         batch = batch._replace(labels=_validate.class_numbers("labels", batch.labels))
         values, (outputs, batch_stats) = penalty(
@@ -206,13 +226,13 @@ def penalised(softmax: SoftmaxLoss, penalty: Penalty, own_weight: float, term: s
     return objective
 
 
-def make_gradient_penalty(parts: Parts):
+def make_gradient_penalty(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus the squared norm of each loss's gradient."""
     return (penalised(parts.softmax, squared_gradient_norms, parts.options.gradient_penalty.weight,
                       "gradient"), Passes(1, 1, 2))
 
 
-def make_jacobian_penalty(parts: Parts):
+def make_jacobian_penalty(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus half the squared norm of the logits' Jacobian."""
     options = parts.options.jacobian_penalty
     number = options.num_projections
@@ -220,14 +240,14 @@ def make_jacobian_penalty(parts: Parts):
             Passes(1, number, 1 + number))
 
 
-def make_cure(parts: Parts):
+def make_cure(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus the curvature along the sign of the gradient."""
     options = parts.options.cure
     return (penalised(parts.softmax, squared_curvatures(options.step), options.weight, "curvature"),
             Passes(2, 2, 4))
 
 
-def make_large_margin(parts: Parts):
+def make_large_margin(parts: Parts) -> tuple[Objective, Passes]:
     """The softmax loss on clean images, plus what they lack to a margin at the input."""
     options = parts.options.large_margin
     penalty = missing_margins(options.margin, options.clip, options.num_classes)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxrobust import _validate
 from jaxrobust.images import Outputs
@@ -45,8 +46,8 @@ __all__ = ["MODELS", "MobileNetV3", "Outputs", "ResNet18", "SmallCNN", "create_m
 
 
 def create_model(
-    name: str, *, num_classes: int, num_features: int, width: int,
-    mean: Sequence[float], std: Sequence[float], feature_layer: str = "dense", dtype=jnp.float32,
+    name: str, *, num_classes: int, num_features: int, width: int, mean: Sequence[float],
+    std: Sequence[float], feature_layer: str = "dense", dtype: DTypeLike = jnp.float32
 ) -> nn.Module:
     """Makes the model of that name; see :mod:`jaxrobust.models` for its fields.
 

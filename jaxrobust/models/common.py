@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from jaxrobust import _validate
 
@@ -59,13 +61,13 @@ def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
     """Makes U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for their biases."""
     bound = fan_in**-0.5
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
 
 
-def dense(num_outputs: int, inputs: jax.Array, *, name: str, dtype,
+def dense(num_outputs: int, inputs: jax.Array, *, name: str, dtype: DTypeLike,
           kernel_init: nn.initializers.Initializer = torch_kernel_init,
           bias_init: nn.initializers.Initializer | None = None) -> jax.Array:
     """Applies a fully connected layer, by default with PyTorch's default initialisation."""
@@ -74,7 +76,7 @@ def dense(num_outputs: int, inputs: jax.Array, *, name: str, dtype,
 
 
 def conv(channels: int, inputs: jax.Array, *, size: int, stride: int = 1, depthwise: bool = False,
-         dtype, kernel_init: nn.initializers.Initializer = torch_kernel_init,
+         dtype: DTypeLike, kernel_init: nn.initializers.Initializer = torch_kernel_init,
          bias_init: nn.initializers.Initializer | None = None,
          name: str | None = None) -> jax.Array:
     """Applies a convolution of odd size, padded by size // 2 on every side as in PyTorch.
@@ -85,31 +87,37 @@ def conv(channels: int, inputs: jax.Array, *, size: int, stride: int = 1, depthw
     return nn.Conv(channels, (size, size), strides=stride, padding=size // 2,
                    feature_group_count=channels if depthwise else 1,
                    use_bias=bias_init is not None, dtype=dtype,
-                   kernel_init=kernel_init, bias_init=bias_init, name=name,
+                   kernel_init=kernel_init, bias_init=bias_init or nn.initializers.zeros, name=name,
                    conv_general_dilated=_depthwise_conv if depthwise else None)(inputs)
 
 
-def _depthwise_conv(inputs, kernel, strides, padding, **options) -> jax.Array:
+def _depthwise_conv(
+    inputs: jax.Array, kernel: jax.Array, strides: Sequence[int],
+    padding: Sequence[tuple[int, int]], **options: Any
+) -> jax.Array:
     """``lax.conv_general_dilated`` of inputs [B, H, W, C] and a kernel [k, k, 1, C].
 
     On CPUs, where XLA runs grouped convolutions channel by channel, it is a sum of shifted
     products: a gradient of MobileNetV3 takes a quarter of the time. Columns are shifted before
     rows, 2 k shifts in all rather than k * k, which makes the gradient faster to run and compile.
     """
-    def shifted(inputs, kernel):
+    def shifted(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         wide = np.promote_types(inputs.dtype, jnp.float32)  # As convolutions accumulate.
         kernel = kernel.astype(wide)
         x = jnp.pad(inputs.astype(wide), ((0, 0), *padding, (0, 0)))
 
-        def shift(x, axis, by):
+        def added(terms: Iterable[jax.Array]) -> jax.Array:
+            return functools.reduce(operator.add, terms)
+
+        def shift(x: jax.Array, axis: int, by: int) -> jax.Array:
             stride = strides[axis - 1]
             last = (x.shape[axis] - kernel.shape[axis - 1]) // stride * stride
             return jax.lax.slice_in_dim(x, by, by + last + 1, stride, axis)
 
         columns = [shift(x, 2, j) for j in range(kernel.shape[1])]
-        return sum(
-            shift(sum(column * kernel[i : i + 1, j : j + 1] for j, column in enumerate(columns)),
-                  1, i) for i in range(kernel.shape[0])).astype(inputs.dtype)
+        rows = (added(column * kernel[i : i + 1, j : j + 1] for j, column in enumerate(columns))
+                for i in range(kernel.shape[0]))
+        return added(shift(row, 1, i) for i, row in enumerate(rows)).astype(inputs.dtype)
 
     return jax.lax.platform_dependent(
         inputs, kernel, cpu=shifted, default=functools.partial(
@@ -120,7 +128,7 @@ BATCH_NORM_MOMENTUM = 0.9
 """Weight of the old running statistics by PyTorch's default, a momentum of 0.1 there."""
 
 
-def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype,
+def batch_norm(inputs: jax.Array, *, train: bool, axis_name: str | None, dtype: DTypeLike,
                batch_groups: int = 1, momentum: float = BATCH_NORM_MOMENTUM,
                epsilon: float = 1e-5, name: str | None = None) -> jax.Array:
     """Applies batch normalisation, by default with PyTorch's momentum and epsilon.
@@ -171,14 +179,16 @@ class _GroupedBatchNorm(nn.Module):
         x = inputs.astype(np.promote_types(inputs.dtype, jnp.float32))
         positions = tuple(range(1, x.ndim - 1))
 
-        def average(values):  # [B, ..., channels] -> [groups, channels]
+        def average(values: jax.Array) -> jax.Array:  # [B, ..., channels] -> [groups, channels]
             # Of each image first: a reduction of the array as it is takes less time on CPUs than
             # one of it reshaped.
             of_images = jnp.mean(values, axis=positions)
             own = jnp.mean(of_images.reshape(groups, size // groups, channels), axis=1)
             return own if self.axis_name is None else jax.lax.pmean(own, self.axis_name)
 
-        def for_images(statistics):  # [groups, channels] -> [B, 1, ..., channels]
+        def for_images(
+            statistics: jax.Array
+        ) -> jax.Array:  # [groups, channels] -> [B, 1, ..., channels]
             return jnp.expand_dims(jnp.repeat(statistics, size // groups, axis=0), positions)
 
         mean = average(x)
@@ -192,7 +202,9 @@ class _GroupedBatchNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype) -> jax.Array:
+def normalise(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
+) -> jax.Array:
     """Checks the images of every model, and normalises them: (images - mean) / std per channel.
 
     Raises:

@@ -77,7 +77,7 @@ def bottlenecks(variant: str, width: int) -> list[Bottleneck]:
     """Lists the bottlenecks of a variant, with all channels scaled by ``width / 16``."""
     _validate.one_of("variant", variant, _TABLES)
 
-    def scaled(channels):
+    def scaled(channels: float) -> int:
         return _multiple_of_8(channels * width / _STEM_CHANNELS)
 
     rows, inputs = [], scaled(_STEM_CHANNELS)
@@ -119,7 +119,7 @@ class BottleneckBlock(nn.Module):
         config, dtype = self.config, self.dtype
         activation = nn.hard_swish if config.smooth else nn.relu
 
-        def norm(x, name):
+        def norm(x: jax.Array, name: str) -> jax.Array:
             return _batch_norm(x, train=train, axis_name=self.axis_name, dtype=dtype,
                                batch_groups=self.batch_groups, name=name)
 
@@ -184,7 +184,7 @@ class MobileNetV3(nn.Module):
         """
         rows = bottlenecks(self.variant, self.width)
 
-        def activated(x, channels, name, **options):
+        def activated(x: jax.Array, channels: int, name: str, **options: Any) -> jax.Array:
             x = _conv(channels, x, dtype=self.dtype, name=f"{name}_conv", **options)
             return nn.hard_swish(_batch_norm(
                 x, train=train, axis_name=self.axis_name, dtype=self.dtype,
@@ -192,7 +192,7 @@ class MobileNetV3(nn.Module):
 
         x = normalise(images, self.mean, self.std, self.dtype)
         x = activated(x, rows[0].inputs, "stem", size=3, stride=2)
-        blocks = {}
+        blocks: dict[str, jax.Array] = {}
         for number, row in enumerate(rows, 1):
             if row.stride == 2:
                 blocks[f"block{len(blocks) + 1}"] = x

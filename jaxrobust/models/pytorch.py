@@ -130,12 +130,12 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
     os.replace(partial, path)
 
 
-def _import_torch(path: pathlib.Path):
+def _import_torch(path: pathlib.Path) -> Any:
     return _validate.installed(
         "torch", "PyTorch", str(path), "pip install torch, or use a .safetensors file.")
 
 
-def _import_safetensors(path: pathlib.Path):
+def _import_safetensors(path: pathlib.Path) -> Any:
     return _validate.installed(
         "safetensors.numpy", "safetensors", str(path), "pip install 'jaxrobust[weights]'")
 
@@ -206,19 +206,24 @@ def load_torch_weights(
     return LoadedWeights(traverse_util.unflatten_dict(leaves), replaced)
 
 
-def _replaced(model, given, ends) -> tuple[str, ...]:
+def _replaced(
+    model: nn.Module, given: Mapping[str, Any], ends: Mapping[str, str]
+) -> tuple[str, ...]:
     """The layers that the state dict does not fill."""
     if not _has(given, ends["head"]):
         return ("head",) if _has(given, ends["features"]) else ("features", "head")
     return () if _size(given, ends["head"]) in (None, model.num_classes) else ("head",)
 
 
-def _size(given, layer: str) -> int | None:
+def _size(given: Mapping[str, Any], layer: str) -> int | None:
     """The number of outputs of a layer of a state dict; None if it is missing."""
-    return next(iter(np.shape(given.get(f"{layer}.weight"))), None)
+    weight = given.get(f"{layer}.weight")
+    return None if weight is None else next(iter(np.shape(weight)), None)
 
 
-def _misfit(model, given, ends, wrong: dict[str, str]) -> _validate.InputError:
+def _misfit(
+    model: nn.Module, given: Mapping[str, Any], ends: Mapping[str, str], wrong: dict[str, str]
+) -> _validate.InputError:
     size = _size(given, ends["features"])
     at_end = tuple(f"{layer}." for layer in ends.values())
     if size not in (None, model.num_features) and all(name.startswith(at_end) for name in wrong):
@@ -233,7 +238,7 @@ def _misfit(model, given, ends, wrong: dict[str, str]) -> _validate.InputError:
         f"{len(model.mean)} channels), got weights of which {first} {problem}{others}.")
 
 
-def _has(state_dict, layer: str) -> bool:
+def _has(state_dict: Mapping[str, Any], layer: str) -> bool:
     return any(name.startswith(f"{layer}.") for name in state_dict)
 
 
@@ -270,7 +275,9 @@ _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
-def _names(model, variables, *, shortcut: str) -> tuple[dict[str, tuple], dict[str, str]]:
+def _names(
+    model: nn.Module, variables: Mapping[str, Any], *, shortcut: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """The paths of our leaves by PyTorch's names, and PyTorch's names of the last two layers."""
     if isinstance(model, MobileNetV3):
         layers = _mobilenet_layers(model)

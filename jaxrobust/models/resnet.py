@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
-        def norm(x, name):
+        def norm(x: jax.Array, name: str) -> jax.Array:
             return batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
                               batch_groups=self.batch_groups, name=name)
 
@@ -91,7 +91,7 @@ class ResNet18(nn.Module):
                                batch_groups=self.batch_groups, name="stem_bn"))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        blocks = {}
+        blocks: dict[str, jax.Array] = {}
         for stage in range(4):
             for index in range(2):
                 x = ResidualBlock(

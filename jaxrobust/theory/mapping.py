@@ -135,7 +135,10 @@ def held_out_complexity(
     return (2 * centre_bound * feature_bound + centre_bound**2 / 2) / num_samples**0.5
 
 
-def _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability):
+def _check_bound(
+    rho: float, feature_bound: float, centre_bound: float, num_samples: int,
+    failure_probability: float
+) -> None:
     _validate.in_range("rho", rho, 0, open_low=True)
     _validate.in_range("feature_bound", feature_bound, 0)
     _validate.in_range("centre_bound", centre_bound, 0)
@@ -143,6 +146,6 @@ def _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probabil
     _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
 
 
-def _deviation(num_samples, failure_probability):
+def _deviation(num_samples: int, failure_probability: float) -> jax.Array:
     """The last term of Theorem F.1."""
     return 3 * (jnp.log(2 / failure_probability) / (2 * num_samples)) ** 0.5

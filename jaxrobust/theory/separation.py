@@ -75,7 +75,7 @@ def jensen_shannon_decision_bound(first: jax.Array, second: jax.Array) -> jax.Ar
 
     Source: ``docs/theory.md``.
     """
-    def entropy(share):
+    def entropy(share: jax.Array) -> jax.Array:
         return -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(
             1 - share, 1 - share)
 
@@ -154,7 +154,7 @@ def smallest_distance_between_classes(features: jax.Array, labels: jax.Array) ->
     labels = _validate.class_numbers("labels", labels)
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
 
-    def nearest(example):
+    def nearest(example: tuple[jax.Array, jax.Array]) -> jax.Array:
         feature, label = example
         return jnp.min(jnp.where(
             labels == label, jnp.inf, safe_norm(features - feature[None])))

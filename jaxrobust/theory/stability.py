@@ -88,15 +88,13 @@ def noise_draws(
     _validate.in_range("num_draws", num_draws, 1)
     clean = features_fn(x)
 
-    def draw(index):
+    def draw(index: jax.Array) -> NoiseDraws:
         noise = gaussian_noise(key, index, x, sigma=sigma, indices=indices)
         noisy = x + noise
         model = quadratic_model(loss, x, noise) if with_quadratic else None
-        values = safe_norm(features_fn(noisy) - clean), loss(noisy)
-        return values if model is None else (*values, model)
+        return NoiseDraws(safe_norm(features_fn(noisy) - clean), loss(noisy), model)
 
-    values = probes.map_in_chunks(draw, num_draws, chunk_size)
-    return NoiseDraws(*values) if with_quadratic else NoiseDraws(*values, None)
+    return probes.map_in_chunks(draw, num_draws, chunk_size)
 
 
 @as_one_program
@@ -120,7 +118,7 @@ def quadratic_model(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
 
-    def value_and_slope(x):
+    def value_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(loss, (x,), (v,))
 
     (value, slope), (_, bend) = jax.jvp(value_and_slope, (x,), (v,))
@@ -350,7 +348,7 @@ def smoothed_gradient_norm_squared(
     key = probes.salted(key, "smoothed_gradient_norm_squared")
     gradient = probes.gradient_of(loss)
 
-    def draw(index):
+    def draw(index: jax.Array) -> jax.Array:
         noise = sigma * probes.draw(key, index, x, indices)
         return ((gradient(x + noise) + gradient(x - noise)) / 2).reshape(len(x), -1)
 
