@@ -8,7 +8,7 @@ import jax
 from experiments import bench, readme, targets
 from jaxrobust import InputError, _validate
 from jaxrobust.app import files
-from jaxrobust.app.commands import Compare, Positional
+from jaxrobust.app.commands import Compare, Positional, folder_options
 from jaxrobust.app.config import distinct
 from jaxrobust.app.recipe import RECIPES
 
@@ -51,7 +51,8 @@ class Reproduce(Compare):
             raise InputError(f"Expected rows only with a recipe, got them with {self.recipe!r}.")
         plan = targets.make_plan(
             self.recipe, self.scale or "full", self.out or pathlib.Path("runs"), seeds=self.seeds,
-            data=self.data, init_from=self.init_from, skip_bad=self.skip_bad, only=self.studies)
+            data=self.data, init_from=self.init_from, folder_options=folder_options(self),
+            only=self.studies)
         if not self.dry_run:
             files.require_writable(plan.out)
         self.run_plans(list(plan.studies.values()), plan.text(), lambda: [

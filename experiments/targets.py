@@ -6,7 +6,8 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -199,12 +200,13 @@ class Plan:
 
 def make_plan(
     name: str, scale: str, root: pathlib.Path, *, seeds: Sequence[int] | None = None,
-    data: str | None = None, init_from: str | None = None, skip_bad: bool = False,
+    data: str | None = None, init_from: str | None = None,
+    folder_options: Mapping[str, bool] = types.MappingProxyType({}),
     only: Sequence[str] | None = None,
 ) -> Plan:
     """Plans one of :data:`TARGETS`, or several, one of :data:`EVERY`, with all folders in ``root``.
 
-    ``data``, ``init_from`` and ``skip_bad`` apply to studies on folders of images, and ``only``
+    ``data``, ``init_from`` and ``folder_options`` apply to studies on folders of images; ``only``
     names the studies to use for targets that are made from several.
     """
     _validate.one_of("target", name, (*TARGETS, *EVERY))
@@ -224,7 +226,7 @@ def make_plan(
         for study in target.studies:
             recipe = STUDIES[study][scale]
             if folder_of(recipe) is not None:
-                recipe = with_sources(recipe, data, init_from, skip_bad)
+                recipe = with_sources(recipe, data, init_from, folder_options)
                 require_data(recipe, name)
             rows = target.rows or tuple(recipe.rows)
             known = studies.get(study)

@@ -17,10 +17,9 @@ from jaxrobust.app.config import InputError
 
 COMMON = frozenset({
     "benchmark", "budget", "data", "dataset", "dry_run", "epochs", "folders", "image", "images",
-    "init_from", "jobs", "like", "limit", "method", "methods", "model", "noise", "noise_levels",
-    "noise_std", "num_draws", "num_images",
-    "out", "over", "perturb", "recipe", "resume", "rows", "run", "runs", "scale", "seed", "seeds",
-    "skip_bad", "suite"})
+    "init_from", "jobs", "join_near_copies", "like", "limit", "method", "methods", "model",
+    "noise", "noise_levels", "noise_std", "num_draws", "num_images", "out", "over", "perturb",
+    "recipe", "resume", "rows", "run", "runs", "scale", "seed", "seeds", "skip_bad", "suite"})
 """The options that ``--help`` shows; ``--help-all`` shows all."""
 
 

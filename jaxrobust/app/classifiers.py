@@ -6,8 +6,9 @@ import importlib
 import inspect
 import json
 import pathlib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -207,10 +208,27 @@ def _read(path: pathlib.Path) -> jax.export.Exported:
     if not path.is_file():
         raise InputError(f"Expected an exported artefact in {path}, found no such file.")
     try:
-        return jax.export.deserialize(bytearray(path.read_bytes()))
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        derivatives = [exported.vjp()] if exported.has_vjp() else []
+        called = {name for part in (exported, *derivatives) for name in _calls_in(part)}
     except Exception as error:  # It raises whatever the bytes lead to.
         raise InputError(f"Cannot read {path} as an exported artefact: {reason_of(error)}."
                          ) from error
+    if called - _HARMLESS:
+        raise InputError(f"Expected {path} to call no code outside of it, got calls of "
+                         f"{', '.join(sorted(called - _HARMLESS))}.")
+    return exported
+
+
+_HARMLESS = frozenset({"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+                       "shape_assertion"})
+"""What the modules of exports name beside their own operations, and no function of a process."""
+
+
+def _calls_in(exported: jax.export.Exported) -> Iterator[str]:
+    """The functions outside of a module that it calls, such as Python's by address."""
+    for name in re.findall(r'custom_call"?\W{0,2}([\w.$]*)', exported.mlir_module()):
+        yield name or "a function without a name"
 
 
 def _artefact(path: pathlib.Path) -> tuple[LogitsFn, FeaturesFn]:

@@ -22,6 +22,7 @@ from jaxrobust.app import (
     trainer,
 )
 from jaxrobust.app.config import (
+    FOLDER_OPTIONS,
     Evaluation,
     InputError,
     RunConfig,
@@ -161,6 +162,11 @@ class OnStudies(Training):
             raise InputError("; ".join(failures))
 
 
+def folder_options(command) -> dict[str, bool]:
+    """The options of a command for folders of images."""
+    return {name: getattr(command, name) for name in FOLDER_OPTIONS}
+
+
 @dataclasses.dataclass(frozen=True)
 class Compare(OnStudies):
     """Train and test several methods, the rows of a recipe, with several seeds, and write a report.
@@ -178,6 +184,10 @@ class Compare(OnStudies):
     """File of PyTorch weights that initialises all rows."""
     skip_bad: bool = False
     """Skip images of a folder that cannot be used, instead of stopping."""
+    join_near_copies: bool = False
+    """Keep images of a folder that are nearly the same on one side of a drawn split."""
+    outside_links: bool = False
+    """Follow links, and paths in a CSV file, that lead out of the folder of images."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,7 +197,7 @@ class Compare(OnStudies):
 
     def __call__(self) -> None:
         recipe = with_sources(
-            get_recipe(self.recipe), self.data, self.init_from, self.skip_bad)
+            get_recipe(self.recipe), self.data, self.init_from, folder_options(self))
         self.run_and_report(plan_study(
             recipe, self.out or pathlib.Path("runs") / recipe.name, self.rows, self.seeds))
 
@@ -261,6 +271,10 @@ class Fit(WithData):
     """File of PyTorch weights to start from."""
     skip_bad: bool = False
     """Skip images of a folder that cannot be used, instead of stopping."""
+    join_near_copies: bool = False
+    """Keep images of a folder that are nearly the same on one side of a drawn split."""
+    outside_links: bool = False
+    """Follow links, and paths in a CSV file, that lead out of the folder of images."""
 
     def __post_init__(self):
         if self.noise is not None and self.like is not None:
@@ -286,7 +300,7 @@ class Fit(WithData):
         given = {name: getattr(self, name) for name in (
             "epochs", "model", "width", "image_size", "batch_size", "dtype", "validation_size",
             "init_from")} | {"optimizer.learning_rate": self.learning_rate,
-                             "skip_bad": self.skip_bad or None}
+                             **{name: on or None for name, on in folder_options(self).items()}}
         return fit.Asked(
             self.dataset, fit_settings.parse_budget(self.budget),
             None if self.noise is None else fit_settings.parse_noise(self.noise),

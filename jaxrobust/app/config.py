@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import operator
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -18,6 +19,9 @@ from jaxrobust.methods import METHODS, MethodOptions
 from jaxrobust.models import MODELS
 from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
+
+FOLDER_OPTIONS = ("skip_bad", "join_near_copies", "outside_links")
+"""The settings of a run that are switched on for folders of images."""
 
 SEEDS = 2**32
 """Seeds are below this limit: JAX uses only their last 32 bits."""
@@ -135,6 +139,10 @@ class RunConfig:
     """Seed that divides a folder's images into training and test images."""
     skip_bad: bool = False
     """Skip images of a folder that cannot be used, instead of stopping."""
+    join_near_copies: bool = False
+    """Keep images of a folder that are nearly the same on one side of a drawn split."""
+    outside_links: bool = False
+    """Follow links, and paths in a CSV file, that lead out of the folder of images."""
     train_size: int | None = None
     """Number of training images, drawn at random by class with seed 0; none to use all that are not
     held out."""
@@ -372,17 +380,44 @@ def to_json(config) -> str:
 
 
 def from_dict(cls, values: dict):
-    """Makes an instance of the dataclass ``cls`` from the content that :func:`to_json` wrote."""
-    types = typing.get_type_hints(cls)
+    """Makes an instance of the dataclass ``cls`` from the content that :func:`to_json` wrote.
+
+    Raises:
+      InputError: (a ValueError) for an unknown field, or a value of another type than the field's.
+    """
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, Mapping):
+        raise InputError(f"Expected the fields of {cls.__name__}, got {values!r}.")
     for name in values:
-        _validate.one_of(f"field of {cls.__name__}", name, types)
+        _validate.one_of(f"field of {cls.__name__}", name, hints)
 
     def convert(name, value):
-        if dataclasses.is_dataclass(types[name]):
-            return from_dict(types[name], value)
-        return tuple(value) if isinstance(value, list) else value
+        if dataclasses.is_dataclass(hints[name]):
+            return from_dict(hints[name], value)
+        value = tuple(value) if isinstance(value, list) else value
+        if not _is_of(value, hints[name]):
+            kind = str(hints[name]) if typing.get_args(hints[name]) else hints[name].__name__
+            raise InputError(f"Expected {name}={value!r} of {cls.__name__} to be of type {kind}.")
+        return value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})
+
+
+def _is_of(value, hint) -> bool:
+    """Whether a value from a JSON file, with tuples for lists, is of the type of a field."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, tuple) or (
+                kinds[-1] is not Ellipsis and len(value) != len(kinds)):
+            return False
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        return all(map(_is_of, value, kinds))
+    if hint is float:
+        hint = int | float  # A whole number has no point in all files.
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 BEFORE_CHOICES = {"batch_norm_statistics": "running", "class_weights": "none"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrobust import data
 from jaxrobust.app import files, run_folder
-from jaxrobust.app.config import InputError, RunConfig
+from jaxrobust.app.config import FOLDER_OPTIONS, InputError, RunConfig
 from jaxrobust.app.progress import Progress, progress
 from jaxrobust.data import Dataset
 from jaxrobust.perturbations import parse_perturbation
@@ -42,8 +42,8 @@ def open_dataset(config: RunConfig, data_dir: pathlib.Path, *, in_memory: bool =
     """
     if not config.dataset.startswith(data.FOLDER_PREFIX):
         return _load(config.dataset, data_dir, in_memory)
-    return _load_folder(config.dataset, config.image_size, config.split_seed, config.skip_bad,
-                        data_dir)
+    return _load_folder(config.dataset, config.image_size, config.split_seed, data_dir,
+                        **{name: getattr(config, name) for name in FOLDER_OPTIONS})
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def _load(name, data_dir, in_memory):
 
 
 @functools.cache
-def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
+def _load_folder(name, image_size, split_seed, data_dir, **options):
     shown: list[Progress] = []
     with contextlib.ExitStack() as stack:
 
@@ -68,7 +68,7 @@ def _load_folder(name, image_size, split_seed, skip_bad, data_dir):
 
         dataset = data.load_dataset(
             name, data_dir, in_memory=False, image_size=image_size, split_seed=split_seed,
-            skip_bad=skip_bad, progress=decoded)
+            progress=decoded, **options)
     for line in dataset.skipped:
         files.say(f"Skipped: {line}")
     if dataset.skipped:

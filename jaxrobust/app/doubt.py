@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrobust import _validate, evaluation, metrics
 from jaxrobust.app import files, provenance, run_folder
+from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split, StoredImages
@@ -138,13 +139,29 @@ def choose_score(doubts: Mapping[str, np.ndarray], correct: np.ndarray) -> dict:
 
 
 def load_doubt(folder: pathlib.Path) -> Doubt:
-    """Reads the score of a run; :data:`UNMEASURED` if it has no ``doubt.json``."""
-    facts = run_folder.read_facts(folder, "doubt")
+    """Reads the score of a run; :data:`UNMEASURED` if it has no ``doubt.json``.
+
+    Raises:
+      InputError: (a ValueError) if it is no such score, or lacks its class statistics.
+    """
+    facts, path = run_folder.read_facts(folder, "doubt"), run_folder.facts_path(folder, "doubt")
     if facts is None:
         return UNMEASURED
+    _validate.one_of(f"score in {path}", facts["score"], SCORES)
+    numbers = {name: facts[name] for name in (
+        "num_images", "num_wrong", "threshold", "accepted", "accuracy", "accuracy_of_accepted")}
+    if facts["auroc"] is not None:
+        with files.reading(path):
+            numbers["auroc"] = facts["auroc"][facts["score"]]
+    for name, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise InputError(f"Expected {name} in {path} to be a number, got {value!r}.")
     statistics = None
     if facts["score"] in _OF_FEATURES:
-        statistics = ClassStatistics(**run_folder.read_arrays(folder, "doubt"))
+        arrays = run_folder.read_arrays(folder, "doubt")
+        if arrays is None:
+            raise InputError(f"Expected class statistics beside {path}, found no doubt.npz there.")
+        statistics = ClassStatistics(*(arrays[name] for name in ClassStatistics._fields))
     return Doubt(facts["score"], statistics, facts)
 
 

@@ -5,17 +5,21 @@ In a job of several processes the first one writes; all must see the same folder
 
 import contextlib
 import errno
+import functools
 import json
+import math
 import os
 import pathlib
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxrobust._errors import reason_of
 from jaxrobust.app.config import InputError
 
 try:
@@ -172,17 +176,105 @@ def write_json(path: pathlib.Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: pathlib.Path):
-    """Reads a JSON file."""
-    return json.loads(path.read_text())
+MOST_BYTES_OF_JSON = 2**28
+"""The largest JSON file that is read."""
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
+class Contents(dict):
+    """What a file holds by name; to ask for a name that it lacks raises InputError."""
+
+    path: pathlib.Path | None = None
+
+    def __missing__(self, name):
+        raise InputError(f"Expected {name!r} in {self.path}, found no such entry.")
+
+
+def _contents(path: pathlib.Path, values: dict) -> Contents:
+    contents = Contents(values)
+    contents.path = path
+    return contents
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever reading a damaged file raises into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # Parsers raise anything, of which RecursionError is the oddest.
+        raise InputError(f"Cannot read {path}: {reason_of(error)}.") from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+    size = path.stat().st_size
+    if size > MOST_BYTES_OF_JSON:
+        raise InputError(f"Expected {path} of at most {MOST_BYTES_OF_JSON} bytes, got {size}.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: pathlib.Path) -> Contents:
+    """Reads the object in a JSON file.
+
+    Raises:
+      InputError: (a ValueError) if it cannot be read or is no object, and later for each name that
+        is missing from an object in it.
+    """
+    with reading(path):
+        found = json.loads(_read_text(path), object_hook=functools.partial(_contents, path))
+    if not isinstance(found, Contents):
+        raise InputError(f"Expected an object in {path}, found a {type(found).__name__}.")
+    return found
+
+
+def read_lines(path: pathlib.Path) -> list[Contents]:
     """Reads the objects of a JSON-lines file; none if there is no file.
 
     Ignores an incomplete last line, which an interruption may leave.
+
+    Raises:
+      InputError: (a ValueError) as :func:`read_json` does.
     """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n")]
+    with reading(path):
+        found = [json.loads(line, object_hook=functools.partial(_contents, path))
+                 for line in _read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, Contents):
+            raise InputError(f"Expected an object in line {number} of {path}, found a "
+                             f"{type(row).__name__}.")
+    return found
+
+
+def read_arrays(path: pathlib.Path) -> Contents:
+    """Reads the arrays of an ``.npz`` file that :func:`write_arrays` wrote.
+
+    Nothing is unpacked to a file, and no Python object is made of its content. No array is larger
+    than the file: they are stored without compression, and are as large as their headers say.
+
+    Raises:
+      InputError: (a ValueError) if it cannot be read or is not of this kind, and later for each
+        name that is missing from it.
+    """
+    with reading(path), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its arrays are larger than the file")
+        return _contents(path, {member.filename.removesuffix(".npy"): _read_array(archive, member)
+                                for member in members})
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    header = {(1, 0): np.lib.format.read_array_header_1_0,
+              (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in header:
+            raise ValueError(f"an array in version {version} of NumPy's format")
+        shape, _, dtype = header[version](file)
+        size = file.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or min(shape, default=1) < 0 or size != member.file_size:
+            raise ValueError(f"{member.filename} is no array of {dtype} {list(shape)}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

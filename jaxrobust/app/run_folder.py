@@ -76,7 +76,13 @@ def divergences(folders: Iterable[pathlib.Path]) -> list[str]:
 
 
 def place_of(study: pathlib.Path, row: str, seed: int) -> pathlib.Path:
-    """The folder of a run in a study."""
+    """The folder of a run in a study.
+
+    Raises:
+      InputError: (a ValueError) if the name of the row would lead out of the study's folder.
+    """
+    if "/" in row or "\\" in row or "\0" in row:
+        raise InputError(f"Expected the name of a row in {study} without slashes, got {row!r}.")
     return study / f"{row}-seed{seed}"
 
 
@@ -117,10 +123,7 @@ def read_arrays(folder: pathlib.Path, kind: str, name: str | None = None
                 ) -> dict[str, np.ndarray] | None:
     """Reads the arrays at :func:`arrays_path`; None if there are none."""
     path = arrays_path(folder, kind, name)
-    if not path.is_file():
-        return None
-    with np.load(path) as arrays:
-        return dict(arrays)
+    return files.read_arrays(path) if path.is_file() else None
 
 
 def write_arrays(folder: pathlib.Path, kind: str, arrays: dict[str, np.ndarray],
@@ -196,7 +199,10 @@ def require_there(folder: pathlib.Path) -> None:
 def read_split(folder: pathlib.Path) -> str | None:
     """Reads the images of the run's folder as CSV; None for other data sets."""
     path = folder / "split.csv"
-    return path.read_text() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with files.reading(path):
+        return path.read_text(encoding="utf-8")
 
 
 def write_split(folder: pathlib.Path, text: str) -> None:

@@ -101,6 +101,8 @@ def train_together(
         _refuse_begun(folder, resume)
         if not run_folder.is_trained(folder):
             run_folder.check_checkpoints(folder)
+        check_network(dataset, folder)
+        check_files(dataset, folder)
     splits = make_splits(dataset, configs[0])
     program_of(configs, dataset, layout)  # Raises before anything is written.
     feed = feed.resolve(layout, splits.train, len(configs))
@@ -114,8 +116,6 @@ def train_together(
             first = {folder: _first_state(by_folder[folder], folder, dataset, layout)
                      for folder in left}
         for folder, config in by_folder.items():
-            check_files(dataset, folder)
-            check_network(dataset, folder)
             run_folder.claim_run(folder, config)
         for folder in left:
             if folder not in there:
@@ -640,8 +640,8 @@ def open_run(
 ) -> TrainedRun:
     """Opens a run, finished or not, without its state, with the arguments of :func:`load_run`."""
     if dataset is not None:
-        check_files(dataset, folder)
         check_network(dataset, folder)
+        check_files(dataset, folder)
     network = read_network(folder) if dataset is None else network_of(dataset)
     if network is None:
         raise InputError(f"Expected a run in {folder}, found no network.json there.")

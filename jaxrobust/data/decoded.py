@@ -22,7 +22,9 @@ from jaxrobust.data import copies
 from jaxrobust.data.formats import open_image
 from jaxrobust.data.listing import Entry
 
-_CACHE_FORMAT = 2  # Raise it when what is kept, or the pixels of the same file, would change.
+MOST_PIXELS = 2**14
+"""The largest height or width to which images are resized."""
+_CACHE_FORMAT = 3  # Raise it when what is kept, or the pixels of the same file, would change.
 _SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file in progress is written to more often than this.
 
 
@@ -75,7 +77,7 @@ def read_image(
     """
     require_pillow("Reading an image")
     check_size(image_size)
-    if channels not in (1, 3):
+    if not isinstance(channels, int) or channels not in (1, 3):
         raise _validate.InputError(f"Expected channels={channels} to be 1 or 3.")
     try:
         return _decode(pathlib.Path(path).expanduser(), image_size, channels)
@@ -110,9 +112,15 @@ def require_pillow(what: str) -> None:
 
 
 def check_size(image_size: tuple[int, int]) -> None:
-    if len(image_size) != 2 or min(image_size) < 1:
+    try:
+        height, width = (_validate.integer("size", size, 1) for size in image_size)
+        fits = max(height, width) <= MOST_PIXELS
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
         raise _validate.InputError(
-            f"Expected image_size={image_size} to be (height, width) in pixels, each >= 1.")
+            f"Expected image_size={image_size} to be (height, width) in pixels, each >= 1 and <= "
+            f"{MOST_PIXELS}.")
 
 
 def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> np.ndarray:
@@ -171,8 +179,8 @@ def _open_cache(index: pathlib.Path, image_size: tuple[int, int]) -> _Cached | N
                 for row, (path, size, mtime_ns, *_) in enumerate(record["files"])}
         facts = [Facts(*file[3:]) for file in record["files"]]
         images = np.load(index.parent / record["images"], mmap_mode="r")
-        usable = (record["decoder"] == _decoder() and images.dtype == np.uint8
-                  and images.shape == (len(rows), *image_size, 3))
+        usable = (_is_own(index, record["images"]) and record["decoder"] == _decoder()
+                  and images.dtype == np.uint8 and images.shape == (len(rows), *image_size, 3))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # There is none, or it is damaged.
     return _Cached(np.asarray(images), rows, facts) if usable else None
@@ -277,11 +285,17 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _images_of(index: pathlib.Path) -> str | None:
-    """The file of images that an index names; None if it cannot be read."""
+    """The file of images that an index names; None if it cannot be read, or names another's."""
     try:
-        return str(json.loads(index.read_text())["images"])
+        name = json.loads(index.read_text())["images"]
+        return name if _is_own(index, name) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _is_own(index: pathlib.Path, name: str) -> bool:
+    """Whether an index may name a file of images: one beside it, with its own name first."""
+    return name == pathlib.PurePath(name).name and name.startswith(f"{index.stem}-")
 
 
 def _remove_abandoned(index: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust.data import copies
 from jaxrobust.data.decoded import Facts, Progress, check_size, decode_all, require_pillow
-from jaxrobust.data.listing import Listing, class_order, list_images, shown
+from jaxrobust.data.listing import Entry, Listing, class_order, list_images, shown
 from jaxrobust.data.splitting import split_rows
 from jaxrobust.data.types import Dataset, File, Split, StoredImages
 
@@ -45,6 +45,8 @@ def load_folder(
     test_share: float = 0.2,
     split_seed: int = 0,
     skip_bad: bool = False,
+    join_near_copies: bool = False,
+    outside_links: bool = False,
     in_memory: bool = True,
     num_threads: int | None = None,
     progress: Progress | None = None,
@@ -84,6 +86,10 @@ def load_folder(
       split_seed: of the draw.
       skip_bad: True to leave out bad files and classes; ``skipped`` of the result has a line for
         each.
+      join_near_copies: True to draw near copies (:func:`jaxrobust.data.copies.near_copies`)
+        together too, and count them as one image. One that is like two others joins all three.
+      outside_links: True to follow links, and paths in a CSV file, that lead out of the folder;
+        otherwise what they lead to is bad.
       in_memory: False to leave the images on disk, as :class:`StoredImages`.
       num_threads: for decoding; by default one for each core.
       progress: called with (files done, files in all) while files are decoded.
@@ -96,8 +102,8 @@ def load_folder(
     Raises:
       BadFiles: (an InputError) if files are empty, broken, truncated, not images, missing or have
         more pixels than Pillow's ``MAX_IMAGE_PIXELS``, if images of two classes are copies of each
-        other, or if a class has no image or, where the split is given, none for training or
-        testing. It lists all of them.
+        other, if a class has no image or, where the split is given, none for training or testing,
+        or if a path leads out of the folder. It lists all of them.
       InputError: (a ValueError) if an argument cannot be used, class names differ only in case and
         spaces, the layout is ambiguous, there are fewer than two classes or too few images of one
         for both sides of the split, or the decoded images cannot be written.
@@ -109,7 +115,7 @@ def load_folder(
     _validate.in_range("split_seed", split_seed, 0, 2**32)
     num_threads = os.cpu_count() or 1 if num_threads is None else num_threads
     _validate.in_range("num_threads", num_threads, 1)
-    listing = list_images(path)
+    listing = list_images(path, outside_links=outside_links)
     if path.is_dir() and cache_dir.resolve().is_relative_to(path.resolve()):
         raise _validate.InputError(f"Expected cache_dir={cache_dir} outside of {path}.")
     if skip_bad or not listing.bad:  # Before decoding, which takes time.
@@ -122,7 +128,9 @@ def load_folder(
         raise BadFiles(path, bad)
     _check_classes(path, class_names, len(bad))
     entries = [listing.entries[row] for row in good]
-    groups = copies.groups_of([facts[row].digest for row in good])
+    copied = copies.groups_of([facts[row].digest for row in good])
+    near = _near_copies(copied, [facts[row].thumbnail for row in good])
+    groups = _joined(path, copied, near) if join_near_copies else copied
     labels = np.array([class_names.index(entry.label) for entry in entries], np.int32)
     sides = _sides(
         path, [entry.side for entry in entries], labels, groups, class_names, test_share,
@@ -142,9 +150,25 @@ def load_folder(
                     for side, rows in sides.items() for row in rows),
         groups=groups[sides["train"]], skipped=tuple(bad),
         notes=(*_notes_on_files(path, listing, sides, test_share),
-               *_notes_on_copies([entry.path for entry in entries], groups,
-                                 [facts[row].thumbnail for row in good], sides),
+               *_notes_on_copies(entries, copied, near, sides),
                *_notes_on_classes(labels[sides["train"]], class_names)))
+
+
+# --- copies ------------------------------------------------------------------------------------
+
+def _near_copies(groups: np.ndarray, thumbnails: Sequence[str]) -> np.ndarray | None:
+    """Pairs of rows that are nearly the same but no copies, each the first row of its copies."""
+    firsts = np.unique(groups, return_index=True)[1]
+    pairs = copies.near_copies([base64.b64decode(thumbnails[row]) for row in firsts])
+    return None if pairs is None else firsts[pairs]
+
+
+def _joined(path: pathlib.Path, groups: np.ndarray, near: np.ndarray | None) -> np.ndarray:
+    if near is None:
+        raise _validate.InputError(
+            f"Expected join_near_copies=False for {path}, in which more than "
+            f"{copies.MOST_COMPARED:,} pairs of images would have to be compared.")
+    return copies.joined(groups, near)
 
 
 # --- classes and split ------------------------------------------------------------------------
@@ -255,9 +279,10 @@ def _notes_on_files(
 
 
 def _notes_on_copies(
-    paths: Sequence[str], groups: np.ndarray, thumbnails: Sequence[str],
+    entries: Sequence[Entry], groups: np.ndarray, near: np.ndarray | None,
     sides: dict[str, np.ndarray]
 ) -> Iterator[str]:
+    paths = [entry.path for entry in entries]
     side_of = {row: side for side, rows in sides.items() for row in rows.tolist()}
 
     def divided(pair: Sequence[int]) -> bool:
@@ -279,17 +304,15 @@ def _notes_on_copies(
     elif pairs:
         yield (f"Copies of other images: {len(pairs)}, the first {named(pairs[0])}; none is on "
                "another side of the split.")
-    if len(paths) > copies.MOST_COMPARED:
-        yield f"Near copies are not searched for among more than {copies.MOST_COMPARED} images."
-        return
-    near = copies.near_copies([base64.b64decode(thumbnail) for thumbnail in thumbnails])
-    near = near[groups[near[:, 0]] != groups[near[:, 1]]]
-    side_at = np.array([side_of[row] for row in range(len(paths))])
-    apart = near[side_at[near[:, 0]] != side_at[near[:, 1]]]
-    if len(near):
-        first = (apart if len(apart) else near)[0].tolist()
+    if near is None:
+        yield ("Images that are nearly the same are not searched for: more than "
+               f"{copies.MOST_COMPARED:,} pairs of images would have to be compared.")
+    elif len(near):
+        apart = [pair for pair in near.tolist() if divided(pair)]
+        drawn = not any(entry.side == "test" for entry in entries)
+        advice = " join_near_copies draws them together." if apart and drawn else ""
         yield (f"Pairs of images that are nearly the same: {len(near)}, on two sides of the split: "
-               f"{len(apart)}, the first {named(first)}.")
+               f"{len(apart)}, the first {named((apart or near.tolist())[0])}.{advice}")
 
 
 def _notes_on_classes(labels: np.ndarray, class_names: Sequence[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Listing of the images in a folder or CSV file, with their classes and their sides of a split."""
 
 import csv
+import functools
 import os
 import pathlib
 import re
@@ -60,7 +61,10 @@ class _Found(NamedTuple):
     passed_over: list[str]
 
 
-def list_images(path: pathlib.Path) -> Listing:
+_OUTSIDE = "leads out of the folder"
+
+
+def list_images(path: pathlib.Path, *, outside_links: bool = False) -> Listing:
     """Lists the images of a folder or CSV file, see :func:`jaxrobust.data.load_folder`.
 
     Raises:
@@ -68,7 +72,7 @@ def list_images(path: pathlib.Path) -> Listing:
         names of two classes differ only in case and spaces.
     """
     if path.is_dir():
-        found, root = _list_folder(path), path
+        found, root = _list_folder(path, outside_links), path
     elif path.is_file() and path.suffix.lower() == ".csv":
         found, root = _list_csv(path), path.parent
     else:
@@ -76,20 +80,40 @@ def list_images(path: pathlib.Path) -> Listing:
         raise _validate.InputError(
             f"Expected a folder of images or a CSV file at {path}, got {there}.")
     entries, bad = [], list(found.bad)
+    is_inside = _inside_of(root)
     for relative, (label, side) in sorted(found.named.items()):
         try:
             relative.encode()  # Fails for a name that could not be written anywhere.
+            inside = outside_links or is_inside(os.path.join(root, relative))
             status = os.stat(root / relative)
         except (OSError, ValueError) as error:
             bad.append(f"{shown(relative)}: {reason_of(error)}")
             continue
-        if stat.S_ISREG(status.st_mode):
+        if not inside:
+            bad.append(f"{shown(relative)}: {_OUTSIDE}")
+        elif stat.S_ISREG(status.st_mode):
             entries.append(Entry(relative, label, side, status.st_size, status.st_mtime_ns))
         else:
             bad.append(f"{shown(relative)}: not a file")
     labels = frozenset(label for label, _ in found.named.values())
     _check_names(path, labels)
     return Listing(root, entries, labels, bad, sorted(found.passed_over))
+
+
+def _inside_of(folder: pathlib.Path) -> Callable[[str], bool]:
+    """Makes a function that says whether a path, its links followed, lies in a folder."""
+    top = os.path.join(os.path.realpath(folder), "")
+
+    @functools.cache
+    def is_inside(parent: str) -> bool:
+        return os.path.join(os.path.realpath(parent), "").startswith(top)
+
+    # What is no link is where its folder is, which saves most of the system's calls.
+    return lambda path: is_inside(path if os.path.islink(path) else os.path.dirname(path))
+
+
+def _anywhere(path: str) -> bool:
+    return True
 
 
 def class_order(labels: Iterable[str]) -> list[str]:
@@ -130,18 +154,19 @@ def _passed_over(name: str, *, is_file: bool) -> bool:
 
 # --- folders ----------------------------------------------------------------------------------
 
-def _list_folder(folder: pathlib.Path) -> _Found:
+def _list_folder(folder: pathlib.Path, outside_links: bool) -> _Found:
     found = _Found({}, [], [])
     inside = _inside(folder)
     sides = _given_sides(folder, [
         entry for entry in inside
         if entry.is_dir() and not _passed_over(entry.name, is_file=False)])
+    is_inside = _anywhere if outside_links else _inside_of(folder)
     if not sides:
-        _list_classes(folder, inside, None, found)
+        _list_classes(folder, inside, None, is_inside, found)
         return found
     for entry in inside:
         if entry in sides:
-            _list_classes(folder, _inside(entry), sides[entry], found)
+            _list_classes(folder, _inside(entry), sides[entry], is_inside, found)
         else:
             _list_beside(folder, entry, found)
     return found
@@ -191,19 +216,22 @@ def _given_sides(
 
 
 def _list_classes(
-    folder: pathlib.Path, inside: Iterable[pathlib.Path], side: str | None, found: _Found
+    folder: pathlib.Path, inside: Iterable[pathlib.Path], side: str | None,
+    is_inside: Callable[[str], bool], found: _Found,
 ) -> None:
     """Adds the files of the class folders ``inside`` to those found."""
     def unreadable(error: OSError) -> None:
-        place = pathlib.Path(error.filename).relative_to(folder).as_posix()
-        found.bad.append(f"{shown(place)}: {reason_of(error)}")
+        bad(error.filename, reason_of(error))
+
+    def bad(path: str, reason: str) -> None:
+        found.bad.append(f"{shown(pathlib.Path(path).relative_to(folder).as_posix())}: {reason}")
 
     for entry in inside:
         if not entry.is_dir() or _passed_over(entry.name, is_file=False):
             _list_beside(folder, entry, found)
             continue
         files: list[str] = []
-        for path, passed_over in _walk(entry, unreadable):
+        for path, passed_over in _walk(entry, unreadable, is_inside, bad):
             relative = pathlib.Path(path).relative_to(folder).as_posix()
             (found.passed_over if passed_over else files).append(relative)
         found.named.update((path, (entry.name, side)) for path in files)
@@ -226,11 +254,12 @@ def _list_beside(folder: pathlib.Path, entry: pathlib.Path, found: _Found) -> No
 
 
 def _walk(
-    folder: pathlib.Path, unreadable: Callable[[OSError], None]
+    folder: pathlib.Path, unreadable: Callable[[OSError], None],
+    is_inside: Callable[[str], bool], bad: Callable[[str, str], None],
 ) -> Iterator[tuple[str, bool]]:
     """Paths below a folder, and whether each is passed over.
 
-    Links are followed, but no folder is entered twice.
+    Links are followed, but no folder is entered twice, and none outside, which may be without end.
     """
     entered = set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -239,6 +268,10 @@ def _walk(
             folders.clear()
             continue
         entered.add(real)
+        if not is_inside(os.path.join(root, "")):
+            folders.clear()
+            bad(root, _OUTSIDE)
+            continue
         over = [name for name in folders if _passed_over(name, is_file=False)]
         folders[:] = sorted(set(folders).difference(over))
         yield from ((os.path.join(root, name), True) for name in over)

@@ -14,6 +14,7 @@ model the ``mean`` (0.485, 0.456, 0.406) and ``std`` (0.229, 0.224, 0.225) they 
 
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,9 @@ def _float32(value: np.ndarray) -> np.ndarray:
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     torch = _import_torch(path)
     expected = "Expected a state dict, as torch.save(model.state_dict(), path) writes it"
+    size = path.stat().st_size
     try:
+        _refuse_compressed(path, size)
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -101,8 +104,19 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _validate.InputError(
                 f"{expected}, got {path}, in which {name!r} is a {type(value).__name__}.")
+        if value.numel() * value.element_size() > size:  # A view that repeats what is stored.
+            raise _validate.InputError(
+                f"{expected}, got {path}, in which {name!r} is larger than the file.")
     return {name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
             for name, value in saved.items()}
+
+
+def _refuse_compressed(path: pathlib.Path, size: int) -> None:
+    """Raises OSError if a file in PyTorch's format, a zip archive, would be larger in memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise OSError("its tensors are larger than the file")
 
 
 def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:

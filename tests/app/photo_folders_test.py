@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from jaxrobust import InputError, data
 from jaxrobust.app import network, program, trainer
@@ -267,6 +267,14 @@ def test_numbers_in_names_are_in_their_own_order(load, tmp_path):
     assert listing.class_order(["1", "01", "1a", "a1"]) == ["01", "1", "1a", "a1"]
 
 
+@pytest.mark.parametrize(("names", "difference"), [
+    (("10", "9"), "another order, with '10' instead of '9' as class 0"),
+    (("9", "10", "11"), "3 instead of 2, new '11'"), (("9",), "1 instead of 2, without '10'"),
+    (("9", "ten"), "2 instead of 2, new 'ten' and without '10'")])
+def test_a_difference_of_classes_is_spelt_out(names, difference):
+    assert network._difference(("9", "10"), names) == difference
+
+
 def test_a_run_trained_with_classes_in_another_order_is_refused(load, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -277,7 +285,8 @@ def test_a_run_trained_with_classes_in_another_order_is_refused(load, tmp_path):
     with pytest.raises(InputError) as error:
         network.check_network(dataclasses.replace(dataset, class_names=("10", "9")), run)
     assert str(error.value) == (
-        f'{run} was trained with class_names=["9", "10"], but {dataset.name} has ["10", "9"].')
+        f"Expected the classes of {dataset.name} that {run} was trained with, got another order, "
+        "with '10' instead of '9' as class 0.")
 
 
 # --- the split --------------------------------------------------------------------------------
@@ -391,8 +400,93 @@ def test_near_copies_are_reported_and_pictures_alike_are_not(load, tmp_path):
     note, = (note for note in load(photos).notes if "nearly" in note)
     assert note.startswith("Pairs of images that are nearly the same: 1, on two sides of the ")
     assert "fog/03.png (" in note and "fog/small.jpg (" in note
-    with mock.patch.object(copies, "MOST_COMPARED", 40):
-        assert "Near copies are not searched for among more than 40 images." in load(photos).notes
+    with mock.patch.object(copies, "MOST_COMPARED", 0):
+        assert ("Images that are nearly the same are not searched for: more than 0 pairs of images "
+                "would have to be compared.") in load(photos).notes
+        assert refused(load, photos, join_near_copies=True) == (
+            f"Expected join_near_copies=False for {photos}, in which more than 0 pairs of images "
+            "would have to be compared.")
+
+
+def altered(image, name):
+    """The picture after what people do to one before they upload it again."""
+    if name == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=75)
+        return Image.open(file)
+    return {"smaller": lambda: image.resize((98, 78), Image.Resampling.BILINEAR),
+            "mirrored": lambda: ImageOps.mirror(image),
+            "brighter": lambda: ImageEnhance.Brightness(image).enhance(1.05)}[name]()
+
+
+def scene(number):
+    """A picture of 80 x 100 with large forms and small ones, as photographs have."""
+    random = np.random.default_rng(number)
+    spectrum = np.fft.rfft2(random.normal(size=(80, 100)))
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(80), np.fft.rfftfreq(100), indexing="ij"))
+    grey = np.fft.irfft2(spectrum / np.maximum(frequency, 0.01), (80, 100))
+    grey = np.clip(128 + 45 * (grey - grey.mean()) / grey.std(), 0, 255)
+    return Image.fromarray(np.stack([grey, grey * 0.8, 255 - grey], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["jpeg", "smaller", "mirrored", "brighter"])
+def test_altered_copies_are_reported_and_drawn_together_if_asked(name, load, tmp_path):
+    photos = tmp_path / "photos"
+    for label, first in (("fog", 0), ("rain", 20)):
+        (photos / label).mkdir(parents=True)
+        for number in range(first, first + 20):
+            scene(number).save(photos / label / f"{number:02}.png")
+    for number in range(10):
+        altered(scene(number), name).save(photos / "fog" / f"again {number}.bmp")
+    dataset = load(photos)
+    note, = (note for note in dataset.notes if "nearly" in note)
+    sides = sides_of(dataset)
+    apart = [number for number in range(10)
+             if sides[f"fog/again {number}.bmp"] != sides[f"fog/{number:02}.png"]]
+    assert apart  # Or the rest would show nothing.
+    assert note.startswith("Pairs of images that are nearly the same: 10, on two sides of the "
+                           f"split: {len(apart)}, the first fog/{apart[0]:02}.png (")
+    assert note.endswith("). join_near_copies draws them together.")
+    for seed in range(3):
+        together = load(photos, join_near_copies=True, split_seed=seed)
+        sides = sides_of(together)
+        assert set(sides.values()) == {"train", "test"}
+        assert all(sides[f"fog/again {number}.bmp"] == sides[f"fog/{number:02}.png"]
+                   for number in range(10))
+        note, = (note for note in together.notes if "nearly" in note)
+        assert "on two sides of the split: 0, the first" in note
+    config = dataclasses.replace(CONFIG, validation_size=8)  # Drawn from the groups as well.
+    paths = [file.path for file in together.files if file.split == "train"]
+    held = {paths[row] for row in program.rows_of(config, together)[1]}
+    assert all((f"fog/again {number}.bmp" in held) == (f"fog/{number:02}.png" in held)
+               for number in range(10) if sides[f"fog/{number:02}.png"] == "train")
+
+
+def test_groups_with_a_pair_in_common_are_one():
+    groups = np.array([0, 1, 2, 0, 3, 4], np.int32)
+    pairs = np.array([[1, 3], [2, 5]])
+    assert copies.joined(groups, pairs).tolist() == [0, 0, 1, 0, 2, 1]
+    assert copies.joined(groups, np.empty((0, 2), np.int64)).tolist() == groups.tolist()
+    assert copies.joined(np.empty(0, np.int32), np.empty((0, 2), np.int64)).tolist() == []
+
+
+def test_near_copies_are_those_of_all_pairs_compared():
+    random = np.random.default_rng(0)
+    thumbnails = np.stack([np.asarray(scene(number).convert("L").resize((16, 16)))
+                           for number in range(60)]).astype(int)
+    noisy = np.clip(thumbnails + random.normal(0, [[[5]]] * 60, thumbnails.shape), 0, 255)
+    every = np.concatenate([thumbnails, noisy[:, :, ::-1], noisy]).astype(np.uint8)
+    found = copies.near_copies([one.tobytes() for one in every])
+    expected = []
+    for other in range(180):
+        for one in range(other):
+            likeness = max(np.corrcoef(every[one].ravel(), flipped.ravel())[0, 1]
+                           for flipped in (every[other], every[other][:, ::-1]))
+            assert abs(likeness - copies.ALIKE) > 1e-6
+            if likeness > copies.ALIKE:
+                expected.append([one, other])
+    assert 50 < len(expected) < 180 * 179 / 2
+    assert found.tolist() == sorted(expected)
 
 
 def test_thumbnails_correlate_as_numpy_says_and_flat_ones_with_none():
@@ -404,12 +498,16 @@ def test_thumbnails_correlate_as_numpy_says_and_flat_ones_with_none():
     assert {len(thumbnail) for thumbnail in thumbnails} == {256}
     np.testing.assert_array_equal(copies.near_copies(thumbnails), [[1, 3]])
     grey = images[0] @ np.array([0.299, 0.587, 0.114])
-    means = grey.reshape(16, 2, 16, 3).mean(axis=(1, 3))
+    for axis, factor in enumerate((2, 3)):  # Triangles, as wide as two pixels of the thumbnail.
+        distance = (np.arange(16 * factor) + 0.5) / factor - np.arange(16)[:, None] - 0.5
+        weights = np.maximum(1 - np.abs(distance), 0)
+        weights /= weights.sum(1, keepdims=True)
+        grey = np.moveaxis(np.tensordot(weights, grey, axes=(1, axis)), 0, axis)
     np.testing.assert_allclose(
-        np.frombuffer(thumbnails[0], np.uint8).reshape(16, 16), means, atol=1.5)
+        np.frombuffer(thumbnails[0], np.uint8).reshape(16, 16), grey, atol=1.5)
     assert copies.near_copies([]).shape == (0, 2)
     many = [bytes(row) for row in rng.integers(0, 256, (2500, 256), np.uint8)]
-    for row in (1700, 2400):  # The pairs are compared in parts of a thousand.
+    for row in (1700, 2400):
         many[row] = many[3]
     assert copies.near_copies(many).tolist() == [[3, 1700], [3, 2400], [1700, 2400]]
 

@@ -81,12 +81,13 @@ class FitPlan:
 # --- planning --------------------------------------------------------------------------------
 
 
-def facts_of(dataset: str) -> Facts:
+def facts_of(dataset: str, *, outside_links: bool = False) -> Facts:
     """Gathers what the settings depend on, without decoding the images."""
     accelerator = jax.default_backend() != "cpu"
     if not dataset.startswith(FOLDER_PREFIX):
         return Facts(dataset, 0, accelerator)
-    listing = list_images(pathlib.Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser())
+    listing = list_images(pathlib.Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser(),
+                          outside_links=outside_links)
     entries = [entry for entry in listing.entries if entry.side in (None, "train")]
     sizes = []
     for place in np.linspace(0, len(entries) - 1, min(SIZES_READ, len(entries))).astype(int):
@@ -161,7 +162,7 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
 
     ``started`` is the time.monotonic() from which the budget counts.
     """
-    facts = facts_of(asked.dataset)
+    facts = facts_of(asked.dataset, outside_links=asked.run.get("outside_links", False))
     config, decisions = settings.choose_settings(facts, asked.run)
     dataset = open_dataset(config, data_dir)
     if asked.like is not None:

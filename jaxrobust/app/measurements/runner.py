@@ -78,9 +78,9 @@ class Work:
         self.facts: dict[str, Any] = {}
         if not self._path.is_file():
             return
-        with np.load(self._path) as arrays:
-            table = dict(arrays)
-        there, facts = (json.loads(str(table.pop(name))) for name in ("settings", "facts"))
+        table = files.read_arrays(self._path)
+        with files.reading(self._path):
+            there, facts = (json.loads(str(table.pop(name))) for name in ("settings", "facts"))
         _refuse_others(self._path, "begun", there, asked, command)
         self.table, self.facts = table, facts
 

@@ -62,7 +62,8 @@ class StudyPlan:
         size = "all" if first.train_size is None else f"{first.train_size:,}"
         folder, cost, larger, found = folder_of(self.recipe), self.recipe.cost, 1.0, ""
         if folder is not None:
-            num_images = len(list_images(pathlib.Path(folder).expanduser()).entries)
+            num_images = len(list_images(
+                pathlib.Path(folder).expanduser(), outside_links=first.outside_links).entries)
             if not num_images:
                 raise InputError(f"Expected images in {folder}, found none.")
             found = f" of {num_images:,} images"
@@ -131,9 +132,11 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
 
 
 def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
-                 skip_bad: bool = False) -> Recipe:
-    """Replaces the data set and the initial weights of a recipe, if given, and skips bad images."""
-    given = {"dataset": dataset, "init_from": init_from, "skip_bad": skip_bad or None}
+                 folder_options: Mapping[str, bool]) -> Recipe:
+    """Replaces the data set and the initial weights of a recipe, if given, and switches on those of
+    :data:`jaxrobust.app.config.FOLDER_OPTIONS` that are true."""
+    given = {"dataset": dataset, "init_from": init_from,
+             **{name: on or None for name, on in folder_options.items()}}
     changes = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(recipe, rows={
         row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
