@@ -128,10 +128,16 @@ class Feed:
 
 
 def batch_size_of(images) -> int:
-    """Number of images [N, H, W, channels] to test at once: at most 250, with at most four million
-    pixels in all, which bounds the working memory of a network."""
+    """Number of images [N, H, W, channels] to test at once.
+
+    At most 250, with at most four million pixels in all, which bounds the working memory of a
+    network. On a CPU a few per core: the arrays of larger batches leave its caches. ResNet18 of
+    width 64 takes 1.8 times as long with 250 images of 32 x 32 as with 24 on two cores.
+    """
     _, height, width, _ = images.shape
-    return max(1, min(250, 2**22 // (height * width)))
+    on_cpu = jax.default_backend() == "cpu"
+    most, pixels = (max(24, 12 * os.cpu_count()), 2**18) if on_cpu else (250, 2**22)
+    return max(1, min(250, most, pixels // (height * width)))
 
 
 def _host_memory() -> float:

@@ -181,8 +181,13 @@ def to_hyperplane(norm: str, points: jax.Array, normal: jax.Array, offset: jax.A
     Every coordinate moves towards the hyperplane until it is there or at the end of its room
     :math:`r_i` in the box: :math:`d_i = \mathrm{sign}(b w_i) \min(\lambda s_i, r_i)`, with
     :math:`s_i = 1` for the maximum norm and :math:`|w_i|` for the Euclidean one. The covered offset
-    grows with lambda in straight pieces, whose ends are sorted. Where the box ends before the
-    hyperplane it is the step that comes nearest to it.
+
+    .. math:: c(\lambda) = \sum_i |w_i| \min(\lambda s_i, r_i)
+
+    is concave and grows in straight pieces. Newton's steps for :math:`c(\lambda) = |b|`, from 0 on,
+    thus never go too far, and each but the last fills the room of another coordinate: they end, and
+    are few. Sorting the ends of the pieces instead took half of the attack's time. Where the box
+    ends before the hyperplane, d is the step that comes nearest to it.
 
     Args:
       norm: "linf" or "l2".
@@ -204,20 +209,23 @@ def to_hyperplane(norm: str, points: jax.Array, normal: jax.Array, offset: jax.A
     weight = jnp.abs(w)
     room = jnp.where(w > 0, 1 - x, jnp.where(w < 0, x, 0))
     speed = jnp.where(weight > 0, weight if norm == "l2" else 1, 0)
-    # The lambda at which a coordinate has no room left, in ascending order.
+    # The lambda at which a coordinate has no room left.
     full = jnp.where(speed > 0, room / jnp.where(speed > 0, speed, 1), 0)
-    order = jnp.argsort(full, axis=1)
-    full, mass, rate = (jnp.take_along_axis(values, order, axis=1)
-                        for values in (full, weight * room, weight * speed))
-    covered = jnp.cumsum(mass, axis=1)  # by the coordinates without room
-    left = jnp.cumsum(rate[:, ::-1], axis=1)[:, ::-1]  # rate of this and all later coordinates
-    at_end = covered + full * (left - rate)
-    piece = jnp.sum(at_end < b[:, None], axis=1, keepdims=True)
-    before = jnp.where(piece > 0, jnp.take_along_axis(
-        covered, jnp.maximum(piece - 1, 0), axis=1), 0)
-    last = jnp.minimum(piece, w.shape[1] - 1)
-    rate_there = jnp.take_along_axis(left, last, axis=1)
-    within = (piece < w.shape[1]) & (rate_there > 0)
-    reached = jnp.maximum(b[:, None] - before, 0) / jnp.where(rate_there > 0, rate_there, 1)
-    step = jnp.where(within, jnp.minimum(reached * speed, room), room)
+
+    def filled(lam):
+        return full <= lam[:, None]
+
+    def newton(state):
+        lam, _ = state
+        covered = jnp.sum(weight * jnp.where(filled(lam), room, 0), axis=1)
+        rate = jnp.sum(jnp.where(filled(lam), 0, weight * speed), axis=1)
+        # Where no coordinate has room left, the hyperplane is at the end of the box or beyond.
+        reached = jnp.where(
+            rate > 0, (b - covered) / jnp.where(rate > 0, rate, 1), jnp.max(full, axis=1))
+        further = jnp.maximum(reached, lam)
+        return further, jnp.any(filled(further) != filled(lam))
+
+    lam, _ = jax.lax.while_loop(
+        lambda state: state[1], newton, (jnp.zeros_like(b), jnp.array(True)))
+    step = jnp.where(filled(lam), room, lam[:, None] * speed)
     return (jnp.sign(w) * step).reshape(shape)

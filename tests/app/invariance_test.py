@@ -1,6 +1,5 @@
 """The figures of the suite are the same for any batch size and any number of devices."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +61,7 @@ def model(layout):
 def measured(suite, layout, batch_size, folder, monkeypatch):
     """The facts of a suite, and its columns."""
     monkeypatch.setattr(attacks, "BATCH", batch_size)
-    monkeypatch.setattr(certificates, "certify", functools.partial(
-        certificates.certify, batch_size=batch_size))
-    for module in (accuracy, common, estimates):
+    for module in (accuracy, attacks, certificates, common, estimates):
         monkeypatch.setattr(module, "batch_size_of", lambda images: batch_size)
     measurement, = (one for one in MEASUREMENTS if one.suite == suite)
     folder.mkdir()

@@ -188,10 +188,11 @@ def projection_in_float64(norm, x, w, b):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
-def test_the_projection_to_a_hyperplane_within_the_box(norm, scale):
+@pytest.mark.parametrize("shape", [(2, 5), (20, 50)])
+def test_the_projection_to_a_hyperplane_within_the_box(norm, scale, shape):
     draw = np.random.default_rng(3)
-    x, w = draw.uniform(size=(24, 2, 5)), draw.normal(size=(24, 2, 5)) * scale
-    x[:6] = draw.integers(0, 2, size=(6, 2, 5))
+    x, w = draw.uniform(size=(24, *shape)), draw.normal(size=(24, *shape)) * scale
+    x[:6] = draw.integers(0, 2, size=(6, *shape))
     w[::3, 0, :2] = 0
     w[-1] = 0
     reach = np.abs(w).sum(axis=(1, 2))

@@ -13,6 +13,7 @@ from jaxrobust import _validate
 from jaxrobust import attacks as library
 from jaxrobust.app.classifiers import ForeignModel, is_randomised
 from jaxrobust.app.config import InputError, distinct
+from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
@@ -33,12 +34,13 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import Section, Table, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
+from jaxrobust.evaluation import map_batches
 
 SEED = 0
 """Seeds the attacks: the same for all models."""
 
 BATCH = 250
-"""Images that are attacked at a time, after which an interrupted measurement resumes."""
+"""Images after whose attack an interrupted measurement resumes."""
 
 _NAMES = {"linf": "L∞", "l2": "L2"}
 
@@ -141,7 +143,8 @@ def _ensemble(classifier, split, rows, settings, norm, epsilon):
         classifier, split.images[rows], split.labels[rows],
         jax.random.fold_in(jax.random.key(SEED), list(_NAMES).index(norm)), norm=norm,
         epsilon=epsilon, num_steps=settings.num_steps, num_targets=settings.num_targets,
-        num_queries=settings.num_queries, batch_size=BATCH, indices=rows)
+        num_queries=settings.num_queries, batch_size=batch_size_of(split.images),
+        indices=rows)
     # That of the black box is judged over all batches.
     warnings = {name: text for name, text in found.warnings.items() if name != "black_box"}
     return ({"norm": norm, "epsilon": epsilon, "warnings": warnings,
@@ -151,14 +154,14 @@ def _ensemble(classifier, split, rows, settings, norm, epsilon):
 
 def _nearest(classifier, split, rows, settings, norm, epsilon):
     """Looks for the nearest misclassified images of a batch, as :func:`_ensemble` attacks it."""
-    padded = np.resize(rows, min(BATCH, len(split.labels)))  # All batches are one program.
-    labels = np.where(np.arange(len(padded)) < len(rows), split.labels[padded], -1)
-    _, distance = library.fab(
-        classifier, split.images[padded], labels.astype(np.int32), norm=norm,
-        num_steps=settings.num_steps, num_targets=settings.num_targets)
+    def distances(images, labels):
+        return library.fab(classifier, images, labels, norm=norm, num_steps=settings.num_steps,
+                           num_targets=settings.num_targets)[1]
+
+    distance = map_batches(distances, split.images[rows], split.labels[rows].astype(np.int32),
+                           batch_size=batch_size_of(split.images))
     return ({"norm": norm, "epsilon": epsilon},
-            {"broken_by": np.full(len(rows), "", "U16"),
-             "distance": np.asarray(distance, np.float64)[:len(rows)]})
+            {"broken_by": np.full(len(rows), "", "U16"), "distance": distance.astype(np.float64)})
 
 
 def _of_ball(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dict]) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.app.classifiers import ForeignModel
+from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
@@ -81,7 +82,7 @@ def _measure(run: TrainedRun | ForeignModel, settings: CertificateSettings, work
             found = certify(
                 classify, split.images[row:row + 1], jax.random.key(SEED), sigma=settings.sigma,
                 n0=settings.n0, n=settings.n, alpha=settings.alpha, indices=[row],
-                layout=run.layout)
+                batch_size=batch_size_of(split.images), layout=run.layout)
             work.add({"index": np.array([row]), **found._asdict(),
                       "target": split.labels[row:row + 1]})
             shown.advance()
