@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, overload
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust.centroids import counted
 from jaxrobust.data.types import StoredImages
-from jaxrobust.images import FeaturesFn, LogitsFn, Outputs, to_float
+from jaxrobust.images import FeaturesFn, LogitsFn, Outputs, predicted_classes, to_float
 from jaxrobust.parallel import Layout, make_layout, map_examples, place_batch, replicate
 from jaxrobust.perturbations import Perturbation, identity, per_example
 
@@ -34,9 +33,8 @@ def _rank(logits_fn: LogitsFn, images: jax.Array, labels: jax.Array) -> _Ranked:
     logits = logits_fn(images)
     num_classes = _validate.shapes(labels=(labels, "B"), logits=(logits, "B C"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
-    finite = jnp.isfinite(logits).all(axis=1)
-    return _Ranked((jnp.argmax(logits, axis=1).astype(labels.dtype) == labels) & finite, finite,
-                   counted(labels, num_classes))
+    predicted, labelled = predicted_classes(logits), counted(labels, num_classes)
+    return _Ranked((predicted == labels) & labelled, predicted >= 0, labelled)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -46,6 +46,25 @@ def to_float(images: Images) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
+def predicted_classes(logits: jax.Array) -> jax.Array:
+    r"""Computes the class of each row of logits.
+
+    .. math:: \arg\max_i z_i
+
+    Args:
+      logits: z [..., C].
+
+    Returns:
+      [...], int32; the first of several largest, and -1, no class, where a logit is not finite:
+      ``argmax`` takes NaN for the largest.
+
+    >>> predicted_classes(jnp.array([[0.0, 2.0], [1.0, 1.0], [jnp.nan, 0.0]])).tolist()
+    [1, 0, -1]
+    """
+    finite = jnp.isfinite(logits).all(axis=-1)
+    return jnp.where(finite, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+
+
 _OUTPUTS = {"loss": ("B",), "features_fn": ("B", "d"), "logits_fn": ("B", "C")}
 
 

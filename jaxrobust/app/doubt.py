@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate, evaluation, metrics
@@ -14,7 +15,7 @@ from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.trainer import TrainedRun, make_splits, variables_of
 from jaxrobust.data import Split, StoredImages
-from jaxrobust.images import to_float
+from jaxrobust.images import predicted_classes, to_float
 from jaxrobust.metrics import ClassStatistics
 
 SCORES = {
@@ -49,14 +50,18 @@ UNMEASURED = Doubt("probability", None, None)
 def doubt_of(
     score: str, logits: jax.Array, features: jax.Array, statistics: ClassStatistics | None
 ) -> jax.Array:
-    """Computes the score [B], larger for more doubtful, from logits [B, C] and features [B, d]."""
-    classes = logits.argmax(axis=1)
-    return {
+    """Computes the score [B], larger for more doubtful, from logits [B, C] and features [B, d].
+
+    It is infinite where a logit or a feature is not finite.
+    """
+    classes = predicted_classes(logits)
+    doubts = {
         "probability": lambda: metrics.improbability(logits),
         "energy": lambda: metrics.energy(logits),
         "distance": lambda: metrics.scaled_distance(features, classes, statistics),
         "mahalanobis": lambda: metrics.mahalanobis_distance(features, classes, statistics),
     }[score]()
+    return jnp.where((classes >= 0) & jnp.isfinite(features).all(axis=1), doubts, jnp.inf)
 
 
 def outputs_of(run: TrainedRun, images) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +104,7 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
         logits, features = outputs_of(run, split.images)
         _validate.finite(f"logits of {name} images", logits)
         _validate.finite(f"features of {name} images", features)
-        correct = logits.argmax(axis=1) == split.labels
+        correct = np.asarray(predicted_classes(logits)) == split.labels
         doubts = {score: np.asarray(doubt_of(score, logits, features, statistics))
                   for score in SCORES}
         facts = {"held_out": name, **choose_score(doubts, correct)}

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxrobust import _validate, probes
 from jaxrobust._eager import as_program, is_traced
 from jaxrobust.centroids import counted
-from jaxrobust.images import LogitsFn, to_float
+from jaxrobust.images import LogitsFn, predicted_classes, to_float
 
 NORMS = ("linf", "l2")
 
@@ -195,8 +195,8 @@ def _once(
 ) -> Evaluated:
     logits = classify(classifier, problem, images, keys)
     counts = counted(problem.labels, logits.shape[1])
-    finite = jnp.isfinite(logits).all(axis=1)
-    predicted = jnp.argmax(logits, axis=1).astype(problem.labels.dtype)
+    predicted = predicted_classes(logits)
+    finite = predicted >= 0
     return Evaluated(objective(logits, problem).astype(jnp.float32),
                      (predicted != problem.labels) & finite & counts, finite | ~counts)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrobust import _validate
 from jaxrobust.centroids import CentroidState, counted, update_centroids
-from jaxrobust.images import Batch, Outputs
+from jaxrobust.images import Batch, Outputs, predicted_classes
 from jaxrobust.losses import RobustLossConfig, mean_over_batch
 from jaxrobust.methods.options import MethodOptions
 from jaxrobust.perturbations import Perturbation
@@ -116,9 +116,7 @@ Maker = Callable[[Parts], tuple[Objective, Passes]]
 def accuracy(logits: jax.Array, labels: jax.Array, axis_name: str | None) -> jax.Array:
     """Accuracy on the examples that count; logits that are not finite predict no class."""
     labels = _validate.class_numbers("labels", labels)
-    # argmax would take NaN for the largest.
-    predicted = jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), -1)
-    return mean_over_batch((predicted == labels).astype(jnp.float32), axis_name,
+    return mean_over_batch((predicted_classes(logits) == labels).astype(jnp.float32), axis_name,
                            counts=counted(labels, logits.shape[1]))
 
 

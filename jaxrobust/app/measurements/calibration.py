@@ -29,6 +29,7 @@ from jaxrobust.app.report.figures import GRID, new_figure, row_styles, wrap
 from jaxrobust.app.report.page import Picture, Section
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
+from jaxrobust.images import predicted_classes
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 """Of logits [N, C] and labels [N]."""
@@ -53,7 +54,7 @@ def _scores(num_bins: int) -> dict[str, tuple[Score, float]]:
 
     def area(logits, labels):
         doubt = np.asarray(metrics.improbability(jnp.asarray(logits, jnp.float32)))
-        return metrics.coverage_curve(doubt, logits.argmax(axis=1) == labels).area
+        return metrics.coverage_curve(doubt, np.asarray(predicted_classes(logits)) == labels).area
 
     return {
         "ECE, equal width": (error, 1),

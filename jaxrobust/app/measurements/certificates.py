@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
@@ -37,7 +36,7 @@ from jaxrobust.certification import (
     certified_radius,
     certify,
 )
-from jaxrobust.images import LogitsFn
+from jaxrobust.images import LogitsFn, predicted_classes
 
 SEED = 0
 """Seeds the noise: the same for all models."""
@@ -68,8 +67,7 @@ class CertificateSettings:
 
 def _classify(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
     """Labels [B]; -1, which is never certified, where logits are not finite."""
-    logits = logits_fn(images)
-    return jnp.where(jnp.isfinite(logits).all(axis=1), logits.argmax(axis=1), ABSTAINED)
+    return predicted_classes(logits_fn(images))
 
 
 def _measure(run: TrainedRun | ForeignModel, settings: CertificateSettings, work: Work) -> Measured:

@@ -25,7 +25,7 @@ from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import Picture, Section, Table, listed, over_runs, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
-from jaxrobust.images import LogitsFn, to_float
+from jaxrobust.images import LogitsFn, predicted_classes, to_float
 from jaxrobust.models.common import normalise
 from jaxrobust.parallel import make_layout
 
@@ -226,7 +226,7 @@ def _columns(scale, settings, logits_fn, rows):
         found |= {"smoothed_frobenius_squared": smoothed.squared_frobenius,
                   "smoothed_trace": smoothed.trace}
     return {
-        "loss": loss(images), "correct": jnp.argmax(logits(images), axis=1) == rows[1],
+        "loss": loss(images), "correct": predicted_classes(logits(images)) == rows[1],
         "gradient_squared": probes.squared_norm(gradient), **_with_errors(found),
         **{f"{_EIGENVALUE}{rank}": spectrum[:, -rank]
            for rank in range(1, spectrum.shape[1] + 1)}}

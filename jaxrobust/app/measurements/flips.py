@@ -27,6 +27,7 @@ from jaxrobust.app.report.page import Section
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
 from jaxrobust.data import Perturbed, load_perturbed
+from jaxrobust.images import predicted_classes
 
 SEED = 0
 """Of the draw of sequences."""
@@ -68,7 +69,8 @@ def _measure(run: TrainedRun | ForeignModel, settings: FlipSettings, work: Work)
             logits = outputs_of(run.logits_fn, images, run.layout)
             _validate.finite_logits(np.isfinite(logits).all(axis=1), f" of {found.source}")
             flips = corruptions.flips(
-                logits.argmax(axis=1).reshape(number, length), noise=found.is_noise)
+                np.asarray(predicted_classes(logits)).reshape(number, length),
+                noise=found.is_noise)
             work.add({"name": np.array([name]), "changes": np.array([length - 1]),
                       "flips": flips[None].astype(np.int32)})
             shown.advance(**{f"flip rate, {name}": float(flips.mean() / (length - 1))})

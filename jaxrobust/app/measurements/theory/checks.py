@@ -15,7 +15,7 @@ from jaxrobust.app.measurements.accuracy import pooled_blocks
 from jaxrobust.app.report.page import significant
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Split
-from jaxrobust.images import to_float
+from jaxrobust.images import predicted_classes, to_float
 from jaxrobust.models import head_parameters
 from jaxrobust.statistics import share_upper_bound
 
@@ -146,7 +146,7 @@ def check_rescaling(run: TrainedRun, split: Split, nus: tuple[float, ...]
     """Checks Proposition 5.3 and its corollary on the run's own network and these images."""
     def measure(params):
         layers, head = layers_of(run, split, params), head_parameters(params)
-        return (layers.logits.argmax(axis=1),
+        return (np.asarray(predicted_classes(layers.logits)),
                 geometry.class_dispersion(layers.features, layers.labels, len(head[1])).max(),
                 geometry.class_margin(layers.features, layers.labels, *head).min())
 

@@ -13,7 +13,7 @@ from jaxrobust.app.measurements.theory.checks import Claim, median_ratio, median
 from jaxrobust.app.report.page import significant
 from jaxrobust.app.trainer import TrainedRun, variables_of
 from jaxrobust.data import Split
-from jaxrobust.images import to_float
+from jaxrobust.images import predicted_classes, to_float
 from jaxrobust.models import head_parameters
 
 SEED = 0
@@ -47,7 +47,7 @@ def _pointwise(model, variables, images, labels):
     gradient = jax.grad(lambda x: jnp.sum(loss(x)))(images)
     spectrum = curvature.piecewise_linear_spectrum(logits_fn, images)
     return {
-        "loss": loss(images), "correct": jnp.argmax(logits, axis=1) == labels,
+        "loss": loss(images), "correct": predicted_classes(logits) == labels,
         "gradient_norm_squared": probes.squared_norm(gradient),
         "hessian": jnp.sum(jnp.square(spectrum), axis=1),
         "hessian_trace": jnp.sum(spectrum, axis=1),
