@@ -22,7 +22,7 @@ these images, and otherwise for each pass.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -34,10 +34,10 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxrobust import _validate, parallel
-from jaxrobust.centroids import CentroidState, init_centroids
+from jaxrobust.centroids import CentroidState, counted, init_centroids
 from jaxrobust.images import Outputs
 from jaxrobust.methods import METHOD_KEY, Batch, Evaluated, Method
-from jaxrobust.methods.common import BatchStats, at_once, in_turn
+from jaxrobust.methods.common import at_once, in_turn
 from jaxrobust.models.common import has_field, head_parameters, over_axis
 
 
@@ -54,6 +54,23 @@ class TrainState:
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+FINITE = "finite"
+"""The metric that tells whether all the others of an update are finite, features and logits too."""
+
+NOT_FINITE = ("not_finite_features", "not_finite_logits")
+"""The metrics that count images whose features or logits are not finite, in all passes together."""
+
+WHEN_NOT_FINITE = ("stop", "skip")
+"""What an update that is not finite can do; see :func:`make_train_step`."""
+
+
+class _Carried(NamedTuple):
+    """What objectives hand from pass to pass as batch statistics."""
+
+    batch_stats: Any
+    wrong: tuple[jax.Array, jax.Array]  # [] float32 each; the counts of NOT_FINITE so far
 
 
 _DROPOUT = 2**32 - 1
@@ -97,8 +114,8 @@ def make_objective(
     """Makes what a train step minimises, as a pure function ``(params, state, batch)``.
 
     Its arguments are those of :func:`make_train_step`. The function returns the loss [] and
-    :class:`~jaxrobust.methods.Evaluated`; it does not use the parameters in the state. Batch norm
-    and dropout are in training mode.
+    :class:`~jaxrobust.methods.Evaluated`, whose metrics include :data:`NOT_FINITE`; it does not use
+    the parameters in the state. Batch norm and dropout are in training mode.
     """
     def objective(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Evaluated]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, METHOD_KEY), state.step)
@@ -106,25 +123,41 @@ def make_objective(
         if axis_name is not None:  # Each device has other images.
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
         passes = itertools.count()
+        kernel, bias = head_parameters(params, head)
+        counts = counted(_validate.class_numbers("labels", batch.labels), kernel.shape[1])
+
+        def count_wrong(rows: jax.Array) -> jax.Array:
+            # Several versions of the images follow one another.
+            counting = jnp.tile(counts, rows.shape[0] // counts.shape[0])
+            finite = jnp.isfinite(jax.lax.stop_gradient(rows)).all(axis=1)
+            return jnp.sum((~finite & counting).astype(jnp.float32))
 
         def one_pass(
-            model: nn.Module, batch_stats: BatchStats, images: jax.Array
-        ) -> tuple[Outputs, BatchStats]:
+            model: nn.Module, carried: _Carried, images: jax.Array
+        ) -> tuple[Outputs, _Carried]:
             outputs, updated = model.apply(
-                {"params": params, "batch_stats": batch_stats}, images, train=True,
+                {"params": params, "batch_stats": carried.batch_stats}, images, train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(dropout_key, next(passes))})
-            return outputs, updated.get("batch_stats", batch_stats)
+            features, logits = carried.wrong
+            return outputs, _Carried(updated.get("batch_stats", carried.batch_stats), (
+                features + count_wrong(outputs.features), logits + count_wrong(outputs.logits)))
 
-        def forward(batch_stats: BatchStats, *batches: jax.Array) -> tuple[Any, ...]:
+        def forward(carried: _Carried, *batches: jax.Array) -> tuple[Any, ...]:
             if len(batches) == 1 or not has_field(model, "batch_groups"):
-                return in_turn(functools.partial(one_pass, model))(batch_stats, *batches)
+                return in_turn(functools.partial(one_pass, model))(carried, *batches)
             grouped = model.clone(batch_groups=len(batches))
-            return at_once(functools.partial(one_pass, grouped))(batch_stats, *batches)
+            return at_once(functools.partial(one_pass, grouped))(carried, *batches)
 
-        return method.objective(
-            forward, head_parameters(params, head), state.batch_stats, state.centroids, batch,
-            weight=_of_float(constraint_weight)(state.step), key=key, axis_name=axis_name)
+        none = jnp.zeros((), jnp.float32)
+        loss, evaluated = method.objective(
+            forward, (kernel, bias), _Carried(state.batch_stats, (none, none)), state.centroids,
+            batch, weight=_of_float(constraint_weight)(state.step), key=key, axis_name=axis_name)
+        carried = evaluated.batch_stats
+        wrong = carried.wrong if axis_name is None else jax.lax.psum(carried.wrong, axis_name)
+        return loss, evaluated._replace(
+            batch_stats=carried.batch_stats,
+            metrics=evaluated.metrics | dict(zip(NOT_FINITE, wrong, strict=True)))
 
     return objective
 
@@ -138,6 +171,7 @@ def make_train_step(
     sync_batch_norm: bool = True,
     constraint_weight: optax.Schedule = optax.schedules.constant_schedule(1.0),
     sam_radius: float = 0.0,
+    when_not_finite: str | None = None,
     head: str = "head",
 ) -> TrainStep:
     r"""Makes one update, as a pure function ``(state, batch) -> (state, metrics)``.
@@ -163,18 +197,26 @@ def make_train_step(
         :math:`\theta`, of the whole batch, for twice the work. Metrics, centroids and batch
         statistics are those at :math:`\theta`. Foret et al., Sharpness-Aware Minimization for
         Efficiently Improving Generalization (2021), https://arxiv.org/abs/2010.01412.
+      when_not_finite: what an update does whose loss, a term of it, or the norm of its gradient is
+        NaN or infinite, or features or logits of an image that counts. ``"stop"``: nothing, not
+        even count, so that the state stays what replays the update and, in a loop on the device,
+        later updates do nothing either. ``"skip"``: count as a step, and change nothing else. None:
+        as any other.
       head: the name of the softmax layer, or its path, such as ``"top/Dense_0"``.
 
     Returns:
       The step. Its metrics are [] arrays: ``loss``, ``softmax``, ``gradient_norm``, accuracies
-      on the views, and the terms of the method. When called, it raises InputError if the model has
-      no such layer, the batch is empty or its labels are not integers.
+      on the views, and the terms of the method; :data:`NOT_FINITE`, and :data:`FINITE`, whether the
+      update is finite as above (:func:`first_not_finite` names what is not). When called, it raises
+      InputError if the model has no such layer, the batch is empty or its labels are not integers.
     """
     model, synchronised = over_axis(model, axis_name, sync_batch_norm)
     objective = make_objective(model, method, axis_name=axis_name,
                                constraint_weight=constraint_weight, head=head)
 
     _validate.in_range("sam_radius", sam_radius, 0)
+    if when_not_finite is not None:
+        _validate.one_of("when_not_finite", when_not_finite, WHEN_NOT_FINITE)
 
     def with_gradients(
         params: Any, state: TrainState, batch: Batch
@@ -194,11 +236,20 @@ def make_train_step(
                 _towards(state.params, gradients, sam_radius), state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=optax.apply_updates(state.params, updates),
-            batch_stats=evaluated.batch_stats, opt_state=opt_state,
-            centroids=evaluated.centroids)
-        return state, metrics
+        finite = metrics[FINITE] = _all_finite(metrics)
+        changed = {
+            "step": state.step + 1, "params": optax.apply_updates(state.params, updates),
+            "batch_stats": evaluated.batch_stats, "opt_state": opt_state,
+            "centroids": evaluated.centroids}
+        if when_not_finite is not None:
+            # optax.apply_if_finite looks at gradients alone, keeps batch statistics and centroids
+            # that are not finite, and has a state of its own. jax.debug_nans waits for each result,
+            # and finds NaN that masks remove; checkify adds a check to every operation.
+            kept = {name: getattr(state, name) for name in changed}
+            if when_not_finite == "skip":
+                kept["step"] = changed["step"]
+            changed = jax.tree.map(functools.partial(jnp.where, finite), changed, kept)
+        return dataclasses.replace(state, **changed), metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         _validate.shapes(**{"batch.clean": (batch.clean, "B ..."),
@@ -209,6 +260,32 @@ def make_train_step(
             update, split_as=lambda state, batch: (state, PartitionSpec()))(state, batch)
 
     return train_step
+
+
+def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether an update is finite: a gradient that is not has a norm that is not."""
+    counts = [metrics[name] == 0 for name in NOT_FINITE]
+    return jnp.stack([*counts, *(jnp.isfinite(value) for value in metrics.values())]).all()
+
+
+def first_not_finite(metrics: Mapping[str, Any]) -> str | None:
+    """Names the first metric of an update that is NaN or infinite.
+
+    First come features and logits, by the names of :data:`NOT_FINITE`, then the softmax loss, other
+    terms by name, the loss, and the norm of the gradient.
+
+    Args:
+      metrics: of one update, from a step of :func:`make_train_step`; numbers.
+
+    Returns:
+      The name; None if all are finite.
+    """
+    last = ("loss", "gradient_norm")
+    terms = sorted(metrics.keys() - {FINITE, "softmax", *NOT_FINITE, *last})
+    names = [name for name in ("softmax", *terms, *last) if name in metrics]
+    wrong = [name for name in NOT_FINITE if metrics[name] != 0]
+    wrong += [name for name in names if not np.isfinite(metrics[name])]
+    return wrong[0] if wrong else None
 
 
 def _towards(params: Any, gradients: Any, radius: float) -> Any:

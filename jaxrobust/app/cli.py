@@ -37,6 +37,8 @@ COMMANDS: dict[str, Command] = {
     "report": Command(_COMMANDS, "Report", "Write the report of trained networks."),
     "predict": Command(_COMMANDS, "Predict", "Classify image files, each with its doubt."),
     "export": Command(_COMMANDS, "Export", "Write a network for use elsewhere."),
+    "rerun": Command(_COMMANDS, "Rerun", "Train a run again and compare the results."),
+    "replay": Command(_COMMANDS, "Replay", "Compute again the update that stopped a training."),
     "perturb": Command(_COMMANDS, "Perturb", "Show what perturbations do to an image."),
     "prepare": Command(_COMMANDS, "Prepare", "Download and prepare a data set."),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
@@ -18,6 +19,8 @@ from jaxrobust.app import (
     perturb_figure,
     predict,
     prepare,
+    replay,
+    rerun,
     run_folder,
     trainer,
 )
@@ -666,11 +669,54 @@ class Predict(WithData):
     run: Positional[pathlib.Path]
     """Folder of the run."""
     images: Positional[tuple[pathlib.Path, ...]]
-    """Image files."""
+    """Image files, or folders of them."""
 
     def __call__(self) -> None:
         run, score = predict.load_classifier(self.run, self.data_dir)
-        print(predict.table_text(predict.predict_files(run, score, self.images), score))
+        paths = predict.files_in(self.images)
+        for line in predict.table_lines(predict.predict_files(run, score, paths), paths,
+                                        run.network.class_names, score):
+            print(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun(WithData):
+    """Train a run once more from what its folder holds, and compare the results to the bit.
+
+    Notes what is not as it was: versions, commit, hardware, devices, data. Exits with 1, after a
+    line on where they first differ, if the results are not the same.
+    """
+
+    run: Positional[pathlib.Path]
+    """Folder of the run, whose training has ended."""
+    out: pathlib.Path | None = None
+    """Folder of the repetition; RUN-rerun by default."""
+
+    def __call__(self) -> None:
+        out = self.out or self.run.with_name(f"{self.run.name}-rerun")
+        files.require_writable(out)
+        difference = rerun.rerun(self.run, out, self.data_dir).difference
+        if difference is not None:
+            print(f"{out} differs from {self.run}, first in {difference}.")
+            sys.exit(1)
+        print(f"{out} equals {self.run} to the bit.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Compute the update that stopped a training once more, and show its pieces.
+
+    Training stops at an update whose loss, gradient, features or logits are NaN or infinite, and
+    keeps its images, the state before it and the keys. This prints each term of the loss, as it was
+    and as it is now on one device; how large parameters, features, logits and gradients are; and
+    where they are not finite.
+    """
+
+    run: Positional[pathlib.Path]
+    """Folder of the run."""
+
+    def __call__(self) -> None:
+        print(replay.replay(self.run))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxrobust.methods import METHODS, MethodOptions
 from jaxrobust.models import MODELS
 from jaxrobust.models.resnet import FEATURE_LAYERS
 from jaxrobust.perturbations import Perturbation, gaussian, parse_perturbation
+from jaxrobust.training import WHEN_NOT_FINITE
 
 FOLDER_OPTIONS = ("skip_bad", "join_near_copies", "outside_links")
 """The settings of a run that are switched on for folders of images."""
@@ -217,6 +218,9 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: int = 1
     """Epochs between checkpoints; the run is validated at each checkpoint."""
+    when_not_finite: str = "stop"
+    """What training does with an update whose loss, gradient, features or logits are NaN or
+    infinite: "stop", and keep it for the command replay; or "skip" it and count it in the log."""
     seed: int = 0
     """Seed of the initial parameters, the order of the images, the augmentation and the noise."""
 
@@ -234,6 +238,7 @@ class RunConfig:
             "batch_norm_statistics", self.batch_norm_statistics, ("recomputed", "running"))
         _validate.one_of("select", self.select, ("validation", "test", "last"))
         _validate.one_of("augmentation", self.augmentation, ("crop", "photo"))
+        _validate.one_of("when_not_finite", self.when_not_finite, WHEN_NOT_FINITE)
         try:
             _validate.in_range("noise_std", self.noise_std, 0, 1, open_high=False)
         except InputError as error:

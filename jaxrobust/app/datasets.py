@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import data
 from jaxrobust.app import files, run_folder
@@ -76,6 +79,22 @@ def _load_folder(name, image_size, split_seed, data_dir, **options):
     for line in dataset.notes:
         files.say(f"Note: {line}")
     return dataset
+
+
+FINGERPRINTED = 64
+"""Images of each split, at equal distances, that enter :func:`fingerprint`."""
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Computes a SHA-256 of a data set's classes, labels, and :data:`FINGERPRINTED` images of each
+    split."""
+    digest = hashlib.sha256(json.dumps([dataset.class_names, dataset.mean, dataset.std]).encode())
+    for name, split in dataset.splits.items():
+        rows = np.unique(np.linspace(0, len(split.labels) - 1, FINGERPRINTED).astype(int))
+        for array in (split.labels, split.images[rows]):
+            digest.update(f"{name} {array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def check_files(dataset: Dataset, folder: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,10 +23,12 @@ from jaxrobust.app.doubt import (
     measure_doubt,
     outputs_of,
 )
+from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.run_folder import read_config
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
+from jaxrobust.data.listing import IMAGE_SUFFIXES
 from jaxrobust.geometry import directions
-from jaxrobust.images import to_float
+from jaxrobust.images import predicted_classes, to_float
 from jaxrobust.methods import ROBUST_METHODS
 from jaxrobust.models import pytorch
 
@@ -87,14 +89,47 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
             "distances": jnp.where(centroids.seen[None], distances, jnp.inf)}
 
 
+def files_in(places: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """Lists image files: those named, and those in the folders named and in folders inside these,
+    sorted.
+
+    Raises:
+      InputError: (a ValueError) if a folder holds none.
+    """
+    found = []
+    for place in places:
+        inside = [place] if not place.is_dir() else sorted(
+            path for path in place.rglob("[!.]*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        if not inside:
+            raise InputError(f"Expected image files in {place}, found none.")
+        found += inside
+    return found
+
+
 def predict_files(
     run: TrainedRun, doubt: Doubt, paths: Sequence[pathlib.Path]
-) -> list[Prediction]:
-    """Classifies image files, resized to the size that the run was trained with."""
+) -> Iterator[Prediction]:
+    """Classifies image files, resized to the size that the run was trained with.
+
+    A batch of them is in memory at a time.
+
+    Raises:
+      InputError: (a ValueError) if there are none; when it comes to them, if one cannot be read, or
+        logits are not finite.
+    """
     _validate.in_range("number of images", len(paths), 1)
+    size = min(batch_size_of(np.empty((0, *run.network.image_shape))), len(paths))
+    return (one for first in range(0, len(paths), size)
+            for one in _predict_batch(run, doubt, paths[first : first + size], size))
+
+
+def _predict_batch(run, doubt, paths, size):
+    """The predictions for up to ``size`` files, filled up to so many for one compiled program."""
     *image_size, channels = run.network.image_shape
     images = np.stack([data.read_image(path, tuple(image_size), channels) for path in paths])
-    logits, features = outputs_of(run, images)
+    filled = np.concatenate([images, np.repeat(images[-1:], size - len(images), axis=0)])
+    logits, features = (rows[: len(paths)] for rows in outputs_of(run, filled))
     broken = [str(path) for path, row in zip(paths, logits, strict=True)
               if not np.isfinite(row).all()]
     if broken:
@@ -102,22 +137,31 @@ def predict_files(
                          f"{len(paths)} images: {', '.join(broken)}.")
     doubts = np.asarray(doubt_of(doubt.score, logits, features, doubt.statistics))
     threshold = np.inf if doubt.facts is None else doubt.facts["threshold"]
-    best, probabilities = logits.argmax(axis=1), jax.nn.softmax(logits)
+    best, probabilities = np.asarray(predicted_classes(logits)), jax.nn.softmax(logits)
     return [Prediction(path, run.network.class_names[index], float(row[index]), float(score),
                        bool(score > threshold))
             for path, index, row, score in zip(paths, best, probabilities, doubts, strict=True)]
 
 
-def table_text(predictions: Sequence[Prediction], doubt: Doubt) -> str:
-    """Formats predictions as a table with path, class, probability and doubt; then describes the
-    doubt score."""
-    rows = [("image", "class", "probability", "doubt", "")]
-    rows += [(str(one.path), one.label, f"{one.probability:.4f}", f"{one.doubt:.4g}",
-              "doubtful" if one.doubtful else "") for one in predictions]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join([*("  ".join(
-        cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows), doubt_text(doubt)])
+def table_lines(
+    predictions: Iterable[Prediction], paths: Sequence[pathlib.Path], class_names: Sequence[str],
+    doubt: Doubt,
+) -> Iterator[str]:
+    """Formats the predictions for ``paths`` as a table with path, class, probability and doubt, a
+    line at a time; then describes the doubt score."""
+    heads = ("image", "class", "probability", "doubt", "")
+    widths = [max(len(heads[0]), *(len(str(path)) for path in paths)),
+              max(len(heads[1]), *map(len, class_names)), len(heads[2]), len("-1.234e-05"), 0]
+
+    def line(cells):
+        return "  ".join(
+            cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    yield line(heads)
+    for one in predictions:
+        yield line((str(one.path), one.label, f"{one.probability:.4f}", f"{one.doubt:.4g}",
+                    "doubtful" if one.doubtful else ""))
+    yield doubt_text(doubt)
 
 
 def require_exportable(path: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +25,9 @@ from jaxrobust.app.config import (
 from jaxrobust.app.network import Network
 from jaxrobust.app.progress import compiling
 from jaxrobust.data import Dataset, Split
-from jaxrobust.methods import Method, make_method
-from jaxrobust.models import MobileNetV3, create_model, pytorch
-from jaxrobust.parallel import Layout
+from jaxrobust.methods import Batch, Method, make_method
+from jaxrobust.models import MobileNetV3, Outputs, create_model, pytorch
+from jaxrobust.parallel import Layout, make_layout
 from jaxrobust.training import TrainState
 
 
@@ -85,6 +85,9 @@ class Program:
     passes: parallel.Step
     """``(statistics, (params, key, index, run), (images [B, ...], labels [B], positions [B])) ->
     (statistics, ())``, for one run: adds batch number ``index`` to batch norm's statistics."""
+    examine: Callable[..., tuple[Batch, dict[str, Outputs], Any]]
+    """``(state, run, (images [B, ...], labels [B], positions [B])) -> (batch, outputs by view,
+    gradients)`` of the update that comes next, for one run on one device."""
 
 
 SUBSET_SEED = 0
@@ -187,6 +190,15 @@ def program_of(configs: Sequence[RunConfig], dataset: Dataset, layout: Layout) -
         class_weights_of(config, dataset), dataset.flip, layout, len(configs) > 1)
 
 
+def program_to_replay(config: RunConfig, network: Network, facts: Mapping[str, Any]) -> Program:
+    """Returns the program of a run on one device, without its data set, of which ``facts`` tell
+    ``num_train``, ``class_weights`` and ``flip``."""
+    weights = facts["class_weights"]
+    return _program(
+        without_swept(config), model_of(config, network), facts["num_train"],
+        None if weights is None else tuple(weights), facts["flip"], make_layout("jit"), False)
+
+
 def without_swept(config: RunConfig) -> RunConfig:
     """Sets the seed and all swept settings to 0: runs with the same result can be trained
     together."""
@@ -226,7 +238,7 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
             model, method_of(run, class_weights), optimizer, axis_name=axis_name,
             sync_batch_norm=run.batch_norm == "synchronised",
             constraint_weight=_constraint_weight(run, steps_per_epoch),
-            sam_radius=run.optimizer.sam_radius)
+            sam_radius=run.optimizer.sam_radius, when_not_finite=run.when_not_finite)
         return train_step(state, batch_of(run, state.key, state.step, images, labels, positions))
 
     def passes(axis_name):
@@ -266,6 +278,19 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
 
         return step
 
+    def examine(state, run, rows):
+        batch = batch_of(run, state.key, state.step, *rows)
+        objective = training.make_objective(
+            model, method_of(run, class_weights),
+            constraint_weight=_constraint_weight(run, steps_per_epoch))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        outputs = {view: model.apply(
+            variables, getattr(batch, view), train=True, mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(state.key, state.step)})[0]
+            for view in ("clean", "noisy")}
+        gradients, _ = jax.grad(objective, has_aux=True)(state.params, state, batch)
+        return batch, outputs, gradients
+
     compile_step = functools.partial(
         parallel.compile_step, layout, ynnpack=not isinstance(model, MobileNetV3))
     return Program(
@@ -273,7 +298,8 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
         resident=functools.cache(
             lambda num_steps: compile_step(functools.partial(resident, num_steps))),
         streamed=compile_step(streamed),
-        order=_order_of(layout, num_train, together), passes=compile_step(passes))
+        order=_order_of(layout, num_train, together), passes=compile_step(passes),
+        examine=jax.jit(examine))
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ The folder of a run holds:
     tensorboard/            event files
     done.json               the best epoch; written when training ends
     diverged.json           instead of done.json: the epoch and a message
+    not_finite.json, .npz   the update that stopped the training, and what replays it
     doubt.json, .npz        the doubt score of predictions
     KIND.json, .npz         a measurement, or KIND-NAME.json, .npz for one with a name
     KIND.partial.npz        an interrupted measurement

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust import _validate, checkpoints, data, evaluation, parallel
-from jaxrobust.app import files, interruption, provenance, run_folder
+from jaxrobust import _validate, checkpoints, data, evaluation, parallel, training
+from jaxrobust.app import files, interruption, provenance, replay, run_folder
 from jaxrobust.app.config import InputError, RunConfig
-from jaxrobust.app.datasets import check_files, save_files
+from jaxrobust.app.datasets import check_files, fingerprint, save_files
 from jaxrobust.app.events import Events
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.network import (
@@ -94,7 +94,8 @@ def train_together(
     saves a checkpoint after the update in progress, and raises
     :class:`~jaxrobust.app.interruption.Interrupted`.
 
-    Returns a line for each run whose loss is no longer finite; its checkpoints remain.
+    Returns a line for each run with an update that is not finite; its checkpoints remain, and the
+    update is kept for :mod:`jaxrobust.app.replay`.
     """
     layout = make_layout("jit") if layout is None else layout
     for folder in folders:
@@ -115,6 +116,8 @@ def train_together(
         with compiling(f"the initial state of {configs[0].model}"):
             first = {folder: _first_state(by_folder[folder], folder, dataset, layout)
                      for folder in left}
+        data_facts = {"data_sha256": fingerprint(dataset)} if left else {}
+        first = {folder: (state, facts | data_facts) for folder, (state, facts) in first.items()}
         for folder, config in by_folder.items():
             run_folder.claim_run(folder, config)
         for folder in left:
@@ -315,6 +318,9 @@ class _Running:
                 evaluated = ready(state)
                 if selection_accuracy is not None:
                     row["selection_accuracy"] = selection_accuracy(evaluated)
+            # The last update, which was finite, may have had a result that is not.
+            _validate.finite("state", (state.params, state.batch_stats, state.opt_state,
+                                       variables_of(evaluated)))
         run_folder.require_there(self.folder)
         run_folder.append_epoch(self.folder, row)
         if self._events is not None:
@@ -365,18 +371,25 @@ def _train_group(group, dataset, splits, layout, feed, label):
     def save(state, values, indices=None):
         states = unstack_runs(state, len(group))
         for index in list(running) if indices is None else indices:
-            running[index].save(states[index], values[index])
+            if _stopped_at(running[index].config, values[index]) is None:
+                running[index].save(states[index], values[index])
 
     def end_epoch(epoch, state, values, seconds):
         """Logs, validates and saves an epoch of the runs with values."""
         states = unstack_runs(state, len(group))
         left = [index for index in running if values[index]]
         for place, index in enumerate(left):
-            one = running[index]
-            row = epochs.row(epoch, values[index], seconds)
+            one, update = running[index], _stopped_at(running[index].config, values[index])
+            row = epochs.row(one.config, epoch, values[index], seconds)
             ready = functools.partial(_as_evaluated, program, one.config, split=splits.train)
             try:
-                wrong = _record(one, row, states[index], ready, select)
+                if update is None:
+                    wrong = _record(one, row, states[index], ready, select)
+                else:
+                    wrong = replay.keep(
+                        one.folder, dataset, splits.train, states[index],
+                        {name: value[update] for name, value in values[index].items()},
+                        replay.Place(epoch, update, epochs.steps), one.config, layout)
             except interruption.Interrupted:
                 # The epoch's updates are done; resuming begins with its validation.
                 save(state, values, left[place:])
@@ -440,10 +453,21 @@ class _Stop:
             raise interruption.Interrupted(number)
 
 
+def _stopped_at(config, values) -> int | None:
+    """The first update of an epoch's metrics [T] that stops the training; None if none does.
+
+    Where such updates are skipped, it is the first one of an epoch that skips all.
+    """
+    wrong = values[training.FINITE] == 0
+    stops = wrong.any() if config.when_not_finite == "stop" else wrong.all()
+    return int(np.argmax(wrong)) if stops else None
+
+
 def _record(running, row, state, ready, selection_accuracy) -> str | None:
     """Logs an epoch, or says what in it is not finite."""
-    if not np.isfinite(row["loss"]):
-        return f"The loss of {running.folder} is {row['loss']} in epoch {row['epoch']}"
+    if row.get(SKIPPED):
+        files.say(f"Note: epoch {row['epoch']} of {running.folder} skipped {row[SKIPPED]} updates "
+                  "that were not finite.")
     try:
         running.record(row, state, ready, selection_accuracy)
     except _validate.NotFiniteError as error:  # The last update made the state infinite.
@@ -461,6 +485,10 @@ def _as_evaluated(
     if config.batch_norm_statistics == "running":
         return state
     return recompute_statistics(program, config, state, split)
+
+
+SKIPPED = "skipped"
+"""The number of updates of an epoch that were skipped, in the log of runs that may skip some."""
 
 
 class _Epochs:
@@ -491,7 +519,8 @@ class _Epochs:
 
         ``before`` has for each run the metrics of the updates that are already done.
         ``save(state, metrics so far)`` is called for each checkpoint within the epoch, and where
-        ``stop`` asks for an end, before Interrupted is raised.
+        ``stop`` asks for an end, before Interrupted is raised. Ends the epoch where every run has
+        stopped at an update that is not finite.
         """
         start = time.monotonic()
         first = _updates_in(before[0])
@@ -504,6 +533,10 @@ class _Epochs:
             # The devices work on the last call while this process waits for the one before.
             if len(collected) > 1:
                 jax.block_until_ready(collected[-2])
+                # All updates after the one that stops a run are not finite either.
+                if self._config.when_not_finite == "stop" and not np.any(
+                        jax.device_get(collected[-2][training.FINITE])):
+                    break
             if len(collected) % 20 == 1 and len(collected) > 1:
                 latest, *_ = _by_run(collected[-2:-1], [{} for _ in before])
                 last = _shown(_means(latest))
@@ -516,12 +549,15 @@ class _Epochs:
                     raise interruption.Interrupted(asked)
         return state, _by_run(collected, before), time.monotonic() - start
 
-    def row(self, epoch, values, seconds):
+    def row(self, config, epoch, values, seconds):
         """The line of the log for an epoch."""
         step = epoch * self.steps
+        skipped = int(np.sum(values[training.FINITE] == 0))
         return {"epoch": epoch, "step": step,
                 "learning_rate": float(self._program.learning_rate(jnp.float32(step - 1))),
-                **_means(values), "seconds": seconds}
+                **_means(values),
+                **({SKIPPED: skipped} if config.when_not_finite == "skip" else {}),
+                "seconds": seconds}
 
     def _call(self, num_steps, size, step, *arguments):
         """Calls a step; the first call with these numbers compiles it."""
@@ -572,7 +608,11 @@ def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
 
 
 def _means(metrics) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in metrics.items()}
+    """The means over the updates that are finite."""
+    finite = metrics[training.FINITE] != 0
+    return {name: float(values[finite].mean()) if finite.any() else np.nan
+            for name, values in metrics.items()
+            if name not in (training.FINITE, *training.NOT_FINITE)}
 
 
 def _shown(metrics) -> dict[str, float]:

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from command_line import call
 
@@ -161,3 +162,37 @@ def test_what_is_not_finite_is_refused_with_its_number(run, digits, tmp_path):
     with pytest.raises(InputError, match=r"Expected finite logits of validation images, got \d+"):
         doubt.measure_doubt(broken, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_predictions_of_a_folder_a_batch_at_a_time_are_those_of_all_at_once(
+        run, digits, tmp_path, monkeypatch, capsys):
+    for number, image in enumerate(digits.test.images[:7]):
+        place = tmp_path / "images" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image[..., 0]).save(place / f"{number}.png")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / ".hidden.png").write_text("no image")
+    trained, score = predict.load_classifier(run, tmp_path)
+    paths = predict.files_in([tmp_path / "images"])
+    assert [path.stem for path in paths] == ["0", "2", "4", "6", "1", "3", "5"]
+    whole = list(predict.predict_files(trained, score, paths))
+    read = []
+    as_it_is = predict.data.read_image
+    monkeypatch.setattr(predict.data, "read_image", lambda path, *rest: (
+        read.append(path), as_it_is(path, *rest))[1])
+    monkeypatch.setattr(predict, "batch_size_of", lambda images: 3)
+    parts = predict.predict_files(trained, score, paths)
+    assert read == [] and [next(parts).path, len(read)] == [paths[0], 3]
+    for one, expected in zip([*predict.predict_files(trained, score, paths)], whole, strict=True):
+        assert (one.path, one.label, one.doubtful) == (
+            expected.path, expected.label, expected.doubtful)
+        np.testing.assert_allclose(one[2:4], expected[2:4], rtol=1e-4)
+    capsys.readouterr()
+    assert call("predict", run, tmp_path / "images") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[1].startswith(str(paths[0]))
+    column = lines[0].index("class")
+    assert [line[column:].split()[0] for line in lines[1:8]] == [one.label for one in whole]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"Expected image files in \S+empty, found none"):
+        predict.files_in([tmp_path / "empty"])

@@ -146,7 +146,7 @@ def test_predictions_are_the_networks_and_doubt_the_runs_score(run, folder, data
     probabilities = np.exp(outputs.logits) / np.exp(outputs.logits).sum(axis=1, keepdims=True)
     best = probabilities.argmax(axis=1)
     score = doubt.load_doubt(run)
-    found = predict.predict_files(trained, score, paths)
+    found = list(predict.predict_files(trained, score, paths))
     for index, one in enumerate(found):
         assert one.label == ("dry", "snow", "wet")[best[index]]
         np.testing.assert_allclose(one.probability, probabilities[index].max(), rtol=1e-5)
@@ -167,7 +167,7 @@ def test_logits_that_are_not_finite_are_no_class(run, folder, data_dir):
         for layer in ("features", "head")}
     trained = trained._replace(state=trained.state.replace(params=params))
     with pytest.raises(InputError, match=r"for 3 of 3 images: \S+0.jpg, \S+1.jpg, \S+2.jpg\."):
-        predict.predict_files(trained, doubt.UNMEASURED, paths)
+        list(predict.predict_files(trained, doubt.UNMEASURED, paths))
 
 
 def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tmp_path):
