@@ -237,7 +237,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **evaluated.metrics}
         finite = metrics[FINITE] = _all_finite(metrics)
-        changed = {
+        changed: dict[str, Any] = {
             "step": state.step + 1, "params": optax.apply_updates(state.params, updates),
             "batch_stats": evaluated.batch_stats, "opt_state": opt_state,
             "centroids": evaluated.centroids}
