@@ -10,6 +10,7 @@ seconds, and the best epoch. A call that was stopped is resumed; --trial SEED re
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,9 +33,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax  # noqa: E402
 
 from jaxrobust import checkpoints, data  # noqa: E402
-from jaxrobust.app import config, files, provenance, run_folder, trainer  # noqa: E402
+from jaxrobust.app import config, files, program, provenance, run_folder, trainer  # noqa: E402
 from jaxrobust.app.execution import Execution, Feed  # noqa: E402
 from jaxrobust.app.recipe import RECIPES  # noqa: E402
+from jaxrobust.parallel import make_layout  # noqa: E402
 
 # 64 images in batches of 16: epochs of 4 updates.
 TINY = dataclasses.replace(
@@ -62,8 +64,10 @@ class Settings:
     def uninterrupted(self) -> "Settings":
         """Those of the run to compare with, without what must not change a bit. Several runs in a
         program whose calls make more updates differ in the last bits, interrupted or not."""
-        return dataclasses.replace(self, checkpoint_steps=None, tensorboard=False,
-                                   input="stream" if self.processes > 1 else "resident")
+        return dataclasses.replace(
+            self, tensorboard=False, input="stream" if self.processes > 1 else "resident",
+            # A run that diverges ends with the checkpoint before.
+            checkpoint_steps=self.checkpoint_steps if self.diverging else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,7 @@ def train(settings: Settings, folder: pathlib.Path, digits, process: int, port: 
         tensorboard=settings.tensorboard, layout=layout,
         feed=Feed(settings.input, settings.steps_per_call, settings.checkpoint_steps))
     if settings.processes == 1:
-        write_digest(settings, folder)
+        write_digest(settings, folder, digits)
 
 
 def places(settings: Settings, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -162,26 +166,24 @@ def _killing(folder, operation):
     return hook
 
 
-def write_digest(settings: Settings, folder: pathlib.Path) -> None:
+def write_digest(settings: Settings, folder: pathlib.Path, digits) -> None:
     """Writes what must be equal to the bit: of each run the log, the end and the checkpoint."""
     found = []
-    for place in places(settings, folder):
+    for run, place in zip(configs_of(settings), places(settings, folder), strict=True):
+        state = program.initial_state(run, digits, make_layout("jit"))
+        like = {"state": state, "best": checkpoints.to_host(state)}
+        with contextlib.closing(checkpoints.open_checkpoints(
+                run_folder.checkpoints_path(place), keep=2)) as manager:
+            stored = checkpoints.restore_checkpoint(manager, like, need_facts=True)
+        saved = stored and {
+            "step": stored.step, "updates": stored.facts["updates"],
+            "epochs": _timeless(stored.facts["epochs"]),
+            "leaves": {jax.tree_util.keystr(path): _sha256(leaf) for path, leaf in
+                       jax.tree_util.tree_leaves_with_path(checkpoints.to_host(stored.state))}}
         diverged = run_folder.read_facts(place, "diverged")
-        manager = checkpoints.open_checkpoints(run_folder.checkpoints_path(place), keep=2)
-        step, leaves, facts = manager.latest_step(), {}, None
-        if step is not None:
-            import orbax.checkpoint as ocp
-
-            stored = manager.restore(step, args=ocp.args.Composite(
-                default=ocp.args.StandardRestore(), facts=ocp.args.JsonRestore()))
-            leaves = {jax.tree_util.keystr(path): _sha256(leaf) for path, leaf in
-                      jax.tree_util.tree_leaves_with_path(stored["default"])}
-            facts = stored["facts"]["facts"]
-            facts["epochs"] = _timeless(facts["epochs"])
-        manager.close()
         found.append({
-            "log": _timeless(run_folder.read_epochs(place)), "step": step, "facts": facts,
-            "leaves": leaves, "done": run_folder.read_facts(place, "done"),
+            "log": _timeless(run_folder.read_epochs(place)), "checkpoint": saved,
+            "done": run_folder.read_facts(place, "done"),
             "diverged": diverged and diverged["epoch"]})
     (folder / "digest.json").write_text(json.dumps(found))
 
@@ -190,8 +192,7 @@ def _timeless(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def _sha256(leaf):
-    array = jax.device_get(leaf)
+def _sha256(array):
     return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()
 
 
@@ -263,7 +264,7 @@ class Trial:
         """What the runs ended with."""
         path = self.folder / "digest.json"
         if not path.exists():
-            number = start(lambda: write_digest(self.settings, self.folder),
+            number = start(lambda: write_digest(self.settings, self.folder, self._digits),
                            self.folder / "output.txt")
             assert os.waitpid(number, 0)[1] == 0, (self.folder / "output.txt").read_text()[-4000:]
         return json.loads(path.read_text())
