@@ -335,6 +335,19 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def page(rows: list[dict], facts: dict) -> str:
+    """The page of the results."""
+    kills = sum(len(row["kills"]) for row in rows)
+    differ = [row["seed"] for row in rows if row["differ"]]
+    return "\n".join([
+        "# Runs killed at random moments", "",
+        f"{kills} kills by SIGKILL in {len(rows)} trials. Of the trials, {len(differ)} did not end "
+        "with the bits of a run never stopped" + (f": seeds {differ}." if differ else "."), "",
+        *(__doc__.split("\n\n")[2].strip().splitlines()), "", *table(rows), "",
+        f"`{facts['command']}`, commit {facts['commit']}, {facts['hardware']}, JAX "
+        f"{facts['versions']['jax']}, {facts['started']}", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, required=True)
@@ -360,9 +373,9 @@ def main() -> None:
             print(f"NOT THE SAME: {json.dumps(row)}", flush=True)
     print("\n".join(table(rows)))
     if asked.out is not None:
-        files.write_json(asked.out.with_suffix(".json"), {
-            "trials": rows, "provenance": provenance.describe()})
-        files.write_text(asked.out.with_suffix(".md"), "\n".join(table(rows)) + "\n")
+        facts = provenance.describe()
+        files.write_json(asked.out.with_suffix(".json"), {"trials": rows, "provenance": facts})
+        files.write_text(asked.out.with_suffix(".md"), page(rows, facts))
     if any(row["differ"] for row in rows):
         sys.exit(1)
 
