@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust import _validate
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -49,6 +51,9 @@ def as_one_program(estimator: Callable[P, T]) -> Callable[P, T]:
         given = {name: _python_scalar(value) for name, value in bound.arguments.items()}
         if any(isinstance(value, jax.core.Tracer) for value in given.values()):
             return apply(**given)
+        for name, value in given.items():
+            if isinstance(value, np.ndarray):
+                _validate.numbers(name, value)
         arrays = {name: jnp.asarray(given.pop(name)) for name in list(given)
                   if isinstance(given[name], (jax.Array, np.ndarray))}
         return _traced(lambda arrays: apply(**given, **arrays), arrays)(arrays)

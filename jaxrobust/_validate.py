@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxrobust._errors import InputError, NotFiniteError, installed, one_of
 
 __all__ = ["InputError", "NotFiniteError", "class_numbers", "finite", "finite_logits", "floats",
-           "images", "in_range", "installed", "integer", "labels", "one_of", "shapes"]
+           "function", "images", "in_range", "installed", "instance", "integer", "integer_in",
+           "key", "labels", "numbers", "one_of", "reals", "shapes"]
 
 
 def in_range(name: str, value: float | jax.Array, low: float, high: float = np.inf, *,
@@ -29,9 +30,48 @@ def in_range(name: str, value: float | jax.Array, low: float, high: float = np.i
         inside = bool(above and below)
     except (TypeError, ValueError):  # Not comparable with numbers, or an array of several values.
         inside = False
+    left, right = "(" if open_low else "[", ")" if open_high else "]"
     if not inside:
-        left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise InputError(f"Expected {name}={value} in {left}{low}, {high}{right}.")
+        raise InputError(f"Expected {name}={_brief(value)} in {left}{low}, {high}{right}.")
+    most = jnp.finfo(jax.dtypes.canonicalize_dtype(np.float64)).max  # Others become infinite.
+    if high == np.inf and value > float(most):
+        raise InputError(f"Expected {name}={_brief(value)} in {left}{low}, {float(most)}].")
+
+
+_LONGEST = 100
+
+
+def _brief(value: Any) -> str:
+    """A value as text of some length, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
+        return f"an integer of more than {_LONGEST} digits"  # Python refuses to print the largest.
+    text = " ".join(str(value).split())  # An array's is several lines.
+    return text if len(text) <= 2 * _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raises InputError unless ``value`` is an instance of a class."""
+    if not isinstance(value, kind):
+        raise InputError(
+            f"Expected {name} to be a {kind.__name__}, got a {type(value).__name__}.")
+
+
+def function(name: str, value: Any) -> None:
+    """Raises InputError unless ``value`` can be called."""
+    if not callable(value):
+        raise InputError(f"Expected {name} to be a function, got a {type(value).__name__}.")
+
+
+def key(name: str, value: Any) -> None:
+    """Raises InputError unless ``value`` is one key of JAX's random numbers.
+
+    A key of the old kind, two numbers as ``jax.random.PRNGKey`` makes them, is one.
+    """
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == np.uint32 and len(shape) == 1):
+        what = f"{dtype} {list(shape)}" if dtype is not None else f"a {type(value).__name__}"
+        raise InputError(f"Expected {name} to be a key, as of jax.random.key(0), got {what}.")
 
 
 def integer(name: str, value: int, low: int) -> int:
@@ -41,8 +81,15 @@ def integer(name: str, value: int, low: int) -> int:
     except TypeError:  # A float, a string, or an integer that is traced and not known yet.
         number = None
     if number is None or number < low:
-        raise InputError(f"Expected {name}={value} to be an integer >= {low}.")
+        raise InputError(f"Expected {name}={_brief(value)} to be an integer >= {low}.")
     return number
+
+
+def integer_in(name: str, value: int, low: int, high: float = np.inf) -> int:
+    """Returns the value as an ``int``; raises InputError unless it is an integer from ``low`` to
+    ``high``, that included."""
+    in_range(name, value, low, high, open_high=high == np.inf)
+    return integer(name, value, low)
 
 
 class Shaped(Protocol):
@@ -65,6 +112,8 @@ def shapes(**arguments: tuple[Shaped, str]) -> dict[str, int]:
         wanted = f"Expected {name} of shape [{', '.join(dims)}]"
         if not hasattr(array, "shape"):
             raise InputError(f"{wanted}, got a {type(array).__name__}, which is not an array.")
+        if not _is_real(array):
+            raise InputError(f"{wanted} of real numbers, got {getattr(array, 'dtype', None)}.")
         expected = [... if dim == "..." else int(dim) if dim.isdigit() else sizes.get(dim)
                     for dim in dims]
         try:
@@ -79,6 +128,31 @@ def shapes(**arguments: tuple[Shaped, str]) -> dict[str, int]:
             raise InputError(f"{wanted}, no size 0, got {array.shape}.")
         sizes.update(named)
     return sizes
+
+
+def _is_real(array: Any) -> bool:
+    """Whether an array, or the shape and dtype of one, is of real numbers or truth values."""
+    dtype = getattr(array, "dtype", None)
+    return dtype is None or any(jnp.issubdtype(dtype, kind) for kind in (
+        jnp.floating, jnp.integer, jnp.bool_))
+
+
+def reals(name: str, value: Any) -> np.ndarray:
+    """Returns real numbers as NumPy's float64; raises InputError if they are none."""
+    value = np.asarray(_as_array(name, value))
+    if not _is_real(value):
+        raise InputError(f"Expected {name} of real numbers, got {value.dtype}.")
+    return value.astype(np.float64)
+
+
+def numbers(name: str, value: Any) -> None:
+    """Raises InputError unless ``value`` is a real number or an array of any shape of them."""
+    if not (isinstance(value, (int, float, np.ndarray, np.generic, jax.Array))
+            and _is_real(value)):
+        what = getattr(value, "dtype", f"a {type(value).__name__}")
+        raise InputError(f"Expected {name} to be real numbers, got {what}.")
+    if isinstance(value, int | float):
+        in_range(name, value, -np.inf, open_high=False)
 
 
 def floats(name: str, value: ArrayLike) -> jax.Array:

@@ -183,6 +183,7 @@ def update_centroids(
     _validate.in_range("momentum", momentum, 0, 1)
     features, labels = (
         _validate.floats("features", features), _validate.class_numbers("labels", labels))
+    _validate.instance("state", state, CentroidState)
     state = CentroidState(*map(jnp.asarray, state))
     mean, seen = _validate.floats("state.mean", state.mean), state.seen
     num_classes = _validate.shapes(**{

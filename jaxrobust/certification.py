@@ -289,7 +289,8 @@ def certified_accuracy(
       InputError: (a ValueError) if shapes do not match, a label is negative, or a radius is
         negative or NaN.
     """
-    labels, radii = np.asarray(labels), np.asarray(radii, float)
+    labels, radii = np.asarray(labels), _validate.reals("radii", radii)
+    _validate.instance("certificate", certificate, Certificate)
     _validate.shapes(label=(certificate.label, "N"), radius=(certificate.radius, "N"),
                      labels=(labels, "N"), radii=(radii, "R"))
     _validate.labels("labels", labels, 2**31)
@@ -307,6 +308,8 @@ def _draws(
     indices: Sequence[int] | np.ndarray | None, batch_size: int, layout: Layout | None
 ) -> tuple[Draw, np.ndarray]:
     """``(image, index, start, num) -> batches of labels``, and the indices; all checked."""
+    _validate.function("classify", classify)
+    _validate.key("key", key)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     batch_size = _validate.integer("batch_size", batch_size, 1)
     _validate.images("image_batch", images)

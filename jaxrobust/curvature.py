@@ -68,7 +68,10 @@ def normalised_inputs(function: Callable[[jax.Array], jax.Array], mean: Sequence
       InputError: (a ValueError) if mean and std differ in length or a std is not above 0; from the
         function, if its images have another number of channels.
     """
-    if len(mean) != len(std):
+    _validate.function("function", function)
+    mean, std = _validate.reals("mean", mean), _validate.reals("std", std)
+    _validate.shapes(mean=(mean, "channels"))
+    if mean.shape != std.shape:
         raise _validate.InputError(
             f"Expected a std for every mean, got {len(std)} for {len(mean)}.")
     for value in std:
@@ -108,6 +111,7 @@ def hvp(loss: Loss, x: jax.Array, v: jax.Array) -> jax.Array:
     Source: Section 6.1; Pearlmutter (1994).
     """
     check_images(x, loss=loss)
+    v = _validate.floats("v", v).astype(x.dtype)
     if x.shape != v.shape:
         raise _validate.InputError(f"Expected v of the shape of x, {x.shape}, got {v.shape}.")
     return jax.jvp(probes.gradient_of(loss), (x,), (v,))[1]
@@ -259,7 +263,7 @@ def smoothed_curvature(
     """
     check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
-    _validate.in_range("num_draws", num_draws, 3)
+    num_draws = _validate.integer_in("num_draws", num_draws, 3)
     key = probes.salted(key, "smoothed_curvature")
     gradient = probes.gradient_of(loss)
 
@@ -427,7 +431,8 @@ def ritz_values(
     Source: Lanczos (1950), as in ``matfree.decomp.tridiag_sym``; Saad (2011), Section 3.
     """
     check_images(x, indices, loss=loss)
-    _validate.in_range("num_products", num_products, 1, math.prod(x.shape[1:]), open_high=False)
+    num_products = _validate.integer_in(
+        "num_products", num_products, 1, math.prod(x.shape[1:]))
     key = probes.salted(key, "ritz_values")
     tridiagonalise = decomp.tridiag_sym(num_products, custom_vjp=False)
 
@@ -474,7 +479,9 @@ def top_eigenvalues(
     """
     check_images(x, indices, loss=loss)
     size = math.prod(x.shape[1:])
-    num_products = min(2 * k + 20, size) if num_products is None else num_products
+    k = _validate.integer_in("k", k, 1, size)
+    num_products = min(2 * k + 20, size) if num_products is None else _validate.integer_in(
+        "num_products", num_products, 1, size)
     _validate.in_range("k", k, 1, num_products, open_high=False)
     values = ritz_values(loss, x, key, num_products=num_products, indices=indices).value
     order = jnp.argsort(-jnp.abs(values), axis=1)[:, :k]
@@ -526,9 +533,9 @@ def spectral_density(
     if num_products is None:
         num_products = min(30, math.prod(x.shape[1:]))
     key = probes.salted(key, "spectral_density")
-    _validate.in_range("num_probes", num_probes, 2)
+    num_probes = _validate.integer_in("num_probes", num_probes, 2)
     _validate.in_range("relative_width", relative_width, 0, open_low=True)
-    _validate.in_range("num_points", num_points, 2)
+    num_points = _validate.integer_in("num_points", num_points, 2)
     values, weights, _ = jax.lax.map(  # each [P, B, m]
         lambda probe: ritz_values(loss, x, jax.random.fold_in(key, probe),
                                   num_products=num_products, indices=indices),
@@ -647,7 +654,7 @@ def loss_surface(
     """
     check_images(x, indices, loss=loss)
     _validate.in_range("extent", extent, 0, open_low=True)
-    _validate.in_range("resolution", resolution, 2)
+    resolution = _validate.integer_in("resolution", resolution, 2)
     if math.prod(x.shape[1:]) == 1:
         raise _validate.InputError(
             f"Expected x with two numbers or more in each image, got {x.shape}.")
@@ -724,7 +731,7 @@ def _leave_one_out(
         value = second if power == 1 else jnp.square(second)
         return Estimate(value, rounding * jnp.abs(value))
     num_probes = min(_LEAVE_ONE_OUT_PROBES, size) if num_probes is None else num_probes
-    _validate.in_range("num_probes", num_probes, 2, size, open_high=False)
+    num_probes = _validate.integer_in("num_probes", num_probes, 2, size)
     if jax.default_backend() == "cpu":
         _validate.in_range("number of images", len(x), 1, _MOST_IMAGES, open_high=False)
     indices = jnp.arange(len(x)) if indices is None else indices

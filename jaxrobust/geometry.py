@@ -193,6 +193,8 @@ def class_margin(
         distances = jnp.abs(signed_boundary_distance(features, labels, kernel, bias))
         return jax.ops.segment_min(jnp.min(distances, axis=1), labels, bias.shape[0])
 
+    features, kernel, bias = (_validate.floats(name, value) for name, value in (
+        ("features", features), ("kernel", kernel), ("bias", bias)))
     labels = _validate.class_numbers("labels", labels)
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
     return parallel.over_any_mesh(smallest)(features, labels, kernel, bias)
@@ -226,6 +228,7 @@ def rescale_head(
     Source: Proposition 5.3 and Appendix D.
     """
     _validate.in_range("nu", nu, 0, open_low=True)
+    _validate.instance("params", params, Mapping)
     _validate.one_of("feature_layer", feature_layer, params)
     _validate.one_of("head", head, params)
     return {

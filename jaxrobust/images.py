@@ -96,6 +96,7 @@ def check_images(x: jax.Array, indices: jax.Array | None = None,
             f"Expected indices of shape [B] with B={batch}, integers, got {got}.")
     for name, function in functions.items():
         spec = _OUTPUTS[name]
+        _validate.function(name, function)
         output = jax.eval_shape(function, x)
         shape = getattr(output, "shape", type(output).__name__)
         if not isinstance(shape, tuple) or len(shape) != len(spec) or shape[0] != batch:

@@ -153,7 +153,7 @@ def softmax_loss(
     counts = counted(labels, num_classes)
     weights = None
     if class_weights is not None:
-        weights = jnp.asarray(class_weights, losses.dtype)
+        weights = jnp.asarray(_validate.floats("class_weights", class_weights), losses.dtype)
         _validate.shapes(logits=(logits, "B C"), class_weights=(weights, "C"))
         own = class_rows(weights, labels)
         losses = own * losses
@@ -582,6 +582,8 @@ def robust_loss(
     labels = _validate.class_numbers("labels", labels)
     _validate.shapes(features=(features, "B d"), noisy_features=(noisy_features, "B d"),
                      labels=(labels, "B"))
+    _validate.instance("state", state, CentroidState)
+    _validate.instance("config", config, RobustLossConfig)
     num_classes = state.mean.shape[0]
     features, noisy_features = (
         counted_rows(rows, labels, num_classes) for rows in (features, noisy_features))

@@ -200,7 +200,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N, C] in float64 and labels [N], as NumPy's."""
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    logits, labels = _validate.reals("logits", logits), np.asarray(labels)
     num_classes = _validate.shapes(logits=(logits, "N C"), labels=(labels, "N"))["C"]
     _validate.in_range("number of classes", num_classes, 2)
     _validate.labels("labels", labels, num_classes)
@@ -322,7 +322,8 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, num_classes: int)
     """
     import sklearn.covariance
 
-    features = np.asarray(features, np.float64)
+    features = _validate.reals("features", features)
+    num_classes = _validate.integer("num_classes", num_classes, 1)
     _validate.shapes(features=(features, "N d"), labels=(labels, "N"))
     _validate.labels("labels", labels, num_classes)
     _validate.finite("features", features)
@@ -356,7 +357,7 @@ def scaled_distance(
     Returns:
       [B].
     """
-    _validate.shapes(features=(features, "B d"), classes=(classes, "B"))
+    classes = _checked_features(features, classes, statistics)
     distance = jnp.linalg.norm(features - jnp.asarray(statistics.mean)[classes], axis=1)
     return distance / jnp.asarray(statistics.scale)[classes]
 
@@ -379,11 +380,22 @@ def mahalanobis_distance(
     Source: Lee et al., *A Simple Unified Framework for Detecting Out-of-Distribution Samples and
     Adversarial Attacks*, 2018, Eq. 2, there for the nearest class.
     """
-    _validate.shapes(features=(features, "B d"), classes=(classes, "B"))
+    classes = _checked_features(features, classes, statistics)
     offset = features - jnp.asarray(statistics.mean)[classes]
     squared = jnp.einsum("bd,de,be->b", offset, jnp.asarray(statistics.precision), offset,
                          precision="highest")
     return jnp.sqrt(jnp.maximum(squared, 0))  # Rounding may take it below 0.
+
+
+def _checked_features(
+    features: jax.Array, classes: jax.Array, statistics: ClassStatistics
+) -> jax.Array:
+    """The classes as int32, checked together with the others."""
+    _validate.instance("statistics", statistics, ClassStatistics)
+    classes = _validate.class_numbers("classes", classes)
+    _validate.shapes(features=(features, "B d"), classes=(classes, "B"),
+                     **{"statistics.mean": (statistics.mean, "C d")})
+    return classes
 
 
 def nearest_distance(
@@ -400,6 +412,9 @@ def nearest_distance(
     Returns:
       [B].
     """
+    _validate.function("distance", distance)
+    _validate.shapes(features=(features, "B d"))
+    _validate.instance("statistics", statistics, ClassStatistics)
     classes = jnp.arange(len(statistics.mean))
     # A class at a time, in memory O(B d).
     return jnp.min(jax.lax.map(lambda label: distance(
@@ -575,7 +590,8 @@ def detection_quality(
 
 def _checked_doubt(doubt: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """``correct`` as bool, checked together with ``doubt``."""
-    correct = np.asarray(correct, bool)
+    correct = np.asarray(correct)
     _validate.shapes(doubt=(doubt, "N"), correct=(correct, "N"))
+    correct = correct.astype(bool)
     _validate.finite("doubt", doubt)
     return correct

@@ -166,7 +166,7 @@ def down_up(factor: int = 3) -> Perturbation:
     Args:
       factor: in [1, min(H, W)]; 3 in Section 7.2.
     """
-    _validate.in_range("factor", factor, 1)
+    factor = _validate.integer_in("factor", factor, 1)
     return jax.tree_util.Partial(_DownUp(factor))
 
 
@@ -212,6 +212,7 @@ def parse_perturbation(text: str) -> Perturbation:
     >>> bool(jnp.any(perturb(jax.random.key(0), images) == 0))
     True
     """
+    _validate.instance("text", text, str)
     try:
         calls = [_read_call(node) for node in _terms(ast.parse(text.strip(), mode="eval").body)]
     # ValueError: a null character. MemoryError: the parser's stack.
@@ -452,6 +453,9 @@ def per_example(
       images: [B, ...] in [0, 1].
       indices: [B] integers that name the images, such as their positions in the data set.
     """
+    _validate.function("perturb", perturb)
+    _validate.key("key", key)
+    indices = _validate.class_numbers("indices", indices)
     _validate.shapes(images=(images, "B ..."), indices=(indices, "B"))
 
     def one(index: jax.Array, image: jax.Array) -> jax.Array:

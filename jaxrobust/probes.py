@@ -64,6 +64,7 @@ from one key. Append new ones at the end: the numbers are part of what a seed me
 def salted(key: jax.Array, function: str) -> jax.Array:
     """Derives the key from which the named estimator of this library draws."""
     _validate.one_of("function", function, _SALTS)
+    _validate.key("key", key)
     return jax.random.fold_in(key, _SALTS[function])
 
 
@@ -85,8 +86,8 @@ def map_in_chunks(function: Callable[[jax.Array], Any], num_probes: int, chunk_s
     Raises:
       InputError: (a ValueError) if num_probes < 1 or chunk_size < 1.
     """
-    _validate.in_range("num_probes", num_probes, 1)
-    _validate.in_range("chunk_size", chunk_size, 1)
+    num_probes = _validate.integer_in("num_probes", num_probes, 1)
+    chunk_size = _validate.integer_in("chunk_size", chunk_size, 1)
     chunk_size = min(chunk_size, num_probes)
     iterations = num_probes // chunk_size
     written_out = jax.default_backend() == "cpu" and iterations <= LONGEST_WRITTEN_OUT
@@ -179,8 +180,8 @@ def mean_until(
       InputError: (a ValueError) if a number is out of range.
     """
     _validate.in_range("rtol", rtol, 0, open_low=True)
-    _validate.in_range("num_probes", num_probes, _LEAST_PROBES)
-    _validate.in_range("chunk_size", chunk_size, 1)
+    num_probes = _validate.integer_in("num_probes", num_probes, _LEAST_PROBES)
+    chunk_size = _validate.integer_in("chunk_size", chunk_size, 1)
 
     def error(count: jax.Array, squares: jax.Array) -> jax.Array:
         widened = 1 + _LEAST_PROBES / jnp.maximum(count, 1)

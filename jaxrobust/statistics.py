@@ -30,7 +30,7 @@ def share_error(share: float, number: int) -> float:
     Differences of Proportions*, 2000.
     """
     _validate.in_range("share", share, 0, 1, open_high=False)
-    _validate.in_range("number", number, 1)
+    number = _validate.integer("number", number, 1)
     adjusted = (number * share + 1) / (number + 2)
     return math.sqrt(adjusted * (1 - adjusted) / (number + 2))
 
@@ -44,7 +44,8 @@ def share_interval(successes: int, number: int, confidence: float = 0.95
 
     Source: Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, 1927.
     """
-    _validate.in_range("number", number, 1)
+    number = _validate.integer("number", number, 1)
+    successes = _validate.integer("successes", successes, 0)
     _validate.in_range("successes", successes, 0, number, open_high=False)
     _validate.in_range("confidence", confidence, 0, 1, open_low=True)
     found = stats.binomtest(int(successes), int(number)).proportion_ci(confidence, "wilson")
@@ -67,7 +68,8 @@ def share_upper_bound(successes: int, number: int, failure_probability: float) -
 
     Source: Clopper and Pearson (1934).
     """
-    _validate.in_range("number", number, 1)
+    number = _validate.integer("number", number, 1)
+    successes = _validate.integer("successes", successes, 0)
     _validate.in_range("successes", successes, 0, number, open_high=False)
     _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
     return float(stats.binomtest(successes, number, alternative="less").proportion_ci(
@@ -189,8 +191,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _coefficient(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
+    x, y = _validate.reals("x", x), _validate.reals("y", y)
     if x.shape != y.shape:
         raise _validate.InputError(f"Expected y of the shape of x, {x.shape}, got {y.shape}.")
+    _validate.shapes(x=(x, "n"))
+    if np.isinf(x).any() or np.isinf(y).any():
+        raise _validate.InputError("Expected x and y without infinite values.")
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(statistic(x, y).statistic)
@@ -514,4 +520,5 @@ def largest_stable_rate(curvature: float, momentum: float) -> float:
       The rate; infinite for a curvature of 0 or less.
     """
     _validate.in_range("momentum", momentum, 0, 1)
+    _validate.in_range("curvature", curvature, -np.inf)
     return 2 * (1 + momentum) / ((1 + 2 * momentum) * curvature) if curvature > 0 else math.inf

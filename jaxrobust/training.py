@@ -22,7 +22,7 @@ these images, and otherwise for each pass.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -375,7 +375,16 @@ def _of_float(schedule: optax.Schedule) -> optax.Schedule:
 def piecewise_schedule(
     learning_rate: float, *, decay_steps: tuple[int, ...], decay_factor: float
 ) -> optax.Schedule:
-    """Multiplies a learning rate by ``decay_factor`` after each of ``decay_steps`` updates."""
+    """Multiplies a learning rate by ``decay_factor`` after each of ``decay_steps`` updates.
+
+    Raises:
+      InputError: (a ValueError) for a rate or a factor that is not above 0, or a step that is no
+        integer >= 0.
+    """
+    _validate.in_range("learning_rate", learning_rate, 0, open_low=True)
+    _validate.instance("decay_steps", decay_steps, Sequence)
+    decay_steps = [_validate.integer("decay_steps", step, 0) for step in decay_steps]
+    _validate.in_range("decay_factor", decay_factor, 0, open_low=True)
     return optax.schedules.piecewise_constant_schedule(
         learning_rate, {step: decay_factor for step in decay_steps})
 

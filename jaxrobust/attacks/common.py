@@ -96,6 +96,7 @@ def prepare(images: ArrayLike, labels: ArrayLike, key: jax.Array, *, norm: str, 
     Raises:
       InputError: (a ValueError) if something does not fit.
     """
+    _validate.key("key", key)
     _validate.one_of("norm", norm, NORMS)
     _validate.in_range("epsilon", epsilon, 0)
     if not is_traced(images):
@@ -182,6 +183,7 @@ def classify(classifier: Classifier, problem: Problem, images: jax.Array, keys: 
     elif isinstance(classifier, jax.tree_util.Partial) and jax.tree.leaves(classifier):
         logits = _with_parameters(classifier, images)
     else:
+        _validate.function("logits_fn", classifier)
         logits = classifier(images)
     logits = _validate.floats("logits", logits)
     num_classes = _validate.shapes(labels=(problem.labels, "B"), logits=(logits, "B C"))["C"]

@@ -61,6 +61,7 @@ def targeted_dlr_loss(logits: jax.Array, labels: jax.Array, targets: jax.Array) 
     Source: Croce and Hein (2020), Eq. 7, https://arxiv.org/abs/2003.01690.
     """
     labels, counts = _checked(logits, labels, 4)
+    targets = _validate.class_numbers("targets", targets)
     _validate.shapes(labels=(labels, "B"), targets=(targets, "B"))
     targets = jnp.where(counts, targets, 0)
     top = jax.lax.top_k(logits, 4)[0]

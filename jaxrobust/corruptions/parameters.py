@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxrobust import _validate
+
 SEVERITIES = (1, 2, 3, 4, 5)
 
 _SMALL, _LARGE = 32, 224  # Sides of the images of CIFAR-10 and ImageNet, in pixels.
@@ -157,6 +159,11 @@ def parameters_for(name: str, severity: int, height: int, width: int) -> tuple[f
     >>> parameters_for("gaussian_noise", 2, 32, 32), parameters_for("jpeg_compression", 5, 400, 500)
     ((0.06,), (7,))
     """
+    _validate.one_of("corruption", name, _TABLES)
+    severity = _validate.integer("severity", severity, 1)
+    _validate.in_range("severity", severity, 1, 5, open_high=False)
+    height, width = (
+        _validate.integer("height", height, 1), _validate.integer("width", width, 1))
     side = min(max(min(height, width), _SMALL), _LARGE)
     share = _Share((side - _SMALL) / (_LARGE - _SMALL),
                    math.log(side / _SMALL) / math.log(_LARGE / _SMALL))

@@ -161,10 +161,11 @@ def mean_flip_rate(rates: Mapping[str, float], baseline: Mapping[str, float]) ->
 
 
 def _means(name: str, errors: Errors) -> dict[str, float]:
+    _validate.instance(name, errors, Mapping)
     if not errors:
         raise _validate.InputError(f"Expected {name} of at least one corruption, got none.")
     for corruption, values in errors.items():
-        values = np.asarray(values, np.float64)
+        values = _validate.reals(f"{name} of {corruption}", values)
         if not values.size or not np.all((values >= 0) & (values <= 1)):
             raise _validate.InputError(
                 f"Expected {name} of {corruption} in [0, 1], got {np.array2string(values)}.")

@@ -38,6 +38,7 @@ def standard_augmentation(*, padding: int = 4, flip: bool = True) -> Augmentatio
       InputError: (a ValueError) if padding < 0.
     """
     _validate.in_range("padding", padding, 0)
+    padding = _validate.integer("padding", padding, 0)
 
     def augment(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
@@ -118,9 +119,14 @@ def make_batch(
     Raises:
       InputError: (a ValueError) if the shapes do not match.
     """
-    positions = jnp.arange(images.shape[0]) if positions is None else positions
-    _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"),
-                     positions=(positions, "B"))
+    _validate.key("key", key)
+    for name, function in (("augment", augment), ("perturb", perturb)):
+        _validate.function(name, function)
+    labels = _validate.class_numbers("labels", labels)
+    size = _validate.shapes(images=(images, "B H W channels"), labels=(labels, "B"))["B"]
+    positions = jnp.arange(size) if positions is None else _validate.class_numbers(
+        "positions", positions)
+    _validate.shapes(images=(images, "B H W channels"), positions=(positions, "B"))
 
     def views(position: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         clean_key, noisy_key, noise_key = jax.random.split(jax.random.fold_in(key, position), 3)

@@ -23,7 +23,9 @@ def batch_sizes(size: int, batch_size: int) -> list[int]:
     Raises:
       InputError: (a ValueError) if the batch is larger than the data set.
     """
+    size = _validate.integer("size", size, 1)
     _validate.in_range("batch_size", batch_size, 1, size, open_high=False)
+    batch_size = _validate.integer("batch_size", batch_size, 1)
     whole, last = divmod(size, batch_size)
     return [batch_size] * whole + ([last] if last > 1 else [])
 

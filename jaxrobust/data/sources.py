@@ -72,6 +72,7 @@ def load_dataset(
         ``load_folder`` does.
     """
     data_dir = default_data_dir() if data_dir is None else data_dir
+    _validate.instance("name", name, str)
     if name.startswith(FOLDER_PREFIX):
         path = name.removeprefix(FOLDER_PREFIX)
         if not path:

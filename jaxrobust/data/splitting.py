@@ -36,7 +36,13 @@ def split_rows(
     name: str = "size",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sorted rows that :func:`split_off` keeps, and those that it splits off."""
+    labels = np.asarray(labels)
+    _validate.shapes(labels=(labels, "N"))
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise _validate.InputError(f"Expected labels of an integer dtype, got {labels.dtype}.")
+    _validate.in_range("seed", _validate.integer("seed", seed, 0), 0, 2**32)
     _validate.in_range(name, size, 1, len(labels))
+    size = _validate.integer(name, size, 1)
     if groups is None:
         return _stratified(labels, size, seed, name)
     first, group_of = np.unique(groups, return_index=True, return_inverse=True)[1:]

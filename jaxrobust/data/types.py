@@ -202,6 +202,7 @@ def files_from_csv(text: str) -> tuple[File, ...]:
     Raises:
       InputError: (a ValueError) if the text has other columns, or a row is incomplete.
     """
+    _validate.instance("text", text, str)
     header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     if tuple(header) != File._fields:
         raise _validate.InputError(

@@ -136,6 +136,7 @@ def make_method(
     Source: Section 7.1; Section 7.6; and those that the functions above name.
     """
     _validate.one_of("method", name, METHODS)
+    _validate.instance("robust", robust, RobustLossConfig)
     _validate.in_range("stability_weight", stability_weight, 0)
     _validate.in_range("label_smoothing", label_smoothing, 0, 1)
     softmax: SoftmaxLoss = softmax_loss

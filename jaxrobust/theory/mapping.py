@@ -37,6 +37,7 @@ def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
 
     Source: Definition 6.2, Eq. 17.
     """
+    _validate.numbers("margin", margin)
     _validate.in_range("rho", rho, 0, open_low=True)
     return jnp.clip(1 - margin / rho, 0, 1)
 
@@ -83,6 +84,7 @@ def generalization_bound(
 
     Source: Theorem 6.2, Eq. 19.
     """
+    _validate.numbers("empirical_error", empirical_error)
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = (feature_bound**2 + 2 * centre_bound * feature_bound
                   + centre_bound**2 / num_samples**0.5)
@@ -113,6 +115,7 @@ def held_out_bound(
 
     Source: the proof of Theorem 6.2 with f fixed; ``docs/theory.md``.
     """
+    _validate.numbers("empirical_error", empirical_error)
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = held_out_complexity(
         feature_bound=feature_bound, centre_bound=centre_bound, num_samples=num_samples)
@@ -142,7 +145,7 @@ def _check_bound(
     _validate.in_range("rho", rho, 0, open_low=True)
     _validate.in_range("feature_bound", feature_bound, 0)
     _validate.in_range("centre_bound", centre_bound, 0)
-    _validate.in_range("num_samples", num_samples, 1)
+    _validate.integer("num_samples", num_samples, 1)
     _validate.in_range("failure_probability", failure_probability, 0, 1, open_low=True)
 
 

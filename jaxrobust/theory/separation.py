@@ -30,6 +30,7 @@ def jensen_shannon_bound(tau: jax.Array) -> jax.Array:
 
     Source: Theorem 6.3, Eq. 20.
     """
+    _validate.numbers("tau", tau)
     return jnp.square(jnp.maximum(2 * tau - 1, 0)) / 2
 
 
@@ -47,6 +48,7 @@ def jensen_shannon_sharp_bound(tau: jax.Array) -> jax.Array:
 
     Source: ``docs/theory.md``.
     """
+    _validate.numbers("tau", tau)
     tau = jnp.maximum(tau, 0.5)
     return jensen_shannon_decision_bound(tau, 1 - tau)
 

@@ -85,7 +85,7 @@ def noise_draws(
     Source: Definition 6.1.
     """
     check_images(x, indices, features_fn=features_fn, loss=loss)
-    _validate.in_range("num_draws", num_draws, 1)
+    num_draws = _validate.integer_in("num_draws", num_draws, 1)
     clean = features_fn(x)
 
     def draw(index: jax.Array) -> NoiseDraws:
@@ -344,7 +344,7 @@ def smoothed_gradient_norm_squared(
     """
     check_images(x, indices, loss=loss)
     _validate.in_range("sigma", sigma, 0, open_low=True)
-    _validate.in_range("num_draws", num_draws, 3)
+    num_draws = _validate.integer_in("num_draws", num_draws, 3)
     key = probes.salted(key, "smoothed_gradient_norm_squared")
     gradient = probes.gradient_of(loss)
 
@@ -386,5 +386,7 @@ def smoothed_curvature_bound(
 
     Source: Step 1 of Appendix E.1, for the smoothed loss; ``docs/theory.md``.
     """
+    _validate.numbers("variance", variance)
+    _validate.numbers("gradient_norm_squared", gradient_norm_squared)
     _validate.in_range("sigma", sigma, 0, open_low=True)
     return 2 / sigma**4 * (variance - sigma**2 * gradient_norm_squared)
