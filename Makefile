@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
+AUDIT := .venv-audit
 AT_LOWEST := $(LOWEST)/bin/python -m pytest \
 	-W "ignore:jax.array_ref is deprecated:DeprecationWarning" \
 	-W "ignore:jax.ArrayRef is deprecated:DeprecationWarning"
@@ -9,7 +10,7 @@ PEERS := tests/paper/bench_peers_test.py \
 	tests/app/suite_test.py::test_a_users_own_model_is_tested_like_a_run \
 	tests/core/attacks_test.py::test_the_examples_of_the_docs_run
 
-.PHONY: demo test test-all test-lowest lint clean
+.PHONY: demo test test-all test-lowest coverage lint audit clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,9 +44,27 @@ test-lowest: $(LOWEST)/installed
 	$(AT_LOWEST) tests/core -m "not slow"
 	$(AT_LOWEST) $(PEERS)
 
+# Branches too, of the library and of the application; commands that tests start are counted.
+coverage: $(VENV)/installed
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest
+	$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python -m coverage report --include="jaxrobust/*" --omit="jaxrobust/app/*" \
+		--fail-under=95
+	$(VENV)/bin/python -m coverage report --include="jaxrobust/app/*" --fail-under=90
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# What is installed: its licences, and its known vulnerabilities, which are asked for over the
+# network. Without an answer this fails; so it is not part of `.ci/run`.
+audit: $(VENV)/installed
+	$(VENV)/bin/python .ci/licences.py
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(VENV)/bin/python -m pip freeze --exclude-editable > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(AUDIT) build *.egg-info

@@ -2,9 +2,13 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import venv
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -37,6 +41,37 @@ def _run(tmp_path_factory):
 
     run.folder = folder
     return run
+
+
+def test_the_sdist_builds_offline_and_gives_the_wheel_of_the_tree(tmp_path):
+    tree, unpacked = tmp_path / "tree", tmp_path / "unpacked"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "runs"))
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *needed], check=True)
+    subprocess.run([python, "-c", "from setuptools import build_meta\n"
+                    "build_meta.build_sdist('../sdist')"], cwd=tree, check=True, text=True,
+                   capture_output=True)
+    archive, = (tmp_path / "sdist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(unpacked, filter="data")
+
+    contents = []
+    for source in (tree, *unpacked.iterdir()):
+        wheels = tmp_path / f"wheel of {source.name}"
+        subprocess.run([python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index",
+                        "--no-build-isolation", "--wheel-dir", wheels, source], check=True)
+        wheel, = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as packed:
+            contents.append({name: packed.read(name) for name in packed.namelist()})
+    of_tree, of_sdist = contents
+    assert of_sdist == of_tree
+    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxrobust").rglob("*")
+            if path.is_file() and path.suffix != ".pyc"}
+    assert {name for name in of_tree if name.startswith("jaxrobust/")} == ours
+    assert "jaxrobust/py.typed" in ours
 
 
 def test_the_commands_of_the_wheel_work_outside_the_repository(run):
