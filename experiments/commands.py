@@ -4,11 +4,12 @@ import dataclasses
 import pathlib
 
 import jax
+from tyro.conf import Positional
 
 from experiments import bench, readme, targets
 from jaxrobust import InputError, _validate
 from jaxrobust.app import files
-from jaxrobust.app.commands import Compare, Positional, folder_options
+from jaxrobust.app.commands import Compare, folder_options
 from jaxrobust.app.config import distinct
 from jaxrobust.app.recipe import RECIPES
 

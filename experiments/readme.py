@@ -15,6 +15,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxrobust import InputError, _validate
 from jaxrobust.app import run_folder
@@ -234,8 +235,9 @@ def generated(text: str) -> str:
     def table(match: re.Match) -> str:
         folder, kind, *options = shlex.split(match[2])
         _validate.one_of("kind of table", kind, (*KINDS, "copied"))
-        given = {name: value.split(";") if name in LISTS else value for name, value in (
-            option.split("=", 1) for option in options)}
+        given: dict[str, Any] = {
+            name: value.split(";") if name in LISTS else value
+            for name, value in (option.split("=", 1) for option in options)}
         head, *lines = (copied(folder, **given) if kind == "copied" else
                         KINDS[kind](Numbers(folder), **given))
         rule = ["---", *["---:"] * (len(head) - 1)]

@@ -50,7 +50,8 @@ class Joined(NamedTuple):
     """What is known of the test images that all measurements of a network have."""
 
     first_of: int  # of how many test images, drawn by class with seed 0, these are the first
-    index: np.ndarray  # shape=[n]; the positions of the images among them, increasing
+    index: np.ndarray  # type: ignore[assignment]  # tuple has a method of this name.
+    # shape=[n]; the positions of the images among them, increasing
     label: np.ndarray  # shape=[n]
     correct: np.ndarray  # shape=[n], bool; whether the clean image is classified correctly
     columns: dict[str, np.ndarray]  # shape=[n] each: curvatures by key, LOSS and OUTCOMES
@@ -85,7 +86,8 @@ def join(run: Run) -> Joined | None:
         (certified["index"], certified["target"],
          {CERTIFIED: certificates.certified_radii(certified)})]
     index = functools.reduce(np.intersect1d, (part[0] for part in parts))
-    columns, labels = {}, []
+    columns: dict[str, np.ndarray] = {}
+    labels = []
     for there, label, values in parts:
         order = np.argsort(there)
         rows = order[np.searchsorted(there, index, sorter=order)]

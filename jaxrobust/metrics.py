@@ -249,7 +249,7 @@ def _calibration_error(
 # --- Scores of an image ------------------------------------------------------------------------
 
 
-def improbability(logits: jax.Array) -> jax.Array:
+def improbability(logits: jax.Array | np.ndarray) -> jax.Array:
     r"""Computes 1 less the largest softmax probability, without cancellation.
 
     .. math:: 1 - \max_i p_i = \sum_{i \ne k} p_i, \quad k = \arg\max_i z_i
@@ -271,7 +271,7 @@ def improbability(logits: jax.Array) -> jax.Array:
     return jnp.exp(others - jax.nn.logsumexp(logits, axis=1))
 
 
-def energy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+def energy(logits: jax.Array | np.ndarray, temperature: float = 1.0) -> jax.Array:
     r"""Computes the free energy of the logits.
 
     .. math:: E = -T \log \sum_i \exp(z_i / T)
@@ -343,7 +343,8 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, num_classes: int)
 
 
 def scaled_distance(
-    features: jax.Array, classes: jax.Array, statistics: ClassStatistics
+    features: jax.Array | np.ndarray, classes: jax.Array | np.ndarray,
+    statistics: ClassStatistics
 ) -> jax.Array:
     r"""Measures the distance of features to a class's centroid, over that class's typical one.
 
@@ -363,7 +364,8 @@ def scaled_distance(
 
 
 def mahalanobis_distance(
-    features: jax.Array, classes: jax.Array, statistics: ClassStatistics
+    features: jax.Array | np.ndarray, classes: jax.Array | np.ndarray,
+    statistics: ClassStatistics
 ) -> jax.Array:
     r"""Measures the distance of features to a class's centroid, in units of the shared covariance.
 
@@ -399,7 +401,7 @@ def _checked_features(
 
 
 def nearest_distance(
-    distance: Callable[[jax.Array, jax.Array, ClassStatistics], jax.Array], features: jax.Array,
+    distance: Callable[..., jax.Array], features: jax.Array | np.ndarray,
     statistics: ClassStatistics,
 ) -> jax.Array:
     r"""Measures the distance of features to the nearest class, :math:`\min_c distance(q, c)`.

@@ -183,7 +183,7 @@ def place_batch(layout: Layout, rows: Any, size: int) -> Any:
 
 
 def compile(layout: Layout, function: Callable[..., Any], *, ynnpack: bool = True,
-            **options: Any) -> Callable[..., Any]:
+            **options: Any) -> jax.stages.Wrapped:
     """Applies ``jax.jit``, with its ``options``, so that results are whole on every device."""
     if layout.form != "jit":
         options["out_shardings"] = NamedSharding(layout.mesh, PartitionSpec())

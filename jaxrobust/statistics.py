@@ -225,7 +225,7 @@ class RankCorrelations:
       confidence: the share of the resamples within an interval, in (0, 1).
     """
 
-    def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
+    def __init__(self, variables: Mapping[Any, np.ndarray], groups: np.ndarray, *, seed: int,
                  num_resamples: int = 500, confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
         _validate.in_range("confidence", confidence, 0, 1, open_low=True)
@@ -266,7 +266,7 @@ class MeanRankCorrelations:
       confidence: the share of the resamples within an interval, in (0, 1).
     """
 
-    def __init__(self, variables: Mapping[Hashable, np.ndarray], groups: np.ndarray, *, seed: int,
+    def __init__(self, variables: Mapping[Any, np.ndarray], groups: np.ndarray, *, seed: int,
                  kept: np.ndarray | None = None, num_resamples: int = 200,
                  confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
@@ -368,7 +368,7 @@ def pareto_front(values: np.ndarray) -> np.ndarray:
 # --- Outcomes against a value of each case -----------------------------------------------------
 
 
-def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[float]
+def lowest_means(values: np.ndarray, outcomes: np.ndarray, shares: Sequence[float] | np.ndarray
                  ) -> tuple[np.ndarray, np.ndarray]:
     """Averages the outcomes of the cases of lowest value.
 

@@ -6,7 +6,7 @@ All contenders have the same images and weights.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 
@@ -115,7 +115,7 @@ def measure_memory(settings: Settings) -> timing.Parts:
                 **make_contender(case, kind, number).facts} for kind in (EQ21, PRODUCTS)], []
 
 
-def _rows(case: Case, more: Mapping[str, Contender], settings: Settings) -> list[dict]:
+def _rows(case: Case, more: dict[str, Contender], settings: Settings) -> list[dict]:
     contenders = {kind: make_contender(case, kind, settings.num_probes)
                   for kind in (SPECTRUM, EQ21, PRODUCTS)}
     return timing.rows(f"{_name(case)}, K = {settings.num_probes}", contenders | more,

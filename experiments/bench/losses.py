@@ -89,10 +89,11 @@ def value_and_gradients(problem: Problem) -> tuple[jax.Array, tuple, CentroidSta
 
     The gradients are with respect to features, noisy features, kernel and bias, in this order.
     """
+    labels, mean, seen = map(jnp.asarray, (problem.labels, problem.mean, problem.seen))
+
     def loss(features, noisy_features, kernel, bias):
         total, _, state = robust_loss(
-            features, noisy_features, problem.labels, kernel, bias,
-            CentroidState(problem.mean, problem.seen), CONFIG)
+            features, noisy_features, labels, kernel, bias, CentroidState(mean, seen), CONFIG)
         return total, state
 
     (total, state), gradients = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(

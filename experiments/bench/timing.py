@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Contender(NamedTuple):
     """What is timed."""
 
     call: Callable[[], object]  # waits for its own result
-    facts: Mapping[str, float] = {}  # more columns of its row
+    facts: Mapping[str, Any] = {}  # more columns of its row
 
 
 class Pair(NamedTuple):

@@ -104,5 +104,5 @@ def value_and_gradients(
     The gradients are with respect to features, noisy features, weight and bias, in this order.
     """
     inputs = [tensor.detach().requires_grad_() for tensor in problem[:4]]
-    total, new_mean, new_seen = loss(Problem(*inputs, *problem[4:]), config)
+    total, new_mean, new_seen = loss(Problem._make([*inputs, *problem[4:]]), config)
     return total.detach(), torch.autograd.grad(total, inputs), (new_mean, new_seen)

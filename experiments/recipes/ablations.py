@@ -11,7 +11,7 @@ there, beta = 1 is 0.05 and lambda = 1 is 0.05.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.paper import TABLES
 from experiments.recipes import cifar10, cifar10_small, svhn
@@ -208,7 +208,8 @@ AT_SCALES = ("full", "small", "tiny")
 def at_scale(study: str, scale: str) -> Recipe:
     """Makes the recipe of one of :data:`STUDIES` at one of :data:`AT_SCALES`."""
     base = SMALL if scale == "small" else FULL
-    run, evaluation, paper = base.rows["robust"], base.evaluation, {}
+    run, evaluation = base.rows["robust"], base.evaluation
+    paper: dict[str, Any] = {}
     if study == "ablations":
         title, rows = "Changes to the method, one at a time", ablation_rows(run)
     else:

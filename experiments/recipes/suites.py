@@ -24,7 +24,7 @@ from jaxrobust.app.recipe import Recipe
 def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
     """Returns the settings of a study's recipe at a scale, by kind of measurement."""
     noise_std = next(iter(recipe.rows.values())).noise_std
-    every = {
+    every: dict[str, Any] = {
         "corruptions": CorruptionSettings(),
         "attacks": AttackSettings(
             linf=(2 / 255, 8 / 255), l2=(0.5,), nearest=("l2",), limit=500),
@@ -34,8 +34,9 @@ def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
         return every | {"corruptions": CorruptionSettings(severities=(3,), limit=1000)}
     if scale != "tiny":
         return every
-    return {kind: dataclasses.replace(every[kind], **smaller) for kind, smaller in {
+    smaller: dict[str, dict[str, Any]] = {
         "corruptions": {"names": ("gaussian_noise", "fog"), "severities": (1, 5)},
         "attacks": {"num_steps": 2, "num_targets": 1, "num_queries": 3, "linf": (8 / 255,),
                     "limit": 40},
-        "certificates": {"n0": 5, "n": 50, "limit": 40}}.items()}
+        "certificates": {"n0": 5, "n": 50, "limit": 40}}
+    return {kind: dataclasses.replace(every[kind], **fewer) for kind, fewer in smaller.items()}

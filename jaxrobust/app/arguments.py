@@ -52,7 +52,8 @@ def relaxed(value: Any, brief: bool = False) -> Any:
     """
     if not dataclasses.is_dataclass(value):
         return value
-    return _relaxed(type(value), brief)(**{
+    kind: Any = type(value)
+    return _relaxed(kind, brief)(**{
         field.name: relaxed(getattr(value, field.name), brief)
         for field in dataclasses.fields(value)})
 
@@ -62,6 +63,7 @@ def _relaxed(kind: type, brief: bool) -> type:
     body: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__,
                             "__post_init__": lambda self: None}
     hints = typing.get_type_hints(kind, include_extras=True)
+    inner: Any
     for field in dataclasses.fields(kind):
         inner, *marks = _without_marks(hints[field.name])
         if dataclasses.is_dataclass(inner):

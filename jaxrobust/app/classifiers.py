@@ -39,7 +39,7 @@ class ForeignModel(NamedTuple):
     name: str
     dataset: Dataset  # whose test images it is tested on
     layout: Layout
-    logits_fn: LogitsFn | RandomLogitsFn
+    logits_fn: Callable[..., jax.Array]  # a LogitsFn, or one that takes a key first
     features_fn: FeaturesFn | None = None
     takes_key: bool = False  # whether logits_fn is randomised
     config: None = None  # it has none, as it was not trained here

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jax
 import tyro
+from tyro.conf import Positional
 
 from jaxrobust import _validate
 from jaxrobust.app import (
@@ -48,7 +49,6 @@ from jaxrobust.app.study.plan import StudyPlan, fit_recipe, plan_study, with_sou
 from jaxrobust.app.study.run import load_recipe_dataset, run_study, run_study_in_parallel
 from jaxrobust.data import FOLDER_PREFIX, default_data_dir
 
-Positional = tyro.conf.Positional
 Seeds = Annotated[tuple[int, ...], tyro.constructors.PrimitiveConstructorSpec(
     nargs="*", metavar="INT[,INT...]",
     instance_from_str=lambda words: tuple(

@@ -361,7 +361,10 @@ SWEPT = tuple(jax.tree_util.keystr(path, simple=True, separator=".")
 """The settings, besides the seed, in which runs that are trained together may differ."""
 
 
-Config = typing.TypeVar("Config")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = typing.TypeVar("Config", bound="DataclassInstance")
 
 
 def get_setting(config, name: str):

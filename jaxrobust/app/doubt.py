@@ -48,7 +48,8 @@ UNMEASURED = Doubt("probability", None, None)
 
 
 def doubt_of(
-    score: str, logits: jax.Array, features: jax.Array, statistics: ClassStatistics | None
+    score: str, logits: jax.Array | np.ndarray, features: jax.Array | np.ndarray,
+    statistics: ClassStatistics | None
 ) -> jax.Array:
     """Computes the score [B], larger for more doubtful, from logits [B, C] and features [B, d].
 

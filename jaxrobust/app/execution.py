@@ -179,7 +179,7 @@ def keep_compilations() -> None:
     the processor's instructions: no machine uses the program of another. Any number of processes
     may share the folder.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
     folder = compilations_folder()
     try:

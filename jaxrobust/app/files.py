@@ -13,7 +13,8 @@ import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,7 +165,7 @@ def write_text(path: pathlib.Path, content: str) -> None:
             partial.write_text(content, encoding="utf-8", newline="\n")
 
 
-def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
     """Replaces an ``.npz`` file atomically."""
     if is_writer():
         with replacing(path) as partial, partial.open("wb") as file:

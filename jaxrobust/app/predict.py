@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -75,7 +75,7 @@ def classify(run: TrainedRun, doubt: Doubt, images: jax.Array) -> dict[str, jax.
       ``robust.direction`` the distances of their directions, in [0, 2]. The last two have no
       derivatives.
     """
-    outputs = run.model.apply(variables_of(run.state), to_float(images), train=False)
+    outputs: Any = run.model.apply(variables_of(run.state), to_float(images), train=False)
     # Square roots at 0 would make derivatives of the logits NaN.
     logits, features = jax.lax.stop_gradient((outputs.logits, outputs.features))
     centroids = run.state.centroids
@@ -126,8 +126,8 @@ def predict_files(
 
 def _predict_batch(run, doubt, paths, size):
     """The predictions for up to ``size`` files, filled up to so many for one compiled program."""
-    *image_size, channels = run.network.image_shape
-    images = np.stack([data.read_image(path, tuple(image_size), channels) for path in paths])
+    height, width, channels = run.network.image_shape
+    images = np.stack([data.read_image(path, (height, width), channels) for path in paths])
     filled = np.concatenate([images, np.repeat(images[-1:], size - len(images), axis=0)])
     logits, features = (rows[: len(paths)] for rows in outputs_of(run, filled))
     broken = [str(path) for path, row in zip(paths, logits, strict=True)

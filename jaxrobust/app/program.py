@@ -225,8 +225,10 @@ def _program(config: RunConfig, model: nn.Module, num_train: int,
     steps_per_epoch = len(data.batch_sizes(num_train, config.batch_size))
     learning_rate = _learning_rate(config.optimizer, config.epochs, steps_per_epoch)
     optimizer = _optimizer(config.optimizer, learning_rate)
-    augment = {"crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
-               "photo": data.photo_augmentation}[config.augmentation](flip=flip)
+    makers: dict[str, Callable[..., data.Augmentation]] = {
+        "crop": functools.partial(data.standard_augmentation, padding=config.crop_padding),
+        "photo": data.photo_augmentation}
+    augment = makers[config.augmentation](flip=flip)
 
     def batch_of(run, key, step, images, labels, positions):
         return data.make_batch(
@@ -347,7 +349,7 @@ def start_from(
         model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},
         pytorch.read_state_dict(path))
     digest = hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()
-    state = state.replace(**parallel.replicate(layout, loaded.variables))
+    state = dataclasses.replace(state, **parallel.replicate(layout, loaded.variables))
     return state, {"init_from": {
         "path": str(path), "sha256": digest, "initialised_anew": list(loaded.replaced)}}
 
@@ -388,7 +390,7 @@ def recompute_statistics(
         with contextlib.nullcontext() if index else compiling(
                 f"the passes that batch norm's statistics of {config.model} come from"):
             statistics, _ = program.passes(statistics, shared, batch)
-    return state.replace(batch_stats=_combine(layout)(statistics))
+    return dataclasses.replace(state, batch_stats=_combine(layout)(statistics))
 
 
 @functools.cache

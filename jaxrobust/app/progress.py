@@ -17,7 +17,8 @@ SECONDS_OF_SILENCE = 5.0
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
     """Prints that ``what`` is being compiled, if it takes long."""
-    folder = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    options = jax.config.values
+    folder = options["jax_enable_compilation_cache"] and options["jax_compilation_cache_dir"]
     later = f"cached in {folder}" if folder else "not cached"
     timer = threading.Timer(SECONDS_OF_SILENCE, tqdm.tqdm.write, [
         f"Compiling {what}. This takes minutes for large networks; the result is {later}."])
@@ -42,7 +43,7 @@ class Progress:
         if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm.tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
 
-    def advance(self, count: int = 1, **values: float) -> None:
+    def advance(self, count: int = 1, /, **values: float) -> None:
         """Adds to the work done; replaces the values shown, if any are given."""
         self._done += count
         if self._bar is not None:

@@ -246,7 +246,8 @@ class _Running:
         """Restores the newest checkpoint that can be read; without one, the initial state."""
         # The initial state, until there is a best epoch.
         self.state, self._best = self._initial, checkpoints.to_host(self._initial)
-        self._history, self.before = [], {}
+        self._history: list[dict] = []
+        self.before: dict[str, Any] = {}
         skipped: list[str] = []
         found = checkpoints.restore_checkpoint(
             self._checkpoints, {"state": self.state, "best": self._best}, skipped=skipped,

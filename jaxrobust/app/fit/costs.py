@@ -43,7 +43,8 @@ def measure_costs(config: RunConfig, dataset: Dataset, layout: Layout) -> Costs:
         layout, (split.images[positions], split.labels[positions], positions), size)
     program, state = program_of([config], dataset, layout), initial_state(config, dataset, layout)
     run = replicate(layout, stack_configs([config]))
-    times, begin = [], time.monotonic()
+    times: list[float] = []
+    begin = time.monotonic()
     while len(times) <= 1 or len(times) <= UPDATES and sum(times[1:]) < MOST_SECONDS:
         state, _ = program.streamed(state, run, batch)
         jax.block_until_ready(state)

@@ -31,7 +31,8 @@ from jaxrobust.app.study.read import study_of_runs
 from jaxrobust.app.study.run import run_study
 from jaxrobust.app.trainer import load_run
 from jaxrobust.data import FOLDER_PREFIX, Dataset
-from jaxrobust.data.camera import CameraNoise, find_photographs, measure_noise, stored_size
+from jaxrobust.data.camera import CameraNoise, find_photographs, measure_noise
+from jaxrobust.data.decoded import stored_size
 from jaxrobust.data.listing import list_images
 from jaxrobust.parallel import Layout
 

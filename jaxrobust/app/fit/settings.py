@@ -186,7 +186,7 @@ def _digits():
 
 def _small_images(facts: Facts):
     """Images of 32 x 32, tens of thousands of them."""
-    shared = {"validation_size": 0.1, "noise_std": 15.3 / 255,
+    shared: dict[str, Any] = {"validation_size": 0.1, "noise_std": 15.3 / 255,
               "robust": RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0)}
     why = {"image_size": "", "validation_size": "5,000 of CIFAR-10's 50,000"}
     if facts.accelerator:

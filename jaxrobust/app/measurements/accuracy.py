@@ -39,7 +39,7 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
     return data.split_off(dataset.test, test_size, seed=0, name="test_size")[1]
 
 
-def first_test_images(run: TrainedRun, settings: Any, least: int = 1) -> Split:
+def first_test_images(run: TrainedRun | ForeignModel, settings: Any, least: int = 1) -> Split:
     """Returns the first ``settings.num_images`` of ``settings.test_size`` test images.
 
     Raises:
@@ -62,7 +62,7 @@ def evaluate_run(
         too small for a perturbation.
     """
     facts = measure(ACCURACY, run, settings, folder, label, name)
-    if run.config is not None:
+    if not isinstance(run, ForeignModel):
         measure_doubt(run, folder)
     return facts
 
@@ -74,7 +74,8 @@ def _measure(run: TrainedRun | ForeignModel, settings: Evaluation, work: Work) -
     averaged over the draws. Features are kept of trained runs alone.
     """
     split = make_test_split(run.dataset, settings.test_size)
-    tests = [({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
+    tests: list[tuple[dict[str, Any], str, Any, bool]] = [
+        ({"std_255": level}, f"{level}/255", perturbations.gaussian(level / 255), level > 0)
              for level in settings.noise_levels]
     for text in settings.perturb:
         perturb = perturbations.parse_perturbation(text)
@@ -102,7 +103,7 @@ def _measure(run: TrainedRun | ForeignModel, settings: Evaluation, work: Work) -
         "classes": {"names": list(names),
                     "counts": np.bincount(split.labels, minlength=len(names)).tolist()},
         "levels": results[:num_levels], "perturbations": results[num_levels:],
-    }, run.config and _features_of(run, split, settings.tsne_images))
+    }, None if isinstance(run, ForeignModel) else _features_of(run, split, settings.tsne_images))
 
 
 

@@ -5,8 +5,10 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
@@ -110,7 +112,7 @@ def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pat
 
 def _measure(run: TrainedRun | ForeignModel, settings: AttackSettings, work: Work) -> Measured:
     """Attacks test images, a batch at a time, in each ball, and looks for the nearest ones."""
-    classifier = library.Randomised(run.logits_fn, work.asked["eot"]) if is_randomised(
+    classifier: Any = library.Randomised(run.logits_fn, work.asked["eot"]) if is_randomised(
         run) else run.logits_fn
     split, images = images_of(run.dataset.test, settings.limit, settings.test_size)
     size = images["num_images"]
@@ -170,7 +172,7 @@ def _of_ball(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dic
     for name in names:
         left -= int((broken_by == name).sum())
         robust[name] = left
-    warnings = {}
+    warnings: dict[str, str] = {}
     for batch in batches:
         warnings = batch["warnings"] | warnings
     gained = int((broken_by == "square").sum()) / len(broken_by)

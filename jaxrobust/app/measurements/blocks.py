@@ -54,7 +54,8 @@ def _measure(run: TrainedRun, settings: BlockSettings, work: Work) -> Measured:
         lambda *rows: _pooled_blocks(run.model, variables, noise, *rows),
         images, np.arange(len(images)), batch_size=batch_size_of(images))
     names = list(views["clean"])
-    planes, accuracies = {view: [] for view in views}, {view: [] for view in views}
+    planes: dict[str, list] = {view: [] for view in views}
+    accuracies: dict[str, list[float]] = {view: [] for view in views}
     with progress(f"{work.label}, t-SNE of the blocks", len(names)) as shown:
         for name in names:
             joint = joint_tsne(views["clean"][name], views["noisy"][name])

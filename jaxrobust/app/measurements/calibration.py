@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,8 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
         subset = f"{len(labels):,} images, one half of {subset}"
     temperature, refused = _temperature(*fitting)
     variants = {BEFORE: logits} | ({AFTER: logits / temperature} if temperature else {})
-    scores, arrays = {}, {}
+    scores: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
     for place, (name, values) in enumerate(variants.items()):
         scores[name] = {score: bootstrapped(
             functools.partial(_of_rows, function, values, labels), len(labels), most=most)

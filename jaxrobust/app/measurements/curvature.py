@@ -49,14 +49,14 @@ CURVATURES = {
 
 def _with_smoothing(run: TrainedRun | ForeignModel, settings: CurvatureConfig) -> CurvatureConfig:
     """Fills in the standard deviation of the run's training noise where none is given."""
-    if settings.smoothing is not None or run.config is None:
+    if settings.smoothing is not None or isinstance(run, ForeignModel):
         return settings
     scale = max(run.model.std) if settings.inputs == "normalised" else 1.0
     return dataclasses.replace(settings, smoothing=run.config.noise_std / scale)
 
 
 def _asked(run: TrainedRun | ForeignModel, settings: CurvatureConfig, folder: pathlib.Path) -> dict:
-    if run.config is None and settings.inputs != "pixels":
+    if isinstance(run, ForeignModel) and settings.inputs != "pixels":
         raise InputError(f"Expected inputs={settings.inputs!r} only with runs: how {run.name} "
                          "normalises images is not known here.")
     asked = settings_asked(run, _with_smoothing(run, settings), folder)
@@ -83,13 +83,15 @@ def _measure(run: TrainedRun | ForeignModel, settings: CurvatureConfig, work: Wo
     count = len(labels)
     _validate.finite("logits of test images", outputs_of(run.logits_fn, images, run.layout))
     logits_fn, twice, why = run.logits_fn, True, None
-    if run.config is None:
+    if isinstance(run, ForeignModel):
         order, why = orders_of(run)
         twice = order == 2
         if not twice:
             logits_fn = once_differentiable(logits_fn)
             files.say(f"No exact Hessian of {run.name}, only what first derivatives tell: {why}.")
-    scale = None if settings.inputs == "pixels" else (run.model.mean, run.model.std)
+    scale = None
+    if settings.inputs != "pixels" and not isinstance(run, ForeignModel):
+        scale = run.model.mean, run.model.std
     layout = run.layout.for_examples()
     # A number that the devices divide; it changes no value.
     size = -(-min(settings.batch_size, count) // layout.num_devices) * layout.num_devices
@@ -171,7 +173,7 @@ def _measure_batch(layout, logits_fn, *rows, settings: CurvatureConfig, scale, p
     Estimates by products are a program each: XLA's threads on CPUs may wait for each other forever
     where several of them, with their factorisations, are parts of one.
     """
-    table = {}
+    table: dict[str, np.ndarray] = {}
     for part in parts:
         table |= {name: np.asarray(values) for name, values in _part(
             part, layout, logits_fn, *rows, settings=settings, scale=scale).items()}
@@ -208,7 +210,8 @@ def _inputs(scale, logits_fn, rows):
     if scale is not None:
         loss, logits_fn = (curvature.normalised_inputs(function, *scale)
                            for function in (loss, logits_fn))
-        images = normalise(images, *scale, images.dtype)
+        mean, std = scale
+        images = normalise(images, mean, std, images.dtype)
     return loss, logits_fn, images, {"key": jax.random.key(PROBE_SEED), "indices": indices}
 
 

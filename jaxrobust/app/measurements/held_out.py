@@ -1,6 +1,7 @@
 """Scores runs on held-out images, clean and under noise, to choose among them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ def _measure(run: TrainedRun, settings: HeldOutSettings, work: Work) -> Measured
     del work
     images, labels = run.splits.selection
     clean_key, noise_key = jax.random.split(jax.random.key(0))
-    shared = {"batch_size": batch_size_of(images), "layout": run.layout}
+    shared: dict[str, Any] = {"batch_size": batch_size_of(images), "layout": run.layout}
     clean, = evaluation.evaluate(run.logits_fn, images, labels, key=clean_key, **shared)
     draws = evaluation.evaluate(
         run.logits_fn, images, labels, perturb=perturbations.gaussian(settings.noise_std),

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -130,7 +130,8 @@ def _counted(run: Run) -> dict | None:
 
 def _counted_runs(study: Study) -> tuple[Counted, list[str]]:
     """Returns the runs that are shown together, and the labels of those that do not fit them."""
-    found, left_out, num_draws = {}, [], None
+    found: dict[str, list] = {}
+    left_out, num_draws = [], None
     for row, runs in study.runs.items():
         for run in runs:
             facts = run.facts("noise_counts")
@@ -259,7 +260,7 @@ def groups_figure(panels: Panels, num_draws: int, units: dict[str, str]) -> Figu
     images. Means of zero or less are not shown. ``units`` gives the axis label by measure.
     """
     figure, axes = _grid(panels, sharey="col")
-    shown = {measure: [] for _, measure in panels}
+    shown: dict[str, list[float]] = {measure: [] for _, measure in panels}
     for (noise, measure), lines in panels.items():
         ax = axes[noise, measure]
         for line in lines:
@@ -292,7 +293,7 @@ def groups_figure(panels: Panels, num_draws: int, units: dict[str, str]) -> Figu
     return _with_legend(figure, panels)
 
 
-def _grid(panels: Panels, sharey: bool | str = True) -> tuple[Figure, dict[tuple, Axes]]:
+def _grid(panels: Panels, sharey: Literal["col"] | bool = True) -> tuple[Figure, dict[tuple, Axes]]:
     noises, measures = map(dict.fromkeys, zip(*panels, strict=True))
     figure = new_figure(max(7, 5.5 * len(measures)), 1.2 + 3.0 * len(noises))
     grid = figure.subplots(len(noises), len(measures), squeeze=False, sharex=True, sharey=sharey)
@@ -311,7 +312,7 @@ def _with_legend(figure: Figure, panels: Panels) -> Figure:
 
 def kept_share_picture(study: Study, found: Counted) -> Picture:
     """Shows Fig. 8: accuracy under noise against the share of images of lowest curvature."""
-    fewest = []
+    fewest: list[float] = []
 
     def line(runs, key, noise):
         curves, sizes = zip(*(lowest_means(one[key], one[noise], SHARES / 100) for one in runs),

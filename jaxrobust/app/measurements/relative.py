@@ -91,7 +91,7 @@ class _Score(NamedTuple):
 def _corruption_scores(own: dict, other: dict) -> dict[str, _Score]:
     def wrong(result):
         """By corruption, whether each image is wrong at each severity [S, N]."""
-        rows = {}
+        rows: dict[str, list[np.ndarray]] = {}
         for name, packed, number in zip(result["name"], result["correct"], result["number"],
                                         strict=True):
             rows.setdefault(str(name), []).append(1 - np.unpackbits(packed, count=number))

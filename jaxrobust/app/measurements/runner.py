@@ -32,7 +32,9 @@ class Measured(NamedTuple):
     arrays: Arrays | None = None  # None: there is no such file
 
 
-def settings_asked(run: TrainedRun, settings: Any, folder: pathlib.Path) -> dict[str, Any]:
+def settings_asked(
+    run: TrainedRun | ForeignModel, settings: Any, folder: pathlib.Path
+) -> dict[str, Any]:
     """Returns the fields of a dataclass of settings, with lists for tuples as in JSON."""
     del run, folder
     return {name: list(value) if isinstance(value, tuple) else value
@@ -45,8 +47,9 @@ class Measurement:
 
     kind: str  # names its files, KIND.json and KIND.npz
     settings: Any = None  # defaults of the command: an instance of a dataclass
-    measure: Callable[[TrainedRun | ForeignModel, Any, "Work"], Measured] | None = None
-    asked: Callable[[TrainedRun, Any, pathlib.Path], dict[str, Any]] = settings_asked
+    measure: Callable[[Any, Any, "Work"], Measured] | None = None
+    """Of a TrainedRun or, for a suite, a ForeignModel too."""
+    asked: Callable[[Any, Any, pathlib.Path], dict[str, Any]] = settings_asked
     """From a run, settings and the run's folder: what is recorded as the settings, and refused
     where a result with another value is there."""
     arrays: str | None = None  # the kind that names the file of its arrays, if it is another

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def _exact(model, variables, images):
 def _measure_batch(model, variables, images, labels, indices, step, num_probes):
     loss, _ = losses_of(model, variables, labels)
     key = jax.random.key(PROBE_SEED)
-    step = jnp.asarray(step, images.dtype)
+    step: Any = jnp.asarray(step, images.dtype)
     difference = curvature.finite_difference_curvature(
         loss, images, key, step=step, num_probes=num_probes, chunk_size=PROBES_AT_ONCE,
         indices=indices)
@@ -145,7 +145,7 @@ def step_curves(label: str, table: dict[str, np.ndarray]) -> StepCurves:
         quantiles("finite_difference", 64, (0.25, 0.5, 0.75)), quantiles("smoothed", 64, 0.5))
 
 
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "exact $\\Vert H\\Vert_F^2$ at the image": {"color": "#000000"},
     "Eq. 21, float64 (band: quartiles)": {"color": "#0072B2", "marker": "o", "markersize": 5},
     "Eq. 21, float32": {"color": "#D55E00", "marker": "x", "linestyle": (0, (4, 2))},

@@ -112,7 +112,7 @@ def surfaces_figure(images: np.ndarray, names: Sequence[str], offsets: np.ndarra
     return figure
 
 
-def _contours(ax: Axes, offsets: np.ndarray, values: np.ndarray, levels: np.ndarray):
+def _contours(ax: Axes, offsets: np.ndarray, values: np.ndarray, levels: Sequence[float]):
     """Draws filled contours with lines between them, and the image itself as a dot."""
     masked = np.ma.masked_invalid(values)
     filled = ax.contourf(offsets, offsets, masked, levels=levels, cmap="viridis")

@@ -8,7 +8,7 @@ pyplot, whose figures are global state.
 import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ import threadpoolctl
 from matplotlib import cbook, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
@@ -34,7 +35,7 @@ _ROW_DASHES = ("-", (0, (6, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1,
 _CLASS_COLORS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK, _YELLOW, _GREY,
                  "#7F4A1E")
 _CLASS_MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", ">", "*")
-GRID = {"color": "#D9D9D9", "linewidth": 0.6}
+GRID: dict[str, Any] = {"color": "#D9D9D9", "linewidth": 0.6}
 
 
 class Style(NamedTuple):
@@ -42,7 +43,7 @@ class Style(NamedTuple):
 
     color: str
     marker: str
-    dashes: str | tuple  # a matplotlib line style
+    dashes: Any  # a matplotlib line style
 
 
 class AccuracyLine(NamedTuple):
@@ -168,8 +169,7 @@ def save(figure: Figure, stem: pathlib.Path) -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """Makes an empty figure, in inches, whose parts make room for each other."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     return figure
 
 
@@ -246,7 +246,8 @@ def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 
     for c in np.unique(classes):
         color, marker = class_look(int(c))
         # As an image: thousands of markers would make the SVG file, and the page, slow.
-        ax.scatter(*points[classes == c].T, s=size, color=color, marker=marker, linewidths=0,
+        x, y = points[classes == c].T
+        ax.scatter(x, y, s=size, color=color, marker=marker, linewidths=0,
                    rasterized=True)
     for c in np.unique(classes) if numbers else ():
         ax.annotate(str(c), np.median(points[classes == c], axis=0), ha="center", va="center",

@@ -103,7 +103,7 @@ def _row_configuration(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")

@@ -188,7 +188,7 @@ def _comparison(label: str, peer_label: str, differences: dict[str, Difference])
     known = all(found.seeds is not None for found in differences.values())
     words = (("clearly better", "no clear difference", "clearly worse") if known else
              ("higher", "equal", "lower"))
-    where = {word: [] for word in words}
+    where: dict[str, list[str]] = {word: [] for word in words}
     for level, found in differences.items():
         told = found.clear if known else found.points != 0
         index = 1 if not told else 0 if found.points > 0 else 2

@@ -102,7 +102,7 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
     It holds everything that the report needs apart from the runs.
     """
     recipe, path = plan.recipe, run_folder.facts_path(plan.folder, "study")
-    asked = {
+    asked: dict[str, Any] = {
         "name": recipe.name, "title": recipe.title, "note": recipe.note,
         "paper_table": recipe.paper_table, "seeds": list(plan.seeds),
         "class_names": list(class_names),
@@ -137,7 +137,7 @@ def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
     :data:`jaxrobust.app.config.FOLDER_OPTIONS` that are true."""
     given = {"dataset": dataset, "init_from": init_from,
              **{name: on or None for name, on in folder_options.items()}}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(recipe, rows={
         row: dataclasses.replace(config, **changes) for row, config in recipe.rows.items()})
 
@@ -156,7 +156,7 @@ def fit_recipe(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, list[str]]:
         recipe.curvature.num_images, evaluation.test_size or num_test))
     found = (f"{dataset.name} has {len(dataset.train.labels)} training and {num_test} test images "
              f"of {len(dataset.class_names)} classes")
-    pairs = [*((recipe.rows[row], config) for row, config in fitted.items()),
+    pairs: list[tuple[Any, Any]] = [*((recipe.rows[row], config) for row, config in fitted.items()),
              (recipe.evaluation, evaluation), (recipe.curvature, curvature)]
     lines = [f"{found}: {field.name} is {'all' if new is None else new} instead of {old}."
              for before, after in pairs if before is not None

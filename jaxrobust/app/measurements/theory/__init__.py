@@ -133,8 +133,9 @@ def _measure(run: TrainedRun, settings: TheorySettings, work: Work) -> Measured:
         add("geometry", *check_geometry(run, train, test))
         add("rescaling", *check_rescaling(run, images, settings.nus))
         add("hinge_gradients", *check_hinge_gradients(run, train))
-        columns, *found = check_curvature(run, *measure_images(run, images, settings, shown))
-        add("curvature", *found)
+        columns, curvature, lines = check_curvature(
+            run, *measure_images(run, images, settings, shown))
+        add("curvature", curvature, lines)
         add("mapping", *check_mapping(train, test, settings))
         add("separation", *check_separation(run, train, test))
     return Measured(

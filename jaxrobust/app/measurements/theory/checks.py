@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ class Claim(NamedTuple):
     looseness: float | None = None  # median of bound / value; None where there is none
 
 
-def share(holds: np.ndarray) -> float | None:
+def share(holds: Sequence[float] | np.ndarray) -> float | None:
     """Returns the share of the cases in which a claim holds; None without any case."""
     return float(np.mean(holds)) if np.size(holds) else None
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -276,8 +276,8 @@ def separation_picture(study: Study, found: dict[str, list[dict]]) -> Picture:
     styles = row_styles(study.labels)
     figure = new_figure(11, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, (name, statistic) in zip(axes, {"smallest": np.min, "median": np.median}.items(),
-                                     strict=True):
+    statistics: dict[str, Callable[..., float]] = {"smallest": np.min, "median": np.median}
+    for ax, (name, statistic) in zip(axes, statistics.items(), strict=True):
         for index, (row, results) in enumerate(found.items()):
             parts = [result["separation"] for result in results]
             look = {"color": styles[row].color, "marker": styles[row].marker, "markersize": 6,

@@ -115,7 +115,8 @@ def check_curvature(run: TrainedRun, columns: dict[str, np.ndarray], drawn: list
     c = {name: jnp.asarray(values) for name, values in columns.items()}
     k_max = float(max(columns["largest_logit"].max(), noisy_logits.max()))
     deltas = {"run": 2 * run.config.robust.delta_v, "median": float(np.median(displacement))}
-    bounds, new = [], {}
+    bounds: list = []
+    new: dict[str, Any] = {}
     for name, delta in deltas.items():
         stability = theory.stability_of(draws, c["loss"], delta=delta)
         new |= {
