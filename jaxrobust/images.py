@@ -46,7 +46,7 @@ def to_float(images: Images) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def predicted_classes(logits: jax.Array) -> jax.Array:
+def predicted_classes(logits: jax.Array | np.ndarray) -> jax.Array:
     r"""Computes the class of each row of logits.
 
     .. math:: \arg\max_i z_i

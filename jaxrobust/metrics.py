@@ -390,7 +390,7 @@ def mahalanobis_distance(
 
 
 def _checked_features(
-    features: jax.Array, classes: jax.Array, statistics: ClassStatistics
+    features: jax.Array | np.ndarray, classes: jax.Array | np.ndarray, statistics: ClassStatistics
 ) -> jax.Array:
     """The classes as int32, checked together with the others."""
     _validate.instance("statistics", statistics, ClassStatistics)

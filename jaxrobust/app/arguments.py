@@ -66,7 +66,7 @@ def _relaxed(kind: type, brief: bool) -> type:
     inner: Any
     for field in dataclasses.fields(kind):
         inner, *marks = _without_marks(hints[field.name])
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             inner = _relaxed(inner, brief)
         elif brief and field.name not in COMMON:
             marks.append(tyro.conf.Suppress)

@@ -1,5 +1,6 @@
 """Keeps the update that stopped a training, and computes it again, piece by piece."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ def keep(
     rows = order[place.batch * config.batch_size:][:sizes[place.batch]]
     images = rows_of(config, dataset)[0][rows]
     step = (place.epoch - 1) * place.steps + place.batch
-    state = state.replace(step=np.int32(step))
+    state = dataclasses.replace(state, step=jax.numpy.int32(step))
     first = training.first_not_finite(metrics)
     leaves = jax.tree_util.tree_leaves_with_path(checkpoints.to_host(state))
     run_folder.write_arrays(folder, KIND, {
@@ -156,7 +157,7 @@ def _restored(folder, arrays, like: TrainState) -> TrainState:
     """A state like ``like`` with the leaves that :func:`keep` wrote."""
     def leaf(path, value):
         name = _name(path)
-        key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        key = jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
         plain = jax.random.key_data(value) if key else value
         if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (
                 plain.shape, plain.dtype):

@@ -212,10 +212,10 @@ def to_hyperplane(norm: str, points: jax.Array, normal: jax.Array, offset: jax.A
     # The lambda at which a coordinate has no room left.
     full = jnp.where(speed > 0, room / jnp.where(speed > 0, speed, 1), 0)
 
-    def filled(lam):
+    def filled(lam: jax.Array) -> jax.Array:
         return full <= lam[:, None]
 
-    def newton(state):
+    def newton(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         lam, _ = state
         covered = jnp.sum(weight * jnp.where(filled(lam), room, 0), axis=1)
         rate = jnp.sum(jnp.where(filled(lam), 0, weight * speed), axis=1)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
@@ -112,8 +111,9 @@ def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pat
 
 def _measure(run: TrainedRun | ForeignModel, settings: AttackSettings, work: Work) -> Measured:
     """Attacks test images, a batch at a time, in each ball, and looks for the nearest ones."""
-    classifier: Any = library.Randomised(run.logits_fn, work.asked["eot"]) if is_randomised(
-        run) else run.logits_fn
+    classifier: Any = run.logits_fn
+    if is_randomised(run):
+        classifier = library.Randomised(classifier, work.asked["eot"])
     split, images = images_of(run.dataset.test, settings.limit, settings.test_size)
     size = images["num_images"]
     begun = [(*search, first) for search in settings.searches for first in range(0, size, BATCH)]

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,8 @@ def _scores(run) -> Callable[..., dict[str, np.ndarray]]:
     def scores(images, what):
         logits = outputs_of(run.logits_fn, images, run.layout)
         _validate.finite_logits(np.isfinite(logits).all(axis=1), f" of {what}")
-        found = {"probability": metrics.improbability(logits), "energy": metrics.energy(logits)}
+        found: dict[str, Any] = {
+            "probability": metrics.improbability(logits), "energy": metrics.energy(logits)}
         if statistics is not None:
             features = outputs_of(run.features_fn, images, run.layout)
             _validate.finite(f"features of {what}", features)

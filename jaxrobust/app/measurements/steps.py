@@ -107,12 +107,12 @@ def _exact(model, variables, images):
 def _measure_batch(model, variables, images, labels, indices, step, num_probes):
     loss, _ = losses_of(model, variables, labels)
     key = jax.random.key(PROBE_SEED)
-    step: Any = jnp.asarray(step, images.dtype)
+    sigma: Any = jnp.asarray(step, images.dtype)
     difference = curvature.finite_difference_curvature(
-        loss, images, key, step=step, num_probes=num_probes, chunk_size=PROBES_AT_ONCE,
+        loss, images, key, step=sigma, num_probes=num_probes, chunk_size=PROBES_AT_ONCE,
         indices=indices)
     smoothed = curvature.smoothed_curvature(
-        loss, images, key, sigma=step, num_draws=num_probes, chunk_size=PROBES_AT_ONCE,
+        loss, images, key, sigma=sigma, num_draws=num_probes, chunk_size=PROBES_AT_ONCE,
         indices=indices).squared_frobenius
     return {"finite_difference": difference.value, "smoothed": smoothed.value,
             "finite_difference_standard_error": difference.standard_error,
