@@ -290,7 +290,7 @@ def energy(logits: jax.Array | np.ndarray, temperature: float = 1.0) -> jax.Arra
     """
     _validate.shapes(logits=(logits, "B C"))
     _validate.in_range("temperature", temperature, 0, open_low=True)
-    return -temperature * jax.nn.logsumexp(logits / temperature, axis=1)
+    return -temperature * jax.nn.logsumexp(jnp.asarray(logits) / temperature, axis=1)
 
 
 class ClassStatistics(NamedTuple):

@@ -5,6 +5,7 @@ A command is a dataclass whose fields are its options. Its module is imported on
 
 import importlib
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -63,7 +64,10 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         with interruption.handled():
             command = _command(words, commands, program)
             command()
-    except interruption.Interrupted as stop:
+    except KeyboardInterrupt as error:
+        # Python's own where SIGINT is not handled here, as in a thread.
+        stop = (error if isinstance(error, interruption.Interrupted)
+                else interruption.Interrupted(signal.SIGINT))
         print(f"{stop.signal.name}: stopped. To go on: {_going_on(command, words, program)}",
               file=sys.stderr)
         sys.exit(stop.status)

@@ -54,7 +54,7 @@ def install(*, hold: bool = False) -> None:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handles the signals within, and forgets what was asked before."""
+    """Handles the signals within, and forgets before and after what was asked."""
     global _asked
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _asked = None
@@ -62,6 +62,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _asked = None
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxrobust import _validate
 from jaxrobust.attacks import common
 from jaxrobust.attacks.common import Problem
 from jaxrobust.attacks.gradient import ascend, uniform_start
@@ -122,7 +123,8 @@ def make_trades(parts: Parts) -> tuple[Objective, Passes]:
     ) -> tuple[jax.Array, Evaluated]:
         del head
         clean, batch_stats = forward(batch_stats, batch.clean)
-        fixed = jax.lax.stop_gradient(clean.logits)
+        # Attacks see the logits in float32 too.
+        fixed = jax.lax.stop_gradient(_validate.floats("logits", clean.logits))
 
         def apart(logits: jax.Array, problem: Problem) -> jax.Array:
             counts = counted(problem.labels, logits.shape[1])

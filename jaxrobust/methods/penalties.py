@@ -93,7 +93,7 @@ def squared_jacobian_norms(num_projections: int) -> Penalty:
     ) -> tuple[jax.Array, Seen]:
         def logits_of(images: jax.Array) -> tuple[jax.Array, Seen]:
             outputs, batch_stats = network(images)
-            return outputs.logits, (outputs, batch_stats)
+            return _validate.floats("logits", outputs.logits), (outputs, batch_stats)
 
         logits, pull, seen = jax.vjp(logits_of, batch.clean, has_aux=True)
         size, num_classes = logits.shape
@@ -178,7 +178,7 @@ def missing_margins(margin: float, clip: float, num_classes: int) -> Penalty:
 
         def logits_of(images: jax.Array) -> tuple[jax.Array, Seen]:
             outputs, batch_stats = network(images)
-            return outputs.logits, (outputs, batch_stats)
+            return _validate.floats("logits", outputs.logits), (outputs, batch_stats)
 
         logits, pull, seen = jax.vjp(logits_of, batch.clean, has_aux=True)
         counts = counted(batch.labels, logits.shape[1])

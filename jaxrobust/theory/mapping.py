@@ -12,6 +12,8 @@ The bounds share their arguments:
 All raise InputError (a ValueError) if a number is out of its range or the shapes do not match.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,7 @@ def ramp_loss(margin: jax.Array, rho: float) -> jax.Array:
     """
     _validate.numbers("margin", margin)
     _validate.in_range("rho", rho, 0, open_low=True)
-    return jnp.clip(1 - margin / rho, 0, 1)
+    return jnp.clip(1 - jnp.asarray(margin) / rho, 0, 1)
 
 
 @python_scalars
@@ -88,7 +90,8 @@ def generalization_bound(
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = (feature_bound**2 + 2 * centre_bound * feature_bound
                   + centre_bound**2 / num_samples**0.5)
-    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
+    return (empirical_error + _in_range(2 / rho * complexity)
+            + _deviation(num_samples, failure_probability))
 
 
 @python_scalars
@@ -119,7 +122,8 @@ def held_out_bound(
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = held_out_complexity(
         feature_bound=feature_bound, centre_bound=centre_bound, num_samples=num_samples)
-    return empirical_error + 2 / rho * complexity + _deviation(num_samples, failure_probability)
+    return (empirical_error + _in_range(2 / rho * complexity)
+            + _deviation(num_samples, failure_probability))
 
 
 @python_scalars
@@ -136,6 +140,11 @@ def held_out_complexity(
     Source: ``docs/theory.md``.
     """
     return (2 * centre_bound * feature_bound + centre_bound**2 / 2) / num_samples**0.5
+
+
+def _in_range(value: float) -> float:
+    """The value, infinite where JAX's floats are, of which NumPy would warn."""
+    return value if value <= jnp.finfo(jnp.result_type(float)).max else math.inf
 
 
 def _check_bound(

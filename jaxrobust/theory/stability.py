@@ -255,7 +255,8 @@ def curvature_lower_bound(
     _validate.shapes(eta=(eta, "B"), loss_outside=(loss_outside, "B"), loss=(loss, "B"),
                      gradient_norm_squared=(gradient_norm_squared, "B"))
     change = jnp.where(eta < 1, loss_outside, loss) - loss
-    return 4 / sigma**4 * ((1 - eta) * change**2 - sigma**2 * gradient_norm_squared)
+    return 4 * _over_fourth_power(
+        (1 - eta) * change**2 - sigma**2 * gradient_norm_squared, sigma)
 
 
 @python_scalars
@@ -389,4 +390,10 @@ def smoothed_curvature_bound(
     _validate.numbers("variance", variance)
     _validate.numbers("gradient_norm_squared", gradient_norm_squared)
     _validate.in_range("sigma", sigma, 0, open_low=True)
-    return 2 / sigma**4 * (variance - sigma**2 * gradient_norm_squared)
+    return 2 * _over_fourth_power(variance - sigma**2 * gradient_norm_squared, sigma)
+
+
+def _over_fourth_power(values: jax.Array, sigma: float) -> jax.Array:
+    """The values over sigma^4, which may be 0 in float32 where sigma is not."""
+    values = jnp.asarray(values)
+    return values / sigma / sigma / sigma / sigma

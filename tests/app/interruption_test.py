@@ -44,8 +44,7 @@ def test_a_held_signal_waits_and_a_second_ctrl_c_does_not():
         with pytest.raises(interruption.Interrupted) as stopped:
             signal.raise_signal(signal.SIGINT)
         assert stopped.value.status == 143  # That of the first.
-    with interruption.handled():
-        interruption.check()  # What was asked of the last command is forgotten.
+    interruption.check()  # What was asked of the last command is forgotten.
 
 
 def test_an_ignored_signal_stays_ignored():
