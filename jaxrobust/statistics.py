@@ -210,6 +210,14 @@ class Coefficient(NamedTuple):
     high: float
 
 
+def _numbered(groups: np.ndarray) -> np.ndarray:
+    """The number of each member's group, from 0 on."""
+    if not (isinstance(groups, np.ndarray) and groups.dtype.kind in "biufU"):
+        raise _validate.InputError("Expected groups as an array of numbers or texts, got "
+                                   f"{getattr(groups, 'dtype', type(groups).__name__)}.")
+    return np.unique(groups, return_inverse=True)[1]
+
+
 class RankCorrelations:
     """Spearman's coefficients between variables, and their intervals over resampled groups.
 
@@ -219,7 +227,7 @@ class RankCorrelations:
 
     Args:
       variables: by name, [n] each.
-      groups: [n], equal for members of a group.
+      groups: [n] numbers or texts, equal for members of a group.
       seed: of the resamples.
       num_resamples: R >= 1.
       confidence: the share of the resamples within an interval, in (0, 1).
@@ -229,6 +237,7 @@ class RankCorrelations:
                  num_resamples: int = 500, confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
         _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+        groups = _numbered(groups)
         _validate.shapes(groups=(groups, "n"), **{
             str(name): (values, "n") for name, values in variables.items()})
         self._tail = (1 - confidence) / 2
@@ -259,7 +268,7 @@ class MeanRankCorrelations:
 
     Args:
       variables: by name, [M, n] each, M members and n cases; not NaN where they are kept.
-      groups: [M], equal for members of a group.
+      groups: [M] numbers or texts, equal for members of a group.
       kept: [M, n] booleans, the cases that count for each member; all if None.
       seed: of the resamples.
       num_resamples: R >= 1.
@@ -271,6 +280,7 @@ class MeanRankCorrelations:
                  confidence: float = 0.95) -> None:
         _validate.in_range("num_resamples", num_resamples, 1)
         _validate.in_range("confidence", confidence, 0, 1, open_low=True)
+        groups = _numbered(groups)
         shapes = {str(name): (each, "M n") for name, each in variables.items()}
         size = _validate.shapes(**shapes, groups=(groups, "M"), **(
             {} if kept is None else {"kept": (kept, "M n")}))
@@ -281,12 +291,13 @@ class MeanRankCorrelations:
         self._tail = (1 - confidence) / 2
         self._index = {name: index for index, name in enumerate(variables)}
         random = np.random.default_rng(seed)
-        names, group_of = np.unique(groups, return_inverse=True)
+        num_groups = groups.max() + 1
         # The first is of the data as they are.
         weights, matrices = [np.ones(size["M"])], [_matrices_of(values, kept, np.arange(size["n"]))]
         for _ in range(num_resamples):
-            drawn = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))
-            weights.append(drawn[group_of].astype(float))
+            drawn = np.bincount(random.integers(
+                num_groups, size=num_groups), minlength=num_groups)
+            weights.append(drawn[groups].astype(float))
             matrices.append(_matrices_of(
                 values, kept, random.integers(size["n"], size=size["n"])))
         self._weights, self._matrices = np.stack(weights), np.stack(matrices)
