@@ -180,7 +180,7 @@ def test_runs_of_one_program_killed_apart_end_with_the_same_bits(digits, tmp_pat
         return [tmp_path / name / str(number) for number in range(3)]
 
     message, = trainer.train_together(runs, digits, places("whole"), tensorboard=False)
-    assert message.startswith(f"The loss of {tmp_path / 'whole' / '2'} is nan in epoch 1")
+    assert message.startswith(f"Update 1 of {tmp_path / 'whole' / '2'} (epoch 1, batch 1 of 4)")
     due = [(4, "0"), (4, "1"), (8, "0"), (8, "1"), (12, "0")]
     save = trainer._Running.save
 

@@ -237,7 +237,7 @@ def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, 
     trained = load(run, data_dir)
     for change, said in (
             ({"mean": (0.5, 0.5, 0.5)}, "was trained with mean="),
-            ({"class_names": ("wet", "snow", "dry")}, "another order, with 'wet' instead of 'dry'")):
+            ({"class_names": ("wet", "snow", "dry")}, "with 'wet' instead of 'dry' as class 0")):
         other = dataclasses.replace(trained.dataset, files=None, **change)
         with pytest.raises(InputError, match=said):
             trainer.load_run(run, trained.config, other)

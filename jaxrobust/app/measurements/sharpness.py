@@ -111,7 +111,8 @@ def _values(model, config, class_weights, params, state, batch) -> dict[str, jax
     loss, evaluated = training.make_objective(model, method_of(config, class_weights))(
         params, state, batch)
     return {**{name: value for name, value in evaluated.metrics.items()
-               if not name.startswith("accuracy")}, "loss": loss}
+               if not name.startswith("accuracy") and name not in training.NOT_FINITE},
+            "loss": loss}
 
 
 def _terms(model, config, class_weights, state, batch) -> list[str]:
