@@ -50,8 +50,7 @@ class Joined(NamedTuple):
     """What is known of the test images that all measurements of a network have."""
 
     first_of: int  # of how many test images, drawn by class with seed 0, these are the first
-    index: np.ndarray  # type: ignore[assignment]  # tuple has a method of this name.
-    # shape=[n]; the positions of the images among them, increasing
+    positions: np.ndarray  # shape=[n]; of the images among them, increasing
     label: np.ndarray  # shape=[n]
     correct: np.ndarray  # shape=[n], bool; whether the clean image is classified correctly
     columns: dict[str, np.ndarray]  # shape=[n] each: curvatures by key, LOSS and OUTCOMES
@@ -110,7 +109,7 @@ def joined_networks(study: Study) -> list[tuple[str, Run, Joined]]:
     for _, run, joined in found:
         first = found[0][2]
         if joined.first_of != first.first_of or not (
-                np.array_equal(joined.index, first.index)
+                np.array_equal(joined.positions, first.positions)
                 and np.array_equal(joined.label, first.label)):
             raise InputError(f"Expected networks with measurements of the same images, got others "
                              f"in {run.folder} than in {found[0][1].folder}.")
@@ -342,7 +341,7 @@ def _within_tables(study: Study, found: list[tuple[str, Run, Joined]]) -> tuple[
     coefficients = within(found)
     measures = next(iter(coefficients.values()))
     joined = found[0][2]
-    details = (f"The first {len(joined.index):,} of {joined.first_of:,} test images, "
+    details = (f"The first {len(joined.positions):,} of {joined.first_of:,} test images, "
                f"{len(found)} networks")
     mean = Table(
         "Spearman’s rank correlation, over the images of a network, of the curvature at the image "

@@ -33,12 +33,13 @@ def in_range(name: str, value: float | jax.Array, low: float, high: float = np.i
     left, right = "(" if open_low else "[", ")" if open_high else "]"
     if not inside:
         raise InputError(f"Expected {name}={_brief(value)} in {left}{low}, {high}{right}.")
-    floats = jnp.finfo(jax.dtypes.canonicalize_dtype(np.float64))
-    least, most = float(floats.tiny), float(floats.max)  # Others become 0, or infinite.
-    if high == np.inf and value > most:
-        raise InputError(f"Expected {name}={_brief(value)} in {left}{low}, {most}].")
-    if low == 0 and open_low and value < least:
-        raise InputError(f"Expected {name}={_brief(value)} in [{least}, {high}{right}.")
+    if high == np.inf:
+        floats = jnp.finfo(jax.dtypes.canonicalize_dtype(np.float64))
+        most = float(floats.max)  # Others become infinite.
+        if open_low and low == 0:  # Others become 0.
+            left, low = "[", float(floats.tiny)
+        if not low <= value <= most:
+            raise InputError(f"Expected {name}={_brief(value)} in {left}{low}, {most}].")
 
 
 _LONGEST = 100

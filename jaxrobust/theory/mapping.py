@@ -90,7 +90,7 @@ def generalization_bound(
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = (feature_bound**2 + 2 * centre_bound * feature_bound
                   + centre_bound**2 / num_samples**0.5)
-    return (empirical_error + _in_range(2 / rho * complexity)
+    return (empirical_error + _as_float(2 / rho * complexity)
             + _deviation(num_samples, failure_probability))
 
 
@@ -122,7 +122,7 @@ def held_out_bound(
     _check_bound(rho, feature_bound, centre_bound, num_samples, failure_probability)
     complexity = held_out_complexity(
         feature_bound=feature_bound, centre_bound=centre_bound, num_samples=num_samples)
-    return (empirical_error + _in_range(2 / rho * complexity)
+    return (empirical_error + _as_float(2 / rho * complexity)
             + _deviation(num_samples, failure_probability))
 
 
@@ -142,7 +142,7 @@ def held_out_complexity(
     return (2 * centre_bound * feature_bound + centre_bound**2 / 2) / num_samples**0.5
 
 
-def _in_range(value: float) -> float:
+def _as_float(value: float) -> float:
     """The value, infinite where JAX's floats are, of which NumPy would warn."""
     return value if value <= jnp.finfo(jnp.result_type(float)).max else math.inf
 

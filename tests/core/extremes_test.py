@@ -97,20 +97,12 @@ def test_losses_and_gradients_are_finite_at_the_ends(name, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype, size", [("bfloat16", BATCH), ("float32", 1)])
 @settings(max_examples=300)
 @with_extremes
 @given(case=CASES)
-def test_losses_and_gradients_of_bfloat16_are_finite_at_the_ends(name, case):
-    assert_finite(compute(name, "bfloat16")(*problem(case)), case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=100)
-@with_extremes
-@given(case=CASES)
-def test_losses_and_gradients_of_a_batch_of_one_are_finite(name, case):
-    assert_finite(compute(name)(*problem(case, size=1)), case)
+def test_losses_and_gradients_in_bfloat16_and_of_one_image_are_finite(name, dtype, size, case):
+    assert_finite(compute(name, dtype)(*problem(case, size)), case)
 
 
 def test_a_wrong_gradient_would_be_noticed():

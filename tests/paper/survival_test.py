@@ -104,7 +104,7 @@ def columns_of(run):
 
 def test_images_are_joined_by_their_index(study):
     for _, run, joined in survival.joined_networks(study):
-        np.testing.assert_array_equal(joined.index, np.arange(20))
+        np.testing.assert_array_equal(joined.positions, np.arange(20))
         np.testing.assert_array_equal(joined.label, np.arange(20) % 4)
         expected = columns_of(run)
         assert joined.columns.keys() == expected.keys()
