@@ -29,6 +29,9 @@ LINES = {
 }
 """A line of each command, without its name."""
 
+START_ALONE = {"demo", "readme", "bench"}
+"""Commands that start their work with no word at all, so that no word of theirs may be cut."""
+
 NO_NUMBERS = ("abc", "", "1.5.2", "0x", "1;2", "é", "--", "None1", "[1]", "1e", "x" * 5000)
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e400", "-1e-9", str(10**30), str(-(10**30)), "2.5")
 TEXTS = ("", " ", "../../etc", "\n", "a\0b", "%s", "{}", "=", "x" * 5000, "digits/", "/", "é\ud800",
@@ -78,7 +81,7 @@ def _spoilt(command, random) -> Line:
         option = str(random.choice([*options, "--data"])) + "x"
         return Line((command, *base, option, "1"), option)
     words = (command, *base)
-    if kind == "cut":
+    if kind == "cut" and command not in START_ALONE:
         return Line(words[: int(random.integers(1, len(words) + 1))], None)
     if kind == "twice":
         return Line((*words, *words), None)
