@@ -49,7 +49,7 @@ def check_seeds(seeds: Sequence[int] | None) -> None:
     if seeds is None:
         return
     if not seeds:
-        raise InputError("Expected at least one seed, got none.")
+        raise InputError("Expected at least one seed in seeds, got none.")
     for seed in seeds:
         _validate.in_range("seed", seed, 0, SEEDS)
     distinct("seed", seeds)
