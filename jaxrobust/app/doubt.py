@@ -86,10 +86,21 @@ def measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     The score is that of :data:`SCORES` with the best AUROC on images that the run was not trained
     on: the validation images that chose its epoch or, if there are none or too few of them are
     classified wrongly, the test images. If too few of these are, the score is the probability.
+
+    Raises:
+      InputError: (a ValueError) if another command measures it at this time, the folder cannot be
+        written to, or logits or features are not finite.
     """
     if run_folder.read_facts(folder, "doubt") is not None:
         return
-    files.barrier("doubt")  # All processes look before one writes.
+    files.require_writable(folder)
+    with run_folder.locked_facts(folder, "doubt"):
+        # Another command may have come and gone.
+        if run_folder.read_facts(folder, "doubt") is None:
+            _measure_doubt(run, folder)
+
+
+def _measure_doubt(run: TrainedRun, folder: pathlib.Path) -> None:
     splits = make_splits(run.dataset, run.config)
     num_classes = len(run.dataset.class_names)
     train = draw_images(splits.train, [np.flatnonzero(splits.train.labels == label)

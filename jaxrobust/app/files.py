@@ -12,9 +12,10 @@ import os
 import pathlib
 import re
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -73,7 +74,10 @@ def make_folder(folder: pathlib.Path) -> None:
 
 
 def claim(path: pathlib.Path, content: str) -> None:
-    """Writes a file that describes what its folder is for, unless it is there already."""
+    """Writes a file that describes what its folder is for, unless it is there already.
+
+    Of two commands that do so at once, one is refused.
+    """
     folder = path.parent
     require_writable(folder)
     if path.is_file():
@@ -84,7 +88,7 @@ def claim(path: pathlib.Path, content: str) -> None:
         raise InputError(f"{folder} is not empty and holds no {path.name}. Choose another --out.")
     barrier("claim")  # All processes look before one writes.
     make_folder(folder)
-    write_text(path, content)
+    write_text(path, content, new=True)
     barrier("claimed")
 
 
@@ -119,8 +123,10 @@ def first_says(value: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path, *, made: bool = False) -> Iterator[None]:
     """Locks a file, which must exist, against other processes that do the same.
+
+    With ``made``, makes the file and removes it at the end; a kill leaves it, but without the lock.
 
     Raises:
       BlockingIOError: if another process has locked it.
@@ -128,10 +134,26 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     """
     if fcntl is None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-    # Opened for writing, without which NFS locks nothing exclusively.
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    while True:
+        # Opened for writing, without which NFS locks nothing exclusively.
+        with path.open("ab" if made else "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if made and not _is_open_at(path, file):
+                continue  # Whoever held the lock has just removed the file.
+            try:
+                yield
+            finally:
+                if made:
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_open_at(path: pathlib.Path, file: IO[bytes]) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def append_line(path: pathlib.Path, row: dict) -> None:
@@ -142,26 +164,41 @@ def append_line(path: pathlib.Path, row: dict) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a file to write, which then replaces ``path``.
+def replacing(path: pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Path]:
+    """Yields the path of a file to write, which then replaces ``path``; with ``new``, there must
+    be no file to replace.
 
-    An interruption leaves either the old file or the new one.
+    An interruption leaves either the old file or the new one. Of two processes that write at once,
+    each writes a whole file, and the later one stays.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
         try:
             yield partial
             with partial.open("rb+") as file:  # On the disk before it counts, if the power fails.
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            if new:
+                _name_first(partial, path)
+            else:
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def write_text(path: pathlib.Path, content: str) -> None:
-    """Replaces a text file atomically."""
+def _name_first(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a file a name that no other file has; raises FileExistsError if one has it."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # The file system has no links, and nothing else that is atomic.
+        os.replace(partial, path)
+
+
+def write_text(path: pathlib.Path, content: str, *, new: bool = False) -> None:
+    """Replaces a text file atomically, or writes a new one as :func:`replacing` does."""
     if is_writer():
-        with replacing(path) as partial:
+        with replacing(path, new=new) as partial:
             partial.write_text(content, encoding="utf-8", newline="\n")
 
 

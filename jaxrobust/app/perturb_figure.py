@@ -41,5 +41,5 @@ def show_perturbations(
         ax.imshow(view, interpolation="nearest")
         ax.set_title(text, fontsize=7)
     files.make_folder(out.parent)
-    with files.writing(out):
-        figure.savefig(out, dpi=figures.DPI)
+    with files.replacing(out) as partial:
+        figure.savefig(partial, format=out.suffix[1:], dpi=figures.DPI)

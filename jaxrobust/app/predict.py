@@ -24,7 +24,7 @@ from jaxrobust.app.doubt import (
     outputs_of,
 )
 from jaxrobust.app.execution import batch_size_of
-from jaxrobust.app.run_folder import read_config
+from jaxrobust.app.run_folder import LockedError, read_config
 from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
 from jaxrobust.data.listing import IMAGE_SUFFIXES
 from jaxrobust.geometry import directions
@@ -50,6 +50,8 @@ def load_classifier(
         try:
             dataset = open_dataset(config, data_dir, in_memory=False)
             measure_doubt(load_run(folder, config, dataset), folder)
+        except LockedError:
+            raise
         except InputError as error:
             print(f"Cannot measure the doubt score: {error}", file=sys.stderr)
     return run, load_doubt(folder)

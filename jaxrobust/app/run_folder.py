@@ -15,6 +15,7 @@ The folder of a run holds:
     doubt.json, .npz        the doubt score of predictions
     KIND.json, .npz         a measurement, or KIND-NAME.json, .npz for one with a name
     KIND.partial.npz        an interrupted measurement
+    KIND.lock               while a command makes a measurement; without its lock after a kill
     card.html, .md, .csv    the robustness card, with its figures in card-figures/
 
 A folder of results of a model that was not trained here has model.json instead of config.json, and
@@ -23,7 +24,8 @@ measurements.
 The folder of a study holds study.json and a folder for each run, ROW-seedSEED. Arrays are written
 before the JSON file beside them: if that exists, they are complete.
 
-A command that trains locks config.json: two commands cannot train one run at the same time.
+A command that trains locks config.json: two commands cannot train one run at the same time. One
+that measures locks KIND.lock: two cannot make one measurement of a run at the same time.
 """
 
 import contextlib
@@ -161,32 +163,52 @@ def claim_run(folder: pathlib.Path, config: RunConfig) -> None:
         raise files.holds_another("configuration", facts_path(folder, "config"))
 
 
+class LockedError(InputError):
+    """Another process is at work on the files that a command would write."""
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks the folder of a run for this process, or for the job that it belongs to.
+    """Locks the folder of a run in training for this process, or for the job that it belongs to.
 
     The system removes the lock when the process ends, however it ends. Where the file system has no
     locks, a line says so.
 
     Raises:
-      InputError: (a ValueError) if another process has locked it.
+      LockedError: (an InputError) if another process has locked it.
     """
-    path, taken = facts_path(folder, "config"), None
+    with _locked(files.locked(facts_path(folder, "config")), folder, "training in"):
+        yield
+
+
+@contextlib.contextmanager
+def locked_facts(folder: pathlib.Path, kind: str, name: str | None = None) -> Iterator[None]:
+    """Locks what a measurement writes, as :func:`locked` does the folder of a run."""
+    path = facts_path(folder, kind, name)
+    with _locked(files.locked(path.with_suffix(".lock"), made=True), path, "making"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(
+    lock: contextlib.AbstractContextManager[None], path: pathlib.Path, doing: str
+) -> Iterator[None]:
+    taken = 0
     with contextlib.ExitStack() as stack:
         if files.is_writer():
             try:
-                stack.enter_context(files.locked(path))
+                stack.enter_context(lock)
             except BlockingIOError:
                 taken = errno.EWOULDBLOCK
             except OSError as error:
-                taken = error.errno
-        taken = files.first_says(taken or 0)
+                taken = error.errno or errno.ENOLCK
+        taken = files.first_says(taken)
         if taken == errno.EWOULDBLOCK:
-            raise InputError(f"Another command is training in {folder}. Wait for its end, or stop "
-                             "it first.")
+            raise LockedError(f"Another command is {doing} {path}. Wait for its end, or stop it "
+                              "first.")
         if taken:
-            files.say(f"Note: {folder} cannot be locked ({os.strerror(taken)}). Start no other "
-                      "command that trains there before this one ends.")
+            files.say(f"Note: {path} cannot be locked ({os.strerror(taken)}). Start no other "
+                      f"command for {doing} it before this one ends.")
         yield
 
 

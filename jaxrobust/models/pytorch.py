@@ -14,6 +14,7 @@ model the ``mean`` (0.485, 0.456, 0.406) and ``std`` (0.229, 0.224, 0.225) they 
 
 import os
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -134,14 +135,18 @@ def write_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarr
     _validate.one_of("suffix of a file of weights", path.suffix, SUFFIXES)
     # Copies in C order, which both formats need, and which PyTorch may write to.
     arrays = {name: np.array(value, order="C") for name, value in state_dict.items()}
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        # Not by save_file, which raises its own errors and writes files only the user can read.
-        partial.write_bytes(_import_safetensors(path).save(arrays))
-    else:
-        torch = _import_torch(path)
-        torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        if path.suffix == ".safetensors":
+            # Not by save_file, which raises its own errors and writes files only the user can read.
+            partial.write_bytes(_import_safetensors(path).save(arrays))
+        else:
+            torch = _import_torch(path)
+            with partial.open("wb") as file:  # PyTorch would write the name of a path into it.
+                torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _import_torch(path: pathlib.Path) -> Any:

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from command_line import call
+from command_line import call, one_line
 
 from jaxrobust import data, metrics
 from jaxrobust._validate import InputError
-from jaxrobust.app import doubt, files, predict, trainer
+from jaxrobust.app import doubt, files, predict, run_folder, trainer
 from jaxrobust.app.recipe import RECIPES
 from jaxrobust.losses import RobustLossConfig
 
@@ -162,6 +162,17 @@ def test_what_is_not_finite_is_refused_with_its_number(run, digits, tmp_path):
     with pytest.raises(InputError, match=r"Expected finite logits of validation images, got \d+"):
         doubt.measure_doubt(broken, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_score_that_another_command_measures_is_not_measured_beside_it(
+        tmp_path, monkeypatch, capsys):
+    run_folder.claim_run(tmp_path / "run", TINY)
+    for name in ("load_run", "open_dataset"):
+        monkeypatch.setattr(predict, name, lambda *_, **__: None)
+    with run_folder.locked_facts(tmp_path / "run", "doubt"):
+        assert call("predict", tmp_path / "run", "image.png") == 2
+    assert one_line(capsys) == (f"error: Another command is making {tmp_path}/run/doubt.json. Wait "
+                                "for its end, or stop it first.")
 
 
 def test_predictions_of_a_folder_a_batch_at_a_time_are_those_of_all_at_once(

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from command_line import call, one_line
+from processes import HOLDER
 
 from jaxrobust.app import files, run_folder, trainer
 from jaxrobust.app.config import InputError, to_json
@@ -17,10 +18,6 @@ from jaxrobust.app.recipe import get_recipe
 
 # TensorBoard's writer and Orbax warn about themselves.
 pytestmark = pytest.mark.filterwarnings("default")
-
-HOLDER = ("import fcntl, sys, time; file = open(sys.argv[1], 'r+b'); "
-          "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)")
-
 
 ROOT = pathlib.Path(__file__).parents[2]
 STORED = pathlib.Path(__file__).with_name("stored_run.zip")

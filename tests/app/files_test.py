@@ -86,6 +86,30 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(
     assert path.read_text() == "old" and [path] == list(tmp_path.iterdir())
 
 
+def test_two_that_write_a_file_at_once_both_write_a_whole_one(tmp_path):
+    path = tmp_path / "result"
+    with files.replacing(path) as one:
+        one.write_text("one")
+        with files.replacing(path) as two:
+            two.write_text("another")
+        assert path.read_text() == "another"
+    assert path.read_text() == "one" and [path] == list(tmp_path.iterdir())
+
+
+def test_of_two_that_claim_a_folder_at_once_one_is_refused(tmp_path, monkeypatch):
+    path, make = tmp_path / "run" / "config.json", files.make_folder
+
+    def late(folder):
+        monkeypatch.setattr(files, "make_folder", make)
+        files.claim(path, "first")
+        make(folder)
+
+    monkeypatch.setattr(files, "make_folder", late)
+    with pytest.raises(InputError, match=r"^Cannot write \S+config\.json: File exists\.$"):
+        files.claim(path, "second")
+    assert path.read_text() == "first" and [path] == list(path.parent.iterdir())
+
+
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_an_error_that_names_its_place(tmp_path):
     with pytest.raises(InputError, match=r"^Cannot write \S+run: No space left on device\.$"):
         with files.writing(tmp_path / "run"):  # As TensorStore puts it.

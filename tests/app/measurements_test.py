@@ -3,9 +3,12 @@
 import dataclasses
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from processes import HOLDER
 
 from jaxrobust.app import arguments, commands, files, run_folder
 from jaxrobust.app.config import InputError
@@ -32,6 +35,8 @@ class Killed(BaseException):
 measured = []
 """The rows that were measured, in their order; a kill comes before the row in ``kills``."""
 kills = []
+beside = []
+"""What is done, once each, while a measurement is made."""
 
 
 def measure_toy(run, settings, work):
@@ -39,6 +44,8 @@ def measure_toy(run, settings, work):
     for first in range(work.rows, settings.num_images, 2):
         if first in kills:
             raise Killed
+        if beside:
+            beside.pop()()
         measured.append(first)
         work.facts = {"begun": True}
         rows = np.arange(first, first + 2)
@@ -68,6 +75,7 @@ TOY = Measurement("toy", ToySettings(), measure_toy, section=section, numbers=(n
 def _folder(tmp_path):
     measured.clear()
     kills.clear()
+    beside.clear()
     shutil.copytree(RUN, tmp_path / "run")
     return tmp_path / "run"
 
@@ -134,6 +142,48 @@ def test_arrays_are_written_before_the_facts_that_say_they_are_whole(folder, mon
     assert (folder / "toy.npz").is_file() and run_folder.read_facts(folder, "toy") is None
     call(folder)  # From the rows that are there.
     assert measured == [0, 2, 4]
+
+
+def test_a_second_command_is_refused_while_the_first_measures(folder):
+    def second():
+        with pytest.raises(InputError, match=(r"^Another command is making \S+toy\.json\. Wait for "
+                                              r"its end, or stop it first\.$")):
+            call(folder)
+        call(folder, "--name", "other")  # It shares no file with the first.
+
+    beside.append(second)
+    call(folder)
+    assert measured == [0, 2, 4, 0, 2, 4]
+    assert files.read_json(folder / "toy.json")["mean"] == 5
+    assert not list(folder.glob("*.lock"))
+    with run_folder.locked_facts(folder, "toy"):
+        call(folder)  # A result is read all the same.
+    assert len(measured) == 6
+
+
+def test_a_result_that_another_command_has_made_meanwhile_is_not_made_again(folder, monkeypatch):
+    lock = run_folder.locked_facts
+
+    def late(*arguments):
+        monkeypatch.setattr(run_folder, "locked_facts", lock)
+        call(folder)
+        return lock(*arguments)
+
+    monkeypatch.setattr(run_folder, "locked_facts", late)
+    call(folder)
+    assert measured == [0, 2, 4]
+
+
+def test_a_kill_leaves_no_lock_of_a_measurement(folder):
+    (folder / "toy.lock").touch()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder / "toy.lock"],
+                          stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match="^Another command is making"):
+            call(folder)
+        first.kill()
+    call(folder)
+    assert measured == [0, 2, 4] and not (folder / "toy.lock").exists()
 
 
 def test_the_report_shows_a_measurement_that_is_listed(folder, tmp_path, _listed):

@@ -113,32 +113,41 @@ def measure(
     interrupted measurement.
 
     With a ``name``, keeps the result beside those with other settings; ``label`` is that of the
-    progress bar.
+    progress bar. Locks the measurement's files meanwhile.
 
     Returns:
       The facts, those of the settings included.
 
     Raises:
-      InputError: (a ValueError) if there is a result with other settings, the name is not fit for a
-        file, or for what the measurement refuses.
+      InputError: (a ValueError) if there is a result with other settings, another command makes it
+        at this time, the name is not fit for a file, or for what the measurement refuses.
     """
     asked = measurement.asked(run, settings, folder)
     path = run_folder.facts_path(folder, measurement.kind, name)
     command = measurement.command or measurement.kind
-    there = run_folder.read_facts(folder, measurement.kind, name)
+
+    def result_there() -> dict[str, Any] | None:
+        there = run_folder.read_facts(folder, measurement.kind, name)
+        if there is not None:
+            _refuse_others(path, "made", there.get("settings", {}), asked, command)
+        return None if measurement.anew else there
+
+    there = result_there()
     if there is not None:
-        _refuse_others(path, "made", there.get("settings", {}), asked, command)
-        if not measurement.anew:
+        return there
+    with run_folder.locked_facts(folder, measurement.kind, name):
+        there = result_there()  # Another command may have come and gone.
+        if there is not None:
             return there
-    work = Work(folder, measurement.kind, name, label, asked, command)
-    measured = measurement.measure(run, settings, work)
-    if measured.arrays is not None:
-        run_folder.write_arrays(
-            folder, measurement.arrays or measurement.kind, measured.arrays, name)
-    facts = {**measured.facts, "settings": asked}
-    files.write_json(path, facts | {"provenance": provenance.describe()})
-    work.end()
-    return facts
+        work = Work(folder, measurement.kind, name, label, asked, command)
+        measured = measurement.measure(run, settings, work)
+        if measured.arrays is not None:
+            run_folder.write_arrays(
+                folder, measurement.arrays or measurement.kind, measured.arrays, name)
+        facts = {**measured.facts, "settings": asked}
+        files.write_json(path, facts | {"provenance": provenance.describe()})
+        work.end()
+        return facts
 
 
 def sections(study: Study, measurements: Iterable[Measurement]) -> list[Section]:

@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
-from jaxrobust.app.files import writing
+from jaxrobust.app.files import replacing
 
 DPI = 150
 """Resolution of the PNG files, and of scatter plots, which SVG files hold as images."""
@@ -162,9 +162,11 @@ def dots_figure(names: Sequence[str], lines: Sequence[AccuracyLine],
 
 def save(figure: Figure, stem: pathlib.Path) -> None:
     """Writes ``stem.png`` and ``stem.svg``, the same bytes for the same figure."""
-    with writing(stem), matplotlib.rc_context({"svg.hashsalt": "jaxrobust"}):
-        figure.savefig(stem.with_suffix(".svg"), dpi=DPI, metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"), dpi=DPI)
+    with matplotlib.rc_context({"svg.hashsalt": "jaxrobust"}):
+        with replacing(stem.with_suffix(".svg")) as partial:
+            figure.savefig(partial, format="svg", dpi=DPI, metadata={"Date": None})
+        with replacing(stem.with_suffix(".png")) as partial:
+            figure.savefig(partial, format="png", dpi=DPI)
 
 
 def new_figure(width: float, height: float) -> Figure:
