@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrobust import _validate
+from jaxrobust._activations import relu
 from jaxrobust._hyperparameters import hyperparameters
 from jaxrobust.centroids import (
     TABLE_SIZE,
@@ -248,7 +249,7 @@ def _pull(
 ) -> jax.Array:
     """Eq. 8 or 12 from what :func:`_own_centroids` returns; features that do not count are 0."""
     delta_v = jnp.asarray(delta_v, own.dtype)
-    hinge = jax.nn.relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
+    hinge = relu(safe_norm(own - features.astype(own.dtype)) - delta_v)
     if linear_beyond is not None:
         linear_beyond = jnp.asarray(linear_beyond, own.dtype)
         near = jnp.minimum(hinge, linear_beyond)
@@ -340,7 +341,7 @@ def _margin_over_present(
             lambda table: table.at[labels].get(unique_indices=True), (centroids, every))
 
     def hinge(distances: jax.Array) -> jax.Array:
-        hinge = jax.nn.relu(delta_d - distances)
+        hinge = relu(delta_d - distances)
         return jnp.square(hinge) if squared else hinge
 
     def distances(example: tuple[jax.Array, jax.Array, ClassRows], every: ClassRows) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._activations import relu
 from jaxrobust.images import Outputs
 from jaxrobust.models import common
 from jaxrobust.models.common import normalise
@@ -117,7 +118,7 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         config, dtype = self.config, self.dtype
-        activation = nn.hard_swish if config.smooth else nn.relu
+        activation = nn.hard_swish if config.smooth else relu
 
         def norm(x: jax.Array, name: str) -> jax.Array:
             return _batch_norm(x, train=train, axis_name=self.axis_name, dtype=dtype,
@@ -133,7 +134,7 @@ class BottleneckBlock(nn.Module):
         if config.squeeze:
             scale = jnp.mean(x, axis=(1, 2), keepdims=True)
             for name, channels, function in (
-                    ("squeeze", _multiple_of_8(config.expanded // 4), nn.relu),
+                    ("squeeze", _multiple_of_8(config.expanded // 4), relu),
                     ("excite", config.expanded, nn.hard_sigmoid)):
                 scale = function(_conv(channels, scale, size=1, dtype=dtype, name=name,
                                        bias_init=nn.initializers.zeros))

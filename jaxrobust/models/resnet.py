@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import _validate
+from jaxrobust._activations import relu
 from jaxrobust.images import Outputs
 from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense, normalise
 
@@ -32,7 +33,7 @@ class ResidualBlock(nn.Module):
                               batch_groups=self.batch_groups, name=name)
 
         x = conv(self.channels, inputs, size=3, stride=self.stride, dtype=self.dtype, name="conv1")
-        x = nn.relu(norm(x, "bn1"))
+        x = relu(norm(x, "bn1"))
         x = conv(self.channels, x, size=3, dtype=self.dtype, name="conv2")
         x = norm(x, "bn2")
         shortcut = inputs
@@ -40,7 +41,7 @@ class ResidualBlock(nn.Module):
             shortcut = conv(self.channels, inputs, size=1, stride=self.stride, dtype=self.dtype,
                             name="shortcut_conv")
             shortcut = norm(shortcut, "shortcut_bn")
-        return nn.relu(x + shortcut)
+        return relu(x + shortcut)
 
 
 class ResNet18(nn.Module):
@@ -87,7 +88,7 @@ class ResNet18(nn.Module):
         x = normalise(images, self.mean, self.std, self.dtype)
         x = conv(self.width, x, size=7 if large else 3, stride=2 if large else 1,
                  dtype=self.dtype, name="stem_conv")
-        x = nn.relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
+        x = relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
                                batch_groups=self.batch_groups, name="stem_bn"))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
@@ -99,7 +100,7 @@ class ResNet18(nn.Module):
                     dtype=self.dtype, axis_name=self.axis_name, batch_groups=self.batch_groups,
                     name=f"block{stage + 1}_{index + 1}")(x, train=train)
             blocks[f"block{stage + 1}"] = x
-        x = nn.relu(jnp.mean(x, axis=(1, 2))).astype(np.promote_types(self.dtype, jnp.float32))
+        x = relu(jnp.mean(x, axis=(1, 2))).astype(np.promote_types(self.dtype, jnp.float32))
         if self.feature_layer == "pooled":
             if self.num_features != x.shape[-1]:
                 raise _validate.InputError(
@@ -108,6 +109,6 @@ class ResNet18(nn.Module):
             features = x
         else:
             features = dense(self.num_features, x, name="features", dtype=x.dtype)
-            features = nn.relu(features) if self.feature_layer == "dense_relu" else features
+            features = relu(features) if self.feature_layer == "dense_relu" else features
         logits = dense(self.num_classes, features, name="head", dtype=x.dtype)
         return Outputs(logits, features, blocks)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust._activations import relu
 from jaxrobust.images import Outputs
 from jaxrobust.models.common import BATCH_NORM_MOMENTUM, batch_norm, conv, dense, normalise
 
@@ -25,7 +26,7 @@ class SmallCNN(nn.Module):
     std: Sequence[float]
     num_features: int = 32
     width: int = 16
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    activation: Callable[[jax.Array], jax.Array] = relu
     dtype: Any = jnp.float32
     axis_name: str | None = None
     batch_groups: int = 1

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import methods, models, training
+from jaxrobust import methods, models, parallel, training
+from jaxrobust._activations import relu
 from jaxrobust._validate import InputError
 from jaxrobust.losses import RobustLossConfig
 from jaxrobust.methods import Batch
@@ -123,6 +124,38 @@ def test_in_a_loop_and_on_devices_a_step_that_is_not_finite_is_the_last():
     for leaf in jax.tree.leaves(after.params):
         assert np.isfinite(leaf).all()
         np.testing.assert_array_equal(leaf[0], leaf[1])
+
+
+def compiled(function):
+    """As training steps are for users."""
+    return parallel.compile(parallel.make_layout("jit"), function)
+
+
+@pytest.mark.parametrize("name", [
+    "small_cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_an_image_of_nan_shows_in_its_batch_and_in_no_other(name):
+    model = models.create_model(name, num_classes=CLASSES, num_features=8, width=4, mean=(0.5,),
+                                std=(0.25,)).clone(batch_groups=2)
+    views = np.random.default_rng(0).uniform(size=(16, 8, 8, 1)).astype(np.float32)
+    variables = jax.jit(lambda key: model.init(key, jnp.asarray(views), train=True))(
+        jax.random.key(0))
+    apply = compiled(lambda views: model.apply(
+        variables, views, train=True, mutable=["batch_stats"])[0])
+    spoilt = views.copy()
+    spoilt[11, 0, 0, 0] = np.nan  # A noisy view.
+    whole, outputs = apply(views), apply(spoilt)
+    for rows, expected in zip(jax.tree.leaves(outputs), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(rows[:8], expected[:8])
+        assert not np.isfinite(rows[8:]).reshape(8, -1).all(axis=1).any()
+
+
+def test_the_rectifier_is_that_of_jax_but_for_nan():
+    x = np.random.default_rng(0).normal(size=(64, 16, 16)).astype(np.float32)
+    x[0, 0, :4] = 0, -0.0, np.inf, -np.inf
+    for made in (lambda relu: relu, lambda relu: jax.grad(lambda x: (2 * relu(x)).sum())):
+        np.testing.assert_array_equal(compiled(made(relu))(x), jax.jit(made(jax.nn.relu))(x))
+    x[1] = np.nan
+    assert np.isnan(compiled(lambda x: 2 * relu(x) + 1)(x)).sum() == 256
 
 
 def test_another_word_for_what_to_do_is_refused():

@@ -13,9 +13,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-CORE = ("_eager", "_errors", "_hyperparameters", "_random", "_validate", "attacks", "centroids",
-        "certification", "corruptions", "curvature", "geometry", "images", "losses", "methods",
-        "parallel", "perturbations", "probes", "statistics", "theory")
+CORE = ("_activations", "_eager", "_errors", "_hyperparameters", "_random", "_validate", "attacks",
+        "centroids", "certification", "corruptions", "curvature", "geometry", "images", "losses",
+        "methods", "parallel", "perturbations", "probes", "statistics", "theory")
 """Rooms of the library that need nothing but JAX, NumPy, chex, matfree, SciPy for the statistics,
 and each other. Not the metrics, which are scikit-learn's where it has them."""
 HEAVY = ("flax", "matplotlib", "optax", "orbax", "PIL", "scipy", "sklearn", "tensorflow", "tyro")
