@@ -524,31 +524,28 @@ class _Epochs:
         stopped at an update that is not finite.
         """
         start = time.monotonic()
-        first = _updates_in(before[0])
+        done = _updates_in(before[0])
         calls = self._resident if self._feed.input == "resident" else self._streamed
         every = self._feed.checkpoint_steps or self.steps
-        collected, last, done = [], {}, first
-        for after, metrics, num_steps in calls(state, epoch, first):
+        collected, last = _Collected(before, self.steps), {}
+        for number, (after, metrics, num_steps) in enumerate(calls(state, epoch, done)):
             state, done = after, done + num_steps
-            collected.append(metrics)
-            # The devices work on the last call while this process waits for the one before.
-            if len(collected) > 1:
-                jax.block_until_ready(collected[-2])
-                # All updates after the one that stops a run are not finite either.
-                if self._config.when_not_finite == "stop" and not np.any(
-                        jax.device_get(collected[-2][training.FINITE])):
-                    break
-            if len(collected) % 20 == 1 and len(collected) > 1:
-                latest, *_ = _by_run(collected[-2:-1], [{} for _ in before])
-                last = _shown(_means(latest))
+            collected.add(metrics)
+            # All updates after the one that stops a run are not finite either.
+            if self._config.when_not_finite == "stop" and collected.latest and not np.any(
+                    collected.latest[training.FINITE]):
+                break
+            if number and number % 20 == 0:
+                last = _shown(_means({
+                    name: values[0] for name, values in collected.latest.items()}))
             shown.advance(num_steps, **last)
             if done < self.steps:
                 asked = stop.asked()
                 if asked or done // every > (done - num_steps) // every:
-                    save(state, _by_run(collected, before))
+                    save(state, collected.by_run())
                 if asked:
                     raise interruption.Interrupted(asked)
-        return state, _by_run(collected, before), time.monotonic() - start
+        return state, collected.by_run(), time.monotonic() - start
 
     def row(self, config, epoch, values, seconds):
         """The line of the log for an epoch."""
@@ -599,13 +596,45 @@ class _Epochs:
             self._stream.close()
 
 
-def _by_run(collected, before) -> list[dict[str, np.ndarray]]:
-    """The metrics [T] of each run: those of ``before``, then those of the collected calls."""
-    fetched = jax.device_get(collected)
-    values = {name: np.concatenate([metrics[name] for metrics in fetched], axis=-1)
-              .reshape(len(before), -1) for name in fetched[0]}
-    return [{name: np.concatenate([old.get(name, ()), value[run]])
-             for name, value in values.items()} for run, old in enumerate(before)]
+class _Collected:
+    """The metrics of each run in the updates of an epoch so far.
+
+    They are on the host: arrays on the device for every update would take two hundred times the
+    memory, gigabytes in an epoch of 100,000 updates.
+    """
+
+    def __init__(self, before, steps):
+        self._done, self._shape = _updates_in(before[0]), (len(before), steps)
+        self._values = {name: self._empty() for name in before[0]}
+        for name, values in self._values.items():
+            values[:, :self._done] = [old[name] for old in before]
+        self._pending = None
+        self.latest: dict[str, np.ndarray] = {}
+        """The metrics [R, T] of the last call that has ended."""
+
+    def _empty(self):
+        return np.full(self._shape, np.nan)
+
+    def add(self, metrics):
+        """Adds the metrics of a call that the devices work on; waits for the one before."""
+        self._fetch()
+        self._pending = metrics
+
+    def by_run(self) -> list[dict[str, np.ndarray]]:
+        """The metrics [T] of each run in all T updates so far."""
+        self._fetch()
+        return [{name: values[run, :self._done] for name, values in self._values.items()}
+                for run in range(self._shape[0])]
+
+    def _fetch(self):
+        if self._pending is None:
+            return
+        fetched, self._pending = jax.device_get(self._pending), None
+        self.latest = {name: value.reshape(self._shape[0], -1) for name, value in fetched.items()}
+        first = self._done
+        self._done += self.latest[training.FINITE].shape[1]
+        for name, value in self.latest.items():
+            self._values.setdefault(name, self._empty())[:, first:self._done] = value
 
 
 def _means(metrics) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from command_line import metrics_of
 
 from jaxrobust import data
-from jaxrobust.app import config, program, trainer
+from jaxrobust.app import config, program, progress, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
@@ -73,6 +73,19 @@ def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
     chex.assert_trees_all_close(metrics_of(tmp_path / "run"), plain, rtol=1e-5, atol=1e-6)
     if form == "jit":
         assert metrics_of(tmp_path / "run") == plain  # To the bit.
+
+
+@pytest.mark.parametrize("source", ["resident", "stream"])
+def test_no_update_leaves_an_array_on_the_device(source, digits, tmp_path, monkeypatch):
+    alive = []
+
+    def count(self, *_, **__):
+        alive.append(len(jax.live_arrays()))
+
+    monkeypatch.setattr(progress.Progress, "advance", count)
+    trainer.train(TINY, digits, tmp_path / "run", tensorboard=False, feed=Feed(input=source))
+    # The threads that read ahead have a few of their own; an update has a dozen metrics.
+    assert len(alive) == 20 and max(alive) < alive[0] + 10, alive
 
 
 def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys):
