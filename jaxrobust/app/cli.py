@@ -4,11 +4,13 @@ A command is a dataclass whose fields are its options. Its module is imported on
 """
 
 import importlib
+import os
+import select
 import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from jaxrobust import InputError, __version__, _errors
 from jaxrobust.app import interruption
@@ -50,8 +52,34 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
     """Runs the command of the command line.
 
     Prints bad input as one line and exits with 2. If SIGINT or SIGTERM ends it, prints the command
-    that goes on and exits with 130 or 143.
+    that goes on and exits with 130 or 143. Exits with 141 and no word if whoever reads its output,
+    such as ``head``, has closed the pipe, as shells report a process that SIGPIPE ends.
     """
+    ended = None
+    try:
+        try:
+            _main(commands, program)
+        except SystemExit as stop:
+            ended = stop
+        sys.stdout.flush()  # Here, where an error can still be handled.
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not gone:  # Another pipe, such as one to a process of a study.
+            raise
+        for stream in gone:  # Python flushes it once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(ended.code if ended and ended.code else 128 + signal.SIGPIPE)
+    if ended is not None:
+        raise ended
+
+
+def _reader_is_gone(stream: IO[str]) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _main(commands: Mapping[str, Command], program: str) -> None:
     words = sys.argv[1:]
     if words[:1] in (["--help"], ["-h"]):
         print(help_text(commands, program))

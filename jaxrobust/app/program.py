@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxrobust import batch_statistics, data, parallel, training
+from jaxrobust.app import files
 from jaxrobust.app.config import (
     SWEPT,
     InputError,
@@ -348,10 +349,21 @@ def start_from(
     loaded = pytorch.load_torch_weights(
         model_of(config, dataset), {"params": state.params, "batch_stats": state.batch_stats},
         pytorch.read_state_dict(path))
-    digest = hashlib.sha256(pathlib.Path(path).expanduser().read_bytes()).hexdigest()
+    digest = sha256_of(path)
     state = dataclasses.replace(state, **parallel.replicate(layout, loaded.variables))
     return state, {"init_from": {
         "path": str(path), "sha256": digest, "initialised_anew": list(loaded.replaced)}}
+
+
+def sha256_of(path: str) -> str:
+    """The SHA-256 of a file of weights.
+
+    Raises:
+      InputError: (a ValueError) if it cannot be read.
+    """
+    place = pathlib.Path(path).expanduser()
+    with files.reading(place), place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 STATISTICS_IMAGES = 2048

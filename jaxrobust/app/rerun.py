@@ -32,7 +32,8 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
 
     Raises:
       InputError: (a ValueError) if the training of the run has not ended, its data set is not there
-        or has other files or classes, or ``out`` holds a run.
+        or has other files or classes, the file of its initial weights is another or is not there,
+        or ``out`` holds a run.
     """
     config = run_folder.read_config(folder)
     if not run_folder.is_trained(folder):
@@ -44,6 +45,7 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
                    if name in recorded})
     dataset = open_dataset(config, data_dir, in_memory=feed.in_memory())
     trainer.open_run(folder, config, dataset)  # Raises if it has other files or classes.
+    trainer.check_weights(config, folder)
     now = provenance.describe() | {"data_sha256": fingerprint(dataset)}
     layout, otherwise = _layout_of(recorded)
     otherwise = _circumstances(recorded, now) + otherwise
@@ -54,11 +56,6 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
         [config], dataset, [out], tensorboard=False, label="rerun", layout=layout, feed=feed)
     for line in failures:
         files.say(line)
-    weights = (run_folder.read_facts(out, "provenance") or {}).get("init_from")
-    if weights != recorded.get("init_from"):
-        otherwise.append(f"The run started from other weights: {recorded.get('init_from')}, now "
-                         f"{weights}.")
-        files.say(f"Note: {otherwise[-1]}")
     return Rerun(otherwise, first_difference(folder, out))
 
 

@@ -32,6 +32,7 @@ from jaxrobust.app.program import (
     program_of,
     recompute_statistics,
     rows_of,
+    sha256_of,
     stack_configs,
     stack_runs,
     start_from,
@@ -212,12 +213,29 @@ def _first_state(config, folder, dataset, layout):
     # A run with a checkpoint no longer needs its file of initial weights.
     if config.init_from is None or run_folder.has_checkpoint(folder):
         return state, {}
+    check_weights(config, folder)
     state, facts = start_from(config.init_from, state, config, dataset, layout)
     layers = ", ".join(facts["init_from"]["initialised_anew"])
     if layers:
         files.say(f"{config.init_from} has no matching weights for {layers}, which start from "
                   "random values.")
     return state, facts
+
+
+def check_weights(config: RunConfig, folder: pathlib.Path) -> None:
+    """Checks that the file of a run's initial weights is that with which it began, if it has.
+
+    Raises:
+      InputError: (a ValueError) if it is another one, or cannot be read.
+    """
+    began = (run_folder.read_facts(folder, "provenance") or {}).get("init_from")
+    if config.init_from is None or began is None:
+        return
+    found = sha256_of(config.init_from)
+    if found != began["sha256"]:
+        raise InputError(
+            f"Expected the weights in {config.init_from} with which {folder} began, of SHA-256 "
+            f"{began['sha256']}, found others, of {found}.")
 
 
 class _Lost(NamedTuple):

@@ -1,7 +1,10 @@
 """Signals: a command stops in good order, says how to go on, and has the status of shells."""
 
+import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -32,6 +35,28 @@ def test_a_stopped_command_says_how_to_go_on(number, status, capsys, monkeypatch
         assert one_line(capsys) == (
             f"{name}: stopped. To go on: python -m experiments {shown}{more}")
     assert [signal.getsignal(one) for one in interruption.SIGNALS] == handlers
+
+
+@pytest.mark.parametrize("words", [
+    ("--help",), pytest.param(("train", "--help-all"), marks=pytest.mark.slow)])
+def test_a_pipe_that_its_reader_has_closed_ends_a_command_quietly(words):
+    for unbuffered in ("", "1"):
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "wb") as output:
+            ended = subprocess.run(
+                [sys.executable, "-m", "jaxrobust", *words], stdout=output, stderr=subprocess.PIPE,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, check=False)
+        assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_pipe_that_is_closed_is_an_error(monkeypatch):
+    def called(self):
+        raise BrokenPipeError("to a worker")
+
+    monkeypatch.setattr(commands.Train, "__call__", called)
+    with pytest.raises(BrokenPipeError, match="to a worker"):
+        call("train", "digits")
 
 
 def test_a_held_signal_waits_and_a_second_ctrl_c_does_not():

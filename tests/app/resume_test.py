@@ -7,14 +7,16 @@ import shutil
 import signal
 
 import chex
+import command_line
 import pytest
-from command_line import metrics_of
+from command_line import metrics_of, one_line
 
 from jaxrobust import checkpoints
 from jaxrobust.app import config, files, interruption, program, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import Feed
 from jaxrobust.app.recipe import RECIPES
+from jaxrobust.models import pytorch
 from jaxrobust.parallel import make_layout
 
 pytestmark = [pytest.mark.filterwarnings("default"),  # Orbax warns about itself.
@@ -270,6 +272,42 @@ def test_a_folder_removed_in_mid_run_ends_it_in_one_line(digits, tmp_path, monke
         with pytest.raises(InputError, match=f"^Cannot write {folder}: it was removed"):
             trainer.train(changed, digits, folder, tensorboard=False, feed=feed)
         assert not folder.exists()
+
+
+def test_a_run_begins_again_from_the_weights_with_which_it_began_or_not_at_all(
+        digits, tmp_path, monkeypatch, capsys):
+    folder, weights, layout = tmp_path / "run", tmp_path / "it.safetensors", make_layout("jit")
+    changed = dataclasses.replace(TINY, model="resnet18", init_from=str(weights))
+
+    def write(seed):
+        state = program.initial_state(dataclasses.replace(changed, seed=seed), digits, layout)
+        pytorch.write_state_dict(weights, pytorch.to_torch_state_dict(
+            program.model_of(changed, digits), trainer.variables_of(state)))
+        return trainer.variables_of(state)
+
+    def killed(group, *_):
+        begun.append(trainer.variables_of(group[0].state))
+        raise Killed
+
+    begun, first = [], write(seed=1)
+    monkeypatch.setattr(trainer, "_train_group", killed)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            trainer.train(changed, digits, folder, resume=True, tensorboard=False)
+        chex.assert_trees_all_equal(begun.pop(), first)
+    write(seed=2)
+    expected = f"Expected the weights in {weights} with which {folder} began, of SHA-256 "
+    with pytest.raises(InputError, match=expected):
+        trainer.train(changed, digits, folder, resume=True, tensorboard=False)
+    run_folder.write_facts(folder, "diverged", {"epoch": 1})
+    capsys.readouterr()
+    for command in ("rerun", "sharpness"):
+        assert command_line.call(command, folder) == 2
+        assert expected in one_line(capsys)
+    weights.unlink()
+    assert command_line.call("rerun", folder) == 2
+    assert one_line(capsys) == f"error: Cannot read {weights}: No such file or directory."
+    assert [folder] == list(tmp_path.iterdir()) and not begun
 
 
 def killed_at(moment, config, digits, folder, feed, moments):

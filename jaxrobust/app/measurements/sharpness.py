@@ -23,7 +23,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report.frame import Number, frame, values_of
 from jaxrobust.app.report.page import Section, Table, listed, over_runs, significant, text_row
 from jaxrobust.app.study.read import Run, Study
-from jaxrobust.app.trainer import TrainedRun, load_run, make_splits
+from jaxrobust.app.trainer import TrainedRun, check_weights, load_run, make_splits
 from jaxrobust.parallel import make_layout
 from jaxrobust.statistics import largest_eigenvalue, largest_stable_rate
 
@@ -78,6 +78,7 @@ def _measure(run: TrainedRun, settings: SharpnessSettings, work: Work) -> Measur
     layout = make_layout("jit")
     states = {"initial": initial_state(config, dataset, layout)}
     if config.init_from is not None:
+        check_weights(config, work.folder)
         states["initial"], _ = start_from(
             config.init_from, states["initial"], config, dataset, layout)
     if work.asked["finished"]:
