@@ -648,7 +648,7 @@ class Report:
             files.require_writable(self.out)
         if len(self.folders) == 1 and not (
                 run_folder.is_run(first) or run_folder.is_foreign(first)):
-            if self.out is not None:
+            if self.out is not None and run_folder.is_study(first):
                 raise InputError(f"Expected out only with runs: {first}, a study, holds its own "
                                  f"report. Got {self.out}.")
             path = report.write_report(first)

@@ -31,7 +31,8 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
     folder names them and they are there. Prints what is otherwise, before the training.
 
     Raises:
-      InputError: (a ValueError) if the training of the run has not ended, its data set is not there
+      InputError: (a ValueError) if the training of the run has not ended, its log, its network.json
+        or every readable checkpoint of a finished one is missing, its data set is not there
         or has other files or classes, the file of its initial weights is another or is not there,
         or ``out`` holds a run.
     """
@@ -40,6 +41,7 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
         raise InputError(f"Expected the training of {folder} to have ended. Resume it first.")
     if run_folder.is_run(out):
         raise InputError(f"{out} already holds a run. Choose another --out.")
+    _require_results(folder)
     recorded = run_folder.read_facts(folder, "provenance") or {}
     feed = Feed(**{name: recorded[name] for name in ("input", "steps_per_call")
                    if name in recorded})
@@ -57,6 +59,17 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
     for line in failures:
         files.say(line)
     return Rerun(otherwise, first_difference(folder, out))
+
+
+def _require_results(folder: pathlib.Path) -> None:
+    """Raises InputError if a run lacks what its repetition would be compared with."""
+    if read_network(folder) is None:
+        raise InputError(f"Expected a run in {folder}, found no network.json there.")
+    if run_folder.is_done(folder):  # A run may diverge before its first epoch ends.
+        if not run_folder.read_epochs(folder):
+            raise InputError(f"Expected the log of a finished run in {folder}, found none.")
+        if _last_checkpoint(folder) is None:
+            raise InputError(f"Expected a checkpoint of a finished run in {folder}, found none.")
 
 
 def _circumstances(recorded: dict, now: dict) -> list[str]:

@@ -52,6 +52,11 @@ def is_foreign(folder: pathlib.Path) -> bool:
     return facts_path(folder, "model").is_file()
 
 
+def is_study(folder: pathlib.Path) -> bool:
+    """Whether the folder belongs to a study."""
+    return facts_path(folder, "study").is_file()
+
+
 def is_begun(folder: pathlib.Path) -> bool:
     """Whether training has begun."""
     return _log_path(folder).is_file()

@@ -1,12 +1,16 @@
 """Damaged files of a run: each command says so in one line, and changes nothing."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from command_line import call, one_line
 from PIL import Image
+
+from jaxrobust.app import run_folder
+from jaxrobust.app.recipe import get_recipe
 
 pytestmark = pytest.mark.usefixtures("pictures_left_out")
 
@@ -85,6 +89,21 @@ def test_a_damaged_file_of_a_run_is_one_line(command, name, damage, study, capsy
         path.write_bytes(before)
     line = one_line(capsys)
     assert line.startswith("error: ") and path.stem in line
+
+
+@pytest.mark.parametrize("words", [
+    ("report",), ("report", "--out", "report"), ("predict", "image.png"), ("export",),
+    ("evaluate",), ("curvature",), ("figures",), ("rerun",), ("replay",)], ids=" ".join)
+def test_a_run_that_is_not_there_or_not_finished_is_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for there in ([], ["run", "run/config.json"]):
+        if there:
+            run_folder.claim_run(tmp_path / "run", get_recipe("digits").run("both", 0))
+        assert call(words[0], "run", *words[1:]) == 2
+        said = one_line(capsys)
+        assert said.startswith("error: Expected ") and re.search(r"\brun\b", said)
+        assert there == sorted(
+            path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
 
 
 def test_more_than_fifty_files_are_damaged():

@@ -92,6 +92,19 @@ def test_a_difference_of_one_bit_in_the_state_is_found_and_named(run, tmp_path):
         "state.params.head.bias in the last checkpoint: 1 of 10 numbers")
 
 
+@pytest.mark.parametrize("name, missing", [
+    ("network.json", "a run in {}, found no network.json there"),
+    ("metrics.jsonl", "the log of a finished run in {}, found none"),
+    ("checkpoints", "a checkpoint of a finished run in {}, found none"),
+    ("config.json", "a run in {}, found no config.json there")])
+def test_a_run_with_nothing_to_compare_with_is_not_repeated(name, missing, run, capsys):
+    path = run / name
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert call("rerun", run) == 2
+    assert one_line(capsys) == f"error: Expected {missing.format(run)}."
+    assert not run.with_name("run-rerun").exists()
+
+
 def test_a_run_that_has_not_ended_is_not_repeated(run, capsys):
     (run / "done.json").unlink()
     assert call("rerun", run) == 2
