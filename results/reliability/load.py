@@ -1,18 +1,19 @@
-"""Puts load on the commands, and records memory, open files and time.
+"""Puts load on the commands, and records memory, open files and time; see load.md.
 
     python results/reliability/load.py updates --number 100000
     python results/reliability/load.py stream --number 10000000
     python results/reliability/load.py report --number 200
     python results/reliability/load.py predict --number 100000
+    python results/reliability/load.py page
 
 ``updates`` trains the small network on digits, with log, checkpoints and TensorBoard events as in
 any run. ``stream`` trains it for one epoch, in batches of 100, on images made when they are read.
 ``report`` writes the report of copies of a run, five seeds to a row. ``predict`` classifies image
-files of 64 x 64 pixels. Each writes a JSON file.
+files of 64 x 64 pixels. Each writes a JSON file; ``page`` makes load.md and its figure of them.
 
 The work is done by a process of its own, looked at ten times a second. Slopes are by least
-squares over the means of 20 blocks, after the first fifth of the work, with their 95 % interval;
-of open files, over the fewest in each block.
+squares over the means of 20 blocks, after the first fifth of the work and before the last
+twentieth, with their 95 % interval; of open files, over the fewest in each block.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import scipy.stats
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 from jaxrobust import data  # noqa: E402
 from jaxrobust.app import config, files, provenance, recipe, trainer  # noqa: E402
 from jaxrobust.app.execution import Feed  # noqa: E402
+from jaxrobust.app.report import figures  # noqa: E402
 
 PLACE = pathlib.Path(__file__).parent / "load"
 BLOCKS, DRAWN = 20, 200
@@ -99,9 +103,10 @@ def jaxrobust(*arguments) -> list[str]:
 
 
 def later(samples: Sequence[Sample]) -> Sample:
-    """The samples after a fifth of the work until it is all done, each field an array."""
+    """The samples after the first fifth of the work and before the last twentieth, in which a
+    process may end already, each field an array."""
     end = samples[-1].done
-    return Sample(*np.array([one for one in samples if end / 5 < one.done < end], float).T)
+    return Sample(*np.array([one for one in samples if end / 5 < one.done < 0.95 * end], float).T)
 
 
 def slope(x: np.ndarray, y: np.ndarray, of_block=np.mean) -> dict[str, float]:
@@ -234,19 +239,113 @@ def predict(number: int, folder: pathlib.Path, _) -> tuple[Watched, dict]:
     return Watched(samples, found.peak_bytes), {"images": number, **slopes(samples)}
 
 
+# --- Page ------------------------------------------------------------------------------------
+
+UNITS = {"updates": "updates", "stream": "images", "predict": "images", "report": "runs"}
+
+
+def drawn(loads: dict[str, dict]) -> Figure:
+    """Memory, open files and time against the work done, a row of panels for each load."""
+    shown = [name for name in loads if "bytes" in loads[name]]
+    figure = figures.new_figure(11, 2.9 * len(shown))
+    style = figures.row_style(0)
+    look = {"color": style.color, "linewidth": 1.2}
+    for axes, name in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
+        samples = [Sample(*one) for one in loads[name]["samples"] if one[0]]
+        of, steady = Sample(*np.array(samples).T), later(samples)
+        middles, each = rates(steady.done, steady.cpu_seconds)
+        axes[0].plot(of.done, of.bytes / 1e6, **look)
+        axes[1].plot(of.done, of.open_files, **look)
+        axes[2].plot(middles, 1e3 * each, marker=style.marker, **look)
+        axes[0].set_title(f"{name.capitalize()}", loc="left")
+        for ax, label in zip(axes, ("Memory [MB]", "Open files",
+                                    f"CPU time [ms / {UNITS[name][:-1]}]"), strict=True):
+            ax.set_ylabel(label)
+        for ax in axes:
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+            ax.set_xlabel(UNITS[name].capitalize())
+            ax.set_xlim(0, of.done[-1])
+            ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            ax.grid(**figures.GRID)
+            ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def page(place: pathlib.Path) -> None:
+    """Writes load.md beside the folder of results, and its figure into it."""
+    loads = {path.stem: json.loads(path.read_text()) for name in LOADS
+             if (path := place / f"{name}.json").is_file()}
+    guard = json.loads((place / "guard.json").read_text())
+    figures.save(drawn(loads), place / "load")
+
+    def with_interval(facts, scale, digits):
+        slope_, low, high = (f"{round(scale * facts[name], digits) + 0:.{digits}f}"
+                             for name in ("slope", "low", "high"))
+        return f"{slope_} [{low}, {high}]"
+
+    def cells(name, facts):
+        number = facts[UNITS[name]]
+        yield from (name, f"{number:,} {UNITS[name]}", f"{facts['whole']['peak_bytes'] / 1e6:.0f}")
+        if "bytes" not in facts:
+            yield from ("–",) * 4
+        else:
+            time_ = facts["cpu_seconds"]
+            yield from (
+                with_interval(facts["bytes"], number / 1e6, 1),
+                f"{with_interval(facts['open_files'], number, 0)}, at most "
+                f"{facts['most_open_files']}",
+                f"{1e3 * time_['mean']:.3g}",
+                with_interval(time_, 100 * number / time_["mean"], 1))
+        yield from (f"{facts['whole'][clock] / 60:.1f}" for clock in ("cpu_seconds", "seconds"))
+
+    facts = [*loads.values(), guard]
+    lines = [
+        "# Loads", "", *__doc__.split("\n\n")[2].splitlines(), "",
+        *__doc__.split("\n\n")[3].strip().splitlines(), "",
+        "| Load | Size | Peak memory [MB] | Memory, growth [MB] | Open files, growth | "
+        "CPU time of one [ms] | its growth [%] | CPU time [min] | Time [min] |",
+        "|---|---|" + "---:|" * 7,
+        *(f"| {' | '.join(cells(name, one))} |" for name, one in loads.items()), "",
+        "Growth is the slope over the whole load, with its 95 % interval. The machine was shared "
+        "with other work, so that seconds vary, and CPU seconds with them, less.", "",
+        "![Memory, open files and CPU time against the work done](load/load.png)", "",
+        "## The check for what is not finite", "", *_guard_lines(guard["cases"]), "",
+        "## Where the numbers come from", "",
+        *(f"- `{one['provenance']['command']}`, commit {one['provenance']['commit']}, "
+          f"{one['provenance']['hardware']}, JAX {one['provenance']['versions']['jax']}, "
+          f"{one['provenance']['started']}" for one in facts), ""]
+    files.write_text(place.with_suffix(".md"), "\n".join(lines))
+
+
+def _guard_lines(cases: Sequence[dict]) -> Iterator[str]:
+    yield ("What `when_not_finite=\"stop\"` adds to an update of `robust` on images of 32 x 32 "
+           "(`guard.py`): median over pairs of calls, with its 95 % interval.")
+    yield ""
+    yield "| Network | Width | Batch | Pairs | CPU time [ms] | Cost in it [%] | Cost in time [%] |"
+    yield "|---|" + "---:|" * 6
+    for case in cases:
+        costs = (f"{100 * case[clock]['cost']:.2f} [{100 * case[clock]['low']:.2f}, "
+                 f"{100 * case[clock]['high']:.2f}]" for clock in ("cpu_seconds", "seconds"))
+        yield (f"| {case['model']} | {case['width']} | {case['batch']} | {case['pairs']} | "
+               f"{case['cpu_seconds']['milliseconds']:.1f} | {' | '.join(costs)} |")
+
+
 LOADS = {"updates": updates, "stream": stream, "report": report, "predict": predict}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("load", choices=[*LOADS, "train"])
+    parser.add_argument("load", choices=[*LOADS, "train", "page"])
     parser.add_argument("--number", type=int, help="updates, images or runs")
     parser.add_argument("--run", type=pathlib.Path, help="a tested run for report to copy")
     parser.add_argument("--out", type=pathlib.Path, default=PLACE, help="folder of the results")
     asked = parser.parse_args()
     if asked.load == "train":
         train(asked.number, asked.run)
+        return
+    if asked.load == "page":
+        page(asked.out)
         return
     with tempfile.TemporaryDirectory() as folder:
         found, facts = LOADS[asked.load](asked.number, pathlib.Path(folder), asked.run)
