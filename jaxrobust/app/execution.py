@@ -151,6 +151,8 @@ def start_process() -> None:
     """Prepares this process for a command; must precede all computation."""
     # The commands report in one line what TFDS and Orbax log with a traceback.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    # Pillow's, without the file's name. Where the orientation is lost, reading says so and stops.
+    warnings.filterwarnings("ignore", ".*EXIF|Truncated File Read|Metadata Warning", module="PIL")
     keep_freed_memory()
     keep_compilations()
 

@@ -19,12 +19,12 @@ import numpy as np
 from jaxrobust import _validate
 from jaxrobust._errors import reason_of
 from jaxrobust.data import copies
-from jaxrobust.data.formats import open_image
+from jaxrobust.data.formats import is_turned, open_image
 from jaxrobust.data.listing import Entry
 
 MOST_PIXELS = 2**14
 """The largest height or width to which images are resized."""
-_CACHE_FORMAT = 3  # Raise it when what is kept, or the pixels of the same file, would change.
+_CACHE_FORMAT = 4  # Raise it when what is kept, or the pixels of the same file, would change.
 _SECONDS_UNTIL_ABANDONED = 24 * 3600  # A file in progress is written to more often than this.
 
 
@@ -73,7 +73,8 @@ def read_image(
 
     Raises:
       InputError: (a ValueError) if an argument is out of range, or the file cannot be read, is not
-        such an image, or has more pixels than Pillow's ``MAX_IMAGE_PIXELS``.
+        such an image, has EXIF data so damaged that its orientation is unknown, or has more pixels
+        than Pillow's ``MAX_IMAGE_PIXELS``.
     """
     require_pillow("Reading an image")
     check_size(image_size)
@@ -94,12 +95,12 @@ def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
       InputError: (a ValueError) as :func:`read_image` does, for what the header shows.
     """
     require_pillow("Reading an image")
-    from PIL import ExifTags, Image
+    from PIL import Image
 
     try:
         with open(pathlib.Path(path).expanduser(), "rb") as file:
             image = open_image(file, Image.MAX_IMAGE_PIXELS)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = is_turned(image)
             return (image.width, image.height) if turned else (image.height, image.width)
     except MemoryError:
         raise
@@ -129,6 +130,7 @@ def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> n
 
     with open(path, "rb") as file:
         image = open_image(file, Image.MAX_IMAGE_PIXELS)
+        is_turned(image)  # Raises if that is unknown.
         ImageOps.exif_transpose(image, in_place=True)
     image.info.pop("transparency", None)  # Pillow would warn of a palette's.
     if image.mode.startswith("I;16"):  # Pillow would clip at 255.

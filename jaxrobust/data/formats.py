@@ -68,6 +68,38 @@ def open_image(file: BinaryIO, limit: int | None) -> "ImageFile":
     return image
 
 
+def is_turned(image: "ImageFile") -> bool:
+    """Whether the EXIF orientation of an image exchanges its height and width. Decodes a PNG.
+
+    Raises:
+      ValueError: if the EXIF data is so damaged that the orientation is unknown, of which Pillow
+        would at most warn.
+    """
+    from PIL import ExifTags
+
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        known = orientation is not None or _has_whole_directory(image.info.get("exif", b""))
+    except (SyntaxError, struct.error):
+        known = False
+    if not known:
+        raise ValueError("its EXIF data is damaged, and thus unknown whether the image has to be "
+                         "turned; remove that data from the file")
+    return (orientation or 1) >= 5
+
+
+def _has_whole_directory(exif: bytes) -> bool:
+    """Whether the first directory of EXIF data, with the orientation if it has one, is all there.
+    """
+    block = exif.removeprefix(b"Exif\0\0")
+    if not block:
+        return True
+    order = "<" if block[:1] == b"I" else ">"
+    place, = struct.unpack_from(f"{order}L", block, 4)
+    count, = struct.unpack_from(f"{order}H", block, place)
+    return place + 2 + 12 * count <= len(block)
+
+
 def _check_pixels(width: int, height: int, limit: int | None) -> None:
     if limit is not None and width * height > limit:
         raise ValueError(

@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from jaxrobust import data
 from jaxrobust._validate import InputError
+from jaxrobust.data import decoded
 
 SIZE = (6, 8)
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP", "gif": "GIF",
@@ -96,8 +97,7 @@ def odd():
         yield f"animated.{suffix}", content_of(
             suffix, frames[0], save_all=True, append_images=frames[1:]), True
     yield "rotated.jpg", content_of("jpg", exif=exif), True
-    # Pillow warns of it, which is an error here, and goes on without its orientation.
-    yield "bad exif.jpg", content_of("jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), None
+    yield "bad exif.jpg", content_of("jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), False
     yield "trailing.jpg", content_of("jpg") + b"more" * 100, True
     for suffix, largest in (("png", 2**31 - 1), ("bmp", 2**31 - 1), ("gif", 65535), ("jpg", 65500)):
         yield f"huge.{suffix}", with_size(suffix, largest, largest), False
@@ -131,6 +131,35 @@ def test_a_hundred_damaged_and_odd_files_are_a_picture_or_one_line(tmp_path):
                 assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
                 pictures += 1
     assert number >= 100 and 40 < pictures < number
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_orientation_that_damage_hides_is_one_line_and_one_that_it_leaves_is_applied(
+        suffix, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x8298] = "somebody with a long name"  # After the orientation, at the end.
+    turned, whole = exif.tobytes(), Image.Exif().tobytes()
+    header, path = len(b"Exif\0\0"), tmp_path / f"image.{suffix}"
+
+    def read(exif):
+        path.write_bytes(content_of(suffix, picture(20, 10), exif=exif))
+        with warnings.catch_warnings():  # As commands do with Pillow's.
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", ".*EXIF|Truncated", module="PIL")
+            return decoded.stored_size(path), data.read_image(path, SIZE)
+
+    upright = read(whole)
+    assert upright[0] == (10, 20)
+    for good in (turned, turned[:-9]):  # The name is cut, the orientation is there.
+        size, image = read(good)
+        assert size == (20, 10) and not np.array_equal(image, upright[1])
+    for bad in (turned[:header + 6], turned[:header + 12], b"Exif\0\0nothing at all",
+                b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        with pytest.raises(InputError, match=(
+                f"^Cannot read the image {path}: its EXIF data is damaged, and thus unknown ")):
+            read(bad)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "jpg"])
