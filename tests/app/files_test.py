@@ -72,16 +72,18 @@ def test_a_place_is_looked_at_without_a_trace(tmp_path):
 @pytest.mark.parametrize("write", [
     lambda path: files.write_text(path, "new"), lambda path: files.write_json(path, 1),
     lambda path: files.write_arrays(path, {"new": np.ones(1)})])
+@pytest.mark.parametrize("number, reason", [
+    (errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded")])
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(
-        write, tmp_path, monkeypatch):
+        write, number, reason, tmp_path, monkeypatch):
     path = tmp_path / "result"
     path.write_text("old")
 
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match=r"^Cannot write \S+result: No space left on device\.$"):
+    with pytest.raises(InputError, match=rf"^Cannot write \S+result: {reason}\.$"):
         write(path)
     assert path.read_text() == "old" and [path] == list(tmp_path.iterdir())
 

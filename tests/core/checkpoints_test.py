@@ -132,11 +132,15 @@ def test_a_later_format_is_refused(manager, monkeypatch):
         checkpoints.restore_checkpoint(manager, make_state(9))
 
 
-def test_if_all_are_broken_that_is_an_error(manager):
-    checkpoints.save_checkpoint(manager, 1, make_state(1))
-    break_checkpoint(manager, 1)
-    with pytest.raises(InputError, match="No checkpoint in .* can be read"):
+def test_if_all_are_broken_that_is_an_error_and_nothing_is_deleted(manager):
+    for step in (1, 2):
+        checkpoints.save_checkpoint(manager, step, make_state(step))
+        break_checkpoint(manager, step)
+    there = files_of(pathlib.Path(manager.directory))
+    with pytest.raises(InputError, match=(
+            "No checkpoint in .* can be read: checkpoint 2 cannot .*; checkpoint 1 cannot")):
         checkpoints.restore_checkpoint(manager, make_state(9))
+    assert files_of(pathlib.Path(manager.directory)) == there
 
 
 @pytest.mark.parametrize("broken", [break_checkpoint, damage])
