@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 
 import environment  # Before JAX, which reads what it sets.
 import hypothesis
@@ -10,6 +11,10 @@ import jax
 import pytest
 
 from jaxrobust import data, parallel, probes
+
+# Shells have what they start in the background ignore SIGINT, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LONGEST_WRITTEN_OUT = probes.LONGEST_WRITTEN_OUT
 if environment.QUICK:  # Each iteration of a loop that is written out is compiled by itself.
