@@ -67,6 +67,7 @@ def _short_runs(faint, slow_statistics, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_running_statistics_end_at_chance_and_recomputed_ones_do_not(short_runs, faint):
     accuracies = {}
     for statistics, folder in short_runs.items():
@@ -80,6 +81,7 @@ def test_running_statistics_end_at_chance_and_recomputed_ones_do_not(short_runs,
     assert accuracies["recomputed"] > 0.9
 
 
+@pytest.mark.slow
 def test_training_itself_is_the_same_to_the_bit(short_runs, faint):
     losses = [[row["loss"] for row in metrics_of(folder)] for folder in short_runs.values()]
     assert losses[0] == losses[1]
@@ -132,6 +134,7 @@ def best_statistics(folder, dataset):
         trainer.load_run(folder, run_folder.read_config(folder), dataset).state.batch_stats)
 
 
+@pytest.mark.slow
 def test_they_are_the_same_streamed_resumed_and_together(
         short_runs, faint, tmp_path, monkeypatch):
     class Killed(BaseException):

@@ -148,6 +148,7 @@ def test_normalised_inputs_scale_the_curvature_and_the_step(run, table, tmp_path
     assert files.read_json(tmp_path / "curvature.json")["with_respect_to"] == "normalised images"
 
 
+@pytest.mark.slow
 def test_a_smooth_network_is_told_apart_and_measured_by_products(run, tmp_path):
     smooth = run._replace(model=run.model.clone(activation=jax.nn.gelu))
     table = measured(smooth, tmp_path, dataclasses.replace(SETTINGS, num_probes=16, num_images=4))
@@ -190,6 +191,7 @@ def test_the_command_measures_and_refuses_other_settings(folder, capsys):
         assert expected in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_the_step_is_studied_in_both_precisions(run, folder, tmp_path):
     settings = steps.StepSettings(steps=(1e-5, 1e-2, 1e-1), num_images=3, num_probes=3)
     measure(steps.STEPS, run, settings, folder, "run")

@@ -121,6 +121,7 @@ def test_without_tfds_the_extra_to_install_is_named(tmp_path):
         data.load_dataset("svhn_cropped", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("independent_views", [False, True])
 def test_shares_of_a_batch_with_their_positions_are_the_whole_batch_to_the_bit(independent_views):
     random = np.random.default_rng(0)

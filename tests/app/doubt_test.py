@@ -144,6 +144,7 @@ def test_a_run_whose_data_set_is_gone_is_used_unmeasured_and_says_why(
     assert "is unknown" in doubt.doubt_text(doubt.UNMEASURED)
 
 
+@pytest.mark.slow
 def test_the_test_images_stand_in_where_no_image_chose_the_epoch(digits, tmp_path, capsys):
     config = dataclasses.replace(TINY, select="last", validation_size=0, epochs=1)
     trainer.train(config, digits, tmp_path / "run", tensorboard=False)

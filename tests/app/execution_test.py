@@ -45,7 +45,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", [
-    pytest.param(way, marks=[pytest.mark.slow] if way in ("mesh", "pmap, streamed") else [])
+    pytest.param(way, marks=[pytest.mark.slow] if way in ("mesh", "pmap", "pmap, streamed") else [])
     for way in WAYS])
 def test_a_run_is_the_same_in_every_way_and_compiles_nothing_after_an_epoch(
         way, plain, digits, tmp_path, monkeypatch):
@@ -88,6 +88,7 @@ def test_no_update_leaves_an_array_on_the_device(source, digits, tmp_path, monke
     assert len(alive) == 20 and max(alive) < alive[0] + 10, alive
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_image_is_left_out_and_said(digits, tmp_path, capsys):
     odd = dataclasses.replace(TINY, train_size=33)
     for source in ("resident", "stream"):
@@ -118,6 +119,7 @@ def test_a_device_with_one_image_has_no_variance_of_its_own(digits):
     program.program_of([dataclasses.replace(TINY, batch_size=8)], digits, layout)
 
 
+@pytest.mark.slow
 def test_runs_together_have_the_result_of_each_alone_though_one_diverges(plain, digits, tmp_path):
     configs = [TINY, config.with_settings(TINY, {"noise_std": 0.3, "robust.lam": 0.5}),
                config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})]
@@ -132,6 +134,7 @@ def test_runs_together_have_the_result_of_each_alone_though_one_diverges(plain, 
     assert plain != alone
 
 
+@pytest.mark.slow
 def test_runs_left_an_epoch_apart_by_a_kill_all_come_to_their_end(plain, digits, tmp_path,
                                                                   monkeypatch):
     class Killed(BaseException):
@@ -163,6 +166,7 @@ def test_runs_that_differ_in_more_are_refused(digits, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_remembers(plain, digits, tmp_path):
     half = dataclasses.replace(TINY, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):  # Flax's layers add float32 and bfloat16.
@@ -183,7 +187,8 @@ def test_bfloat16_computes_and_float32_remembers(plain, digits, tmp_path):
     np.testing.assert_allclose(first["loss"], other["loss"], rtol=0.02)
 
 
-@pytest.mark.parametrize("method", ["robust", "stability", "center", "trades"])
+@pytest.mark.parametrize("method", ["center", *(
+    pytest.param(method, marks=pytest.mark.slow) for method in ("robust", "stability", "trades"))])
 def test_every_swept_setting_reaches_the_update(method, digits):
     # Noise that is seen, and a second update, which is the first to use the momentum.
     base = dataclasses.replace(TINY, method=method, noise_std=0.2)

@@ -23,6 +23,7 @@ SMALL = ("--width", 2, "--num-features", 4, "--train-size", 60, "--validation-si
          "--batch-size", 20, "--optimizer.warmup-epochs", 0, "--no-tensorboard")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_average_of_its_parameters(tmp_path):
     folder = tmp_path / "run"
     assert call("train", "digits/normal", *SMALL, "--epochs", 2, "--method", "trades",

@@ -34,6 +34,7 @@ def _study(tmp_path_factory, shared_study):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_figures(study):
     page = (study / "report.html").read_text()
     for anchor in ("robustness", "surfaces", "blocks"):
@@ -45,6 +46,7 @@ def test_the_report_shows_the_figures(study):
     assert "unrelated numbers lie beyond ±0.45 once in 20 times" in page
 
 
+@pytest.mark.slow
 def test_results_are_of_the_images_whose_curvature_is_there(study):
     for row in RECIPE.rows:
         folder = study / f"{row}-seed0"
@@ -59,6 +61,7 @@ def test_results_are_of_the_images_whose_curvature_is_there(study):
         assert facts["provenance"]["commit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "noise"), [
     (0, lambda key, shape: TINY.noise_std * jax.random.normal(key, shape)),
     (1, lambda key, shape: TINY.noise_std * jax.random.uniform(key, shape, minval=-1, maxval=1)),
@@ -84,6 +87,7 @@ def test_the_noise_does_not_repeat_the_probes_of_the_curvature():
     assert noise_counts.SEED != curvature.PROBE_SEED
 
 
+@pytest.mark.slow
 def test_a_surface_has_the_loss_of_the_image_at_its_centre(study):
     surfaces, curvature = (np.load(study / "robust-seed0" / f"{name}.npz")
                            for name in ("surfaces", "curvature"))
@@ -95,6 +99,7 @@ def test_a_surface_has_the_loss_of_the_image_at_its_centre(study):
                                rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_block_is_embedded(study):
     facts, arrays = (files.read_json(study / "robust-seed0" / "blocks.json"),
                      np.load(study / "robust-seed0" / "blocks.npz"))
@@ -103,6 +108,7 @@ def test_every_block_is_embedded(study):
     assert np.all((arrays["noisy_neighbours"] >= 0) & (arrays["noisy_neighbours"] <= 1))
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_measured_again(study):
     paths = [study / f"{row}-seed0" / f"{name}.{ending}"
              for row in RECIPE.rows for name in RESULTS for ending in ("json", "npz")]
@@ -113,6 +119,7 @@ def test_what_is_measured_is_not_measured_again(study):
     assert (study / "report.html").read_bytes() == page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "expected"), [
     (("--num-draws", "4"), "noise_counts.json was made with num_draws=3, not 4"),
     (("--curvature-images", "21"), "curvature.json was made with num_images=20, not 21"),
@@ -129,6 +136,7 @@ def test_other_settings_are_refused_in_one_line(study, change, expected, capsys)
     assert (study / "report.html").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_run_are_refused_before_any_work(study, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "load_run", None)
     assert call("figures", study / "robust-seed0", study / "nowhere") == 2
@@ -137,6 +145,7 @@ def test_folders_that_hold_no_run_are_refused_before_any_work(study, capsys, mon
     assert "at least one folder of a run" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_there_is_refused(study, tmp_path, capsys):
     shutil.copytree(study / "both-seed0", tmp_path / "run")
     (tmp_path / "run" / "surfaces.json").unlink()
@@ -144,6 +153,7 @@ def test_an_image_that_is_not_there_is_refused(study, tmp_path, capsys):
     assert "surface image=50" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_runs_of_no_study_have_their_figures_beside_them(study, tmp_path):
     for name in ("both-seed0", "robust-seed0"):
         shutil.copytree(study / name, tmp_path / name)
@@ -156,6 +166,7 @@ def test_runs_of_no_study_have_their_figures_beside_them(study, tmp_path):
     assert "robust-seed0" not in (tmp_path / "out" / "figures.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures_left_out")
 def test_seeds_are_averaged_and_runs_that_do_not_fit_are_left_out(study, tmp_path):
     shutil.copytree(study, tmp_path / "study")

@@ -90,7 +90,9 @@ def require_same(own, other, where=""):
         assert own == other, where
 
 
-@pytest.mark.parametrize("suite", SETTINGS)
+@pytest.mark.parametrize("suite", [
+    pytest.param(suite, marks=[pytest.mark.slow] if suite in ("attacks", "ood") else [])
+    for suite in SETTINGS])
 def test_a_suite_has_the_same_figures_for_any_batch_size_and_number_of_devices(
         suite, tmp_path, monkeypatch):
     (tmp_path / "sequences").mkdir()

@@ -108,8 +108,8 @@ def _whole(tmp_path_factory, digits):
 
 @pytest.mark.parametrize("every, feed, saved", [
     (2, Feed(checkpoint_steps=3), [3, 7, 8, 11, 12]),
-    (3, Feed(checkpoint_steps=2, input="stream"), [2, 6, 10, 12]),
     *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        (3, Feed(checkpoint_steps=2, input="stream"), [2, 6, 10, 12]),
         (3, Feed(checkpoint_steps=1), [1, 2, 3, 5, 6, 7, 9, 10, 11, 12]),
         (3, Feed(checkpoint_steps=2, steps_per_call=2), [2, 6, 10, 12]),
         (2, Feed(checkpoint_steps=7), [8, 12])))])

@@ -120,6 +120,7 @@ def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path, monke
         claim_study(plan_study(get_recipe("digits"), tmp_path), ())
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(
         learning_rate=1e8, schedule="cosine"))
@@ -237,6 +238,7 @@ def test_results_with_other_settings_are_not_overwritten(study, digits):
         run_study(plan_study(other, study, ["both"]), digits, tensorboard=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures_left_out")
 def test_measurements_with_other_settings_lie_beside_each_other_under_a_name(study, digits, capsys):
     folder = study / "both-seed0"
@@ -269,6 +271,7 @@ def test_a_name_is_one_for_a_file(name, finished, capsys):
     assert f"Expected name={name!r} of letters" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_choosing_the_epoch_on_the_test_set_says_so(capsys, digits, tmp_path):
     assert call("train", "digits", "--select", "test", "--epochs", "1", "--train-size", "100",
                 "--width", "2", "--num-features", "4", "--optimizer.warmup-epochs", "0",

@@ -47,6 +47,7 @@ def _run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_term_has_the_eigenvalue_of_its_whole_hessian(tmp_path):
     dataset = open_dataset(CONFIG, tmp_path)
     found = measure(sharpness.SHARPNESS, open_run(tmp_path, CONFIG, dataset),
@@ -77,6 +78,7 @@ def test_each_term_has_the_eigenvalue_of_its_whole_hessian(tmp_path):
         + config.gamma_reg * now["norm"] + config.lam * now["align"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_before_and_after(run, capsys):
     result = files.read_json(run / "sharpness.json")
     assert set(result["eigenvalues"]) == {"initial", "best"}
@@ -92,6 +94,7 @@ def test_a_finished_run_is_measured_before_and_after(run, capsys):
     assert "was made with num_images=20, not 30" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_measured(run, tmp_path):
     assert call("evaluate", run, "--noise-levels", 0, 16) == 0
     page = report.write_report_of_runs([run], tmp_path / "report").read_text()
@@ -123,6 +126,7 @@ def test_what_the_first_state_and_the_limit_depend_on_is_not_passed_over(
     assert not (tmp_path / "sharpness.json").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(tmp_path, run, capsys):
     assert call("sharpness") == 2
     assert "Expected at least one folder of a run" in one_line(capsys)

@@ -305,6 +305,7 @@ def test_an_exported_artefact_gives_the_numbers_of_its_run(run, tmp_path, monkey
     assert (folder / "card.html").is_file()
 
 
+@pytest.mark.slow
 def test_first_derivatives_alone_give_an_artefact_a_part_of_its_runs_curvature(
         run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -66,6 +66,7 @@ def contents(folder, names):
             for path in sorted((folder / name).rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_values_reach_the_runs(swept):
     assert {path.name for path in swept.iterdir() if path.is_dir()} == {*RUNS, "figures"}
     for name, (lam, std, seed) in RUNS.items():
@@ -75,6 +76,7 @@ def test_the_values_reach_the_runs(swept):
         assert files.read_json(swept / name / "provenance.json")["runs_together"] == 8
 
 
+@pytest.mark.slow
 def test_a_run_has_the_result_that_it_has_alone(swept, tmp_path):
     name = "lam=1,noise_std=0.2-seed1"
     trainer.train(run_folder.read_config(swept / name), data.load_dataset("digits"),
@@ -101,6 +103,7 @@ def recomputed(folder, lam, std):
     return [(100 * statistics.mean(values), 100 * statistics.stdev(values)) for values in samples]
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_numbers_of_the_runs_and_marks_the_best(swept):
     written = (swept / "report.md").read_text()
     settings = list(itertools.product(LAMS, STDS))
@@ -116,6 +119,7 @@ def test_the_report_holds_the_numbers_of_the_runs_and_marks_the_best(swept):
     assert there["seeds"] == list(SEEDS) and there["name"] == "sweep-digits-robust"
 
 
+@pytest.mark.slow
 def test_settings_are_drawn_one_below_the_other_with_the_best_apart(swept):
     picture, = sweep_section.section(load_study(swept)).pictures
     ax, = picture.figure.axes
@@ -129,6 +133,7 @@ def test_settings_are_drawn_one_below_the_other_with_the_best_apart(swept):
     assert list(best) == pytest.approx([max(expected)] * len(best)) and len(best)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_another_sweep_is_refused(swept, capsys):
     before = contents(swept, RUNS)
     assert sweep_digits(swept, *ASKED) == 0
@@ -162,6 +167,7 @@ def _extended(swept, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_broken_off_sweep_goes_on_to_the_same_results(swept, extended):
     for seed in SEEDS:
         name = f"lam=0.1,noise_std=0.05-seed{seed}"
@@ -172,6 +178,7 @@ def test_a_broken_off_sweep_goes_on_to_the_same_results(swept, extended):
         assert new[0] == pytest.approx(old[0], abs=0.5)
 
 
+@pytest.mark.slow
 def test_diverged_runs_are_shown_and_the_others_go_on(extended, capsys):
     gone = [f"lam=1e+38,noise_std={std:g}-seed{seed}" for std in STDS for seed in SEEDS]
     message = files.read_json(extended / gone[0] / "diverged.json")["message"]

@@ -47,6 +47,7 @@ def _checked(study):
     return study
 
 
+@pytest.mark.slow
 def test_the_command_writes_columns_and_facts_and_prints_the_table(checked, capsys):
     facts = files.read_json(checked / "robust-seed0" / "theory.json")
     assert facts["settings"]["num_images"] == 10 and facts["provenance"]["commit"]
@@ -68,6 +69,7 @@ def test_the_command_writes_columns_and_facts_and_prints_the_table(checked, caps
         assert line["claim"] in said and line["measured"] in said
 
 
+@pytest.mark.slow
 def test_facts_that_hold_on_any_network(checked):
     facts = files.read_json(checked / "robust-seed0" / "theory.json")
     claims = {line["key"]: line for line in facts["claims"]}
@@ -89,6 +91,7 @@ def test_facts_that_hold_on_any_network(checked):
                   + 1e-6)
 
 
+@pytest.mark.slow
 def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(checked):
     folder = checked / "robust-seed0"
     run = trainer.load_run(folder, run_folder.read_config(folder), data.load_dataset("digits"))
@@ -108,6 +111,7 @@ def test_the_sides_of_the_hyperplanes_are_those_of_a_loop_over_the_test_images(c
         assert bound >= jensen_shannon_sharp_bound(jnp.float32(worst)) - 1e-6
 
 
+@pytest.mark.slow
 def test_geometry_is_that_of_all_pairs_of_training_images(checked):
     digits = data.load_dataset("digits")
     folder = checked / "robust-seed0"
@@ -138,6 +142,7 @@ def test_settings_out_of_range_are_named(changed, named):
         dataclasses.replace(SETTINGS, **changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed, named", [
     ({"num_images": 101}, "num_images=101"), ({"test_size": 10}, "test_size=10 to leave 4 images"),
     ({"train_size": 10}, "train_size=10 to leave 2 images")])
@@ -165,6 +170,7 @@ def test_the_estimated_divergence_of_separated_classes_is_nearly_log_2():
         assert low <= estimates[0] <= high and np.all(errors < 0.1)
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_checked(checked):
     page = report.write_report(checked).read_text(encoding="utf-8")
     assert html.escape("The paper’s theorems, checked") in page

@@ -238,6 +238,7 @@ def test_checkpoints_of_apgd_are_those_of_the_paper():
     assert windows[windows > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_stronger_attacks_leave_fewer_images(network, norm):
     logits_fn, images, labels = network
@@ -404,6 +405,7 @@ def test_bad_arguments_are_named(network):
             call()
 
 
+@pytest.mark.slow
 def test_randomised_classifiers_are_attacked_through_means_over_their_draws(network):
     logits_fn, images, labels = network
 
@@ -442,6 +444,7 @@ def ensemble(logits_fn, images, labels, norm="linf", epsilon=0.06, **options):
                                num_steps=10, num_queries=100, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_image_is_robust_if_every_attack_of_the_ensemble_fails(network, norm):
     logits_fn, images, labels = network
@@ -468,6 +471,7 @@ def test_an_image_is_robust_if_every_attack_of_the_ensemble_fails(network, norm)
         assert other.accuracy == result.accuracy
 
 
+@pytest.mark.slow
 def test_the_ensemble_warns_as_autoattack_does(network):
     logits_fn, images, labels = network
     images, labels = images[:16], labels[:16]

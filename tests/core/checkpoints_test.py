@@ -201,6 +201,7 @@ def test_facts_come_back_and_may_be_needed(manager):
         checkpoints.restore_checkpoint(manager, make_state(9), need_facts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
 def test_keys_of_every_implementation_come_back(impl, manager):
     checkpoints.save_checkpoint(manager, 1, make_state(1, impl))

@@ -318,6 +318,7 @@ def features_without_loss(seed, delta_v, delta_d, size=6):
     return features.reshape(len(labels), -1), labels, rows.T, bias
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 2.0]),
                   st.sampled_from([0.5, 1.5, 2.5, 10.0]))

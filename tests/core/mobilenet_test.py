@@ -69,6 +69,7 @@ def test_blocks_of_the_imagenet_stem():
         "block4": (2, 7, 7, 512)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 50), (400, 500)])
 def test_mobilenet_takes_images_of_any_size(size):
     _, outputs = shapes_of(make("mobilenet_v3_small"), (2, *size, 3))
@@ -96,6 +97,7 @@ def test_channels_that_would_fall_by_more_than_a_tenth_are_rounded_up():
     assert mobilenet.bottlenecks("small", 5)[2].expanded == 32
 
 
+@pytest.mark.slow
 def test_initialisation_is_torchvisions():
     model = make("mobilenet_v3_small", num_features=64, width=16, num_classes=50)
     layers = ("stem_conv", "bottleneck5", "bottleneck9", "last_conv", "last_bn", "features", "head")
@@ -138,6 +140,7 @@ def test_training_moves_the_running_statistics_by_a_hundredth():
         np.testing.assert_allclose(new[name], 0.99 * old[name] + 0.01 * value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "linear"), [
     ("resnet18_imagenet", True), ("mobilenet_v3_small", False)])
 def test_the_gauss_newton_gap_tells_that_mobilenet_is_not_piecewise_linear(
@@ -164,6 +167,7 @@ def test_the_gauss_newton_gap_tells_that_mobilenet_is_not_piecewise_linear(
     assert (gaps < 1e-3).all() if linear else (gaps > 0.05).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 def test_the_depthwise_convolution_and_its_derivatives_are_xlas(size, stride, enable_x64):
     generator = np.random.default_rng(0)

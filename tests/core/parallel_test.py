@@ -73,7 +73,9 @@ def updated(layout: Layout, name, dtype, sizes=SIZES, **options):
 
 # The method with every term in each form. What the others sum over the devices shows under pmap;
 # over a mesh, the compiler sees to it.
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name != "robust" else [])
+    for name in methods.METHODS])
 def test_1_2_and_8_devices_give_the_same_update_after_update(name):
     # Flax's batch norm asks for the common type of its input and float32.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -85,12 +87,14 @@ def test_1_2_and_8_devices_give_the_same_update_after_update(name):
             chex.assert_trees_all_close(split, alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sharpness_aware_update_is_the_same_over_devices():
     alone, split = (updated(make_layout(form), "robust", "float32", (16,), sam_radius=0.1)
                     for form in ("jit", "pmap"))
     chex.assert_trees_all_close(split, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_do_not_divide_is_the_whole_one_too():
     alone, *others = (updated(make_layout(form), "robust", "float32", (16, 12))
                       for form in ("jit", "pmap", "mesh"))
@@ -124,6 +128,7 @@ def test_over_a_mesh_a_device_computes_its_share_alone():
     assert flops(make_layout("mesh")) < 0.25 * flops(make_layout("jit"))
 
 
+@pytest.mark.slow
 def test_batch_norm_per_device_is_that_of_the_shares():
     layout = make_layout("pmap", jax.devices()[:2])
     apart = updated(layout, "normal", "float32", SIZES[:1], sync_batch_norm=False)
@@ -142,6 +147,7 @@ def test_batch_norm_per_device_is_that_of_the_shares():
     assert abs(apart[0][3]["loss"] - together[0][3]["loss"]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pmap", "mesh"])
 def test_nothing_is_compiled_again_after_the_first_batch_of_each_size(form):
     model, method, optimizer, state = problem("robust", "float32")

@@ -359,6 +359,7 @@ def test_the_sharp_bound_is_above_the_papers_and_attained(tau):
     assert paper <= sharp + 1e-6 <= math.log(2) + 2e-6
 
 
+@pytest.mark.slow
 @hypothesis.given(seed=st.integers(0, 10_000), number=st.integers(2, 6))
 def test_a_decision_shows_no_more_divergence_than_there_is(seed, number):
     random = np.random.default_rng(seed)
@@ -438,6 +439,7 @@ def test_the_smallest_distance_between_classes_is_that_of_a_double_loop(seed):
     np.testing.assert_allclose(found, min(distances, default=np.inf), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_propositions_51_and_52_where_both_losses_are_trained_to_zero():
     delta_v, delta_d, num_classes = 0.5, 2.0, 3  # delta_d > 2 delta_v
     labels = jnp.arange(18) % num_classes

@@ -45,7 +45,8 @@ def first_state(optimizer, seed=0):
 
 
 @pytest.mark.parametrize("name, compiled", [
-    *((name, True) for name in methods.METHODS),
+    *(pytest.param(name, True, marks=[] if name in ("normal", "stability", "robust") else [
+        pytest.mark.slow]) for name in methods.METHODS),
     pytest.param("robust", False, marks=pytest.mark.slow)])
 def test_a_step_updates_everything_leaves_its_input_and_lowers_the_loss(name, compiled):
     step, state = make_step(name)
@@ -331,6 +332,7 @@ def test_averaging_changes_no_update_and_puts_the_average_in_their_place():
         training.averaged(optimizer, decay=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [0.0, 0.5])
 def test_sharpness_aware_steps_are_optaxs(radius):
     optimizer, batch = training.sgd(0.05, weight_decay=0.1), make_batch()

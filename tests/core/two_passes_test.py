@@ -64,10 +64,11 @@ def evaluate(network, method, state, batch, **options):
 
 
 @pytest.mark.parametrize(("model", "method", "dtype", "tolerance"), [
-    *(("small_cnn", method, "float64", 1e-12) for method in ("robust", "stability", "consistency")),
-    ("small_cnn", "robust", "float32", 1e-6),
-    *(pytest.param(model, "robust", "float64", 1e-12, marks=pytest.mark.slow)
-      for model in ("resnet18", "mobilenet_v3_small"))])
+    ("small_cnn", "robust", "float64", 1e-12),
+    *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        ("small_cnn", "robust", "float32", 1e-6),
+        *(("small_cnn", method, "float64", 1e-12) for method in ("stability", "consistency")),
+        *((model, "robust", "float64", 1e-12) for model in ("resnet18", "mobilenet_v3_small"))))])
 def test_one_pass_batch_by_batch_is_two_passes(model, method, dtype, tolerance):
     # Flax's batch norm asks for the common type of its input and float32.
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
@@ -83,6 +84,7 @@ def test_one_pass_batch_by_batch_is_two_passes(model, method, dtype, tolerance):
         rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
 def test_all_batch_norms_of_a_model_see_batch_by_batch(model):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):

@@ -76,6 +76,7 @@ def load(run, data_dir):
     return trainer.load_run(run, config, datasets.open_dataset(config, data_dir))
 
 
+@pytest.mark.slow
 def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_dir, capsys):
     files = data.files_from_csv((run / "split.csv").read_text())
     assert len(files) == 45 and sum(file.split == "test" for file in files) == 9
@@ -91,6 +92,7 @@ def test_the_split_is_saved_and_a_changed_folder_is_refused(run, folder, data_di
         datasets._load_folder.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run, data_dir):
     facts = files.read_json(run / "provenance.json")["init_from"]
     assert facts["initialised_anew"] == ["head"] and len(facts["sha256"]) == 64
@@ -108,6 +110,7 @@ def test_a_run_starts_from_the_weights_and_says_what_starts_anew(run, data_dir):
             assert np.linalg.norm(now[name] - values) < np.linalg.norm(values) / 2, name
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir, tmp_path):
     path = pathlib.Path(read_config(run).init_from)
     hidden = path.rename(tmp_path / "away")
@@ -117,6 +120,7 @@ def test_a_finished_run_does_not_need_the_weights_it_started_from(run, data_dir,
         hidden.rename(path)
 
 
+@pytest.mark.slow
 def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
     found = files.read_json(run / "evaluation.json")
     assert [(one["perturb"], len(one["accuracies"])) for one in found["perturbations"]] == [
@@ -137,6 +141,7 @@ def test_every_perturbation_is_tested_as_often_as_it_is_random(run, data_dir):
     assert str(features["noise"]) == "gaussian(40/255)+occlusion(2,4)"
 
 
+@pytest.mark.slow
 def test_predictions_are_the_networks_and_doubt_the_runs_score(run, folder, data_dir, capsys):
     paths = [folder / "snow" / "0.jpg", folder / "wet" / "3.jpg"]
     trained = load(run, data_dir)
@@ -160,6 +165,7 @@ def test_predictions_are_the_networks_and_doubt_the_runs_score(run, folder, data
     assert lines[1].split()[:3] == [str(paths[0]), found[0].label, f"{found[0].probability:.4f}"]
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_are_no_class(run, folder, data_dir):
     trained, paths = load(run, data_dir), [folder / "dry" / f"{i}.jpg" for i in range(3)]
     params = trained.state.params | {  # Finite, but not the product.
@@ -170,6 +176,7 @@ def test_logits_that_are_not_finite_are_no_class(run, folder, data_dir):
         list(predict.predict_files(trained, doubt.UNMEASURED, paths))
 
 
+@pytest.mark.slow
 def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tmp_path):
     out = tmp_path / "model.stablehlo"
     assert call("export", run, "--out", out, "--data-dir", data_dir) == 0
@@ -195,6 +202,7 @@ def test_an_exported_network_runs_without_this_package(run, folder, data_dir, tm
     assert facts["output"]["logits"] == ["b", 3]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
         run, folder, data_dir, tmp_path, capsys):
     photographs = tmp_path / "photographs"
@@ -231,6 +239,7 @@ def test_a_finished_run_is_used_without_the_folder_it_was_trained_on(
         datasets._load_folder.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, data_dir):
     assert network.read_network(run) == network.Network(
         (16, 20, 3), ("dry", "snow", "wet"), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -243,6 +252,7 @@ def test_the_record_of_a_network_is_that_of_its_data_set_and_is_held_to_it(run, 
             trainer.load_run(run, trained.config, other)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path, capsys):
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
@@ -274,6 +284,7 @@ def test_weights_that_are_not_finite_are_refused(run, folder, data_dir, tmp_path
         pytorch.load_torch_weights(trained.model, trainer.variables_of(trained.state), weights)
 
 
+@pytest.mark.slow
 def test_weights_go_to_pytorch_and_back_to_the_same_bits(run, data_dir, tmp_path):
     out = tmp_path / "weights.safetensors"
     assert call("export", run, "--out", out, "--data-dir", data_dir) == 0
@@ -328,6 +339,7 @@ def test_the_road_recipe_has_the_papers_settings():
     assert (config.epochs, config.noise_std, config.image_size) == (70, 40 / 255, (400, 500))
 
 
+@pytest.mark.slow
 def test_bad_files_are_named_each_and_left_out_when_asked(data_dir, tmp_path, folder, capsys):
     bad = tmp_path / "bad"
     for label in ("dry", "wet"):

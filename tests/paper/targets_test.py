@@ -315,6 +315,7 @@ def test_a_recipe_is_fitted_to_a_small_data_set():
         fit_recipe(recipe, dataset_of([4, 1], 4))
 
 
+@pytest.mark.slow
 def test_all_of_a_recipe_runs_on_a_few_photographs(tmp_path, capsys):
     make_photographs(tmp_path / "few", {"a": 8, "b": 9})
     (tmp_path / "few" / "b" / "9.png").write_bytes(b"no image")
