@@ -55,7 +55,7 @@ def job(processes, devices, *commands, last_epoch=0, environment=lambda process:
 
     started = [start(process) for process in range(processes)]
     try:
-        said = [process.communicate(timeout=200)[0] for process in started]
+        said = [process.communicate(timeout=600)[0] for process in started]
     except subprocess.TimeoutExpired:  # One that failed leaves the others waiting for it.
         for process in started:
             process.kill()
