@@ -137,17 +137,19 @@ def train_together(
             group = [
                 stack.enter_context(contextlib.closing(_Running(
                     by_folder[folder], folder, *first.pop(folder), len(batches))))
-                if folder in first else _Lost(by_folder[folder])
+                if folder in first else _Absent(by_folder[folder])
                 for folder in members]
             running = [one for one in group if isinstance(one, _Running)]
             _align(running, feed)
             for one in running:
                 one.begin([folder.name for folder in members], tensorboard)
-            # One program trains only runs at the same update.
+            # Runs that could not be aligned are trained one update's after another's, in the same
+            # program: in a smaller one the last bits would differ.
             steps = [one.step if isinstance(one, _Running) else None for one in group]
             for step in sorted(set(steps) - {None}):
                 failures += _train_group(
-                    [one for one, at in zip(group, steps, strict=True) if at in (None, step)],
+                    [one if at == step else _Absent(one.config)
+                     for one, at in zip(group, steps, strict=True)],
                     dataset, splits, layout, feed, label)
     return failures
 
@@ -158,13 +160,12 @@ def _refuse_begun(folder: pathlib.Path, resume: bool) -> None:
 
 
 def _begun_together(folders: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]:
-    """Groups the runs that are not finished into programs.
+    """Groups the runs into programs, and leaves out those of which no run is left to train.
 
-    Runs begun as one program stay in one, and so do those of them that have diverged: in another
+    Runs begun as one program stay in one, and so do those of them that have ended: in another
     program the last bits would differ. Runs not yet begun make another one.
     """
-    unfinished = [folder for folder in folders if not run_folder.is_done(folder)]
-    begun = {folder: tuple(facts.get("together", (folder.name,))) for folder in unfinished
+    begun = {folder: tuple(facts.get("together", (folder.name,))) for folder in folders
              if (facts := run_folder.read_facts(folder, "provenance"))}
 
     def program_with(folder):
@@ -172,7 +173,7 @@ def _begun_together(folders: Sequence[pathlib.Path]) -> list[list[pathlib.Path]]
         return begun.get(folder) or next(named, None)
 
     groups: dict[tuple[str, ...] | None, list[pathlib.Path]] = {}
-    for folder in unfinished:
+    for folder in folders:
         groups.setdefault(program_with(folder), []).append(folder)
     return [group for group in groups.values()
             if not all(run_folder.is_trained(folder) for folder in group)]
@@ -238,8 +239,8 @@ def check_weights(config: RunConfig, folder: pathlib.Path) -> None:
             f"{began['sha256']}, found others, of {found}.")
 
 
-class _Lost(NamedTuple):
-    """A run that has diverged, whose place in a program stays taken."""
+class _Absent(NamedTuple):
+    """A run that has ended, or is at another update, whose place in a program stays taken."""
 
     config: RunConfig
 
@@ -290,7 +291,8 @@ class _Running:
         saved = {step for step in self._checkpoints.all_steps() if step <= self.step}
         due = self._steps * self.config.checkpoint_every
         if feed.checkpoint_steps and feed.checkpoint_steps < self._steps:
-            due = feed.checkpoint_steps
+            # After the call in which it is due.
+            due = feed.checkpoint_steps + feed.steps_per_call - 1
         # A run with a checkpoint was begun here without its file of initial weights.
         early = self.step <= due and (self.step == 0 or self.config.init_from is None)
         return saved | ({0} if early else set())
@@ -371,15 +373,15 @@ def _updates_in(metrics) -> int:
 
 
 def _train_group(group, dataset, splits, layout, feed, label):
-    """Trains runs that are at the same update, beside those that are lost; returns a line for each
-    that diverges."""
+    """Trains runs that are at the same update, with a place for those that are absent; returns a
+    line for each that diverges."""
     configs = [one.config for one in group]
     program = program_of(configs, dataset, layout)
     run = parallel.replicate(layout, stack_configs(configs))
     running = {index: one for index, one in enumerate(group) if isinstance(one, _Running)}
     some, *_ = running.values()
     begun = some.step
-    # Any state fills the place of a run that is lost.
+    # Any state fills the place of a run that is absent.
     state = stack_runs([running.get(index, some).state for index in range(len(group))])
     before = [running.get(index, some).before for index in range(len(group))]
     failures: list[str] = []

@@ -173,7 +173,14 @@ def test_a_signal_stops_a_run_after_the_update_in_progress(
 
 
 @pytest.mark.slow
-def test_runs_of_one_program_killed_apart_end_with_the_same_bits(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("feed, due", [
+    (Feed(), [(4, "0"), (4, "1"), (8, "0"), (8, "1"), (12, "0")]),
+    # Run 0 has saved updates 3 and 4, run 2 none, and that it has diverged is not yet written.
+    (Feed(checkpoint_steps=3), [(4, "0")]),
+    # The first checkpoint is due after update 1, and comes after the call, with update 2.
+    (Feed(checkpoint_steps=1, steps_per_call=2), [(2, "0"), (4, "0"), (4, "1"), (12, "0")])])
+def test_runs_of_one_program_killed_apart_end_with_the_same_bits(
+        feed, due, digits, tmp_path, monkeypatch):
     runs = [TINY, dataclasses.replace(TINY, seed=1),
             config.with_settings(TINY, {"robust.lam": 3e38, "robust.alpha": 3e38})]
     runs = [dataclasses.replace(run, checkpoint_every=1) for run in runs]
@@ -181,9 +188,11 @@ def test_runs_of_one_program_killed_apart_end_with_the_same_bits(digits, tmp_pat
     def places(name):
         return [tmp_path / name / str(number) for number in range(3)]
 
-    message, = trainer.train_together(runs, digits, places("whole"), tensorboard=False)
+    message, = trainer.train_together(
+        runs, digits, places("whole"), tensorboard=False,
+        feed=dataclasses.replace(feed, checkpoint_steps=None))
     assert message.startswith(f"Update 1 of {tmp_path / 'whole' / '2'} (epoch 1, batch 1 of 4)")
-    due = [(4, "0"), (4, "1"), (8, "0"), (8, "1"), (12, "0")]
+    due = list(due)
     save = trainer._Running.save
 
     def save_until_killed(self, state, values):
@@ -193,10 +202,10 @@ def test_runs_of_one_program_killed_apart_end_with_the_same_bits(digits, tmp_pat
             raise Killed
 
     monkeypatch.setattr(trainer._Running, "save", save_until_killed)
-    for _ in range(6):
+    for _ in range(len(due) + 1):
         with contextlib.suppress(Killed):
             trainer.train_together(
-                runs, digits, places("killed"), tensorboard=False, resume=True)
+                runs, digits, places("killed"), tensorboard=False, resume=True, feed=feed)
     assert not due
     for whole, killed in list(zip(places("whole"), places("killed"), strict=True))[:2]:
         ended, expected = final(killed, digits), final(whole, digits)
