@@ -233,6 +233,7 @@ def _fitted(tmp_path_factory):
     return place, words
 
 
+@pytest.mark.slow
 def test_a_fit_ends_with_the_run_its_card_and_what_to_do_next(fitted, capsys, pictures_left_out):
     place, words = fitted
     chosen = run_folder.read_facts(place / "out", "choice")
@@ -257,12 +258,14 @@ def test_a_fit_ends_with_the_run_its_card_and_what_to_do_next(fitted, capsys, pi
     assert before == {path: path.stat().st_mtime_ns for path in run.parent.rglob("metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_other_options_need_another_folder(fitted, capsys):
     _, words = fitted
     assert call(*words, "--clean-share", "0.9") == 2
     assert "holds another fit (see fit.json there)" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_plan_reads_back_as_it_was_written(fitted):
     place, _ = fitted
     facts = run_folder.read_facts(place / "out", "fit")
@@ -276,6 +279,7 @@ def test_a_plan_reads_back_as_it_was_written(fitted):
         assert option in plan.text
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_folder_is_measured_at_the_size_of_training(fitted, capsys, tmp_path):
     place, _ = fitted
     for path in sorted((place / "photos").rglob("*.png")):
@@ -295,6 +299,7 @@ def test_the_noise_of_a_folder_is_measured_at_the_size_of_training(fitted, capsy
     assert "noisier images than the training images" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_pairs_of_shots_are_preferred_and_nothing_is_subtracted(fitted, tmp_path):
     place, _ = fitted
     dataset = data.load_folder(place / "photos", cache_dir=place / "data" / "image_folders",
@@ -310,6 +315,7 @@ def test_pairs_of_shots_are_preferred_and_nothing_is_subtracted(fitted, tmp_path
     assert 255 * std == pytest.approx(round(255 * std, 1))
 
 
+@pytest.mark.slow
 def test_a_study_without_a_finished_run_chooses_nothing(fitted, tmp_path):
     place, _ = fitted
     facts = run_folder.read_facts(place / "out", "fit")

@@ -19,6 +19,9 @@ from jaxrobust.perturbations import gaussian
 NUM_CLASSES, DIM, BATCH = 3, 4, 16
 CONFIG = RobustLossConfig(alpha=0.7, beta=1.3, gamma_reg=0.2, lam=0.4, delta_d=2.0)
 LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 0, 1, 2, 0, 0, 1, 1, 1], np.int32)
+# AugMix takes the longest to compile.
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name == "augmix" else [])
+         for name in METHODS]
 
 
 def test_the_softmax_loss_is_the_mean_over_the_examples_that_count():
@@ -189,7 +192,7 @@ def test_every_method_tracks_the_centroids_of_the_view_it_trains_on(name):
     assert evaluated.centroids.seen.all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_does_not_count_changes_nothing_in_any_objective(name):
     params, batch, state = linear_problem()
     # The last ones: random numbers are drawn by position.
@@ -208,7 +211,7 @@ def test_what_does_not_count_changes_nothing_in_any_objective(name):
         compute(params, marked), compute(params, without), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_batch_in_which_nothing_counts_has_loss_and_gradients_0(name):
     params, batch, state = linear_problem()
     batch = batch._replace(labels=jnp.full(BATCH, -1))
@@ -262,7 +265,7 @@ def test_the_baselines_have_the_gradient_of_the_softmax_loss_alone(name):
     chex.assert_trees_all_close(gradients, jax.jit(jax.grad(softmax))(params), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_an_objective_over_devices_is_that_of_the_whole_batch(name):
     params, batch, state = linear_problem()
     method = make_any(name)

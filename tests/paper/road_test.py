@@ -296,6 +296,7 @@ def test_weights_go_to_pytorch_and_back_to_the_same_bits(run, data_dir, tmp_path
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_reproduced_on_a_folder_with_both_tables(
         folder, data_dir, tmp_path, monkeypatch):
     small = RECIPES["road_small"]
