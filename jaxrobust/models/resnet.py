@@ -89,7 +89,7 @@ class ResNet18(nn.Module):
         x = conv(self.width, x, size=7 if large else 3, stride=2 if large else 1,
                  dtype=self.dtype, name="stem_conv")
         x = relu(batch_norm(x, train=train, axis_name=self.axis_name, dtype=self.dtype,
-                               batch_groups=self.batch_groups, name="stem_bn"))
+                            batch_groups=self.batch_groups, name="stem_bn"))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         blocks: dict[str, jax.Array] = {}
