@@ -5,6 +5,7 @@ A checkpoint is a folder named by its step. It holds the state in ``default``, t
 ``files.json``, which is written last.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ def save_checkpoint(
     Raises:
       InputError: (a ValueError) if there is a later checkpoint that can be read, or one of this or
         a later step holds another kind of state.
+      OSError: if the disk has no room for it, or refuses it.
     """
     for there in sorted(known for known in manager.all_steps() if known >= step):
         try:
@@ -88,6 +90,7 @@ def save_checkpoint(
             return
         remove_after(manager, step - 1)
     plain = _without_keys(state)
+    _require_room(pathlib.Path(manager.directory), plain)
     args = ocp.args.Composite(**{
         _STATE: ocp.args.StandardSave(plain),
         _FACTS: ocp.args.JsonSave({
@@ -163,6 +166,18 @@ def _read(manager: ocp.CheckpointManager, step: int, like: Any) -> Checkpoint:
     if record.get(_SHA256) is not None and record[_SHA256] != _sha256(state):
         raise ValueError("its content has changed since it was saved (different SHA-256)")
     return Checkpoint(step, _with_keys(state, like), record.get(_GIVEN))
+
+
+def _require_room(folder: pathlib.Path, state: Any) -> None:
+    """Raises OSError if a disk is too full for a state.
+
+    On a full disk Orbax stops at the first file that cannot be written, and TensorStore then prints
+    a traceback for each of the others.
+    """
+    # TensorStore writes the arrays twice, and some 50 small files.
+    size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _leaves(state: Any) -> dict[str, str]:

@@ -123,10 +123,11 @@ def first_says(value: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, *, made: bool = False) -> Iterator[None]:
+def locked(path: pathlib.Path, *, made: bool = False, wait: bool = False) -> Iterator[None]:
     """Locks a file, which must exist, against other processes that do the same.
 
     With ``made``, makes the file and removes it at the end; a kill leaves it, but without the lock.
+    With ``wait``, waits until no other process has locked it.
 
     Raises:
       BlockingIOError: if another process has locked it.
@@ -137,9 +138,9 @@ def locked(path: pathlib.Path, *, made: bool = False) -> Iterator[None]:
     while True:
         # Opened for writing, without which NFS locks nothing exclusively.
         with path.open("ab" if made else "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if made and not _is_open_at(path, file):
-                continue  # Whoever held the lock has just removed the file.
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not _is_open_at(path, file):
+                continue  # Whoever held the lock has just removed or replaced the file.
             try:
                 yield
             finally:

@@ -195,6 +195,15 @@ def locked_facts(folder: pathlib.Path, kind: str, name: str | None = None) -> It
 
 
 @contextlib.contextmanager
+def locked_study(folder: pathlib.Path) -> Iterator[None]:
+    """Locks ``study.json``, which must exist, while it is read and written anew; waits for another
+    process that does so."""
+    path = facts_path(folder, "study")
+    with _locked(files.locked(path, wait=True), path, "extending"):
+        yield
+
+
+@contextlib.contextmanager
 def _locked(
     lock: contextlib.AbstractContextManager[None], path: pathlib.Path, doing: str
 ) -> Iterator[None]:

@@ -120,6 +120,25 @@ def test_seeds_are_added_to_a_study_and_another_study_is_refused(tmp_path, monke
         claim_study(plan_study(get_recipe("digits"), tmp_path), ())
 
 
+def test_of_two_that_add_seeds_at_once_none_is_lost(tmp_path, monkeypatch):
+    def claim(seed):
+        claim_study(plan_study(RECIPE, tmp_path, seeds=[seed]), ())
+
+    claim(0)
+    write, another = files.write_json, threading.Thread(target=claim, args=(2,))
+
+    def late(*arguments):
+        monkeypatch.setattr(files, "write_json", write)
+        another.start()
+        another.join(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(files, "write_json", late)
+    claim(1)
+    another.join(20)
+    assert files.read_json(tmp_path / "study.json")["seeds"] == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_a_diverged_run_is_reported_and_the_others_go_on(digits, tmp_path):
     wild = dataclasses.replace(TINY, epochs=2, optimizer=config.OptimizerConfig(

@@ -74,6 +74,20 @@ def test_a_broken_newest_checkpoint_is_passed_over_and_named(broken, manager):
     assert len(skipped) == 1 and skipped[0].startswith("checkpoint 2 cannot be read")
 
 
+def test_a_disk_without_room_is_an_error_before_anything_is_written(manager, monkeypatch):
+    checkpoints.save_checkpoint(manager, 1, make_state(1))
+    size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(
+        make_state(2).replace(key=jax.random.key_data(make_state(2).key)))) + 2**20
+    for free, reason in ((size - 1, pytest.raises(OSError, match="No space left on device")),
+                         (size, contextlib.nullcontext())):
+        there = files_of(pathlib.Path(manager.directory))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(
+            2 * free, free, free))
+        with reason:
+            checkpoints.save_checkpoint(manager, 2, make_state(2))
+        assert (files_of(pathlib.Path(manager.directory)) == there) == (free < size)
+
+
 def files_of(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 

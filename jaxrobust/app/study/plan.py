@@ -115,20 +115,21 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
     for place, config in plan.configs().items():
         if run_folder.is_run(place):
             run_folder.claim_run(place, config)
-    there = run_folder.read_facts(plan.folder, "study")
-    if there is None:
+    if not path.is_file():
         files.claim(path, json.dumps(asked, indent=2) + "\n")
         return
-    same = all(there[name] == asked[name] for name in ("name", "paper_table", "class_names"))
-    kept = all(there[name].items() <= asked[name].items()
-               for name in ("rows", "methods", "paper_rows"))
-    if not (same and kept):
-        raise files.holds_another("study", path)
-    # Texts may be improved; the command and commit remain those that began the study.
-    wanted = {**asked, "command": there["command"], "commit": there["commit"],
-              "seeds": sorted({*there["seeds"], *plan.seeds})}
-    if wanted != there:
-        files.write_json(path, wanted)
+    with run_folder.locked_study(plan.folder):  # Another command may add seeds at this moment.
+        there = files.read_json(path)
+        same = all(there[name] == asked[name] for name in ("name", "paper_table", "class_names"))
+        kept = all(there[name].items() <= asked[name].items()
+                   for name in ("rows", "methods", "paper_rows"))
+        if not (same and kept):
+            raise files.holds_another("study", path)
+        # Texts may be improved; the command and commit remain those that began the study.
+        wanted = {**asked, "command": there["command"], "commit": there["commit"],
+                  "seeds": sorted({*there["seeds"], *plan.seeds})}
+        if wanted != there:
+            files.write_json(path, wanted)
 
 
 def with_sources(recipe: Recipe, dataset: str | None, init_from: str | None,
