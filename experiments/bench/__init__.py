@@ -85,6 +85,11 @@ BENCHMARKS = {
             "Images resident on the device, without validation and checkpoints. **Projected from "
             "the median epoch: nothing was trained for so long.**",
             programs.measure_epoch, programs.settings_for),
+        "j": Section(
+            "A step of each method",
+            "As (b), with each method's settings by default. The work of its passes is in units of "
+            "one of `normal`; the target is for methods with products of second derivatives.",
+            train_step.measure_costs, train_step.settings_for_methods),
     }),
     "curvature": Benchmark("Curvature: time and memory", {
         "a": Section(

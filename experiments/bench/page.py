@@ -11,6 +11,7 @@ from jaxrobust.app.report.page import significant
 
 COLUMNS = {
     "ms": "Time [ms]", "host_ms": "Host busy [ms]", "compile_s": "Compiling [s]",
+    "work": "Work of its passes",
     "memory_mib": "Working memory [MiB]", "threads": "PyTorch's threads",
     "tera_per_second": "Operations [10¹²/s]", "projected_min": "200 such epochs, projected [min]"}
 """Headings of the numbers that a row may have."""

@@ -16,13 +16,16 @@ import numpy as np
 from experiments.bench import problem, timing
 from experiments.bench.problem import Case
 from experiments.bench.timing import Contender, Pair
-from jaxrobust import parallel, training
+from jaxrobust import parallel, perturbations, training
 from jaxrobust.centroids import init_centroids
-from jaxrobust.methods import Batch, make_method
+from jaxrobust.methods import METHODS, Batch, make_method
 from jaxrobust.models.common import head_parameters
 
 LEARNING_RATE = 0.01
 """Small enough to keep the weights finite; no time depends on it."""
+
+PENALTIES = ("gradient_penalty", "jacobian_penalty", "cure")
+"""Methods with products of second derivatives."""
 
 EAGER, CHANNELS_LAST, COMPILED = "PyTorch", "PyTorch, channels last", "PyTorch, compiled"
 """PyTorch's forms: eager in its own layout, eager in channels-last, and that one compiled."""
@@ -40,6 +43,13 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32",)
     peers: tuple[str, ...] = (EAGER, CHANNELS_LAST, COMPILED)
     product_sizes: tuple[int, ...] = (1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSettings(Settings):
+    """Of the times of all methods."""
+
+    methods: tuple[str, ...] = METHODS
 
 
 def settings_for(quick: bool) -> Settings:
@@ -87,6 +97,24 @@ def measure_methods(settings: Settings) -> timing.Parts:
             Pair("`robust`", "`both`", target=1.03),
             Pair("`robust`, one after the other", "`both`"),
             Pair("`robust`, one pass", "`both`", target=1.03)])
+
+
+def settings_for_methods(quick: bool) -> MethodSettings:
+    """As :func:`settings_for`."""
+    settings = MethodSettings(**vars(settings_for(quick)))
+    return dataclasses.replace(
+        settings, methods=("normal", *PENALTIES[:1])) if quick else settings
+
+
+def measure_costs(settings: MethodSettings) -> timing.Parts:
+    """Times a step of each method against one of ``normal``, beside the work of its passes."""
+    (case, rounds), *_ = _cases(settings)
+    for dtype in settings.dtypes:
+        rows = _rows(case, dtype, {
+            f"`{method}`": make_step(case, dtype, method) for method in settings.methods}, rounds)
+        yield rows, timing.ratios(rows, [
+            Pair(f"`{method}`", "`normal`", target=2.5 if method in PENALTIES else None)
+            for method in settings.methods if method != "normal"])
 
 
 def measure_peak(settings: Settings) -> timing.Parts:
@@ -168,8 +196,8 @@ def make_step(case: Case, dtype: str, method: str, *, one_pass: bool = False,
         opt_state=optimizer.init(params),
         centroids=init_centroids(kernel.shape[1], kernel.shape[0]), key=jax.random.key(1))
     batch = Batch(made.images, jnp.clip(made.images + 0.1, 0, 1), made.labels.astype(jnp.int32))
-    step = training.make_train_step(
-        model, make_method(method, one_pass=one_pass), optimizer, head=head)
+    objective = make_method(method, one_pass=one_pass, perturb=perturbations.gaussian(0.1))
+    step = training.make_train_step(model, objective, optimizer, head=head)
     start = time.perf_counter()
     # Flax's batch norm mixes its float32 statistics with bfloat16 images.
     with jax.numpy_dtype_promotion("standard"):
@@ -183,7 +211,7 @@ def make_step(case: Case, dtype: str, method: str, *, one_pass: bool = False,
         jax.block_until_ready((latest[0], metrics))
         return metrics
 
-    return Contender(call, {"compile_s": compile_s})
+    return Contender(call, {"compile_s": compile_s, "work": objective.passes.relative})
 
 
 def make_torch_step(case: Case, dtype: str, peer: str) -> Contender:

@@ -119,6 +119,8 @@ def test_shares_of_programs_and_of_the_peak_are_quotients(measured):
     for ratio, row in zip(found, rows, strict=True):
         np.testing.assert_allclose(ratio["ratio"], row["host_ms"] / row["ms"]["median"])
         assert 0 < ratio["ratio"] < 1
+    assert {row["contender"]: row["work"] for row in result["sections"]["j"]["result"]["rows"]} == {
+        "`normal`": 1, "`gradient_penalty`": 2}
     step, *products = result["sections"]["d"]["result"]["rows"]
     np.testing.assert_allclose(  # 2 * 64^3 operations in so many milliseconds
         products[0]["tera_per_second"], 2 * 64**3 / products[0]["ms"]["median"] * 1e-9)
