@@ -20,7 +20,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 TESTS = {
-    "losses": ("losses", "softmax", "geometry", "validate"),
+    "losses": ("losses", "softmax", "class_weights", "geometry", "validate"),
     "centroids": ("centroids", "losses", "validate"),
     "geometry": ("geometry", "validate"),
     "curvature": ("curvature", "eager"),
