@@ -5,9 +5,12 @@
 """
 
 import contextlib
+import functools
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,15 +30,35 @@ class Interrupted(KeyboardInterrupt):
 
 _asked: int | None = None
 _holders = 0
+_dropped = False
 
 
 def _note(number, _frame) -> None:
-    global _asked
+    global _asked, _dropped
     # A job and its launcher may both send SIGTERM; a second Ctrl-C means "at once".
-    again = _asked is not None and number == signal.SIGINT
-    _asked = _asked or number
+    again = _asked is not None and number == signal.SIGINT and not _dropped
+    _asked, _dropped = _asked or number, False
     if not _holders or again:
         raise Interrupted(_asked)
+
+
+def _come_again(show: Callable[[Any], object], unraisable: Any) -> None:
+    """Replaces ``sys.unraisablehook``: where Python would drop an Interrupted, its signal comes
+    again a moment later. That is so in callbacks of the garbage collector, of which JAX has one."""
+    global _dropped
+    if not isinstance(unraisable.exc_value, Interrupted):
+        show(unraisable)
+        return
+    _dropped = True
+    timer = threading.Timer(0.01, _send_again, [unraisable.exc_value.signal])
+    timer.daemon = True
+    timer.start()
+
+
+def _send_again(number: signal.Signals) -> None:
+    if signal.getsignal(number) is _note:
+        # To the thread that handles signals, to wake it from what it may wait for.
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def install(*, hold: bool = False) -> None:
@@ -50,6 +73,8 @@ def install(*, hold: bool = False) -> None:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _note)
+        if getattr(sys.unraisablehook, "func", None) is not _come_again:
+            sys.unraisablehook = functools.partial(_come_again, sys.unraisablehook)
 
 
 @contextlib.contextmanager
@@ -57,12 +82,14 @@ def handled() -> Iterator[None]:
     """Handles the signals within, and forgets before and after what was asked."""
     global _asked
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    show = sys.unraisablehook
     _asked = None
     install()
     try:
         yield
     finally:
         _asked = None
+        sys.unraisablehook = show
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)

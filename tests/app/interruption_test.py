@@ -1,11 +1,13 @@
 """Signals: a command stops in good order, says how to go on, and has the status of shells."""
 
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from command_line import call, one_line
@@ -70,6 +72,28 @@ def test_a_held_signal_waits_and_a_second_ctrl_c_does_not():
             signal.raise_signal(signal.SIGINT)
         assert stopped.value.status == 143  # That of the first.
     interruption.check()  # What was asked of the last command is forgotten.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_callback_whose_exceptions_python_drops_is_not_lost(number, capsys):
+    def collected(phase, facts):
+        gc.callbacks.remove(collected)
+        signal.raise_signal(number)
+
+    with interruption.handled():
+        gc.callbacks.append(collected)
+        start = time.monotonic()
+        with pytest.raises(interruption.Interrupted) as stopped:
+            gc.collect()
+            time.sleep(9)
+        assert stopped.value.signal == number and time.monotonic() - start < 5
+    with interruption.handled():
+        gc.callbacks.append(collected)
+        gc.collect()
+        with interruption.held():  # Where it is not taken for a second one.
+            time.sleep(0.1)
+            assert interruption.asked() == number
+    assert capsys.readouterr().err == ""
 
 
 def test_an_ignored_signal_stays_ignored():
