@@ -6,12 +6,14 @@ In a job of several processes the first one writes; all must see the same folder
 import contextlib
 import errno
 import functools
+import glob
 import json
 import math
 import os
 import pathlib
 import re
 import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -84,7 +86,7 @@ def claim(path: pathlib.Path, content: str) -> None:
         if path.read_text() != content:
             raise holds_another("configuration", path)
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not set(folder.iterdir()) <= set(_partials(path)):
         raise InputError(f"{folder} is not empty and holds no {path.name}. Choose another --out.")
     barrier("claim")  # All processes look before one writes.
     make_folder(folder)
@@ -170,7 +172,8 @@ def replacing(path: pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Path
     be no file to replace.
 
     An interruption leaves either the old file or the new one. Of two processes that write at once,
-    each writes a whole file, and the later one stays.
+    each writes a whole file, and the later one stays. What processes that were killed left half
+    written is removed once it is a day old: until then it might still be written.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
@@ -184,6 +187,18 @@ def replacing(path: pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Path
                 os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        for left in _partials(path):
+            with contextlib.suppress(FileNotFoundError):  # Its process has just renamed it.
+                if time.time() - left.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
+                    left.unlink()
+
+
+_SECONDS_UNTIL_ABANDONED = 24 * 3600
+
+
+def _partials(path: pathlib.Path) -> list[pathlib.Path]:
+    """The half-written files of :func:`replacing`, in progress or left by a kill."""
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*.partial"))
 
 
 def _name_first(partial: pathlib.Path, path: pathlib.Path) -> None:

@@ -25,7 +25,8 @@ class Rerun(NamedTuple):
 
 
 def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Rerun:
-    """Trains the run in ``folder`` once more, in the folder ``out``.
+    """Trains the run in ``folder`` once more, in the folder ``out``; resumes it there if it was
+    interrupted.
 
     The devices, the way of its input and the updates in a call are those of the run, as far as its
     folder names them and they are there. Prints what is otherwise, before the training.
@@ -34,12 +35,12 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
       InputError: (a ValueError) if the training of the run has not ended, its log, its network.json
         or every readable checkpoint of a finished one is missing, its data set is not there
         or has other files or classes, the file of its initial weights is another or is not there,
-        or ``out`` holds a run.
+        or ``out`` holds a run whose training has ended, or another one.
     """
     config = run_folder.read_config(folder)
     if not run_folder.is_trained(folder):
         raise InputError(f"Expected the training of {folder} to have ended. Resume it first.")
-    if run_folder.is_run(out):
+    if run_folder.is_trained(out):
         raise InputError(f"{out} already holds a run. Choose another --out.")
     _require_results(folder)
     recorded = run_folder.read_facts(folder, "provenance") or {}
@@ -55,7 +56,8 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
         files.say(f"Note: {line}")
     files.make_folder(out)
     failures = trainer.train_together(
-        [config], dataset, [out], tensorboard=False, label="rerun", layout=layout, feed=feed)
+        [config], dataset, [out], resume=True, tensorboard=False, label="rerun", layout=layout,
+        feed=feed)
     for line in failures:
         files.say(line)
     return Rerun(otherwise, first_difference(folder, out))

@@ -355,7 +355,7 @@ class _Running:
     def finish(self, how):
         """Records that the run is finished, and how it was trained."""
         run_folder.write_facts(self.folder, "provenance", {
-            **run_folder.read_facts(self.folder, "provenance"), **how,
+            **(run_folder.read_facts(self.folder, "provenance") or {}), **how,
             "seconds": sum(row["seconds"] for row in self._history)})
         run_folder.write_facts(self.folder, "done", {
             "epochs": self.config.epochs, "best_epoch": best_epoch(self._history)})

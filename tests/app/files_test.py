@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_of_two_that_claim_a_folder_at_once_one_is_refused(tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"^Cannot write \S+config\.json: File exists\.$"):
         files.claim(path, "second")
     assert path.read_text() == "first" and [path] == list(path.parent.iterdir())
+
+
+def test_what_a_kill_left_half_written_is_in_no_ones_way_and_is_removed_a_day_later(tmp_path):
+    path = tmp_path / "config.json"
+    for age in (0.9, 1.1):
+        left = tmp_path / f"config.json.{age}.partial"
+        left.write_text("{")
+        os.utime(left, (time.time() - age * 24 * 3600,) * 2)
+    other = tmp_path / "done.json.1.1.partial"
+    files.claim(path, "{}")
+    assert path.read_text() == "{}"
+    assert {path, tmp_path / "config.json.0.9.partial"} == set(tmp_path.iterdir())
+    path.unlink()
+    other.write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no config.json"):
+        files.claim(path, "{}")
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_an_error_that_names_its_place(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -47,11 +48,23 @@ def test_the_same_seed_gives_the_same_bytes_in_two_processes(run, tmp_path):
     assert rerun.first_difference(tmp_path / "a", tmp_path / "b") is None
 
 
-def test_a_run_is_repeated_from_its_folder_with_the_same_bits(run, tmp_path, capsys):
+def test_a_run_is_repeated_from_its_folder_with_the_same_bits(
+        run, tmp_path, monkeypatch, capsys):
     facts = run_folder.read_facts(run, "provenance")
     run_folder.write_facts(run, "provenance", facts | {
         "hardware": "1 x abacus", "versions": facts["versions"] | {"jax": "0.0.1"},
         "data_sha256": "0" * 64})
+    # Interrupted after an epoch, it goes on with the same command.
+    append = run_folder.append_epoch
+
+    def interrupt(folder, row):
+        append(folder, row)
+        monkeypatch.setattr(run_folder, "append_epoch", append)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run_folder, "append_epoch", interrupt)
+    assert call("rerun", run) == 143
+    assert one_line(capsys).endswith(f"To go on: python -m experiments rerun {run}")
     assert call("rerun", run) == 0
     said = capsys.readouterr().out
     assert f"{run}-rerun equals {run} to the bit." in said

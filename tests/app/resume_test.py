@@ -333,6 +333,21 @@ def test_a_folder_removed_in_mid_run_ends_it_in_one_line(digits, tmp_path, monke
         assert not folder.exists()
 
 
+def test_a_run_whose_provenance_is_removed_in_mid_run_comes_to_its_end(
+        digits, tmp_path, monkeypatch):
+    save = trainer._Running.save
+
+    def save_and_remove(self, state, values):
+        save(self, state, values)
+        (tmp_path / "run" / "provenance.json").unlink()
+
+    monkeypatch.setattr(trainer._Running, "save", save_and_remove)
+    trainer.train(dataclasses.replace(TINY, epochs=1, checkpoint_every=1), digits,
+                  tmp_path / "run", tensorboard=False)
+    assert run_folder.is_done(tmp_path / "run")
+    assert run_folder.read_facts(tmp_path / "run", "provenance")["input"] == "resident"
+
+
 def test_a_run_begins_again_from_the_weights_with_which_it_began_or_not_at_all(
         digits, tmp_path, monkeypatch, capsys):
     folder, weights, layout = tmp_path / "run", tmp_path / "it.safetensors", make_layout("jit")
