@@ -8,11 +8,12 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with open(pathlib.Path(path).expanduser(), "rb") as file:
+        with _open_file(pathlib.Path(path).expanduser()) as file:
             image = open_image(file, Image.MAX_IMAGE_PIXELS)
             turned = is_turned(image)
             return (image.width, image.height) if turned else (image.height, image.width)
@@ -106,6 +107,14 @@ def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
         raise
     except Exception as error:
         raise _validate.InputError(f"Cannot read the image {path}: {reason_of(error)}.") from error
+
+
+def _open_file(path: pathlib.Path) -> BinaryIO:
+    """Opens a file for reading. Refuses pipes and devices, which might be waited for without end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    return path.open("rb")
 
 
 def require_pillow(what: str) -> None:
@@ -128,7 +137,7 @@ def _decode(path: pathlib.Path, image_size: tuple[int, int], channels: int) -> n
     """What :func:`read_image` returns; raises errors of any kind for a bad file."""
     from PIL import Image, ImageOps
 
-    with open(path, "rb") as file:
+    with _open_file(path) as file:
         image = open_image(file, Image.MAX_IMAGE_PIXELS)
         is_turned(image)  # Raises if that is unknown.
         ImageOps.exif_transpose(image, in_place=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import struct
 import warnings
 from unittest import mock
@@ -131,6 +132,20 @@ def test_a_hundred_damaged_and_odd_files_are_a_picture_or_one_line(tmp_path):
                 assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
                 pictures += 1
     assert number >= 100 and 40 < pictures < number
+
+
+def test_a_pipe_in_the_place_of_an_image_is_one_line_and_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "a.png"
+    os.mkfifo(pipe)
+    # Without somebody who writes, the test would wait for ever where it should fail.
+    writer = os.open(pipe, os.O_RDWR)
+    try:
+        os.write(writer, bytes(99))
+        for read in (lambda: data.read_image(pipe, (2, 2)), lambda: decoded.stored_size(pipe)):
+            with pytest.raises(InputError, match=r"^Cannot read .*a\.png: not a regular file\.$"):
+                read()
+    finally:
+        os.close(writer)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
