@@ -3,7 +3,9 @@
 A command is a dataclass whose fields are its options. Its module is imported only when it is named.
 """
 
+import errno
 import importlib
+import io
 import os
 import select
 import shlex
@@ -51,10 +53,14 @@ COMMANDS: dict[str, Command] = {
 def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust") -> None:
     """Runs the command of the command line.
 
-    Prints bad input as one line and exits with 2. If SIGINT or SIGTERM ends it, prints the command
-    that goes on and exits with 130 or 143. Exits with 141 and no word if whoever reads its output,
-    such as ``head``, has closed the pipe, as shells report a process that SIGPIPE ends.
+    Prints bad input, and what the system refuses, such as memory or a file without permission, as
+    one line and exits with 2. If SIGINT or SIGTERM ends it, prints the command that goes on and
+    exits with 130 or 143. Exits with 141 and no word if whoever reads its output, such as ``head``,
+    has closed the pipe, as shells report a process that SIGPIPE ends.
     """
+    _prepare_streams()
+    if os.path.expanduser("~") == "~":  # A user without a home, as in containers.
+        os.environ["HOME"] = "/"
     ended = None
     try:
         try:
@@ -66,11 +72,56 @@ def main(commands: Mapping[str, Command] = COMMANDS, program: str = "jaxrobust")
         gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
         if not gone:  # Another pipe, such as one to a process of a study.
             raise
-        for stream in gone:  # Python flushes it once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in gone:
+            _drop(stream)
         sys.exit(ended.code if ended and ended.code else 128 + signal.SIGPIPE)
+    except OSError as error:
+        refused = _refused(error)
+        if refused is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop(sys.stdout)
+        _print_error(refused)
+        sys.exit(2)
     if ended is not None:
         raise ended
+
+
+def _prepare_streams() -> None:
+    """Opens the standard streams that this process was started without, of which the next file that
+    is opened would take the place; and has them write what their encoding lacks, such as a file's
+    name that is not UTF-8, as escapes."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # Takes the lowest number that is free, this one.
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refused(error: OSError) -> str | None:
+    """What the system refused, in a line; None for an error that is a defect of the program."""
+    if error.filename is not None:
+        return f"Cannot use {error.filename}: {error.strerror}."
+    # Writing files raises InputError: it is the output.
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return f"Cannot write the output: {error.strerror}." if full else None
+
+
+def _drop(stream: IO[str]) -> None:
+    """Drops what a stream has not written, which Python would write once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print_error(text: str) -> None:
+    line = text.replace("\n", "\\n")  # Names of files may contain one.
+    print(f"error: {line}", file=sys.stderr)
 
 
 def _reader_is_gone(stream: IO[str]) -> bool:
@@ -107,7 +158,13 @@ def _main(commands: Mapping[str, Command], program: str) -> None:
         skips = lines and any(hasattr(options, "skip_bad") for options in (
             command, getattr(command, "run", None)))
         hint = " Add --skip-bad to skip them." if skips else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        _print_error(f"{error}{hint}")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # JAX's own, whose class is not known before JAX is imported.
+        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        _print_error(f"Not enough memory: {_errors.reason_of(error)}.")
         sys.exit(2)
 
 
@@ -116,11 +173,22 @@ def _command(words, commands, program):
     if not words:
         raise InputError(f"Expected a command, got none. See {program} --help.")
     _errors.one_of("command", words[0], commands)
+    for word in words:
+        if not _is_utf8(word):  # Not all that reads and writes files takes such names.
+            raise InputError(f"Expected UTF-8, got {ascii(word)}.")
     # Not at the top: it imports JAX, which the help does not need.
     from jaxrobust.app import arguments, execution
 
     execution.start_process()
     return arguments.parse(find(commands[words[0]]), words, program)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _going_on(command, words, program) -> str:
