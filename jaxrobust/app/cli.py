@@ -3,6 +3,7 @@
 A command is a dataclass whose fields are its options. Its module is imported only when it is named.
 """
 
+import atexit
 import errno
 import importlib
 import io
@@ -149,6 +150,8 @@ def _main(commands: Mapping[str, Command], program: str) -> None:
                 else interruption.Interrupted(signal.SIGINT))
         print(f"{stop.signal.name}: stopped. To go on: {_going_on(command, words, program)}",
               file=sys.stderr)
+        # A second Ctrl-C ends the process at once, without a traceback of what cleans up.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         sys.exit(stop.status)
     except InputError as error:
         lines = getattr(error, "lines", ())  # One for each image that cannot be used.

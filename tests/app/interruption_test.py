@@ -74,6 +74,24 @@ def test_a_held_signal_waits_and_a_second_ctrl_c_does_not():
     interruption.check()  # What was asked of the last command is forgotten.
 
 
+TWICE = """
+import atexit, signal, sys
+from jaxrobust.app import cli, commands
+atexit.register(signal.raise_signal, signal.SIGINT)
+commands.Train.__call__ = lambda self: signal.raise_signal(signal.SIGINT)
+sys.argv = ["jaxrobust", "train", "digits"]
+cli.main()
+"""
+"""Ctrl-C in a command, and once more at the end of the process."""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_process_at_once_and_quietly():
+    ended = subprocess.run([sys.executable, "-c", TWICE], stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == b"SIGINT: stopped. To go on: jaxrobust train digits --resume\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_a_callback_whose_exceptions_python_drops_is_not_lost(number, capsys):
     def collected(phase, facts):
