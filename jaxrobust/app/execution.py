@@ -174,8 +174,8 @@ def keep_compilations() -> None:
 
     They are in :func:`compilations_folder`. If it exceeds :data:`KEPT_BYTES`, the least recently
     used are removed, unless the environment names the folder. JAX_ENABLE_COMPILATION_CACHE=false
-    turns the cache off. If the folder cannot be written to, a line says so. Damaged files, as a
-    full disk leaves them, are removed.
+    turns the cache off. If the folder cannot be written to, or the disk is full, a line says so.
+    Damaged files, as a full disk leaves them, are removed.
 
     JAX keys a program by its computation, the versions of JAX and XLA, flags, devices, and on CPUs
     the processor's instructions: no machine uses the program of another. Any number of processes
@@ -195,13 +195,19 @@ def keep_compilations() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _remove_oldest(folder, KEPT_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    warnings.showwarning = functools.partial(_remove_unreadable, folder, warnings.showwarning)
+    warnings.showwarning = functools.partial(_show_warning, folder, warnings.showwarning)
 
 
-def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message: Warning,
-                       *arguments) -> None:
-    """Replaces ``warnings.showwarning``: removes each file of the cache that JAX warns it cannot
-    read. JAX itself never replaces it, and would compile the program every time."""
+def _show_warning(folder: pathlib.Path, show: Callable[..., None], message: Warning,
+                  *arguments) -> None:
+    """Replaces ``warnings.showwarning``: says once that programs are not cached, if JAX warns of
+    each one that it cannot write; and removes each file of the cache that JAX warns it cannot read.
+    JAX itself never replaces it, and would compile the program every time."""
+    unwritten = re.match(
+        r"Error writing persistent compilation cache entry .*\[Errno \d+\] (.*)", str(message))
+    if unwritten is not None:
+        _say_once(f"Compiled programs are not cached: cannot write {folder} ({unwritten[1]}).")
+        return
     unreadable = re.match(
         r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
     if unreadable is None:
@@ -211,6 +217,11 @@ def _remove_unreadable(folder: pathlib.Path, show: Callable[..., None], message:
           file=sys.stderr, flush=True)
     for path in folder.glob(f"{unreadable[1]}-*"):  # The warning does not say which of them.
         path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _remove_oldest(folder: pathlib.Path, limit: int) -> None:

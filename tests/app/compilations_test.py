@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import resource
 import time
 import warnings
 
@@ -74,6 +76,24 @@ def test_a_program_that_cannot_be_read_is_made_anew(enabled, capsys, monkeypatch
     assert said == f"Cannot read a compiled jit_treble in {folder}; compiling it again."
     assert shown == ["another"]
     assert len(path.read_bytes()) > 100
+
+
+def test_that_programs_cannot_be_written_is_said_once(enabled, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # Restored at the end.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        execution.keep_compilations()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))  # Like a full disk.
+            for factor in (5, 6):
+                assert jax.jit(lambda x, factor=factor: factor * x)(jnp.ones(2))[0] == factor
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said, = capsys.readouterr().err.splitlines()
+    assert re.fullmatch("Compiled programs are not cached: cannot write "
+                        rf"{enabled}/caches/jaxrobust/xla \(File too large.*\)\.", said)
 
 
 def test_a_folder_named_by_the_environment_is_used_as_it_is(enabled, monkeypatch):
