@@ -25,6 +25,7 @@ def describe() -> dict:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": jax.default_backend(),
         "hardware": hardware(),
+        "cores": len(cores()),
         "versions": {"python": platform.python_version(),
                      **{package: metadata.version(package) for package in PACKAGES}},
     }
@@ -67,6 +68,13 @@ def hardware() -> str:
     """Describes the devices of JAX and the processor of this machine."""
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     return f"{len(jax.devices())} x {devices}; {_processor()}, {os.cpu_count()} cores"
+
+
+def cores() -> list[int]:
+    """The CPU cores that this process may use, as far as the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _processor() -> str:

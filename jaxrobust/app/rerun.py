@@ -1,6 +1,7 @@
 """Repeats a run from what its folder holds, and compares the results to the bit."""
 
 import contextlib
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -28,8 +29,9 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
     """Trains the run in ``folder`` once more, in the folder ``out``; resumes it there if it was
     interrupted.
 
-    The devices, the way of its input and the updates in a call are those of the run, as far as its
-    folder names them and they are there. Prints what is otherwise, before the training.
+    The devices, the number of CPU cores, the way of its input and the updates in a call are those
+    of the run, as far as its folder names them and they are there. Prints what is otherwise, before
+    the training. Must precede all computation: JAX takes the cores that it finds then.
 
     Raises:
       InputError: (a ValueError) if the training of the run has not ended, its log, its network.json
@@ -44,6 +46,7 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
         raise InputError(f"{out} already holds a run. Choose another --out.")
     _require_results(folder)
     recorded = run_folder.read_facts(folder, "provenance") or {}
+    _bind_to_cores(recorded)
     feed = Feed(**{name: recorded[name] for name in ("input", "steps_per_call")
                    if name in recorded})
     dataset = open_dataset(config, data_dir, in_memory=feed.in_memory())
@@ -74,11 +77,21 @@ def _require_results(folder: pathlib.Path) -> None:
             raise InputError(f"Expected a checkpoint of a finished run in {folder}, found none.")
 
 
+def _bind_to_cores(recorded: dict) -> None:
+    """Binds this process to as many cores as a run had, on which its last bits depend on CPUs:
+    those of a study with --jobs have a share of the machine's."""
+    number, mine = recorded.get("cores"), provenance.cores()
+    if (recorded.get("platform") == "cpu" and isinstance(number, int) and 0 < number < len(mine)
+            and hasattr(os, "sched_setaffinity")):
+        os.sched_setaffinity(0, mine[:number])
+
+
 def _circumstances(recorded: dict, now: dict) -> list[str]:
     """Describes what of the code, the machine and the data is not as it was."""
     before, after = ({
         **{f"version of {name}": version for name, version in facts.get("versions", {}).items()},
-        **{name: facts.get(name) for name in ("commit", "platform", "hardware", "data_sha256")}}
+        **{name: facts.get(name) for name in ("commit", "platform", "hardware", "data_sha256")},
+        "number of CPU cores": facts.get("cores")}
         for facts in (recorded, now))
     return [f"The {name} was {before.get(name) or 'not recorded'}, and is "
             f"{after.get(name) or 'not known'} now."

@@ -1,7 +1,9 @@
 """A run repeated from its folder, in another process, has the same bits; a difference is named."""
 
 import contextlib
+import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -15,7 +17,7 @@ import pytest
 from command_line import call, one_line
 
 from jaxrobust import checkpoints
-from jaxrobust.app import files, rerun, run_folder
+from jaxrobust.app import files, provenance, rerun, run_folder
 
 pytestmark = pytest.mark.filterwarnings("default")  # Orbax warns about itself.
 
@@ -46,6 +48,21 @@ def test_the_same_seed_gives_the_same_bytes_in_two_processes(run, tmp_path):
     assert files.read_json(tmp_path / "a" / "done.json") == files.read_json(
         tmp_path / "b" / "done.json")
     assert rerun.first_difference(tmp_path / "a", tmp_path / "b") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(provenance.cores()) < 2, reason="needs two cores")
+def test_a_run_bound_to_one_core_is_repeated_on_one_core(tmp_path):
+    root, run = pathlib.Path(__file__).parents[2], tmp_path / "run"
+    for words, cores in (
+            (("train", "digits/robust", "--train-size", "56", "--epochs", "1", "--width", "2",
+              "--num-features", "4", "--batch-size", "16", "--out", run), provenance.cores()[:1]),
+            (("rerun", run), provenance.cores())):
+        ended = subprocess.run(
+            [sys.executable, "-m", "experiments", *words], cwd=root, stdout=subprocess.PIPE,
+            preexec_fn=functools.partial(os.sched_setaffinity, 0, cores), text=True, check=True)
+    assert f"{run}-rerun equals {run} to the bit." in ended.stdout
+    assert run_folder.read_facts(tmp_path / "run-rerun", "provenance")["cores"] == 1
 
 
 def test_a_run_is_repeated_from_its_folder_with_the_same_bits(
