@@ -1,6 +1,7 @@
 """Eager calls compile once, and never answer with numbers of a call before."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,16 @@ def test_a_second_call_compiles_nothing_and_sees_what_has_changed(name):
     # A Python number is a part of the program.
     np.testing.assert_allclose(measure(cubic(5.0)), exact(5), rtol=1e-5)
     np.testing.assert_allclose(measure(cubic(6.0)), exact(6), rtol=1e-5)
+
+
+def test_every_estimator_of_curvature_is_one_program():
+    # One that calls another would compile nothing anew without, but run its own part eagerly.
+    estimators = [value for name, value in vars(curvature).items()
+                  if inspect.isfunction(value) and not name.startswith("_")
+                  and value.__module__ == curvature.__name__
+                  and {"loss", "logits_fn"} & set(inspect.signature(value).parameters)]
+    assert len(estimators) >= 12
+    assert [value.__name__ for value in estimators if not hasattr(value, "__wrapped__")] == []
 
 
 def test_constants_of_functions_that_are_compiled_themselves_count():
