@@ -2,10 +2,12 @@
 
 import errno
 import io
+import json
 import os
 import pathlib
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import jax
 import pytest
 from command_line import call, one_line
 
-from jaxrobust.app import cli, commands, execution
+from jaxrobust.app import cli, commands, execution, files
 
 
 def test_a_command_without_streams_writes_into_no_file_that_it_opens(tmp_path):
@@ -102,3 +104,54 @@ def test_another_error_is_a_defect(error, monkeypatch):
     monkeypatch.setattr(commands.Train, "__call__", called)
     with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
         call("train", "digits")
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=99m tmpfs "$1" || exit 77
+cp -a "$2" "$1/run"
+mount -o remount,size=$(($(df -k --output=used "$1" | tail -1) + 4))k "$1"
+"${@:4}" 2> "$3/errors"
+echo $? > "$3/status"
+mount -o remount,size=99m "$1" && "${@:4}" && cp -a "$1/." "$3/disk after"
+"""
+"""Calls a command on a disk with a copy of a run, which has room for 4 kB, and then for more."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [
+    ("evaluate", "DISK/run", "--name", "again"), ("export", "DISK/run"),
+    ("report", "DISK/run", "--out", "DISK/report")])
+def test_a_small_disk_that_fills_up_ends_a_command_in_one_line_and_costs_no_result(
+        words, shared_study, tmp_path):
+    if not shutil.which("unshare"):
+        pytest.skip("needs Linux's unshare to mount a disk in memory")
+    small, large, run = tmp_path / "small", tmp_path / "large", shared_study / "robust-seed0"
+    small.mkdir()
+    ended = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", SMALL_DISK, "bash",
+         small, run, tmp_path, sys.executable, "-m", "experiments",
+         *(word.replace("DISK", str(small)) for word in words)],
+        cwd=pathlib.Path(__file__).parents[2], check=False)
+    if ended.returncode == 77:
+        pytest.skip("may not mount a disk in memory")
+    assert ended.returncode == 0
+    assert (tmp_path / "status").read_text() == "2\n"
+    assert re.fullmatch(rf"error: Cannot write {small}/\S+: No space left on device\.\n",
+                        (tmp_path / "errors").read_text())
+    shutil.copytree(run, large / "run")
+    assert call(*(word.replace("DISK", str(large)) for word in words)) == 0
+    assert results_in(tmp_path / "disk after", small) == results_in(large, large)
+
+
+def results_in(folder, made):
+    """The files in a folder: tables and facts with their content, but for where they come from."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        content = ""
+        if path.suffix == ".json":
+            content = json.dumps({name: value for name, value in files.read_json(path).items()
+                                  if name != "provenance"})
+        elif path.suffix == ".csv":
+            content = path.read_text()
+        found[path.relative_to(folder)] = content.replace(str(made), "DISK")
+    return found
