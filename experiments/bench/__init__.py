@@ -181,9 +181,8 @@ def _measure(section: Section, quick: bool) -> Iterator[tuple[dict, bool]]:
 
     def described() -> dict:
         return {"title": section.title, "note": section.note, "result": measured,
-                "provenance": made | {
-                    "cores": timing.cores(), "load_average": [load, timing.load_average()],
-                    "seconds": time.perf_counter() - start}}
+                "provenance": made | {"load_average": [load, timing.load_average()],
+                                      "seconds": time.perf_counter() - start}}
 
     try:
         for rows, ratios in section.measure(section.settings_for(quick)):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrobust.app import provenance
+
 SECONDS_PER_ROUND = 0.1
 """A contender that takes less is called several times in a round."""
 
@@ -111,9 +113,7 @@ def judged(pair: Pair, case: str, **numbers: float) -> dict:
 
 def cores() -> int:
     """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(provenance.cores())
 
 
 def load_average() -> float | None:

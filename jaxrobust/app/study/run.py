@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxrobust import _validate
-from jaxrobust.app import files, interruption, program, run_folder
+from jaxrobust.app import files, interruption, program, provenance, run_folder
 from jaxrobust.app.config import InputError, RunConfig
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.execution import Feed, start_process
@@ -151,7 +151,7 @@ def run_study_in_parallel(
     if not hasattr(os, "sched_getaffinity"):
         raise InputError(f"Expected jobs=1 on this system, which cannot bind a process to a core, "
                          f"got {jobs}.")
-    cores = sorted(os.sched_getaffinity(0))
+    cores = provenance.cores()
     _validate.in_range("jobs", jobs, 1, len(cores), open_high=False)
     claim_study(plan, dataset.class_names)
     share = len(cores) // jobs
