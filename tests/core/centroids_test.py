@@ -18,6 +18,7 @@ from jaxrobust.centroids import (
     class_counts,
     class_rows,
     class_sums,
+    counted_rows,
     init_centroids,
     update_centroids,
 )
@@ -257,6 +258,14 @@ def test_means_of_a_bfloat16_state_are_those_of_all_its_examples():
 
 
 @pytest.mark.usefixtures("either_platform")
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 2, 3)])
+def test_rows_that_do_not_count_are_0_and_the_others_as_they_were(shape):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    values[[0, 2]] = np.nan
+    rows = counted_rows(jnp.asarray(values), jnp.array([-1, 1, 2, 0]), 2)
+    np.testing.assert_array_equal(rows, np.nan_to_num(values))
+
+
 def test_examples_that_do_not_count_spoil_nothing():
     features = random_features(3).astype(np.float32)
     labels = np.array([0, -1, 2, NUM_CLASSES, 2, 2**31 - 1])
