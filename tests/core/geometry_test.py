@@ -1,6 +1,7 @@
 """Boundaries, dispersion and margins against the definitions; Propositions 5.1 to 5.3."""
 
 import functools
+import operator
 
 import chex
 import hypothesis
@@ -16,6 +17,9 @@ from jaxrobust import losses
 from jaxrobust.geometry import (
     class_dispersion,
     class_margin,
+    class_rows_of,
+    directions,
+    distances_to_one,
     rescale_head,
     safe_norm,
     signed_boundary_distance,
@@ -288,6 +292,29 @@ def test_the_norm_has_gradient_0_at_0_and_the_unit_vector_elsewhere():
     np.testing.assert_allclose(safe_norm(vectors), [[0, 5, 1]])
     gradient = jax.grad(lambda vectors: jnp.sum(safe_norm(vectors)))(vectors)
     np.testing.assert_allclose(gradient, [[[0, 0], [0.6, -0.8], [0, 1]]], rtol=1e-6)
+
+
+def test_directions_are_those_of_tiny_and_large_vectors_and_0_has_none():
+    vectors = jnp.array([[3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])
+    found, back = jax.vjp(directions, vectors)
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0.6, 0.8], [0, 0]], rtol=1e-6)
+    gradient, = back(jnp.ones((3, 2)))
+    length = np.array([5e-30, 5e30])
+    np.testing.assert_allclose(
+        gradient[:2] * length[:, None], [[0.16, -0.12], [0.16, -0.12]], rtol=1e-5)
+    np.testing.assert_array_equal(gradient[2], [0, 0])
+    assert np.isnan(directions(jnp.array([np.nan, 1.0]))).all()
+
+
+def test_rows_without_a_difference_have_no_boundary_whatever_was_decided_of_them():
+    rows = class_rows_of(jnp.array([[1.0, 1.0, 3.0]]), jnp.array([0.0, 5.0, 0.0]))
+    own, others = (jax.tree.map(operator.itemgetter(jnp.array(classes)), rows)
+                   for classes in ([0, 0], [1, 2]))
+    found, back = jax.vjp(
+        lambda points: distances_to_one(points, own, others, jnp.array([True, True])),
+        jnp.ones((2, 1)))
+    np.testing.assert_allclose(found, [np.inf, -1])
+    np.testing.assert_allclose(back(jnp.ones(2))[0], [[0], [-1]])
 
 
 def test_the_margin_counts_a_misclassified_example_with_its_unsigned_distance():
