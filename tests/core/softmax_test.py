@@ -163,3 +163,9 @@ def test_label_smoothing_is_pytorchs(weights):
             torch.tensor(logits), torch.tensor(LABELS, dtype=torch.long))
     ours = softmax_loss(logits, LABELS, label_smoothing=0.2, class_weights=weights)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_a_label_smoothing_that_is_no_share_is_refused(value):
+    with pytest.raises(InputError, match=rf"^Expected label_smoothing={value} in \[0, 1\)\.$"):
+        softmax_loss(jnp.zeros((BATCH, CLASSES)), LABELS, label_smoothing=value)
