@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=20, help="kills in all")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--trial", type=int, help="the seed of one trial")
-    parser.add_argument("--out", type=pathlib.Path, help="stem of a .json and a .md file")
+    parser.add_argument("--out", type=pathlib.Path, help="stem of a .jsonl and a .md file")
     asked = parser.parse_args()
     trials, path = Trials(asked.folder), asked.folder / "trials.jsonl"
     if asked.trial is not None:
@@ -374,7 +374,7 @@ def main() -> None:
     print("\n".join(table(rows)))
     if asked.out is not None:
         facts = provenance.describe()
-        files.write_json(asked.out.with_suffix(".json"), {"trials": rows, "provenance": facts})
+        shutil.copy(path, asked.out.with_suffix(".jsonl"))
         files.write_text(asked.out.with_suffix(".md"), page(rows, facts))
     if any(row["differ"] for row in rows):
         sys.exit(1)
