@@ -727,8 +727,9 @@ class Export(WithData):
     """Folder of the run."""
     out: pathlib.Path | None = None
     """FILE.stablehlo for the whole classifier with its normalisation, for jax.export;
-    FILE.safetensors or FILE.pth for the weights under PyTorch's names. RUN/model.stablehlo by
-    default."""
+    FILE.safetensors or FILE.pth for the weights under PyTorch's names; FILE.npz for those under
+    Flax's, which as network.npz in a copy of RUN stand in for its checkpoints.
+    RUN/model.stablehlo by default."""
 
     def __call__(self) -> None:
         out = self.out or self.run / "model.stablehlo"

@@ -25,7 +25,7 @@ from jaxrobust.app.doubt import (
 )
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.run_folder import LockedError, read_config
-from jaxrobust.app.trainer import TrainedRun, load_run, variables_of
+from jaxrobust.app.trainer import TrainedRun, load_run, variables_of, write_weights
 from jaxrobust.data.listing import IMAGE_SUFFIXES
 from jaxrobust.geometry import directions
 from jaxrobust.images import predicted_classes, to_float
@@ -168,7 +168,7 @@ def table_lines(
 
 def require_exportable(path: pathlib.Path) -> None:
     """Raises InputError unless a network can be written to this path."""
-    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES))
+    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES, ".npz"))
     files.require_writable_file(path)
 
 
@@ -179,7 +179,12 @@ def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
     with its first derivatives, normalisation and weights, for any number of images, on any of
     :data:`PLATFORMS`; beside it ``.json`` with the inputs, the outputs and the names of the
     classes. ``.safetensors``, ``.pth``: the weights, in PyTorch's names and layout.
+    ``.npz``: the weights under Flax's names; see :func:`jaxrobust.app.trainer.write_weights`.
     """
+    if path.suffix == ".npz":
+        files.make_folder(path.parent)
+        write_weights(run, path)
+        return
     if path.suffix in pytorch.SUFFIXES:
         state_dict = pytorch.to_torch_state_dict(
             run.model, jax.device_get(variables_of(run.state)))

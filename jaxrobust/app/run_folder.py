@@ -4,6 +4,7 @@ The folder of a run holds:
 
     config.json             the configuration; written first
     network.json            the inputs and outputs of the network
+    network.npz             its weights, in a copy of the folder without checkpoints
     split.csv               images of a folder: path, class, and training or test
     provenance.json         command, commit, hardware and versions
     metrics.jsonl           a line for each epoch; written when training begins
@@ -278,6 +279,11 @@ def events_path(folder: pathlib.Path) -> pathlib.Path:
 def checkpoints_path(folder: pathlib.Path) -> pathlib.Path:
     """The folder of the checkpoints."""
     return folder / "checkpoints"
+
+
+def weights_path(folder: pathlib.Path) -> pathlib.Path:
+    """The weights that stand in for the checkpoints of a finished run where there are none."""
+    return arrays_path(folder, "network")
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:

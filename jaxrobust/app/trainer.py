@@ -1,6 +1,7 @@
 """Trains runs and loads trained ones."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import time
@@ -750,15 +751,57 @@ def load_run(
         raise InputError(f"Expected a finished run in {folder}. Finish its training with --resume.")
     run = open_run(folder, config, dataset, layout)
     epoch = run_folder.read_facts(folder, "done")["best_epoch"]
-    state = _best_state(folder, epoch, initial_state(config, run.network, run.layout))
+    like = initial_state(config, run.network, run.layout)
+    state = _best_state(folder, epoch, like, run.layout)
     _validate.finite(f"weights of {folder}, epoch {epoch}", variables_of(state))
     return run._replace(state=state, epoch=epoch)
 
 
-def _best_state(folder: pathlib.Path, epoch: int, like: TrainState) -> TrainState:
+_WEIGHTS = ("params", "batch_stats", "centroids")
+"""The parts of a state that a network is used by; the others are for training."""
+
+
+def write_weights(run: TrainedRun, path: pathlib.Path) -> None:
+    """Writes the weights, batch norm's statistics and the centroids of a run as NumPy arrays.
+
+    As ``network.npz`` in a copy of the run's folder, they stand in for its checkpoints.
+    """
+    files.write_arrays(path, _named_weights(run.state))
+
+
+def _named_weights(state: TrainState) -> dict[str, Any]:
+    """The leaves by their paths, such as "params/head/kernel"."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(_weights_of(state))}
+
+
+def _weights_of(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _WEIGHTS}
+
+
+def _read_weights(path: pathlib.Path, like: TrainState, layout: Layout) -> TrainState:
+    """Reads what :func:`write_weights` wrote into a state; the rest of it stays as it is."""
+    arrays, expected = files.read_arrays(path), _named_weights(like)
+    differ = [name for name in dict.fromkeys([*expected, *arrays])
+              if name not in arrays or name not in expected
+              or (arrays[name].shape, arrays[name].dtype)
+              != (expected[name].shape, expected[name].dtype)]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise InputError(f"Expected the weights of the network in config.json in {path}, found "
+                         f"others: {', '.join(differ[:3])}{more}.")
+    weights = jax.tree.unflatten(
+        jax.tree.structure(_weights_of(like)), [arrays[name] for name in expected])
+    return dataclasses.replace(like, **parallel.replicate(layout, weights))
+
+
+def _best_state(folder: pathlib.Path, epoch: int, like: TrainState, layout: Layout) -> TrainState:
     """Restores the state of a finished run's best epoch."""
     place = run_folder.checkpoints_path(folder)
     if not place.is_dir():
+        weights = run_folder.weights_path(folder)
+        if weights.is_file():
+            return _read_weights(weights, like, layout)
         raise InputError(f"Expected checkpoints in {place}, found no such folder.")
     skipped: list[str] = []
     with contextlib.closing(checkpoints.open_checkpoints(place, keep=2)) as manager:

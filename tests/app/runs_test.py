@@ -5,6 +5,7 @@ import html
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -61,6 +62,66 @@ def test_the_best_epoch_is_kept_the_later_of_equals():
     assert trainer.best_epoch(history) == 3
     assert [trainer.is_best(history[:n]) for n in (1, 2, 3, 4)] == [True, True, True, False]
     assert trainer.best_epoch([{"epoch": 1}, {"epoch": 2}]) == 2
+
+
+@pytest.fixture(name="copied")
+def _copied(finished, tmp_path):
+    """A copy of a run that has the weights alone in place of its checkpoints."""
+    folder = shutil.copytree(finished, tmp_path / "copied")
+    assert call("export", str(folder), "--out", str(folder / "network.npz")) == 0
+    shutil.rmtree(folder / "checkpoints")
+    return folder
+
+
+def test_a_network_is_the_same_without_checkpoints(copied, finished, digits):
+    (epoch, state), (best_epoch, best) = (
+        best_state(folder, digits) for folder in (copied, finished))
+    assert epoch == best_epoch
+    for part in ("params", "batch_stats", "centroids"):
+        chex.assert_trees_all_equal(getattr(state, part), getattr(best, part))
+    there = run_folder.read_facts(copied, "evaluation")
+    assert call("evaluate", str(copied), "--name", "again", "--num-draws", "2",
+                "--test-size", str(there["num_images"])) == 0
+    again = run_folder.read_facts(copied, "evaluation", "again")
+    assert again["levels"][0] == there["levels"][0]  # On the clean images.
+
+
+def another_shape(arrays):
+    return arrays | {"params/head/kernel": arrays["params/head/kernel"][:1]}
+
+
+def another_dtype(arrays):
+    return arrays | {"params/head/kernel": arrays["params/head/kernel"].astype(np.float64)}
+
+
+def one_missing(arrays):
+    return {name: array for name, array in arrays.items() if name != "params/head/kernel"}
+
+
+def one_more(arrays):
+    return arrays | {"params/head/kernel2": np.zeros(3, np.float32)}
+
+
+def one_not_finite(arrays):
+    return arrays | {"params/head/kernel": np.full_like(arrays["params/head/kernel"], np.nan)}
+
+
+@pytest.mark.parametrize(
+    "change", [another_shape, another_dtype, one_missing, one_more, one_not_finite])
+def test_the_weights_of_another_network_are_refused(change, copied, capsys):
+    path = copied / "network.npz"
+    files.write_arrays(path, change(dict(files.read_arrays(path))))
+    capsys.readouterr()
+    assert call("evaluate", str(copied), "--name", "again") == 2
+    assert re.search(r"network\.npz.*params/head/kernel|weights of .*kernel", one_line(capsys))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no archive"])
+def test_weights_that_cannot_be_read_are_refused(content, copied, capsys):
+    (copied / "network.npz").write_bytes(content)
+    capsys.readouterr()
+    assert call("evaluate", str(copied), "--name", "again") == 2
+    assert "network.npz" in one_line(capsys)
 
 
 def test_a_run_records_where_it_came_from(finished):
