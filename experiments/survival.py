@@ -18,7 +18,13 @@ from jaxrobust.app.measurements.curvature import CURVATURES, measures_of
 from jaxrobust.app.measurements.estimates import Estimate, found_of, subsets_text
 from jaxrobust.app.report import frame
 from jaxrobust.app.report.comparison import FEWEST_SEEDS
-from jaxrobust.app.report.figures import add_legend, new_figure, row_styles, style_handles
+from jaxrobust.app.report.figures import (
+    add_legend,
+    label_logarithmic,
+    new_figure,
+    row_styles,
+    style_handles,
+)
 from jaxrobust.app.report.page import Cell, Picture, Section, Table, TableRow, over_runs, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.statistics import (
@@ -429,6 +435,8 @@ def _scatter(study: Study) -> Picture | None:
         column[0].set_title(title)
         column[-1].set_xlabel("Median curvature [1/pixel⁴]")
         column[-1].set_xscale("log", nonpositive="mask")
+        label_logarithmic(column[-1].xaxis, [
+            run.medians[measure] for _, run, _ in found if run.medians[measure] > 0])
     for ax, key in zip(axes[:, 0], keys, strict=True):
         ax.set_ylabel("Average certified radius" if key[0] == certificates.AVERAGE else
                       "Median distance of the\nnearest adversarial image")

@@ -8,7 +8,13 @@ import pandas as pd
 
 from jaxrobust.app.measurements.curvature import CURVATURES, measures_of
 from jaxrobust.app.measurements.runner import Measurement
-from jaxrobust.app.report.figures import add_legend, new_figure, row_styles, style_handles
+from jaxrobust.app.report.figures import (
+    add_legend,
+    label_logarithmic,
+    new_figure,
+    row_styles,
+    style_handles,
+)
 from jaxrobust.app.report.frame import table
 from jaxrobust.app.report.page import Picture, Section, Table, level_name, listed, text_row
 from jaxrobust.app.study.read import Run, Study
@@ -145,6 +151,7 @@ def _picture(study: Study, found: list[tuple[str, Run]], level: float) -> Pictur
         column[1].set_xlabel("Median curvature [1/pixel⁴]")
         if (medians > 0).any():
             column[1].set_xscale("log", nonpositive="mask")
+            label_logarithmic(column[1].xaxis, medians[medians > 0])
     axes[0, 0].set_ylabel(f"Accuracy at {level_name(level)} [%]")
     axes[1, 0].set_ylabel(f"Lost from clean to {level_name(level)} [points]")
     shown = [(method, styles[method]) for method in dict.fromkeys(

@@ -22,6 +22,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report.figures import (
     Style,
     add_legend,
+    label_logarithmic,
     new_figure,
     row_styles,
     style_handles,
@@ -280,11 +281,7 @@ def groups_figure(panels: Panels, num_draws: int, units: dict[str, str]) -> Figu
             write_across(ax, "no mean above zero")
         ax.set_yscale("log")
         ax.set_ylim(min(values, default=2e-6) / 2, max(values, default=0.5) * 2)
-        # The default labels powers of ten only, of which flat lines may cross none.
-        if values and max(values) < 30 * min(values):
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+        label_logarithmic(ax.yaxis, values)
         ax.set_xlim(-0.04 * num_draws, 1.04 * num_draws)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=11))
         if ax.get_subplotspec().is_last_row():

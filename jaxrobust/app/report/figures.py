@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import threadpoolctl
-from matplotlib import cbook, patheffects
+from matplotlib import cbook, patheffects, ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -258,6 +259,19 @@ def scatter(ax: Axes, points: np.ndarray, classes: np.ndarray, *, size: float = 
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_xlabel("t-SNE 1 (no unit)")
+
+
+def label_logarithmic(axis: Axis, values: Iterable[float]) -> None:
+    """Labels a logarithmic axis of positive values by plain numbers: the powers of ten, and 2 and 5
+    times these if the values span few.
+
+    By default a short axis has no label, or so many that they overlap.
+    """
+    values = list(values)
+    if values and max(values) < 30 * min(values):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def write_across(ax: Axes, words: str) -> None:

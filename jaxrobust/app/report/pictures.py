@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import ticker
 
 from jaxrobust.app.config import InputError
 from jaxrobust.app.report import figures
@@ -156,11 +155,7 @@ def training_picture(study: Study) -> Picture | None:
     losses = [line[key] for _, run in logged for line in run.epochs
               if math.isfinite(line[key]) and line[key] > 0]
     axes[0].set_yscale("log")
-    # The default labels powers of ten only, of which a well-behaved loss may cross none.
-    if losses and max(losses) < 1000 * min(losses):
-        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    figures.label_logarithmic(axes[0].yaxis, losses)
     for ax, label in zip(axes, (f"{name} [nats]", "Selection accuracy [%]"), strict=False):
         ax.set_xlabel("Epoch")
         ax.set_ylabel(label)

@@ -79,7 +79,8 @@ class StudyPlan:
             share = larger * (len(places) - done) / len(self.recipe.rows)
             cpu, gpu = (duration(3600 * share * hours) for hours in (
                 cost.cpu_hours, cost.gpu_hours))
-            lines.append(f"  remaining, on two CPU cores with --jobs 2: {cpu}, "
+            without = " without these" if self.suites else ""
+            lines.append(f"  remaining{without}, on two CPU cores with --jobs 2: {cpu}, "
                          f"{cost.cpu_gigabytes:g} GB; on one GPU: {gpu} ({cost.basis})")
         return "\n".join(lines)
 
