@@ -167,11 +167,11 @@ QUESTIONS: dict[str, Target] = {
     "methods": Target("What beats training on both views?", ("methods",), strongest.section,
                       suites=("corruptions",), numbers=(*Target.numbers, strongest.numbers)),
     "corruptions": Target(
-        "Does training on noise carry over to common corruptions?", ("cifar10",),
+        "Does training on noise carry over to common corruptions?", ("cifar10", "digits"),
         carry_over.section, suites=("corruptions",), numbers=(carry_over.numbers,)),
     "survival": Target(
         "Does low curvature, or this training, buy adversarial or certified robustness?",
-        ("cifar10",), survival.section, suites=("attacks", "certificates"),
+        ("cifar10", "digits"), survival.section, suites=("attacks", "certificates"),
         numbers=(curvature.numbers, *ATTACKS.numbers, *CERTIFICATES.numbers),
         over_runs=survival.numbers),
 }

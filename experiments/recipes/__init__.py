@@ -13,7 +13,7 @@ from experiments.recipes import (
     svhn_small,
 )
 from experiments.recipes.scales import tiny
-from jaxrobust.app.recipe import Recipe, register
+from jaxrobust.app.recipe import DIGITS, Recipe, register
 
 STUDIES: dict[str, dict[str, Recipe]] = {
     "cifar10": {"full": cifar10.RECIPE, "medium": cifar10_medium.RECIPE,
@@ -23,6 +23,7 @@ STUDIES: dict[str, dict[str, Recipe]] = {
     **{study: {scale: ablations.at_scale(study, scale) for scale in ablations.AT_SCALES}
        for study in ablations.STUDIES},
     "methods": {scale: methods.at_scale(scale) for scale in methods.SCALES},
+    "digits": {"small": DIGITS, "tiny": tiny(DIGITS)},
 }
 """By name, the recipe at each of its scales, the paper's first."""
 

@@ -118,6 +118,8 @@ DIGITS = Recipe(
     evaluation=Evaluation(noise_levels=(0, 16, 32, 48, 64), tsne_images=360),
     curvature=CurvatureConfig(num_images=360),
     seeds=(0, 1, 2),
+    cost=Cost(cpu_hours=0.02, cpu_gigabytes=1, gpu_hours=0.02,
+              basis="measured on CPUs, estimated on GPUs"),
     note="In so short a schedule the robust method keeps the paper's loss and distances, with "
          "smaller weights (alpha 0.01, beta 0.05, lambda 0.05), gradients clipped to norm 5, and "
          "one forward pass for both views. Noise of 0.15 (38/255) in training: 48/255 and 64/255 "
