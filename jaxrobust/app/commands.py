@@ -734,7 +734,11 @@ class Export(WithData):
     def __call__(self) -> None:
         out = self.out or self.run / "model.stablehlo"
         predict.require_exportable(out)
-        predict.export_run(*predict.load_classifier(self.run, self.data_dir), out)
+        if out.suffix == classifiers.ARTEFACT:
+            predict.export_run(*predict.load_classifier(self.run, self.data_dir), out)
+        else:
+            predict.export_weights(trainer.load_run(
+                self.run, run_folder.read_config(self.run), None), out)
         print(f"The network is in {out}")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrobust import _validate, data
 from jaxrobust.app import files, provenance
+from jaxrobust.app.classifiers import ARTEFACT
 from jaxrobust.app.config import InputError
 from jaxrobust.app.datasets import open_dataset
 from jaxrobust.app.doubt import (
@@ -168,30 +169,34 @@ def table_lines(
 
 def require_exportable(path: pathlib.Path) -> None:
     """Raises InputError unless a network can be written to this path."""
-    _validate.one_of("suffix", path.suffix, (".stablehlo", *pytorch.SUFFIXES, ".npz"))
+    _validate.one_of("suffix", path.suffix, (ARTEFACT, *pytorch.SUFFIXES, ".npz"))
     files.require_writable_file(path)
 
 
-def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
-    """Writes a run's network for use without this package.
+def export_weights(run: TrainedRun, path: pathlib.Path) -> None:
+    """Writes the weights of a run's network.
 
-    ``.stablehlo``: :func:`classify` of float32 images in [0, 1] as serialised by ``jax.export``,
-    with its first derivatives, normalisation and weights, for any number of images, on any of
-    :data:`PLATFORMS`; beside it ``.json`` with the inputs, the outputs and the names of the
-    classes. ``.safetensors``, ``.pth``: the weights, in PyTorch's names and layout.
-    ``.npz``: the weights under Flax's names; see :func:`jaxrobust.app.trainer.write_weights`.
+    ``.safetensors``, ``.pth``: in PyTorch's names and layout. ``.npz``: under Flax's names; see
+    :func:`jaxrobust.app.trainer.write_weights`.
     """
     if path.suffix == ".npz":
         files.make_folder(path.parent)
         write_weights(run, path)
         return
-    if path.suffix in pytorch.SUFFIXES:
-        state_dict = pytorch.to_torch_state_dict(
-            run.model, jax.device_get(variables_of(run.state)))
-        files.make_folder(path.parent)
-        with files.writing(path):
-            pytorch.write_state_dict(path, state_dict)
-        return
+    state_dict = pytorch.to_torch_state_dict(run.model, jax.device_get(variables_of(run.state)))
+    files.make_folder(path.parent)
+    with files.writing(path):
+        pytorch.write_state_dict(path, state_dict)
+
+
+def export_run(run: TrainedRun, doubt: Doubt, path: pathlib.Path) -> None:
+    """Writes a run's classifier for use without this package.
+
+    It is :func:`classify` of float32 images in [0, 1] as serialised by ``jax.export``, with its
+    first derivatives, normalisation and weights, for any number of images, on any of
+    :data:`PLATFORMS`; beside it ``.json`` with the inputs, the outputs and the names of the
+    classes.
+    """
     shape = run.network.image_shape
     batch, = jax.export.symbolic_shape("b")
     exported = jax.export.export(
