@@ -14,6 +14,8 @@ from jaxrobust.app.study.read import load_study, with_rows
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for pattern in ("*/report.csv", "small/*/*.csv")
                  for path in (ROOT / "results").glob(pattern))
+OF_NETWORKS = ("corruptions", "survival")
+"""Targets that are made from the runs in results/networks."""
 
 
 @pytest.fixture(name="folder", params=FOLDERS, ids=[path.name for path in FOLDERS])
@@ -22,7 +24,8 @@ def _folder(request):
     folder = request.param
     page, = (path for path in folder.glob("*.md") if path.stem in ("report", folder.name))
     numbers = frame.read_csv(page.with_suffix(".csv"))
-    return page, numbers, load_study(ROOT / "results" / numbers.study[0])
+    place = ROOT / "results" / ("networks" if folder.name in OF_NETWORKS else "")
+    return page, numbers, load_study(place / numbers.study[0])
 
 
 def test_there_is_a_table_of_numbers_for_each_report_and_target():

@@ -454,12 +454,13 @@ def test_families_of_noise_have_the_power_of_the_gaussian():
 
 def test_every_recipe_of_a_study_says_what_it_costs():
     for study, scales in STUDIES.items():
-        assert {*SCALES} - {*scales} <= {"medium"}  # which not every study has.
+        # Not every study is made for a GPU, and digits, which are small, for none.
+        assert {*SCALES} - {*scales} <= {"medium", *(["full"] if study == "digits" else [])}
         assert list(scales) == [scale for scale in SCALES if scale in scales]
         for recipe in scales.values():
             assert recipe.cost is not None and recipe.cost.cpu_hours > 0, recipe.name
             assert recipe is RECIPES[recipe.name]
-        assert scales["full"].name == study
+        assert next(iter(scales.values())).name == study
 
 
 @pytest.mark.slow
