@@ -9,13 +9,18 @@ from experiments import carry_over
 from experiments.recipes.methods import REFERENCE
 from jaxrobust.app.program import work_of
 from jaxrobust.app.report import pictures, report, tables
-from jaxrobust.app.report.frame import Accuracies, Number, accuracies, frame, over_seeds
+from jaxrobust.app.report.frame import (
+    Accuracies,
+    Number,
+    accuracies,
+    frame,
+    noise_level,
+    over_seeds,
+)
 from jaxrobust.app.report.page import Section, Table, TableRow, text_row
 from jaxrobust.app.study.read import Run, Study
 
 UPDATE, TRAINING = "work of an update", "work of the training"
-LEVEL = "16/255"
-"""The noise of the picture: about that of the training."""
 
 
 def numbers(run: Run) -> Iterator[Number]:
@@ -38,7 +43,13 @@ def section(study: Study) -> Section:
         *_by_method(study, corrupted, groups, "Accuracy under common corruptions")]
     return Section(
         "methods", study.title, " ".join(report.best_rows(study)), tuple(filter(None, found)),
-        (pictures.pareto_picture(study, LEVEL),))
+        (pictures.pareto_picture(study, level_of(study, by_row)),))
+
+
+def level_of(study: Study, by_row: Accuracies) -> str:
+    """The noise of the picture: of the levels tested, the one nearest to that of the training."""
+    std = next(run.config.noise_std for run in study.all_finished())
+    return min(tables.levels_of(by_row), key=lambda level: abs(noise_level(level) - 255 * std))
 
 
 def _cost_table(study: Study) -> Table:

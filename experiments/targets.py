@@ -164,8 +164,9 @@ QUESTIONS: dict[str, Target] = {
         "perturbations", _perturbed("both"), pictures.perturbation_picture), perturbed=True),
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
-    "methods": Target("What beats training on both views?", ("methods",), strongest.section,
-                      suites=("corruptions",), numbers=(*Target.numbers, strongest.numbers)),
+    "methods": Target("What beats training on both views?", ("methods", "methods_digits"),
+                      strongest.section, suites=("corruptions",),
+                      numbers=(*Target.numbers, strongest.numbers)),
     "corruptions": Target(
         "Does training on noise carry over to common corruptions?", ("cifar10", "digits"),
         carry_over.section, suites=("corruptions",), numbers=(carry_over.numbers,)),

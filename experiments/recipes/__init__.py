@@ -24,6 +24,7 @@ STUDIES: dict[str, dict[str, Recipe]] = {
        for study in ablations.STUDIES},
     "methods": {scale: methods.at_scale(scale) for scale in methods.SCALES},
     "digits": {"small": DIGITS, "tiny": tiny(DIGITS)},
+    "methods_digits": {"small": methods.on_digits()},
 }
 """By name, the recipe at each of its scales, the paper's first."""
 

@@ -2,7 +2,8 @@
 
     python -m experiments reproduce methods --scale small --jobs 2
 
-Every row trains as in `ablations`: at the small scale 5,120 images, width 8, 12 epochs. Rows with
+Every row trains as in `ablations`: at the small scale 5,120 images, width 8, 12 epochs. On digits
+it trains as in `digits`, with more noise and the same settings for all else. Rows with
 the suffix `_work` repeat a method for as many epochs as make its work that of `both`, which passes
 two views: :func:`at_work_of`. The work of an update is `Method.passes.relative`, and twice that for
 sharpness-aware ones. Methods with the work of `both` need no such row.
@@ -38,7 +39,7 @@ from experiments.recipes import ablations
 from experiments.recipes.scales import name_at, tiny
 from jaxrobust.app.config import RunConfig, with_settings
 from jaxrobust.app.program import work_of
-from jaxrobust.app.recipe import METHOD_LABELS, Recipe
+from jaxrobust.app.recipe import DIGITS, METHOD_LABELS, Cost, Recipe
 
 REFERENCE = "both"
 """The row that the others are compared with."""
@@ -112,16 +113,28 @@ def method_rows(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
 def at_scale(scale: str) -> Recipe:
     """Makes the recipe at one of :data:`SCALES`."""
     base = ablations.SMALL if scale == "small" else ablations.FULL
-    rows = method_rows(base.rows["robust"])
     # The hours of a run there are those of its paper's method, as many passes as `both`.
+    recipe = _compared(base, base.cost, name_at("methods", "small" if scale == "small" else "full"),
+                       "What beats training on both views?")
+    return tiny(recipe) if scale == "tiny" else recipe
+
+
+def on_digits() -> Recipe:
+    """Makes the recipe of the digits, which is small as it is."""
+    a_run = dataclasses.replace(DIGITS.cost, cpu_hours=DIGITS.cost.cpu_hours / len(DIGITS.rows),
+                                gpu_hours=DIGITS.cost.gpu_hours / len(DIGITS.rows))
+    return _compared(DIGITS, a_run, "methods_digits", DIGITS.title)
+
+
+def _compared(base: Recipe, a_run: Cost, name: str, title: str) -> Recipe:
+    """The rows with the settings of a recipe's row of the paper's method; ``a_run`` is the cost of
+    a run of `both`."""
+    rows = method_rows(base.rows["robust"])
     reference = rows[REFERENCE][1]
     runs = sum(work_of(run) * run.epochs for _, run in rows.values()) / (
         work_of(reference) * reference.epochs)
-    recipe = dataclasses.replace(
-        base, name=name_at("methods", "small" if scale == "small" else "full"),
-        title="What beats training on both views?",
-        rows={row: run for row, (_, run) in rows.items()},
+    return dataclasses.replace(
+        base, name=name, title=title, rows={row: run for row, (_, run) in rows.items()},
         labels={row: label for row, (label, _) in rows.items()}, curvature=None,
-        cost=dataclasses.replace(base.cost, cpu_hours=base.cost.cpu_hours * runs,
-                                 gpu_hours=base.cost.gpu_hours * runs))
-    return tiny(recipe) if scale == "tiny" else recipe
+        cost=dataclasses.replace(a_run, cpu_hours=a_run.cpu_hours * runs,
+                                 gpu_hours=a_run.gpu_hours * runs))

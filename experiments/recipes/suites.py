@@ -30,7 +30,7 @@ def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
             linf=(2 / 255, 8 / 255), l2=(0.5,), nearest=("l2",), limit=500),
         "certificates": CertificateSettings(
             sigma=noise_std, n=100_000 if scale == "full" else 10_000, limit=500)}
-    if recipe.name == name_at("methods", "small"):
+    if recipe.name in (name_at("methods", "small"), "methods_digits"):
         return every | {"corruptions": CorruptionSettings(severities=(3,), limit=1000)}
     if scale != "tiny":
         return every
