@@ -47,9 +47,11 @@ def section(study: Study) -> Section:
 
 
 def level_of(study: Study, by_row: Accuracies) -> str:
-    """The noise of the picture: of the levels tested, the one nearest to that of the training."""
+    """The noise of the picture: the lowest level tested at or above that of the training, or the
+    highest of all."""
     std = next(run.config.noise_std for run in study.all_finished())
-    return min(tables.levels_of(by_row), key=lambda level: abs(noise_level(level) - 255 * std))
+    levels = tables.levels_of(by_row)
+    return next((level for level in levels if noise_level(level) >= 255 * std), levels[-1])
 
 
 def _cost_table(study: Study) -> Table:
