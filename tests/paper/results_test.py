@@ -20,14 +20,19 @@ OF_NETWORKS = ("corruptions", "survival")
 """Targets that are made from the runs in results/networks."""
 
 
-@pytest.fixture(name="folder", params=FOLDERS, ids=[path.name for path in FOLDERS])
-def _folder(request):
-    """Of a report or of a target: its page, its numbers and its study."""
+@pytest.fixture(name="parts", params=FOLDERS, ids=[path.name for path in FOLDERS])
+def _parts(request):
+    """Of a report or of a target, for each of its studies: text, numbers and the study."""
     folder = request.param
     page, = (path for path in folder.glob("*.md") if path.stem in ("report", folder.name))
-    numbers = frame.read_csv(page.with_suffix(".csv"))
+    numbers, text = frame.read_csv(page.with_suffix(".csv")), page.read_text()
     place = ROOT / "results" / ("networks" if folder.name in OF_NETWORKS else "")
-    return page, numbers, load_study(place / numbers.study[0])
+    found = [load_study(place / name) for name in numbers.study.unique()]
+    texts = [text] if len(found) == 1 else [
+        re.search(rf"^## {re.escape(study.title)}$.*?(?=^## |\Z)", text, re.M | re.S)[0]
+        for study in found]
+    return [(part, numbers[numbers.study == study.name], study)
+            for part, study in zip(texts, found, strict=True)]
 
 
 def test_there_is_a_table_of_numbers_for_each_report_and_target():
@@ -37,24 +42,28 @@ def test_there_is_a_table_of_numbers_for_each_report_and_target():
     assert {path.name for path in FOLDERS} == made | reports and len(made) > 15
 
 
-def test_the_numbers_are_those_of_the_runs(folder):
-    _, numbers, study = folder
-    key = ["row", "seed", "measurement", "condition", "draw"]
-    there = numbers.set_index(key).value.to_dict()
-    part = with_rows(study, [row for row in numbers.row.unique() if row])
-    found = report.numbers_of(part)
-    for line in found[found.measurement.isin(numbers.measurement)].itertuples():
-        assert there[line.row, line.seed, line.measurement, line.condition, line.draw] == (
-            pytest.approx(line.value, rel=1e-8, nan_ok=True)), line
+def test_the_numbers_are_those_of_the_runs(parts):
+    for _, numbers, study in parts:
+        key = ["row", "seed", "measurement", "condition", "draw"]
+        there = numbers.set_index(key).value.to_dict()
+        part = with_rows(study, [row for row in numbers.row.unique() if row])
+        found = report.numbers_of(part)
+        for line in found[found.measurement.isin(numbers.measurement)].itertuples():
+            assert there[line.row, line.seed, line.measurement, line.condition, line.draw] == (
+                pytest.approx(line.value, rel=1e-8, nan_ok=True)), line
 
 
-def test_a_page_shows_its_numbers(folder):
-    page, numbers, study = folder
+def test_a_page_shows_its_numbers(parts):
+    for text, numbers, study in parts:
+        tables_show(text, numbers, study)
+
+
+def tables_show(text, numbers, study):
     rows = {label: row for row, label in study.labels.items()}
     noisy = frame.accuracies_of(numbers, study.labels)
     corrupted = frame.accuracies_of(numbers, study.labels, ACCURACY, carry_over.IMAGES)
     spread = "std_over_seeds" if tables.several_seeds(study) else "std_over_draws"
-    for caption, (head, *lines) in markdown.tables(page.read_text()):
+    for caption, (head, *lines) in markdown.tables(text):
         if not re.match("Accuracy (in %[, ]|less|under)(?!.*class)", caption):
             continue
         # Perturbations are the rows of their tables, noise levels the columns.
@@ -74,7 +83,7 @@ def test_a_page_shows_its_numbers(folder):
             if line[0] in rows:
                 assert [line[index] for index in chosen] == [
                     f"**{cell.text}**" if cell.bold else cell.text
-                    for cell in cells[rows[line[0]]]], (page, line[0])
+                    for cell in cells[rows[line[0]]]], (study.name, line[0])
                 checked += 1
         assert checked
 
