@@ -195,6 +195,14 @@ def test_what_is_not_known_is_read_as_it_was_and_in_no_summary(tmp_path):
     assert json.loads(json.dumps(found, allow_nan=False))["mean"] == 2
 
 
+def test_the_numbers_of_several_studies_name_their_study():
+    lines = [(study, "both", 0, "accuracy", "clean", value, "%", None)
+             for study, value in (("toy", 1.0), ("other", 2.0))]
+    assert [(one["study"], one["mean"]) for one in frame.summary(frame.table(lines))] == [
+        ("toy", 1), ("other", 2)]
+    assert all("study" not in one for one in frame.summary(frame.table(lines[:1])))
+
+
 def test_summary_says_where_the_difference_is_beyond_its_interval(three_seeds):
     folder, _ = three_seeds
     best_and_basis, comparison = json.loads((folder / "report.json").read_text())["summary"]

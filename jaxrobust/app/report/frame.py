@@ -193,10 +193,12 @@ def accuracies_of(table: pd.DataFrame, rows: Iterable[str], measurement: str = "
 
 
 def summary(table: pd.DataFrame) -> list[dict]:
-    """Returns :func:`over_seeds` for a JSON file, without unknown values."""
+    """Returns :func:`over_seeds` for a JSON file, without unknown values, and with the study where
+    there are several."""
+    known = [] if table.study.nunique() > 1 else ["study"]
     return [{name: value for name, value in line.items() if value == value}
             for line in over_seeds(table.dropna(subset="value")).drop(
-                columns="study").to_dict("records")]
+                columns=known).to_dict("records")]
 
 
 def to_csv(table: pd.DataFrame) -> str:
