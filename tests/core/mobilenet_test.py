@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -145,7 +144,7 @@ def test_training_moves_the_running_statistics_by_a_hundredth():
     ("resnet18_imagenet", True), ("mobilenet_v3_small", False)])
 def test_the_gauss_newton_gap_tells_that_mobilenet_is_not_piecewise_linear(
         name, linear, monkeypatch):
-    # Quicker to compile; that it is the same is tested below.
+    # Quicker to compile; that it is the same is tested in convolutions_test.py.
     monkeypatch.setattr(common, "_depthwise_conv", jax.lax.conv_general_dilated)
     model = make(name)
     images = jax.random.uniform(jax.random.key(1), (2, 24, 24, 3))
@@ -165,49 +164,6 @@ def test_the_gauss_newton_gap_tells_that_mobilenet_is_not_piecewise_linear(
     # The threshold of `python -m experiments curvature` is 0.01.
     gaps = gap(variables, images)
     assert (gaps < 1e-3).all() if linear else (gaps > 0.05).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
-def test_the_depthwise_convolution_and_its_derivatives_are_xlas(size, stride, enable_x64):
-    generator = np.random.default_rng(0)
-    x, along = generator.normal(size=(2, 2, 7, 8, 6))
-    kernel, turned = generator.normal(size=(2, size, size, 1, 6))
-    options = {"padding": ((size // 2, size // 2),) * 2, "feature_group_count": 6,
-               "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-
-    def values(convolve):
-        def scalar(x, kernel):
-            return jnp.sum(jnp.sin(convolve(x, kernel, (stride, stride), **options)))
-
-        gradient = jax.grad(scalar, argnums=(0, 1))
-        # Value, gradients, a product with the whole Hessian, and one with each of two vectors.
-        return (convolve(x, kernel, (stride, stride), **options), gradient(x, kernel),
-                jax.jvp(gradient, (x, kernel), (along, turned))[1],
-                jax.vmap(lambda v: jax.vjp(lambda x: gradient(x, kernel)[0], x)[1](v))(
-                    jnp.stack([along, x])))
-
-    ours, xlas = jax.jit(lambda: (values(common._depthwise_conv),
-                                  values(jax.lax.conv_general_dilated)))()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), ours, xlas)
-
-
-def test_the_depthwise_convolution_is_xlas_but_on_cpus():
-    x, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 1, 6))
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return common.conv(6, x, size=3, depthwise=True, dtype=x.dtype, name="layer")
-
-    def program(platform):
-        return jax.export.export(jax.jit(lambda x, kernel: Layer().apply(
-            {"params": {"layer": {"kernel": kernel}}}, x)), platforms=[platform])(
-                x, kernel).mlir_module()
-
-    assert "stablehlo.convolution" not in program("cpu")
-    for platform in ("cuda", "tpu"):
-        assert "stablehlo.convolution" in program(platform)
 
 
 @pytest.mark.parametrize(("make_model", "message"), [
