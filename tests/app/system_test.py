@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import platform
 import pwd
 import re
 import shutil
@@ -48,6 +49,33 @@ def test_what_an_encoding_lacks_is_written_as_an_escape(monkeypatch):
     cli._prepare_streams()
     print("\udcff “3”", flush=True)
     assert written.getvalue() == rb"\udcff \u201c3\u201d" + b"\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_of_large_training_steps_stays_with_the_process():
+    # More than 2 GiB, up to which a limit in an int would do.
+    program = """
+import ctypes, resource
+from jaxrobust.app import execution
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+    ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p])
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    for page in range(0, size, 4096 * 16):
+        ctypes.memset(block + page, 1, 1)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+execution.keep_freed_memory()
+print(*(faults(5 * 2**29) for _ in range(2)))
+"""
+    first, second = map(int, subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split())
+    assert second < first / 100
 
 
 def test_a_user_without_a_home_is_given_the_root_folder(monkeypatch):
