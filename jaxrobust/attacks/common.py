@@ -228,14 +228,17 @@ def evaluate_with_gradient(
     classifier: Classifier, objective: Objective, problem: Problem, images: jax.Array,
     keys: jax.Array,
 ) -> tuple[Evaluated, jax.Array]:
-    """What the classifier says of images, and the gradient of the objective, like images."""
+    """What the classifier says of images, and the gradient of the objective, like images.
+
+    Where it is not finite, as that of sqrt(0), it is 0, which the ensemble's warning counts.
+    """
     def one_draw(keys: jax.Array) -> tuple[Evaluated, jax.Array]:
         def total(images: jax.Array) -> tuple[jax.Array, Evaluated]:
             found = _once(classifier, objective, problem, images, keys)
             return jnp.sum(found.loss), found
 
         gradient, found = jax.grad(total, has_aux=True)(images)
-        return found, gradient
+        return found, jnp.where(jnp.isfinite(gradient), gradient, 0)
 
     return _over_draws(classifier, one_draw, keys)
 

@@ -29,6 +29,8 @@ class Ensemble(NamedTuple):
     warnings: dict[str, str]
     """Signs that the numbers may mislead, as sentences by name: "probabilities", "random",
     "zero_gradients", "black_box", "few_classes"."""
+    zero_gradients: int = 0
+    """Runs of APGD, one for each image and target, that failed without a gradient."""
 
 
 _PASSES = 5
@@ -59,12 +61,13 @@ def auto_attack(
 
     Differences from the authors' code: Square draws places for each image instead of for each
     batch, and in L2 passes on the mass of each channel as its paper does
-    (:func:`~jaxrobust.attacks.square_attack`); FAB ends with a bisection; the gradient of the
-    softmax loss keeps its digits where the network is confident.
+    (:func:`~jaxrobust.attacks.square_attack`); the gradient of the softmax loss keeps its digits
+    where the network is confident; a gradient that is not finite counts as 0.
 
     The warnings are AutoAttack's: ``probabilities``, where outputs look like probabilities instead
     of logits; ``random``, where five passes over the first batch differ;
-    ``zero_gradients``, where the softmax loss has none; ``black_box``, where Square, which uses no
+    ``zero_gradients``, where the loss of APGD has none at an image that withstands it;
+    ``black_box``, where Square, which uses no
     gradients, takes more than 0.2 points of accuracy from what those with gradients left;
     ``few_classes``, where ``apgd-t``, which needs 4 classes (``apgd-dlr`` 3), is left out.
 
@@ -156,7 +159,8 @@ def auto_attack(
                 result.broken_by[rows[broken]] = name
         result.accuracy[name] = float(result.robust.sum() / counts.sum())
     _warn_of_gradients(result, zero_gradients)
-    return result._replace(broken_by=result.broken_by.astype(str))
+    return result._replace(
+        broken_by=result.broken_by.astype(str), zero_gradients=zero_gradients)
 
 
 class _Attack(NamedTuple):
@@ -229,15 +233,19 @@ def _warn_of_randomness(result: Ensemble, passes: Sequence[np.ndarray]) -> None:
 
 def _warn_of_gradients(result: Ensemble, zero_gradients: int) -> None:
     if zero_gradients:
-        result.warnings["zero_gradients"] = (
-            f"Gradients are zero in {zero_gradients} runs of APGD that failed: attacks by "
-            "gradients may not say how robust the network is.")
+        result.warnings["zero_gradients"] = zero_gradients_text(zero_gradients)
     before = min(value for name, value in result.accuracy.items() if name != "square")
     after = result.accuracy.get("square")
     if after is not None and before - after > _GAIN:
         result.warnings["black_box"] = (
             f"Square, which uses no gradients, lowers the accuracy from {before:.2%} to "
             f"{after:.2%}: the gradients may be masked.")
+
+
+def zero_gradients_text(number: int) -> str:
+    """The warning of :attr:`Ensemble.zero_gradients`."""
+    return (f"Gradients are zero in {number} runs of APGD that failed: attacks by gradients may "
+            "not say how robust the network is.")
 
 
 class MaskingCheck(NamedTuple):

@@ -381,6 +381,32 @@ def test_logits_that_are_not_finite_are_counted(network):
             call(broken)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gradient_that_is_not_finite_counts_as_zero(norm):
+    def standardised(x):
+        flat = x.reshape(len(x), -1)
+        scale = jnp.std(flat, axis=1, keepdims=True) + 1e-5  # Without a derivative at 0.
+        flat = (flat - flat.mean(axis=1, keepdims=True)) / scale
+        return jnp.stack([flat[:, 0] + 0.1, -flat[:, 0]], axis=1)
+
+    images = np.full((2, 4, 4, 1), 0.5, np.float32)  # The first of one colour, unlike the second.
+    images[1] = np.linspace(0.4, 0.6, 16).reshape(4, 4, 1)[::-1]
+    labels = np.zeros(2, np.int32)
+    gradient = jax.grad(lambda x: standardised(x).sum())(jnp.asarray(images))
+    assert np.isnan(gradient[0]).any() and np.isfinite(gradient[1]).all()
+    fast = attacks.fgsm(standardised, images, labels, norm=norm, epsilon=0.01)
+    walked = attacks.pgd(standardised, images, labels, KEY, norm=norm, epsilon=0.01, num_steps=3,
+                         random_start=False)
+    for attacked in (fast, walked):
+        np.testing.assert_array_equal(attacked[0], images[0])
+        assert 0 < norms_of(norm, attacked - images)[1] <= 0.01 + 1e-6
+    nearest, distance = attacks.fab(standardised, images, labels, norm=norm, num_steps=5)
+    assert np.isfinite(nearest).all() and np.isinf(distance[0]) and np.isfinite(distance[1])
+    ensemble = attacks.auto_attack(standardised, images[:1], labels[:1], KEY, norm=norm,
+                                   epsilon=0.0, num_steps=2, num_queries=1)
+    assert "zero_gradients" in ensemble.warnings and ensemble.zero_gradients > 0
+
+
 def test_bad_arguments_are_named(network):
     logits_fn, images, labels = network
     pgd = functools.partial(attacks.pgd, logits_fn, key=KEY, norm="l2", epsilon=1, num_steps=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust import attacks as library
-from jaxrobust.app.classifiers import ForeignModel, is_randomised
+from jaxrobust.app.classifiers import ForeignModel, is_randomised, require_gradient
 from jaxrobust.app.config import InputError, distinct
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.measurements.estimates import (
@@ -35,6 +35,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.report.page import Section, Table, text_row
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
+from jaxrobust.attacks.ensemble import zero_gradients_text
 from jaxrobust.evaluation import map_batches
 
 SEED = 0
@@ -95,6 +96,7 @@ class AttackSettings:
 
 
 def _asked(run: TrainedRun | ForeignModel, settings: AttackSettings, folder: pathlib.Path) -> dict:
+    require_gradient(run, "attacks")
     asked = settings_asked(run, settings, folder)
     if is_randomised(run):
         if settings.nearest:
@@ -147,10 +149,11 @@ def _ensemble(classifier, split, rows, settings, norm, epsilon):
         epsilon=epsilon, num_steps=settings.num_steps, num_targets=settings.num_targets,
         num_queries=settings.num_queries, batch_size=batch_size_of(split.images),
         indices=rows)
-    # That of the black box is judged over all batches.
-    warnings = {name: text for name, text in found.warnings.items() if name != "black_box"}
+    # The others are judged over all batches.
+    warnings = {name: text for name, text in found.warnings.items()
+                if name not in ("black_box", "zero_gradients")}
     return ({"norm": norm, "epsilon": epsilon, "warnings": warnings,
-             "attacks": list(found.accuracy)},
+             "zero_gradients": found.zero_gradients, "attacks": list(found.accuracy)},
             {"broken_by": found.broken_by.astype("U16"), "distance": np.full(len(rows), np.nan)})
 
 
@@ -175,6 +178,9 @@ def _of_ball(norm: str, epsilon: float, broken_by: np.ndarray, batches: list[dic
     warnings: dict[str, str] = {}
     for batch in batches:
         warnings = batch["warnings"] | warnings
+    zero_gradients = sum(batch["zero_gradients"] for batch in batches)
+    if zero_gradients:
+        warnings["zero_gradients"] = zero_gradients_text(zero_gradients)
     gained = int((broken_by == "square").sum()) / len(broken_by)
     if gained > MASKED:
         warnings["black_box"] = (
@@ -290,4 +296,4 @@ def table_text(facts: dict) -> str:
 ATTACKS = Measurement(
     "attacks", AttackSettings(), _measure, _asked, section=_section,
     numbers=(numbers_of(estimates),), estimates=estimates, suite="attacks", randomised=True,
-    command="evaluate", text=table_text)
+    gradients=True, command="evaluate", text=table_text)
