@@ -1,6 +1,7 @@
 """Opens classifiers that were not trained here: exported artefacts and functions of modules."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -14,15 +15,16 @@ from typing import NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrobust import _validate
 from jaxrobust._errors import reason_of
 from jaxrobust.app import files
 from jaxrobust.app.config import InputError, RunConfig
-from jaxrobust.app.datasets import open_dataset
+from jaxrobust.app.datasets import fingerprint, open_dataset
 from jaxrobust.app.trainer import Splits, TrainedRun
 from jaxrobust.data import Dataset
-from jaxrobust.images import FeaturesFn, LogitsFn
+from jaxrobust.images import FeaturesFn, LogitsFn, to_float
 from jaxrobust.parallel import Layout, make_layout
 
 ARTEFACT = ".stablehlo"
@@ -92,14 +94,43 @@ def open_foreign(model: pathlib.Path, dataset: Dataset, layout: Layout | None = 
     return found
 
 
+def require_gradient(model: TrainedRun | ForeignModel, suite: str) -> None:
+    """Checks that JAX can differentiate a model, without which a suite measures nothing.
+
+    Raises:
+      InputError: (a ValueError) if it cannot; the reason is that of JAX.
+    """
+    why = why_no_gradient(model)
+    if why is not None:
+        raise InputError(f"Expected {model.name} to have derivatives, for the suite {suite}: "
+                         f"{why}.")
+
+
+def why_no_gradient(model: TrainedRun | ForeignModel) -> str | None:
+    """Why JAX cannot differentiate a model; None if it can, as it can all runs."""
+    if not isinstance(model, ForeignModel):
+        return None
+    images = jax.ShapeDtypeStruct((2, *model.dataset.image_shape), jnp.float32)
+    try:
+        jax.eval_shape(jax.grad(lambda images: _logits(model, images).sum()), images)
+    except Exception as error:  # The user's code may raise anything.
+        return reason_of(error)
+    return None
+
+
+def _logits(model: ForeignModel, images: jax.Array) -> jax.Array:
+    """Applies a model as attacks do: a randomised one image by image, each with a key."""
+    if not model.takes_key:
+        return model.logits_fn(images)
+    return jax.vmap(lambda key, image: model.logits_fn(key, image[None])[0])(
+        jax.random.split(jax.random.key(0), len(images)), images)
+
+
 def orders_of(model: ForeignModel) -> tuple[int, str | None]:
-    """How often JAX can differentiate a model: twice, or once and why not twice.
+    """How often JAX can differentiate a model that it can: twice, or once and why not twice.
 
     Exported artefacts can be differentiated in reverse mode alone, and so can functions with a
     ``jax.custom_vjp``; the products with the Hessian are forward-mode derivatives of the gradient.
-
-    Raises:
-      InputError: (a ValueError) if it has no derivatives at all.
     """
     def gradient(images):
         return jax.grad(lambda images: model.logits_fn(images).sum())(images)
@@ -109,11 +140,6 @@ def orders_of(model: ForeignModel) -> tuple[int, str | None]:
             jnp.ones(2))
 
     images = jax.ShapeDtypeStruct((2, *model.dataset.image_shape), jnp.float32)
-    try:
-        jax.eval_shape(gradient, images)
-    except Exception as error:  # The user's code may raise anything.
-        raise InputError(f"Expected {model.name} to have derivatives, for the suite curvature: "
-                         f"{reason_of(error)}.") from error
     try:
         jax.eval_shape(products, images)
     except Exception as error:  # The user's code may raise anything.
@@ -163,27 +189,58 @@ def _unfolded(array: jax.Array, size: int) -> jax.Array:
     return array.reshape(size, -1, *array.shape[1:])
 
 
-def identity_of(model: pathlib.Path, dataset: Dataset) -> dict:
-    """What the results of a foreign model belong to: the file, by its digest, and the data set.
+PROBED = 16
+"""Test images whose largest logits tell a function from itself with other weights."""
+SAME = 0.01
+"""The largest difference of these logits, as a share of the largest, that devices may make."""
+
+
+def identity_of(model: pathlib.Path, opened: ForeignModel) -> dict:
+    """What the results of a foreign model belong to: the file, by its digest, the data set with its
+    images, and what a function makes of some of these.
 
     Raises:
       InputError: (a ValueError) if the module of a function is no file.
     """
-    path = model
+    path, dataset, probed = model, opened.dataset, {}
     if model.suffix != ARTEFACT:
+        # Its weights may come from anywhere.
+        images = to_float(jnp.asarray(dataset.test.images[:PROBED]))
+        logits = np.asarray(jax.jit(functools.partial(_logits, opened))(images), np.float64)
+        probed = {"largest_logits": [float(f"{value:.6g}") if np.isfinite(value) else None
+                                     for value in logits.max(axis=1)]}
         file = getattr(importlib.import_module(str(model).partition(":")[0]), "__file__", None)
         if file is None:
             raise InputError(f"Expected {model} in a module with a file, whose digest tells its "
                              "results from those of another.")
         path = pathlib.Path(file)
     return {"model": str(model), "dataset": dataset.name, "split_seed": RunConfig.split_seed,
-            "class_names": list(dataset.class_names),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            "class_names": list(dataset.class_names), "data_sha256": fingerprint(dataset),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **probed}
 
 
-def claim(model: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
-    """Makes a folder that of a foreign model's results, unless it is already."""
-    files.claim(folder / "model.json", json.dumps(identity_of(model, dataset), indent=2) + "\n")
+def claim(model: pathlib.Path, opened: ForeignModel, folder: pathlib.Path) -> None:
+    """Makes a folder that of a foreign model's results, unless it is already.
+
+    Raises:
+      InputError: (a ValueError) if it is that of something else, such as the same function with
+        other weights.
+    """
+    path, identity = folder / "model.json", identity_of(model, opened)
+    there = files.read_json(path) if path.is_file() else {}
+    probed = {name: there[name] for name in ("largest_logits",) if name in there}
+    if probed and identity | probed == there:
+        before, now = (np.array(values["largest_logits"], float) for values in (there, identity))
+        same = np.isclose(now, before, rtol=0, equal_nan=True,
+                          atol=SAME * np.nanmax(np.abs(before), initial=0))
+        if not same.all():
+            first = np.argmin(same)
+            raise InputError(
+                f"{folder} holds results of {model} with other weights: the largest logit of test "
+                f"image {first} was {before[first]:g} and is {now[first]:g}. Choose another folder "
+                "with --out, or remove that one.")
+        identity |= probed  # Equal but for rounding.
+    files.claim(path, json.dumps(identity, indent=2) + "\n")
 
 
 def open_data(model: pathlib.Path, data: str, data_dir: pathlib.Path,
@@ -258,7 +315,7 @@ def _function(text: str) -> LogitsFn:
         sys.path.insert(0, str(pathlib.Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # The user's code may raise anything.
         raise InputError(f"Cannot import {module_name!r} of {text}: {reason_of(error)}.") from error
     functions = [key for key, value in vars(module).items()
                  if callable(value) and not key.startswith("_")]
@@ -278,14 +335,8 @@ def _num_required(function: Callable) -> int | None:
 
 def _check_logits(path: pathlib.Path, model: ForeignModel) -> None:
     shape, num_classes = model.dataset.image_shape, len(model.dataset.class_names)
-
-    def each_with_a_key(images):
-        """As attacks apply it."""
-        return jax.vmap(lambda key, image: model.logits_fn(key, image[None])[0])(
-            jax.random.split(jax.random.key(0)), images)
-
     try:
-        logits = jax.eval_shape(each_with_a_key if model.takes_key else model.logits_fn,
+        logits = jax.eval_shape(functools.partial(_logits, model),
                                 jax.ShapeDtypeStruct((2, *shape), jnp.float32))
     except Exception as error:  # The user's code may raise anything.
         raise InputError(f"{path} fails on float32 images {[2, *shape]} of {model.dataset.name}: "

@@ -1,6 +1,7 @@
 """The commands of the application and their options."""
 
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -519,6 +520,13 @@ class _Evaluate(OnRuns):
         if len(foreign) > 1 and self.out is not None:
             raise InputError(f"Expected out only with one model, got {self.out} for "
                              f"{len(foreign)}.")
+        by_name: dict[str, pathlib.Path] = {}
+        for model in foreign:
+            other = by_name.setdefault(classifiers.name_of(model), model)
+            if other is not model:
+                raise InputError(f"Expected models of different names, which name the folders of "
+                                 f"their results, got {other} and {model}. Use one command for "
+                                 "each, with --out.")
         for suite in self.suite:
             if suite != EVERY and self._lacks(suite):
                 raise InputError(f"Expected --{suite}.{SUITES[suite].needs} with the suite "
@@ -550,7 +558,7 @@ class _Evaluate(OnRuns):
         files.require_writable(folder)
         dataset = classifiers.open_data(model, self.data, self.data_dir, self.image_size)
         opened = classifiers.open_foreign(model, dataset, layout)
-        classifiers.claim(model, dataset, folder)
+        classifiers.claim(model, opened, folder)
         return opened, folder
 
     def _suites_of(self, run) -> list[str]:
@@ -561,8 +569,14 @@ class _Evaluate(OnRuns):
         """
         randomised = classifiers.is_randomised(run)
         if EVERY in self.suite:
+            why = classifiers.why_no_gradient(run)
+            if why is not None:
+                files.say("Left out: " + ", ".join(
+                    suite for suite, measurement in SUITES.items() if measurement.gradients)
+                    + f", since {run.name} has no derivatives: {why}.")
             return [suite for suite, measurement in SUITES.items() if not self._lacks(suite)
-                    and (measurement.randomised or not randomised)]
+                    and (measurement.randomised or not randomised)
+                    and (why is None or not measurement.gradients)]
         for suite in self.suite:
             if randomised and not SUITES[suite].randomised:
                 raise InputError(f"Expected a function of images alone for the suite {suite!r}, "
@@ -571,30 +585,73 @@ class _Evaluate(OnRuns):
 
     def _measure(self, run, folder):
         """Measures what is missing, and writes the card."""
-        foreign = run.config is None
+        planned = []
         for suite in self._suites_of(run):
-            measurement = SUITES[suite]
-            settings = self.settings if suite == NOISE else getattr(self, suite)
-            if self.limit is not None and hasattr(settings, measurement.limited):
-                number = min(self.limit, len(run.dataset.test.labels))
-                settings = dataclasses.replace(settings, **{measurement.limited: number})
-            if hasattr(settings, "data_dir"):
-                settings = dataclasses.replace(settings, data_dir=str(self.data_dir))
-            if suite == NOISE:
-                facts = accuracy.evaluate_run(run, settings, folder, folder.name, self.name)
-                files.barrier("evaluated")
-                files.say(comparison.evaluation_text(facts))
-                if not foreign:
-                    files.say(doubt.doubt_text(doubt.load_doubt(folder)))
+            settings = self._settings_of(suite, run)
+            if self._is_kept(suite, settings, run, folder):
+                path = run_folder.facts_path(folder, SUITES[suite].kind, self.name)
+                files.say(f"There already: {path}")
             else:
-                facts = runner.measure(measurement, run, settings, folder, folder.name, self.name)
-                files.barrier("measured")
-                if measurement.text is not None:
-                    files.say(measurement.text(facts))
-            path = run_folder.facts_path(folder, measurement.kind, self.name)
-            files.say(f"Measured: {path}")
-        if files.is_writer() and (foreign or tuple(self.suite) != (NOISE,)):
+                planned.append((suite, settings))
+        for suite, settings in planned:  # Refuses before hours of work, not after.
+            runner.check(SUITES[suite], run, settings, folder, self.name)
+        try:
+            for suite, settings in planned:
+                self._measure_suite(suite, settings, run, folder)
+        except InputError:
+            self._write_card(run, folder)
+            raise
+        self._write_card(run, folder)
+
+    def _settings_of(self, suite, run):
+        """The settings of a suite, with the options that are common to all."""
+        limited = SUITES[suite].limited
+        settings = getattr(self, _options_of(suite))
+        if self.limit is not None and hasattr(settings, limited):
+            number = min(self.limit, len(run.dataset.test.labels))
+            settings = dataclasses.replace(settings, **{limited: number})
+        if hasattr(settings, "data_dir"):
+            settings = dataclasses.replace(settings, data_dir=str(self.data_dir))
+        return settings
+
+    def _is_kept(self, suite, settings, run, folder):
+        """Whether ``all`` has no need of a suite: the command gives it no settings of its own, and
+        there is a result, such as a study makes with its settings, of no fewer images."""
+        measurement, options = SUITES[suite], _options_of(suite)
+        default, = (field.default for field in dataclasses.fields(self) if field.name == options)
+        if EVERY not in self.suite or measurement.anew or getattr(self, options) != default:
+            return False
+        there = run_folder.read_facts(folder, measurement.kind, self.name)
+        number = getattr(settings, measurement.limited, None) or math.inf
+        return there is not None and there["num_images"] >= min(
+            number, len(run.dataset.test.labels))
+
+    def _measure_suite(self, suite, settings, run, folder):
+        measurement = SUITES[suite]
+        if suite == NOISE:
+            facts = accuracy.evaluate_run(run, settings, folder, folder.name, self.name)
+            files.barrier("evaluated")
+            files.say(comparison.evaluation_text(facts))
+            if run.config is not None:
+                files.say(doubt.doubt_text(doubt.load_doubt(folder)))
+        else:
+            facts = runner.measure(measurement, run, settings, folder, folder.name, self.name)
+            files.barrier("measured")
+            if measurement.text is not None:
+                files.say(measurement.text(facts))
+        files.say(f"Measured: {run_folder.facts_path(folder, measurement.kind, self.name)}")
+
+    def _write_card(self, run, folder):
+        """Writes the card of what is there, but for a run's accuracy under noise alone."""
+        there = any(run_folder.facts_path(folder, measurement.kind, self.name).is_file()
+                    for measurement in SUITES.values())
+        if there and files.is_writer() and (run.config is None or tuple(self.suite) != (NOISE,)):
             files.say(f"The card is in {card.write_card(folder, self.name)}")
+
+
+def _options_of(suite: str) -> str:
+    """The field of the command that holds a suite's settings."""
+    return "settings" if suite == NOISE else suite
 
 
 Evaluate = dataclasses.make_dataclass(

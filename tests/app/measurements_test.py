@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import HOLDER
 
-from jaxrobust.app import arguments, commands, files, run_folder
+from jaxrobust.app import arguments, commands, files, provenance, run_folder
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import MEASUREMENTS, named_results
 from jaxrobust.app.measurements.runner import Measured, Measurement
@@ -115,6 +115,15 @@ def test_other_settings_are_refused_and_kept_beside_under_a_name(folder, _listed
     call(folder, "--num-images", "4", "--name", "four")
     assert files.read_json(folder / "toy-four.json")["mean"] == 3
     assert named_results(folder) == ["toy-four"]
+
+
+def test_the_provenance_is_that_of_the_start(folder, monkeypatch):
+    commits = ["of the code"]
+    monkeypatch.setattr(provenance, "commit", lambda: commits[-1])
+    beside.append(lambda: commits.append("made meanwhile"))
+    call(folder)
+    assert len(commits) == 2
+    assert files.read_json(folder / "toy.json")["provenance"]["commit"] == "of the code"
 
 
 def test_an_interrupted_measurement_resumes_and_refuses_other_settings(folder):

@@ -1,11 +1,13 @@
 """The suite of robustness measurements: of a run, an exported artefact and functions of images."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import shutil
 import sys
 
+import hypothesis
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -14,9 +16,11 @@ import pandas as pd
 import pytest
 import studies
 from command_line import call, one_line
+from hypothesis import strategies as st
+from PIL import Image
 
 from jaxrobust import corruptions, data, losses, metrics
-from jaxrobust.app import classifiers, files, run_folder, trainer
+from jaxrobust.app import classifiers, datasets, doubt, files, run_folder, trainer
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import attacks, certificates, estimates, relative
 from jaxrobust.app.measurements.corruptions import CORRUPTIONS, CorruptionSettings
@@ -49,6 +53,11 @@ from plain_user import brightness
 
 def broken(images):
     return jnp.full((len(images), 10), jnp.nan)
+
+
+def of_bytes(images):
+    others = (jnp.abs(255 * images - jnp.round(255 * images)) > 1e-3).any(axis=(1, 2, 3))
+    return jnp.where(others[:, None], jnp.nan, brightness(images))
 
 
 def few(images):
@@ -85,7 +94,8 @@ def _modules(tmp_path, monkeypatch):
     page = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     examples = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", page, re.DOTALL))
     assert list(examples) == ["plain_user", "nnx_user", "torch_user"]
-    for name, text in {**examples, "users": USERS}.items():
+    for name, text in {**examples, "users": USERS, "unwritten_user": "def f(:",
+                       "failing_user": "raise ValueError('no weights')"}.items():
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -231,11 +241,34 @@ def test_the_images_of_a_study_are_the_first_of_its_subset(digits):
         estimates.images_of(digits.test, 20, 361)
 
 
-def test_square_beyond_gradients_is_warned_of_over_all_batches():
-    batch = {"attacks": ["clean", "apgd-ce", "square"], "warnings": {"random": "once"}}
+@hypothesis.given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_images_of_classes_that_cannot_be_on_both_sides_are_drawn_by_their_shares(counts, drawn):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    number = drawn.draw(st.integers(1, len(labels)))
+    rows = estimates.rows_by_class(labels, number)
+    assert len(np.unique(rows)) == number and (np.diff(rows) > 0).all()
+    taken = np.bincount(labels[rows], minlength=len(counts))
+    assert (np.abs(taken - number * np.array(counts) / len(labels)) < 1).all()
+
+
+@pytest.mark.parametrize("counts", [[51, 51], [99, 1], [3, 5000]])
+def test_a_limit_takes_its_number_of_images_whatever_the_classes(counts):
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    split = data.Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels)
+    for limit in (1, len(labels) - 1):
+        assert len(estimates.subset_of(split, limit).labels) == limit
+
+
+def test_warnings_of_the_ensemble_are_over_all_batches():
+    batch = {"attacks": ["clean", "apgd-ce", "square"], "warnings": {"random": "once"},
+             "zero_gradients": 2}
     few = attacks._of_ball("l2", 0.5, np.array(["square"] + [""] * 999), [batch, batch])
     many = attacks._of_ball("l2", 0.5, np.array(["square"] * 3 + [""] * 997), [batch])
-    assert few["warnings"] == {"random": "once"} and few["robust"]["square"] == 999
+    assert few["warnings"].keys() == {"random", "zero_gradients"}
+    assert few["warnings"]["random"] == "once" and few["robust"]["square"] == 999
+    assert "Gradients are zero in 4 runs" in few["warnings"]["zero_gradients"]
+    assert "zero_gradients" not in attacks._of_ball(
+        "l2", 0.5, np.array([""]), [batch | {"zero_gradients": 0}])["warnings"]
     assert "0.30 points" in many["warnings"]["black_box"]
 
 
@@ -253,12 +286,35 @@ def test_the_temperature_is_fitted_on_held_out_images_and_lowers_nothing_but_con
         assert 0 < after[area][0] <= 1 and before.keys() == after.keys()
 
 
+def test_accuracy_against_coverage_is_of_the_doubt_that_predict_prints(run):
+    facts, curve = (read(run, "calibration") for read in (
+        run_folder.read_facts, run_folder.read_arrays))
+    score = doubt.load_doubt(run)
+    assert facts["doubt"]["score"] == doubt.SCORES[score.score]
+    config = run_folder.read_config(run)
+    loaded = trainer.load_run(run, config, data.load_dataset("digits"), None)
+    split = estimates.subset_of(loaded.dataset.test, 20)
+    logits, features = doubt.outputs_of(loaded, split.images)
+    values = np.asarray(doubt.doubt_of(score.score, logits, features, score.statistics))
+    right = logits.argmax(axis=1) == split.labels
+    own = metrics.coverage_curve(values, right)
+    np.testing.assert_allclose(curve["accepted"], own.coverage)
+    np.testing.assert_allclose(curve["accuracy_of_accepted"], own.accuracy)
+    value, low, high = facts["doubt"]["area"]
+    assert low <= value <= high and value == pytest.approx(own.area)
+    assert "accuracy against coverage" in (run / "card.md").read_text().lower()
+
+
 def test_strange_images_are_told_apart_by_scores_of_logits_and_features(run):
     facts = files.read_json(run / "ood.json")
     assert facts["settings"]["strange"] == ["uniform_noise"]  # Digits are the run's own data set.
     scores = facts["detection"]["uniform_noise"]
     assert set(scores) == {"probability", "energy", "Mahalanobis", "centroid", "neighbours"}
     assert scores["neighbours"]["AUROC"][0] > 0.75  # Noise looks like no digit.
+    assert set(scores["energy"]) == {"AUROC", "AUPR, strange positive", "AUPR, familiar positive",
+                                     "FPR at 95 %"}
+    for value, low, high in (values for score in scores.values() for values in score.values()):
+        assert 0 <= low <= value <= high <= 1
 
 
 def test_a_second_call_measures_nothing_and_other_settings_are_refused(run, capsys):
@@ -269,6 +325,104 @@ def test_a_second_call_measures_nothing_and_other_settings_are_refused(run, caps
     capsys.readouterr()
     assert call(*again, "--limit", 10) == 2
     assert "was made with limit=20, not 10" in one_line(capsys)
+
+
+def test_other_settings_of_a_later_suite_are_refused_before_any_work(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "corruptions.json").unlink()
+    assert call("evaluate", folder, "--suite", "corruptions", "ood", "--limit", 10, *CORRUPT) == 2
+    assert "ood.json was made with limit=20, not 10" in one_line(capsys)
+    assert not (folder / "corruptions.json").is_file()
+
+
+@pytest.mark.parametrize("name", [None, "few"])
+def test_all_keeps_what_is_there_of_as_many_images_unless_told_otherwise(name, modules, capsys):
+    named = () if name is None else ("--name", name)
+    user = ("evaluate", "plain_user:brightness", "--data", "digits", *named)
+    assert call(*user, "--noise-levels", 0, 100, "--num-draws", 1) == 0
+    folder, end = modules / "runs" / "plain_user.brightness", "" if name is None else "-few"
+    rest = ("--suite", "all", *CORRUPT, *ATTACK, *CERTIFY, *CURVATURE[4:], "--limit", 20)
+    assert call(*user, *rest) == 0
+    assert f"There already: {pathlib.Path('runs/plain_user.brightness')}/evaluation{end}.json" in (
+        capsys.readouterr().out)
+    table = pd.read_csv(folder / f"card{end}.csv")
+    noise = table[table.suite == "noise"]
+    assert set(noise.condition) == {"clean", "100/255"} and set(noise.subset) == {
+        "360 test images"}
+    assert set(table.suite) >= {"attacks", "certify", "curvature"}
+    for options, expected in (
+            (("--noise-levels", 0, 10), "noise_levels=[0.0, 100.0], not [0.0, 10.0]"),
+            (("--limit", 30), "was made with limit=20, not 30")):
+        assert call(*user, *rest, *options) == 2
+        assert expected in one_line(capsys)
+    # A limit of all images, or more, is none.
+    assert call(*user, "--noise-levels", 0, 100, "--num-draws", 1, "--limit", 500) == 0
+
+
+def test_a_named_card_has_the_numbers_of_its_name(modules):
+    user = ("evaluate", "plain_user:brightness", "--data", "digits", "--num-draws", 1)
+    assert call(*user, "--noise-levels", 0, "--limit", 60) == 0
+    assert call(*user, "--noise-levels", 0, 100, "--limit", 100, "--name", "other") == 0
+    folder = modules / "runs" / "plain_user.brightness"
+    for end, number, conditions in (("", 60, ["clean"]), ("-other", 100, ["clean", "100/255"])):
+        levels = files.read_json(folder / f"evaluation{end}.json")["levels"]
+        table = pd.read_csv(folder / f"card{end}.csv")
+        assert list(table.condition) == conditions
+        assert set(table.subset) == {f"{number} test images"}
+        np.testing.assert_allclose(
+            table.value, [100 * np.mean(level["accuracies"]) for level in levels])
+
+
+def test_results_of_a_function_belong_to_its_weights_and_its_images(modules, capsys):
+    (modules / "weighted.py").write_text(
+        "import numpy as np\n\ndef logits(images):\n"
+        "    return images.reshape(len(images), -1)[:, :10] @ np.load('weights.npy')\n")
+    np.save("weights.npy", np.eye(10, dtype=np.float32))
+    random = np.random.default_rng(0)
+    for part, label, index in itertools.product(("train", "test"), "ab", range(6)):
+        path = modules / "pictures" / part / label / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+    few = ("--noise-levels", 0)
+    known = ("evaluate", "weighted:logits", "--data", "digits", *few)
+    assert call(*known) == 0
+    assert call(*known) == 0
+    np.save("weights.npy", 2 * np.eye(10, dtype=np.float32))
+    capsys.readouterr()
+    assert call(*known) == 2
+    assert "weighted:logits with other weights: the largest logit of test image" in one_line(capsys)
+
+    (modules / "sized.py").write_text(
+        "import jax.numpy as jnp\n\ndef logits(images):\n"
+        "    return jnp.tile(jnp.array([0.0, 1.0]), (len(images), 1))\n")
+    of_folder = ("evaluate", "sized:logits", "--data", f"folder:{modules / 'pictures'}", *few)
+    assert call(*of_folder, "--image-size", 8, 8) == 0
+    assert call(*of_folder, "--image-size", 8, 8) == 0
+    capsys.readouterr()
+    assert call(*of_folder, "--image-size", 16, 16) == 2
+    assert "holds another configuration (see model.json there)" in one_line(capsys)
+    (modules / "pictures" / "test" / "a" / "0.png").unlink()
+    datasets._load_folder.cache_clear()  # As in another process.
+    assert call(*of_folder, "--image-size", 8, 8) == 2
+    assert "holds another configuration (see model.json there)" in one_line(capsys)
+
+
+def test_a_model_without_derivatives_is_measured_as_far_as_it_goes(modules, capsys):
+    assert call("evaluate", "users:by_sight", "--data", "digits", "--suite", "all", "--limit", 20,
+                "--num-draws", 1, *CORRUPT, *CERTIFY) == 0
+    assert "Left out: attacks, curvature, since users.by_sight has no derivatives" in (
+        capsys.readouterr().out)
+    card = (modules / "runs" / "users.by_sight" / "card.md").read_text()
+    assert "Not measured: flips, relative, attacks, curvature." in card
+
+
+def test_what_was_measured_before_a_failure_is_on_the_card(modules, capsys):
+    assert call("evaluate", "users:of_bytes", "--data", "digits", "--suite", "calibration", "ood",
+                "--limit", 20) == 2
+    assert "NaN" in one_line(capsys)
+    card = (modules / "runs" / "users.of_bytes" / "card.md").read_text()
+    assert "Brier score" in card and "Not measured: noise, corruptions" in card
 
 
 def test_the_card_states_every_number_with_interval_subset_and_seed(run):
@@ -423,6 +577,14 @@ def test_a_report_shows_a_run_and_a_users_model_side_by_side(run, modules):
     (("users:broken", "--data", "digits", "--limit", 20), "for 20 of 20 images"),
     (("users:by_sight", "--data", "digits", "--suite", "curvature"),
      "Expected users.by_sight to have derivatives"),
+    (("users:by_sight", "--data", "digits", "--suite", "attacks"),
+     "Expected users.by_sight to have derivatives, for the suite attacks: Pure callbacks"),
+    (("unwritten_user:f", "--data", "digits"), "Cannot import 'unwritten_user' of"),
+    (("failing_user:f", "--data", "digits"), "Cannot import 'failing_user' of failing_user:f: no"),
+    ((":f", "--data", "digits"), "Cannot import '' of :f"),
+    ((".x:f", "--data", "digits"), "Cannot import '.x' of .x:f"),
+    (("a/net.stablehlo", "b/net.stablehlo", "--data", "digits"),
+     "Expected models of different names, which name the folders of their results"),
     (("plain_user:brightness", "--data", "digits", "--suite", "curvature", "--curvature.inputs",
       "normalised"), "Expected inputs='normalised' only with runs"),
     (("users:noisy", "--data", "digits", "--suite", "attacks", "ood"),

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust import _validate, data, evaluation, perturbations
+from jaxrobust import _validate, evaluation, perturbations
 from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import Evaluation, training_perturbation
 from jaxrobust.app.doubt import measure_doubt
 from jaxrobust.app.execution import batch_size_of
-from jaxrobust.app.measurements.estimates import Estimate, share
+from jaxrobust.app.measurements.estimates import Estimate, share, subset_of
 from jaxrobust.app.measurements.runner import Arrays, Measured, Measurement, Work, measure
 from jaxrobust.app.progress import progress
 from jaxrobust.app.report import pictures, tables
@@ -36,7 +36,7 @@ def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
     if test_size is None or test_size == len(dataset.test.labels):
         return dataset.test
     _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
-    return data.split_off(dataset.test, test_size, seed=0, name="test_size")[1]
+    return subset_of(dataset.test, test_size)
 
 
 def first_test_images(run: TrainedRun | ForeignModel, settings: Any, least: int = 1) -> Split:
@@ -147,7 +147,7 @@ def pooled_blocks(outputs: Outputs) -> dict[str, jax.Array]:
 def estimates(run: Run) -> Iterator[Estimate]:
     """Yields the accuracy under each test: the mean over the draws, with Wilson's interval at the
     mean share for the number of images, as if each image had one draw."""
-    evaluation = run.evaluation
+    evaluation = run.facts("evaluation")  # That of the run's name, unlike ``run.evaluation``.
     for condition, test in tests_of(evaluation) if evaluation else ():
         number = evaluation["num_images"]
         mean = float(np.mean(test["accuracies"]))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrobust import _validate, metrics
 from jaxrobust.app.classifiers import ForeignModel
 from jaxrobust.app.config import InputError
+from jaxrobust.app.doubt import SCORES, UNMEASURED, doubt_of, load_doubt, measure_doubt
 from jaxrobust.app.measurements.estimates import (
     Estimate,
     Limit,
@@ -30,6 +31,7 @@ from jaxrobust.app.report.figures import GRID, new_figure, row_styles, wrap
 from jaxrobust.app.report.page import Picture, Section
 from jaxrobust.app.study.read import Run, Study
 from jaxrobust.app.trainer import TrainedRun
+from jaxrobust.data import take_rows
 from jaxrobust.images import predicted_classes
 
 Score = Callable[[np.ndarray, np.ndarray], float]
@@ -64,10 +66,14 @@ def _scores(num_bins: int) -> dict[str, tuple[Score, float]]:
             metrics.classwise_calibration_error, num_bins=num_bins), 1),
         "Brier score": (metrics.brier_score, 2),
         "negative log likelihood": (metrics.negative_log_likelihood, np.inf),
-        "area under accuracy against coverage": (area, 1)}
+        AREA: (area, 1)}
 
 
 BEFORE, AFTER = "as it is", "temperature scaled"
+AREA = "area under accuracy against coverage"
+
+CURVE_POINTS = 200
+"""Largest number of points of a curve of accuracy against coverage."""
 
 
 def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work: Work) -> Measured:
@@ -92,6 +98,7 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
             raise InputError(f"Expected at least 2 test images, got {len(labels)}: half of them "
                              "set the temperature.")
         fitting, logits, labels = (logits[half], labels[half]), logits[~half], labels[~half]
+        split = take_rows(split, np.flatnonzero(~half))
         fitted_on = f"{half.sum():,} test images that are left out otherwise"
         subset = f"{len(labels):,} images, one half of {subset}"
     temperature, refused = _temperature(*fitting)
@@ -104,9 +111,32 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
             for score, (function, most) in _scores(settings.num_bins).items()}
         diagram = metrics.reliability_diagram(values, labels, num_bins=settings.num_bins)
         arrays |= {f"{field}_{place}": value for field, value in diagram._asdict().items()}
+    score, doubts = _doubts(run, split.images, logits, work.folder)
+    correct = np.asarray(predicted_classes(logits)) == labels
+    curve = metrics.coverage_curve(doubts, correct)
+    points = np.unique(np.linspace(0, len(labels) - 1, CURVE_POINTS).astype(int))
     return Measured({
         "subset": subset, "num_images": len(labels), "fitted_on": fitted_on,
-        "temperature": temperature, "without_temperature": refused, "scores": scores}, arrays)
+        "temperature": temperature, "without_temperature": refused, "scores": scores,
+        "doubt": {"score": score, "area": bootstrapped(
+            lambda rows: metrics.coverage_curve(doubts[rows], correct[rows]).area, len(labels),
+            most=1)},
+    }, {**arrays, "accepted": curve.coverage[points],
+        "accuracy_of_accepted": curve.accuracy[points]})
+
+
+def _doubts(run, images, logits, folder) -> tuple[str, np.ndarray]:
+    """The name and the values [N] of the score of doubt: of a run the one that ``predict`` prints.
+    """
+    if isinstance(run, ForeignModel):
+        score = UNMEASURED
+    else:
+        measure_doubt(run, folder)
+        score = load_doubt(folder)
+    features = (np.zeros((len(logits), 0)) if run.features_fn is None else
+                outputs_of(run.features_fn, images, run.layout))
+    return SCORES[score.score], np.asarray(
+        doubt_of(score.score, logits, features, score.statistics))
 
 
 def _of_rows(score, logits, labels, rows):
@@ -135,6 +165,7 @@ def estimates(run: Run) -> Iterator[Estimate]:
     for variant, scores in facts["scores"].items():
         for name, values in scores.items():
             yield estimate(name, variant, values)
+    yield estimate(AREA, f"doubt: {facts['doubt']['score']}", facts["doubt"]["area"])
     if facts["temperature"] is not None:
         yield Estimate("temperature", facts["fitted_on"], facts["temperature"], "")
 
@@ -168,6 +199,28 @@ def _diagram(study: Study) -> Picture:
         "each row.")
 
 
+def _coverage(study: Study) -> Picture:
+    results, styles = study.first_results("calibration"), row_styles(study.labels)
+    figure = new_figure(6.4, 4.0)
+    ax = figure.subplots()
+    for row, one in results.items():
+        ax.plot(one["accepted"], one["accuracy_of_accepted"], color=styles[row].color,
+                linewidth=1.4, linestyle=styles[row].dashes,
+                label=wrap(f"{study.labels[row]}: {one['doubt']['score']}", 44))
+    ax.set_xlabel("Share of predictions accepted, the least doubtful first")
+    ax.set_ylabel("Accuracy of the accepted")
+    ax.set_xlim(0, 1)
+    ax.grid(**GRID)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return Picture(
+        "coverage", figure, "Accuracy against coverage.",
+        f"Accuracy of the accepted predictions against their share, {len(results)} lines.",
+        "How to read: at the right all predictions are accepted. The better a score tells doubtful "
+        "predictions, the higher the line. The score is the one that `predict` prints, for models "
+        "that are no runs the probability. The first run of each row.")
+
+
 def _section(study: Study) -> Section | None:
     if not found_of(study, estimates):
         return None
@@ -180,7 +233,7 @@ def _section(study: Study) -> Section | None:
             "Intervals: bootstrap over images.",
             "Smaller is better, but for the area, at most 1. Calibration errors of few images are "
             "too large: noise in a bin counts as an error.", digits=4),),
-        (_diagram(study),))
+        (_diagram(study), _coverage(study)))
 
 
 def table_text(facts: dict) -> str:
@@ -189,6 +242,8 @@ def table_text(facts: dict) -> str:
     lines += [f"{name}, {variant}: {value:.4f} [{low:.4f}–{high:.4f}]"
               for variant, scores in facts["scores"].items()
               for name, (value, low, high) in scores.items()]
+    value, low, high = facts["doubt"]["area"]
+    lines.append(f"{AREA}, doubt: {facts['doubt']['score']}: {value:.4f} [{low:.4f}–{high:.4f}]")
     told = facts["without_temperature"] or f"temperature: {facts['temperature']:.4g}"
     return "\n".join([*lines, told])
 

@@ -14,7 +14,12 @@ from matplotlib.figure import Figure
 
 from jaxrobust import _validate, curvature, evaluation, losses, parallel, probes
 from jaxrobust.app import files
-from jaxrobust.app.classifiers import ForeignModel, once_differentiable, orders_of
+from jaxrobust.app.classifiers import (
+    ForeignModel,
+    once_differentiable,
+    orders_of,
+    require_gradient,
+)
 from jaxrobust.app.config import CurvatureConfig, InputError
 from jaxrobust.app.measurements.accuracy import first_test_images
 from jaxrobust.app.measurements.estimates import Estimate, bootstrapped, estimate, outputs_of
@@ -59,6 +64,7 @@ def _asked(run: TrainedRun | ForeignModel, settings: CurvatureConfig, folder: pa
     if isinstance(run, ForeignModel) and settings.inputs != "pixels":
         raise InputError(f"Expected inputs={settings.inputs!r} only with runs: how {run.name} "
                          "normalises images is not known here.")
+    require_gradient(run, "curvature")
     asked = settings_asked(run, _with_smoothing(run, settings), folder)
     del asked["batch_size"]  # It changes no value.
     return asked
@@ -76,7 +82,7 @@ def _measure(run: TrainedRun | ForeignModel, settings: CurvatureConfig, work: Wo
     and trace where JAX cannot differentiate them twice.
 
     Raises:
-      InputError: (a ValueError) if logits are not finite, or have no derivatives.
+      InputError: (a ValueError) if logits are not finite.
     """
     settings = _with_smoothing(run, settings)
     images, labels = first_test_images(run, settings)
@@ -408,7 +414,8 @@ def curvature_picture(study: Study) -> Picture:
 
 CURVATURE = Measurement(
     "curvature", CurvatureConfig(), _measure, _asked, section=_section, numbers=(numbers,),
-    estimates=estimates, suite="curvature", limited="num_images", parallel=True,
+    estimates=estimates, suite="curvature", limited="num_images", all_by_none=False,
+    parallel=True, gradients=True,
     about="""Measure the curvature of finished runs' loss at test images.
 
     Resumes interrupted measurements.""")

@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 
 from jaxrobust import _validate, data, evaluation
+from jaxrobust.app.config import InputError
 from jaxrobust.app.execution import batch_size_of
 from jaxrobust.app.report.figures import AccuracyLine, dots_figure, row_styles
 from jaxrobust.app.report.frame import Number
@@ -92,7 +93,23 @@ def subset_of(split: Split, limit: int | None, test_size: int | None = None) -> 
     if limit is None or limit >= len(split.labels):
         return split
     _validate.in_range("limit", limit, 1)
-    return data.split_off(split, limit, seed=0, name="limit")[1]
+    try:
+        return data.split_off(split, limit, seed=0)[1]
+    except InputError:  # A class is too small for both sides, or absent from one.
+        return data.take_rows(split, rows_by_class(split.labels, limit))
+
+
+def rows_by_class(labels: np.ndarray, number: int) -> np.ndarray:
+    """Draws rows at random with seed 0, in their order: of each class its share, rounded up for
+    those with the largest remainders, so that small classes may be absent."""
+    classes, counts = np.unique(labels, return_counts=True)
+    shares = number * counts / len(labels)
+    takes = np.floor(shares).astype(int)
+    takes[np.argsort(takes - shares, kind="stable")[:number - takes.sum()]] += 1
+    random = np.random.default_rng(0)
+    return np.sort(np.concatenate([
+        random.permutation(np.flatnonzero(labels == label))[:take]
+        for label, take in zip(classes, takes, strict=True)]))
 
 
 def subset_text(part: Split, whole: Split, what: str = "test images",
@@ -138,21 +155,22 @@ def outputs_of(function: LogitsFn | FeaturesFn, images, layout: Layout) -> np.nd
 RESAMPLES = 200
 
 
-def bootstrapped(statistic: Callable[..., float], *sizes: int, least: float = 0,
-                 most: float = np.inf) -> list[float]:
+def bootstrapped(statistic: Callable[..., Any], *sizes: int, least: float = 0,
+                 most: float = np.inf) -> list[Any]:
     """Returns a statistic of images with the ends of its interval, in [``least``, ``most``].
 
-    The statistic takes the rows of each of several independent samples of these sizes; they are
-    drawn with replacement :data:`RESAMPLES` times, with seed 0. The ends are the statistic plus the
+    The statistic, a number or several, each of which gets its own list, takes the rows of each of
+    several independent samples of these sizes; they are drawn with replacement :data:`RESAMPLES`
+    times, with seed 0. The ends are the statistic plus the
     2.5 and 97.5 percentiles of the resamples' deviations from their own mean: that mean is far off
     for a calibration error, which repeated images make larger.
     """
     random = np.random.default_rng(0)
-    value = float(statistic(*map(np.arange, sizes)))
+    value = np.asarray(statistic(*map(np.arange, sizes)), np.float64)
     resamples = np.array([statistic(*(random.integers(size, size=size) for size in sizes))
                           for _ in range(RESAMPLES)])
-    ends = value + np.quantile(resamples - resamples.mean(), (0.025, 0.975))
-    return [value, *np.clip(ends, least, most).tolist()]
+    ends = value + np.quantile(resamples - resamples.mean(axis=0), (0.025, 0.975), axis=0)
+    return np.stack([value, *np.clip(ends, least, most)], axis=-1).tolist()
 
 
 # --- The report ------------------------------------------------------------------------------

@@ -130,18 +130,17 @@ def _scores(run) -> Callable[..., dict[str, np.ndarray]]:
     return scores
 
 
+FPR = "FPR at 95 %"
+_QUALITIES = ("AUROC", "AUPR, strange positive", "AUPR, familiar positive", FPR)
+"""In the order of :class:`jaxrobust.metrics.Detection`."""
+
+
 def _quality(familiar: np.ndarray, strange: np.ndarray) -> dict[str, list[float]]:
-    whole = metrics.detection_quality(familiar, strange)
+    def quality(one, other):
+        return metrics.detection_quality(familiar[one], strange[other])
 
-    def area(one, other):
-        scores = np.concatenate([familiar[one], strange[other]])
-        return metrics.auroc(scores, np.arange(len(scores)) < len(one))
-
-    return {"AUROC": bootstrapped(area, len(familiar), len(strange), most=1),
-            **{name: getattr(whole, field)
-               for name, field in (("AUPR, strange positive", "aupr_strange"),
-                                   ("AUPR, familiar positive", "aupr_familiar"),
-                                   ("FPR at 95 %", "fpr"))}}
+    return dict(zip(_QUALITIES, bootstrapped(quality, len(familiar), len(strange), most=1),
+                    strict=True))
 
 
 def _strange(kind: str, shape: tuple[int, int, int], settings: OodSettings, number: int
@@ -171,10 +170,8 @@ def estimates(run: Run) -> Iterator[Estimate]:
         return
     for kind, scores in facts["detection"].items():
         for score, quality in scores.items():
-            condition = f"{score}, {kind}"
-            yield estimate("AUROC", condition, quality["AUROC"], "%")
-            yield from (Estimate(name, condition, 100 * value, "%")
-                        for name, value in quality.items() if name != "AUROC")
+            yield from (estimate(name, f"{score}, {kind}", values, "%")
+                        for name, values in quality.items())
 
 
 def _areas(run: Run) -> Iterator[Estimate]:
@@ -190,8 +187,8 @@ def _section(study: Study) -> Section | None:
     return Section(
         "ood", "Detection of strange images", "", (table_of(
             study, estimates, "How well scores tell strange images from those of the data set.",
-            f"Images: {subsets_text(study, 'ood')} Strange ones: {counts}. Intervals of the AUROC: "
-            "bootstrap over images.",
+            f"Images: {subsets_text(study, 'ood')} Strange ones: {counts}. Intervals: bootstrap "
+            "over images.",
             "Strange is positive in AUROC and FPR, the share of familiar images that is flagged "
             "where 95 % of the strange ones are. Scores of features are missing for models whose "
             "features are not known."),),
@@ -203,7 +200,7 @@ def table_text(facts: dict) -> str:
     """Formats the result as plain text."""
     return "\n".join([f"{facts['subset']} against {', '.join(facts['num_strange'])}", *(
         f"{score}, {kind}: AUROC {100 * quality['AUROC'][0]:.2f} %, FPR at 95 % "
-        f"{100 * quality['FPR at 95 %']:.2f} %"
+        f"{100 * quality[FPR][0]:.2f} %"
         for kind, scores in facts["detection"].items() for score, quality in scores.items())])
 
 

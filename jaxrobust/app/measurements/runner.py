@@ -59,8 +59,10 @@ class Measurement:
     """Yields :class:`jaxrobust.app.measurements.estimates.Estimate`, for the robustness card."""
     suite: str | None = None  # its name for the option --suite of the command ``evaluate``
     limited: str = "limit"  # the setting that the option --limit of that command sets
+    all_by_none: bool = True  # whether none in its place stands for all test images
     needs: str | None = None  # the setting without which the suite leaves it out
     randomised: bool = False  # whether it takes randomised classifiers
+    gradients: bool = False  # whether it takes only classifiers that have derivatives
     anew: bool = False  # whether a result that is there is made again, as it takes no time
     card: bool = True  # whether the robustness card shows the section
     command: str | None = None  # the command that makes it, if it is not ``kind``
@@ -73,19 +75,17 @@ class Measurement:
 class Work:
     """A measurement in progress, which resumes an interrupted one."""
 
-    def __init__(self, folder: pathlib.Path, kind: str, name: str | None, label: str, asked: dict,
-                 command: str):
+    def __init__(self, folder: pathlib.Path, kind: str, name: str | None, label: str, asked: dict):
         self.folder, self.name, self.label, self.asked = folder, name, label, asked
-        self._path = run_folder.partial_path(folder, kind, name)
+        self.path = run_folder.partial_path(folder, kind, name)
         self.table: Arrays = {}  # the columns so far
         self.facts: dict[str, Any] = {}
-        if not self._path.is_file():
-            return
-        table = files.read_arrays(self._path)
-        with files.reading(self._path):
-            there, facts = (json.loads(str(table.pop(name))) for name in ("settings", "facts"))
-        _refuse_others(self._path, "begun", there, asked, command)
-        self.table, self.facts = table, facts
+        self.begun: dict[str, Any] | None = None  # the settings with which it was interrupted
+        if self.path.is_file():
+            self.table = files.read_arrays(self.path)
+            with files.reading(self.path):
+                self.begun, self.facts = (json.loads(str(self.table.pop(name)))
+                                          for name in ("settings", "facts"))
 
     @property
     def rows(self) -> int:
@@ -96,13 +96,13 @@ class Work:
         """Adds rows to the columns, and saves them with the facts in case of a kill."""
         self.table = {name: np.concatenate([self.table[name], values]) if self.table else values
                       for name, values in rows.items()}
-        files.write_arrays(self._path, {
+        files.write_arrays(self.path, {
             **self.table, "settings": json.dumps(self.asked), "facts": json.dumps(self.facts)})
 
     def end(self) -> None:
         """Removes the saved columns."""
         if files.is_writer():
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
 
 def measure(
@@ -122,44 +122,81 @@ def measure(
       InputError: (a ValueError) if there is a result with other settings, another command makes it
         at this time, the name is not fit for a file, or for what the measurement refuses.
     """
-    asked = measurement.asked(run, settings, folder)
-    path = run_folder.facts_path(folder, measurement.kind, name)
-    command = measurement.command or measurement.kind
-
-    def result_there() -> dict[str, Any] | None:
-        there = run_folder.read_facts(folder, measurement.kind, name)
-        if there is not None:
-            _refuse_others(path, "made", there.get("settings", {}), asked, command)
-        return None if measurement.anew else there
-
-    there = result_there()
+    wanted = _Wanted(measurement, run, settings, folder, name)
+    there = wanted.result_there()
     if there is not None:
         return there
     with run_folder.locked_facts(folder, measurement.kind, name):
-        there = result_there()  # Another command may have come and gone.
+        there = wanted.result_there()  # Another command may have come and gone.
         if there is not None:
             return there
-        work = Work(folder, measurement.kind, name, label, asked, command)
+        # Of the code that measures, not of a commit that is made meanwhile.
+        made = provenance.describe()
+        work = wanted.work(label)
         measured = measurement.measure(run, settings, work)
         if measured.arrays is not None:
             run_folder.write_arrays(
                 folder, measurement.arrays or measurement.kind, measured.arrays, name)
-        facts = {**measured.facts, "settings": asked}
-        files.write_json(path, facts | {"provenance": provenance.describe()})
+        facts = {**measured.facts, "settings": wanted.asked}
+        files.write_json(wanted.path, facts | {"provenance": made})
         work.end()
         return facts
+
+
+def check(
+    measurement: Measurement, run: TrainedRun | ForeignModel, settings: Any,
+    folder: pathlib.Path, name: str | None = None,
+) -> None:
+    """Raises InputError for what :func:`measure` refuses before it begins."""
+    wanted = _Wanted(measurement, run, settings, folder, name)
+    if wanted.result_there() is None:
+        wanted.work("")
+
+
+class _Wanted:
+    """A measurement with the settings asked for, and what is there of it."""
+
+    def __init__(self, measurement: Measurement, run: TrainedRun | ForeignModel, settings: Any,
+                 folder: pathlib.Path, name: str | None):
+        self._measurement, self._folder, self._name = measurement, folder, name
+        self._num_test = len(run.dataset.test.labels)
+        self.asked = self._recorded(measurement.asked(run, settings, folder))
+        self.path = run_folder.facts_path(folder, measurement.kind, name)
+
+    def result_there(self) -> dict[str, Any] | None:
+        """The result, unless there is none or it is made anew."""
+        there = run_folder.read_facts(self._folder, self._measurement.kind, self._name)
+        if there is not None:
+            self._refuse_others(self.path, "made", there.get("settings", {}))
+        return None if self._measurement.anew else there
+
+    def work(self, label: str) -> Work:
+        """The measurement, as far as it got."""
+        work = Work(self._folder, self._measurement.kind, self._name, label, self.asked)
+        if work.begun is not None:
+            self._refuse_others(work.path, "begun", work.begun)
+        return work
+
+    def _recorded(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as they are recorded: a limit that leaves no test image out is none. One of the
+        images in files of their own is not known to."""
+        limited = self._measurement.limited
+        if (self._measurement.all_by_none and settings.get("files") is None
+                and (settings.get(limited) or 0) >= self._num_test):
+            return settings | {limited: None}
+        return settings
+
+    def _refuse_others(self, path: pathlib.Path, how: str, there: dict[str, Any]) -> None:
+        """Raises InputError if the settings of a result are not those asked for."""
+        for name, value in self._recorded(there).items():
+            if value != self.asked.get(name):
+                command = self._measurement.command or self._measurement.kind
+                raise InputError(
+                    f"{path} was {how} with {name}={value}, not {self.asked.get(name)}. Keep both "
+                    f"with `{command} --name NAME`, or remove that file to measure again.")
 
 
 def sections(study: Study, measurements: Iterable[Measurement]) -> list[Section]:
     """Makes the sections of a report on these measurements."""
     return [section for measurement in measurements
             if measurement.section and (section := measurement.section(study))]
-
-
-def _refuse_others(path: pathlib.Path, how: str, there: dict, asked: dict, command: str) -> None:
-    """Raises InputError if the settings of a result are not those asked for."""
-    for name, value in there.items():
-        if value != asked.get(name):
-            raise InputError(f"{path} was {how} with {name}={value}, not {asked.get(name)}. Keep "
-                             f"both with `{command} --name NAME`, or remove that file to measure "
-                             "again.")
