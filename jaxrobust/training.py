@@ -195,7 +195,8 @@ def make_train_step(
       sam_radius: rho >= 0 of sharpness-aware minimisation, 0 for none: the parameters are updated
         with the gradient at :math:`\theta + \rho\, g / \|g\|`, g being that at
         :math:`\theta`, of the whole batch, for twice the work. Metrics, centroids and batch
-        statistics are those at :math:`\theta`. Foret et al., Sharpness-Aware Minimization for
+        statistics are those at :math:`\theta`, but for ``gradient_norm``, which is that of the
+        gradient that updates. Foret et al., Sharpness-Aware Minimization for
         Efficiently Improving Generalization (2021), https://arxiv.org/abs/2010.01412.
       when_not_finite: what an update does whose loss, a term of it, or the norm of its gradient is
         NaN or infinite, or features or logits of an image that counts. ``"stop"``: nothing, not
@@ -361,7 +362,10 @@ def with_averaged_parameters(state: TrainState) -> TrainState:
     if not isinstance(state.opt_state, AveragedState):
         raise _validate.InputError("Expected the state of an optimizer made by averaged(...), got "
                                    f"{type(state.opt_state).__name__}.")
-    return dataclasses.replace(state, params=state.opt_state.average)
+    there = state.opt_state.count > 0
+    return dataclasses.replace(state, params=jax.tree.map(
+        lambda average, own: jnp.where(there, average, own), state.opt_state.average,
+        state.params))
 
 
 def _of_float(schedule: optax.Schedule) -> optax.Schedule:

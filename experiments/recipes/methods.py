@@ -37,7 +37,7 @@ import dataclasses
 
 from experiments.recipes import ablations
 from experiments.recipes.scales import name_at, tiny
-from jaxrobust.app.config import RunConfig, with_settings
+from jaxrobust.app.config import RunConfig, with_epochs, with_settings
 from jaxrobust.app.program import work_of
 from jaxrobust.app.recipe import DIGITS, METHOD_LABELS, Cost, Recipe
 
@@ -47,13 +47,10 @@ REFERENCE = "both"
 SCALES = ("full", "small", "tiny")
 
 def at_work_of(reference: RunConfig, run: RunConfig) -> RunConfig:
-    """Gives a run as many epochs, at least one, as make its work that of a reference, rounded; a
-    schedule's epochs keep their places in the whole."""
-    epochs = max(1, round(reference.epochs * work_of(reference) / work_of(run)))
-    ratio = epochs / run.epochs
-    return dataclasses.replace(run, epochs=epochs, optimizer=dataclasses.replace(
-        run.optimizer, decay_epochs=tuple(
-            max(1, round(ratio * epoch)) for epoch in run.optimizer.decay_epochs)))
+    """Gives a run as many epochs, at least one, as make its work that of a reference, rounded; the
+    whole schedule with them."""
+    return with_epochs(
+        run, max(1, round(reference.epochs * work_of(reference) / work_of(run))))
 
 
 def method_rows(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:

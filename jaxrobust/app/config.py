@@ -382,6 +382,24 @@ def with_settings(config: Config, values: Mapping[str, typing.Any]) -> Config:
     return config
 
 
+def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
+    """Changes the number of epochs, with the whole schedule: drops of the rate, warm-ups and
+    validations keep their places in it, the numbers of epochs that are integers rounded, to at
+    least 1."""
+    ratio, optimizer = epochs / config.epochs, config.optimizer
+
+    def whole(number: int) -> int:
+        return max(1, round(ratio * number))
+
+    return dataclasses.replace(
+        config, epochs=epochs, checkpoint_every=whole(config.checkpoint_every),
+        constraint_warmup_epochs=ratio * config.constraint_warmup_epochs,
+        optimizer=dataclasses.replace(
+            optimizer, warmup_epochs=ratio * optimizer.warmup_epochs,
+            decay_epochs=tuple(map(whole, optimizer.decay_epochs))
+            if optimizer.schedule == "piecewise" else optimizer.decay_epochs))
+
+
 def to_json(config) -> str:
     """Writes a configuration, with all its fields, as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -157,7 +157,8 @@ class LargeMarginOptions:
     """Share alpha of the margin beyond which a loss has no gradient, > 0; 2 in its source's
     release."""
     num_classes: int = 1
-    """Other classes, those with the largest logits, whose boundaries are considered, at least 1."""
+    """Other classes, those with the largest logits, whose boundaries are considered, at least 1.
+    More than there are cost nothing, though the work of an update counts them."""
 
     def __post_init__(self) -> None:
         _validate.in_range("large_margin.weight", self.weight, 0)

@@ -14,9 +14,11 @@ from jaxrobust import InputError, data
 from jaxrobust.app import run_folder
 from jaxrobust.app.fit import choice, settings
 from jaxrobust.app.fit import run as fit
+from jaxrobust.app.fit.costs import work_of
 from jaxrobust.app.fit.schedule import MOST_SEEDS, RESERVE, Costs, Work, plan_schedule, seconds_of
 from jaxrobust.app.measurements.held_out import HeldOutSettings
 from jaxrobust.app.study.read import load_study
+from jaxrobust.parallel import make_layout
 
 # --- settings --------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ PHOTOGRAPHS = settings.Facts("folder:x", 900, accelerator=False, stored_size=(90
 
 
 def test_settings_follow_from_the_data_and_the_machine():
-    config, decisions = settings.choose_settings(PHOTOGRAPHS, {})
+    config, reasons = settings.choose_settings(PHOTOGRAPHS, {})
     assert (config.image_size, config.model, config.method) == (
         (64, 85), "mobilenet_v3_small", "both")
     assert config.epochs == pytest.approx(70, abs=20)
@@ -70,25 +72,66 @@ def test_settings_follow_from_the_data_and_the_machine():
     on_cpu, on_gpu = (settings.choose_settings(settings.Facts("cifar10", 0, accelerator), {})[0]
                       for accelerator in (False, True))
     assert (on_cpu.width, on_gpu.width, on_gpu.dtype) == (8, 64, "bfloat16")
-    assert {one.name for one in decisions} == {
+    assert {one.name for one in settings.decisions_of(config, reasons, PHOTOGRAPHS, 9)} == {
         "image size", "model", "precision", "batch size", "optimizer", "held out"}
+
+
+@pytest.mark.parametrize(("asked", "left"), [
+    ({"batch_size": 16}, 788), ({"batch_size": 64}, 788), ({"validation_size": 500}, 400),
+    ({"validation_size": 0.5, "batch_size": 8}, 450)])
+def test_photographs_get_as_many_updates_whatever_the_batches(asked, left):
+    config, _ = settings.choose_settings(PHOTOGRAPHS, asked)
+    assert 10 <= config.epochs <= 100
+    if config.epochs < 100:
+        updates = config.epochs * left / config.batch_size
+        assert settings.UPDATES <= updates < settings.UPDATES + left / config.batch_size + 1
+
+
+def pictures(number, validation=0):
+    labels = (np.arange(number) % 2).astype(np.int32)
+    train = data.Split(np.zeros((number, 4, 4, 3), np.uint8), labels)
+    held_out = data.Split(train.images[:validation], labels[:validation]) if validation else None
+    return data.Dataset("few", train, train, ("a", "b"), (0.5,) * 3, (0.2,) * 3, False,
+                        validation=held_out)
+
+
+def test_what_the_images_and_the_devices_change_is_what_the_decisions_say():
+    config, reasons = settings.choose_settings(PHOTOGRAPHS, {"image_size": (4, 4)})
+    alone, eight = (make_layout(form) for form in ("jit", "mesh"))
+    few, told, lines = settings.fitted_to(config, reasons, pictures(20), alone)
+    assert few.batch_size == 18 and told["batch_size"] == "32 is too many for these images"
+    assert lines and reasons["batch_size"] == "the recipe photos"
+    split, told, _ = settings.fitted_to(config, reasons, pictures(20), eight)
+    assert split.batch_size == 16 and told["batch_size"] == "a multiple of the 8 devices"
+    _, told, _ = settings.fitted_to(config, reasons, pictures(100, validation=10), alone)
+    assert told["validation_size"] == "those of the data set"
+    asked, given = settings.choose_settings(PHOTOGRAPHS, {"batch_size": 30, "image_size": (4, 4)})
+    whole, told, _ = settings.fitted_to(asked, given, pictures(100), eight)
+    assert (whole.batch_size, told["batch_size"]) == (30, "as asked")
+
+
+def test_the_budget_counts_the_validations_that_a_run_makes():
+    config, _ = settings.choose_settings(PHOTOGRAPHS, {"image_size": (4, 4)})
+    dataset = pictures(100)
+    works = [work_of(settings.trained_for(config, epochs), dataset, 1, 1) for epochs in (5, 50)]
+    assert works[0] == works[1]
 
 
 def test_every_decision_can_be_overridden_and_says_so():
     asked = {"image_size": (40, 30), "model": "small_cnn", "width": 4, "batch_size": 8, "epochs": 2,
              "optimizer.learning_rate": 0.5, "validation_size": 0.3, "dtype": "bfloat16"}
-    config, decisions = settings.choose_settings(PHOTOGRAPHS, asked)
+    config, reasons = settings.choose_settings(PHOTOGRAPHS, asked)
     assert (config.image_size, config.model, config.width, config.batch_size, config.epochs) == (
         (40, 30), "small_cnn", 4, 8, 2)
     assert (config.optimizer.learning_rate, config.validation_size, config.dtype) == (
         0.5, 0.3, "bfloat16")
-    assert [one.reason for one in decisions] == ["as asked"] * len(decisions)
+    assert set(reasons.values()) == {"as asked"}
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 5, 11, 70, 200])
 def test_a_schedule_of_any_length_keeps_its_shape_and_saves_five_times(epochs):
     config, _ = settings.choose_settings(PHOTOGRAPHS, {})
-    changed = settings.with_epochs(config, epochs)
+    changed = settings.trained_for(config, epochs)
     assert changed.optimizer.warmup_epochs / epochs == pytest.approx(
         config.optimizer.warmup_epochs / config.epochs)
     assert -(-epochs // changed.checkpoint_every) <= 5
@@ -188,8 +231,13 @@ def test_a_difference_is_clear_only_with_enough_images():
 
     one, = chosen(100, 2).others
     assert one.difference == pytest.approx(0.02) and not one.clear and one.seeds is None
-    one, = chosen(100, 10).others
-    assert one.clear
+    one, = chosen(100, 10).others  # Over the images it is, but of one training each.
+    assert one.difference > one.half and not one.clear
+    words = fit.choice_lines(chosen(100, 10), 0.5, 0.1)[-1]
+    assert "images, one training each): another training may differ" in words
+    alone = [scored(row, seed, np.full(100, value), np.full(100, value))
+             for row, value in (("both", 1), ("normal", 0)) for seed in range(3)]
+    assert choice.choose(alone, 0.5).others[0].clear
     alike = choice.choose([scored("both", 0, [1, 1], [1, 1]), scored("normal", 0, [1, 1], [1, 1])],
                           0.5)
     assert alike.run.row == "both" and not alike.others[0].clear
@@ -335,6 +383,7 @@ def test_a_study_without_a_finished_run_chooses_nothing(fitted, tmp_path):
     (("digits", "--like", "."), "16 x 16 pixels"),
     (("digit",), "Did you mean 'digits'?"),
     (("folder:none",), "Expected a folder of images or a CSV file at none"),
+    (("digits", "--init-from", "none.safetensors"), "Expected a file of weights, got none.safete"),
 ])
 def test_bad_input_is_one_line(words, problem, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -322,6 +322,8 @@ def test_averaging_changes_no_update_and_puts_the_average_in_their_place():
                   for step, state in zip(steps, states, strict=True)]
         seen.append(states[0].params)
     chex.assert_trees_all_close(states[1].params, states[0].params, rtol=1e-6)
+    first = first_state(kept)  # Before the first update there is no average.
+    chex.assert_trees_all_equal(training.with_averaged_parameters(first).params, first.params)
     averaged = training.with_averaged_parameters(states[1])
     # The weights are 1/3 and 2/3.
     chex.assert_trees_all_close(averaged.params, jax.tree.map(

@@ -20,7 +20,7 @@ from experiments.recipes.scales import SCALES
 from experiments.recipes.suites import settings_of
 from jaxrobust import data
 from jaxrobust.app import files
-from jaxrobust.app.config import InputError, get_setting
+from jaxrobust.app.config import InputError, get_setting, with_epochs
 from jaxrobust.app.program import work_of
 from jaxrobust.app.recipe import METHOD_LABELS, RECIPES, get_recipe
 from jaxrobust.app.report import frame
@@ -418,9 +418,12 @@ def test_rows_at_equal_work_cost_what_both_does():
             assert alone.epochs == both.epochs
             # Rounded to whole epochs.
             assert abs(equal.epochs - 2 * both.epochs / work_of(equal)) <= 0.5, row
-            assert dataclasses.replace(equal, epochs=alone.epochs, optimizer=alone.optimizer) == (
-                alone), row
-        # A schedule's epochs keep their places in the whole.
+            # The schedule keeps its places in the whole.
+            assert equal == with_epochs(alone, equal.epochs), row
+            assert equal.optimizer.warmup_epochs / equal.epochs == pytest.approx(
+                alone.optimizer.warmup_epochs / alone.epochs), row
+            assert abs(equal.checkpoint_every - alone.checkpoint_every * equal.epochs
+                       / alone.epochs) <= 0.5, row
         half = recipe.rows["sam_work"]
         assert (half.epochs, work_of(half)) == (both.epochs // 2, 4)
         if scale == "full":

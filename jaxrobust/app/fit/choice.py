@@ -35,8 +35,8 @@ class Comparison(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.difference > self.half
+        """Whether the interval excludes 0, over trainings too."""
+        return self.seeds is not None and self.difference > self.half
 
 
 class Choice(NamedTuple):

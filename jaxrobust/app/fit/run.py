@@ -26,7 +26,7 @@ from jaxrobust.app.progress import progress
 from jaxrobust.app.recipe import Recipe
 from jaxrobust.app.report import card, report
 from jaxrobust.app.report.page import duration, listed
-from jaxrobust.app.study.plan import StudyPlan, fit_recipe
+from jaxrobust.app.study.plan import StudyPlan
 from jaxrobust.app.study.read import study_of_runs
 from jaxrobust.app.study.run import run_study
 from jaxrobust.app.trainer import load_run
@@ -164,7 +164,7 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
     ``started`` is the time.monotonic() from which the budget counts.
     """
     facts = facts_of(asked.dataset, outside_links=asked.run.get("outside_links", False))
-    config, decisions = settings.choose_settings(facts, asked.run)
+    config, reasons = settings.choose_settings(facts, asked.run)
     dataset = open_dataset(config, data_dir)
     if asked.like is not None:
         noise, why = camera_noise(pathlib.Path(asked.like), dataset)
@@ -175,14 +175,13 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
         noise, option = config.noise_std, "--noise, --like"
         why = "none was named; that of the recipe"
     config = dataclasses.replace(config, noise_std=noise)
-    recipe, changes = fit_recipe(Recipe("fit", "", {"both": config}, {}, Evaluation((0,)),
-                                        curvature=None), dataset)
-    config = recipe.rows["both"]
+    config, reasons, changes = settings.fitted_to(config, reasons, dataset, layout)
     rows = settings.rows_of_methods(config)
     asked_rows = asked.methods and [row for row in settings.ORDER if row in asked.methods]
     files.say(f"Timing updates of {config.model} on this machine.")
     costs = measure_costs(config, dataset, layout)
-    work = work_of(config, dataset, asked.num_draws, TEST_DRAWS)
+    work = work_of(settings.trained_for(config, config.epochs), dataset, asked.num_draws,
+                   TEST_DRAWS)
     schedule = plan_schedule(
         settings.ORDER, {row: relative_work(one, dataset) for row, one in rows.items()}, costs,
         work, asked.budget, spent=time.monotonic() - started, wanted_epochs=config.epochs,
@@ -191,9 +190,11 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
     num_held_out = len(dataset.train.labels) - work.trained if dataset.validation is None else len(
         dataset.validation.labels)
     decisions = [
-        Decision("noise", f"{255 * noise:.3g}/255", why, option), *decisions,
-        Decision("methods", ", ".join(schedule.rows), "by what is known: docs/findings",
-                 "--methods"),
+        Decision("noise", f"{255 * noise:.3g}/255", why, option),
+        *settings.decisions_of(config, reasons, facts, num_held_out),
+        Decision("methods", ", ".join(schedule.rows),
+                 "as asked" if asked.methods and set(asked.methods) == set(schedule.rows) else
+                 "by what is known: docs/findings", "--methods"),
         Decision("epochs", str(schedule.epochs), "as asked" if "epochs" in asked.run else
                  "the usual number" if schedule.epochs == config.epochs else
                  f"{config.epochs} would take longer", "--epochs"),
@@ -209,7 +210,7 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
              f"choose, {len(dataset.test.labels):,} to test; {len(dataset.class_names)} classes",
              *changes, settings.text_of(decisions),
              *schedule.notes]
-    trained = {row: settings.with_epochs(rows[row], schedule.epochs) for row in schedule.rows}
+    trained = {row: settings.trained_for(rows[row], schedule.epochs) for row in schedule.rows}
     return FitPlan(trained, schedule.seeds, noise, schedule.seconds, "\n".join(lines)), dataset
 
 
@@ -307,7 +308,9 @@ def choice_lines(chosen: choice.Choice, clean_share: float, noise_std: float) ->
         f"{100 * chosen.scores[run.row]:.1f}"]
     for one in chosen.others:
         over = "images and trainings" if one.seeds is not None else "images, one training each"
-        sure = "beyond chance" if one.clear else "may be chance"
+        # Of one training each, who knows what another would do.
+        sure = ("beyond chance" if one.clear else "may be chance" if one.seeds is not None else
+                "another training may differ")
         lines.append(f"  ahead of {one.row} by {100 * one.difference:.1f} ± {100 * one.half:.1f} "
                      f"points (95 % over {over}): {sure}")
     return lines

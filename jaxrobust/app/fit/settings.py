@@ -9,10 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrobust import _validate
-from jaxrobust.app.config import InputError, OptimizerConfig, RunConfig, with_settings
-from jaxrobust.app.recipe import DIGITS, FURTHER_LABELS, METHOD_LABELS, PHOTOS
-from jaxrobust.data import FOLDER_PREFIX
+from jaxrobust.app.config import (
+    Evaluation,
+    InputError,
+    OptimizerConfig,
+    RunConfig,
+    with_epochs,
+    with_settings,
+)
+from jaxrobust.app.program import initial_state, start_from
+from jaxrobust.app.recipe import DIGITS, FURTHER_LABELS, METHOD_LABELS, PHOTOS, Recipe
+from jaxrobust.app.study.plan import fit_recipe
+from jaxrobust.data import FOLDER_PREFIX, Dataset
 from jaxrobust.losses import RobustLossConfig
+from jaxrobust.parallel import Layout
 
 LABELS = {row: METHOD_LABELS[row] for row in ("both", "normal")} | FURTHER_LABELS
 """The methods of a fit: those that were best on CIFAR-10 under the noise they were trained with,
@@ -89,11 +99,11 @@ SIDE, SIDE_ACCELERATOR = 64, 128
 """Shorter side to which larger photographs are reduced, in pixels."""
 
 UPDATES = 2200
-"""Updates that a network of photographs is trained for: 70 epochs of a thousand photographs, an
-eighth of them held out."""
+"""Updates that a network of photographs is trained for, in 10 to 100 epochs: 81 of a thousand
+photographs, an eighth of them held out."""
 
 
-def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, list[Decision]]:
+def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     """Decides the settings that all methods share.
 
     Args:
@@ -103,7 +113,7 @@ def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, 
 
     Returns:
       The configuration of ``both``, with the epochs to train where the budget allows, and the
-      decisions.
+      reasons, by the names of settings.
     """
     if facts.dataset.startswith(FOLDER_PREFIX):
         config, why = _photographs(facts, asked)
@@ -114,13 +124,45 @@ def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, 
     config = with_settings(config, {"dataset": facts.dataset, "method": "both", **{
         name: value for name, value in asked.items() if name != "epochs"}})
     if "epochs" in asked:
-        config = with_epochs(config, asked["epochs"])
-    reasons = {name: "as asked" if name in asked else why[name] for name in why}
+        config = trained_for(config, asked["epochs"])
+    return config, {name: "as asked" if name in asked else why[name] for name in why}
+
+
+def fitted_to(config: RunConfig, reasons: Mapping[str, str], dataset: Dataset, layout: Layout
+              ) -> tuple[RunConfig, dict[str, str], list[str]]:
+    """Fits chosen settings to the images and the devices that there are.
+
+    Returns:
+      The configuration and the reasons, with those of what changed, and a line for each change.
+
+    Raises:
+      InputError: (a ValueError) if there are too few images, or the file of initial weights is not
+        of this model.
+    """
+    recipe, lines = fit_recipe(
+        Recipe("fit", "", {"both": config}, {}, Evaluation((0,)), curvature=None), dataset)
+    fitted, reasons = recipe.rows["both"], dict(reasons)
+    for name in ("batch_size", "validation_size"):
+        if getattr(fitted, name) != getattr(config, name):
+            reasons[name] = f"{getattr(config, name):g} is too many for these images"
+    if dataset.validation is not None:
+        reasons["validation_size"] = "those of the data set"
+    left_over = fitted.batch_size % layout.num_devices
+    if left_over and reasons["batch_size"] != "as asked" and fitted.batch_size > left_over:
+        fitted = dataclasses.replace(fitted, batch_size=fitted.batch_size - left_over)
+        reasons["batch_size"] = f"a multiple of the {layout.num_devices} devices"
+    if fitted.init_from is not None:
+        state = initial_state(fitted, dataset, layout)
+        start_from(fitted.init_from, state, fitted, dataset, layout)
+    return fitted, reasons, lines
+
+
+def decisions_of(config: RunConfig, reasons: Mapping[str, str], facts: Facts, num_held_out: int
+                 ) -> list[Decision]:
+    """What was decided on the settings that all methods share."""
     height, width = config.image_size
     optimizer = config.optimizer
-    held_out = (f"{config.validation_size:g} of the training images"
-                if config.validation_size < 1 else f"{config.validation_size:g} images")
-    return config, [
+    return [
         *([Decision("image size", f"{height} x {width}", reasons["image_size"], "--image-size")]
           if facts.stored_size else []),
         Decision("model", f"{config.model}, width {config.width}", reasons["model"],
@@ -129,17 +171,15 @@ def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, 
         Decision("batch size", str(config.batch_size), reasons["batch_size"], "--batch-size"),
         Decision("optimizer", f"{optimizer.name}, rate {optimizer.learning_rate:g}",
                  reasons["optimizer.learning_rate"], "--learning-rate"),
-        Decision("held out", held_out, reasons["validation_size"], "--validation-size")]
+        Decision("held out", f"{num_held_out:,} images", reasons["validation_size"],
+                 "--validation-size")]
 
 
-def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
-    """Changes the number of epochs; the warm-up takes the same share of them, and the run is
-    validated and saved five times."""
-    warmup = config.optimizer.warmup_epochs * epochs / config.epochs
-    return with_settings(dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, warmup_epochs=0.0)), {
-            "epochs": epochs, "checkpoint_every": math.ceil(epochs / 5),
-            "optimizer.warmup_epochs": warmup})
+def trained_for(config: RunConfig, epochs: int) -> RunConfig:
+    """Changes the number of epochs with the schedule; the run is validated and saved at most five
+    times."""
+    return dataclasses.replace(
+        with_epochs(config, epochs), checkpoint_every=math.ceil(epochs / 5))
 
 
 def rows_of_methods(config: RunConfig) -> dict[str, RunConfig]:
@@ -164,9 +204,10 @@ def _photographs(facts: Facts, asked: Mapping[str, Any]):
     small = min(size) <= 40
     if small:
         config = dataclasses.replace(config, model="resnet18", width=16, num_features=64)
-    held_out = config.validation_size
-    updates = facts.num_images * (1 - held_out) / config.batch_size
-    config = with_epochs(config, int(np.clip(math.ceil(UPDATES / updates), 10, 100)))
+    held_out = asked.get("validation_size", config.validation_size)
+    left = facts.num_images - (held_out if held_out >= 1 else held_out * facts.num_images)
+    updates = max(1.0, left / asked.get("batch_size", config.batch_size))
+    config = trained_for(config, int(np.clip(math.ceil(UPDATES / updates), 10, 100)))
     own = " x ".join(map(str, facts.stored_size))
     return dataclasses.replace(config, image_size=tuple(size)), {
         "image_size": f"files have {own} pixels, the median; at most {side} for the shorter side",
@@ -188,7 +229,7 @@ def _small_images(facts: Facts):
     """Images of 32 x 32, tens of thousands of them."""
     shared: dict[str, Any] = {"validation_size": 0.1, "noise_std": 15.3 / 255,
               "robust": RobustLossConfig(alpha=0.01, beta=0.05, lam=0.05, delta_v=0.0)}
-    why = {"image_size": "", "validation_size": "5,000 of CIFAR-10's 50,000"}
+    why = {"image_size": "", "validation_size": "a tenth of the training images"}
     if facts.accelerator:
         return RunConfig(
             **shared, epochs=24, batch_size=500, dtype="bfloat16", optimizer=OptimizerConfig(
