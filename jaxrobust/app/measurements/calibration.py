@@ -204,12 +204,12 @@ def _coverage(study: Study) -> Picture:
     figure = new_figure(6.4, 4.0)
     ax = figure.subplots()
     for row, one in results.items():
-        ax.plot(one["accepted"], one["accuracy_of_accepted"], color=styles[row].color,
+        ax.plot(100 * one["accepted"], 100 * one["accuracy_of_accepted"], color=styles[row].color,
                 linewidth=1.4, linestyle=styles[row].dashes,
                 label=wrap(f"{study.labels[row]}: {one['doubt']['score']}", 44))
-    ax.set_xlabel("Share of predictions accepted, the least doubtful first")
-    ax.set_ylabel("Accuracy of the accepted")
-    ax.set_xlim(0, 1)
+    ax.set_xlabel("Share of predictions accepted, the least doubtful first [%]")
+    ax.set_ylabel("Accuracy of the accepted [%]")
+    ax.set_xlim(0, 100)
     ax.grid(**GRID)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
