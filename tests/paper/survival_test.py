@@ -46,7 +46,7 @@ def network(folder, row, seed, random):
     write(place, "attacks", {
         "subset": "the first 24 of 50", "num_images": number, "first_of": 50, "num_test": 99,
         "norms": [attacks._of_ball("linf", 8 / 255, broken, [
-            {"attacks": ["clean", "square"], "warnings": {}}])],
+            {"attacks": ["clean", "square"], "warnings": {}, "zero_gradients": 0}])],
         "nearest": [attacks._of_nearest("l2", distance[rows])]}, {
             "norm": np.repeat(["linf", "l2"], number), "index": np.tile(rows, 2),
             "epsilon": np.repeat([8 / 255, np.inf], number), "label": np.tile(label[rows], 2),
