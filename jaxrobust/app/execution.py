@@ -20,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxrobust import _validate
-from jaxrobust.app import interruption
+from jaxrobust.app import interruption, provenance
 from jaxrobust.app.config import InputError
 from jaxrobust.data import Split
 from jaxrobust.parallel import FORMS, Layout, make_layout
@@ -155,6 +155,7 @@ def start_process() -> None:
     warnings.filterwarnings("ignore", ".*EXIF|Truncated File Read|Metadata Warning", module="PIL")
     keep_freed_memory()
     keep_compilations()
+    provenance.own_commit()
 
 
 KEPT_BYTES = 2**31

@@ -1,6 +1,7 @@
 """Records where a result comes from: command, commit, hardware and versions."""
 
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -21,7 +22,7 @@ def describe() -> dict:
     """Describes the command, commit, time, hardware and versions, for every result."""
     return {
         "command": command_line(),
-        "commit": commit(),
+        "commit": own_commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": jax.default_backend(),
         "hardware": hardware(),
@@ -37,6 +38,13 @@ def command_line() -> str:
     module = ["python", "-m", program.parent.name]
     called = module if program.name == "__main__.py" else [program.name]
     return shlex.join([*called, *sys.argv[1:]])
+
+
+@functools.cache
+def own_commit() -> str:
+    """Returns the :func:`commit` when this process first asked for it, at the start of a command:
+    that of the code that runs, and not one made meanwhile."""
+    return commit()
 
 
 def commit(package: pathlib.Path = pathlib.Path(jaxrobust.__file__).parent) -> str:

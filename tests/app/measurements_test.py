@@ -118,12 +118,12 @@ def test_other_settings_are_refused_and_kept_beside_under_a_name(folder, _listed
 
 
 def test_the_provenance_is_that_of_the_start(folder, monkeypatch):
-    commits = ["of the code"]
-    monkeypatch.setattr(provenance, "commit", lambda: commits[-1])
-    beside.append(lambda: commits.append("made meanwhile"))
+    times = ["before"]
+    monkeypatch.setattr(provenance, "describe", lambda: {"started": times[-1]})
+    beside.append(lambda: times.append("meanwhile"))
     call(folder)
-    assert len(commits) == 2
-    assert files.read_json(folder / "toy.json")["provenance"]["commit"] == "of the code"
+    assert len(times) == 2
+    assert files.read_json(folder / "toy.json")["provenance"] == {"started": "before"}
 
 
 def test_an_interrupted_measurement_resumes_and_refuses_other_settings(folder):

@@ -39,6 +39,15 @@ def test_the_commit_is_that_of_the_packages_own_repository(repository, monkeypat
     assert provenance.commit(repository / "experiments") == f"{head} (with changes)"
 
 
+def test_a_process_names_the_commit_of_its_start_whatever_is_committed_meanwhile(monkeypatch):
+    provenance.own_commit.cache_clear()
+    monkeypatch.setattr(provenance, "commit", lambda: "at the start")
+    first = provenance.describe()
+    monkeypatch.setattr(provenance, "commit", lambda: "meanwhile")
+    assert first["commit"] == provenance.describe()["commit"] == "at the start"
+    provenance.own_commit.cache_clear()
+
+
 @pytest.mark.parametrize("place", ["experiments", "lib/python3/site-packages/experiments"])
 @pytest.mark.parametrize("tracked", [False, True])
 def test_a_copy_in_another_repository_names_its_version(repository, place, tracked):

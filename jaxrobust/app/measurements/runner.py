@@ -130,8 +130,7 @@ def measure(
         there = wanted.result_there()  # Another command may have come and gone.
         if there is not None:
             return there
-        # Of the code that measures, not of a commit that is made meanwhile.
-        made = provenance.describe()
+        made = provenance.describe()  # With the time of the start.
         work = wanted.work(label)
         measured = measurement.measure(run, settings, work)
         if measured.arrays is not None:

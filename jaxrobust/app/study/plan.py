@@ -111,7 +111,7 @@ def claim_study(plan: StudyPlan, class_names: Sequence[str]) -> None:
         "methods": {row: config.method for row, config in recipe.rows.items()},
         "paper_rows": recipe.paper_rows, "paper_perturbations": recipe.paper_perturbations,
         **({"swept": recipe.swept} if recipe.swept else {}),
-        "command": provenance.command_line(), "commit": provenance.commit(),
+        "command": provenance.command_line(), "commit": provenance.own_commit(),
     }
     for place, config in plan.configs().items():
         if run_folder.is_run(place):

@@ -165,7 +165,7 @@ def study_of_runs(
               f"{pathlib.Path(row).parent.name}/{name}" for row, name in names.items()}
     return Study(
         name="runs", title="Runs", note="", command=provenance.command_line(),
-        commit=provenance.commit(), labels=labels,
+        commit=provenance.own_commit(), labels=labels,
         methods={row: of_row[0].config.method if of_row[0].config else ""
                  for row, of_row in runs.items()},
         seeds=tuple(sorted({run.seed for of_row in runs.values() for run in of_row})),
