@@ -44,9 +44,9 @@ def rerun(folder: pathlib.Path, out: pathlib.Path, data_dir: pathlib.Path) -> Re
         raise InputError(f"Expected the training of {folder} to have ended. Resume it first.")
     if run_folder.is_trained(out):
         raise InputError(f"{out} already holds a run. Choose another --out.")
-    _require_results(folder)
     recorded = run_folder.read_facts(folder, "provenance") or {}
-    _bind_to_cores(recorded)
+    _bind_to_cores(recorded)  # First: to look at a checkpoint starts JAX.
+    _require_results(folder)
     feed = Feed(**{name: recorded[name] for name in ("input", "steps_per_call")
                    if name in recorded})
     dataset = open_dataset(config, data_dir, in_memory=feed.in_memory())

@@ -65,6 +65,28 @@ def test_a_run_bound_to_one_core_is_repeated_on_one_core(tmp_path):
     assert run_folder.read_facts(tmp_path / "run-rerun", "provenance")["cores"] == 1
 
 
+@pytest.mark.skipif(len(provenance.cores()) < 2 or not sys.platform.startswith("linux"),
+                    reason="needs two cores, and to see threads")
+def test_a_repetition_takes_its_cores_before_jax_starts_its_threads(run):
+    """Which do not follow later; a network as small as the one above has the same bits anyway."""
+    run_folder.write_facts(run, "provenance", run_folder.read_facts(run, "provenance") | {
+        "platform": "cpu", "cores": 1})
+    code = f"""
+import os, pathlib, sys
+def bind(process, cores):
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print(len(cores), *[name.strip() for name in names if "XLA" in name])
+    sys.exit(0)
+os.sched_setaffinity = bind
+sys.argv = ["jaxrobust", "rerun", {str(run)!r}]
+from jaxrobust.app import cli
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2],
+                           stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    assert ended.stdout.split() == ["1"]
+
+
 def test_a_run_is_repeated_from_its_folder_with_the_same_bits(
         run, tmp_path, monkeypatch, capsys):
     facts = run_folder.read_facts(run, "provenance")
