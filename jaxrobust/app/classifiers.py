@@ -227,9 +227,9 @@ def claim(model: pathlib.Path, opened: ForeignModel, folder: pathlib.Path) -> No
     """
     path, identity = folder / "model.json", identity_of(model, opened)
     there = files.read_json(path) if path.is_file() else {}
-    probed = {name: there[name] for name in ("largest_logits",) if name in there}
-    if probed and identity | probed == there:
-        before, now = (np.array(values["largest_logits"], float) for values in (there, identity))
+    probed = there.get("largest_logits")
+    if probed is not None and identity | {"largest_logits": probed} == there:
+        before, now = (np.array(logits, float) for logits in (probed, identity["largest_logits"]))
         same = np.isclose(now, before, rtol=0, equal_nan=True,
                           atol=SAME * np.nanmax(np.abs(before), initial=0))
         if not same.all():
@@ -238,7 +238,7 @@ def claim(model: pathlib.Path, opened: ForeignModel, folder: pathlib.Path) -> No
                 f"{folder} holds results of {model} with other weights: the largest logit of test "
                 f"image {first} was {before[first]:g} and is {now[first]:g}. Choose another folder "
                 "with --out, or remove that one.")
-        identity |= probed  # Equal but for rounding.
+        identity["largest_logits"] = probed  # Equal but for rounding.
     files.claim(path, json.dumps(identity, indent=2) + "\n")
 
 

@@ -67,9 +67,9 @@ def auto_attack(
     The warnings are AutoAttack's: ``probabilities``, where outputs look like probabilities instead
     of logits; ``random``, where five passes over the first batch differ;
     ``zero_gradients``, where the loss of APGD has none at an image that withstands it;
-    ``black_box``, where Square, which uses no
-    gradients, takes more than 0.2 points of accuracy from what those with gradients left;
-    ``few_classes``, where ``apgd-t``, which needs 4 classes (``apgd-dlr`` 3), is left out.
+    ``black_box``, where Square, which uses no gradients, takes more than 0.2 points of accuracy
+    from what those with gradients left; ``few_classes``, where ``apgd-t``, which needs 4 classes
+    (``apgd-dlr`` 3), is left out.
 
     Args:
       logits_fn: images [B, H, W, channels] -> logits [B, C], or a Randomised classifier.

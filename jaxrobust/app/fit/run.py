@@ -180,8 +180,7 @@ def make_plan(asked: Asked, data_dir: pathlib.Path, layout: Layout, started: flo
     asked_rows = asked.methods and [row for row in settings.ORDER if row in asked.methods]
     files.say(f"Timing updates of {config.model} on this machine.")
     costs = measure_costs(config, dataset, layout)
-    work = work_of(settings.trained_for(config, config.epochs), dataset, asked.num_draws,
-                   TEST_DRAWS)
+    work = work_of(config, dataset, asked.num_draws, TEST_DRAWS)
     schedule = plan_schedule(
         settings.ORDER, {row: relative_work(one, dataset) for row, one in rows.items()}, costs,
         work, asked.budget, spent=time.monotonic() - started, wanted_epochs=config.epochs,

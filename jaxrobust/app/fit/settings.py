@@ -123,8 +123,7 @@ def choose_settings(facts: Facts, asked: Mapping[str, Any]) -> tuple[RunConfig, 
         config, why = _small_images(facts)
     config = with_settings(config, {"dataset": facts.dataset, "method": "both", **{
         name: value for name, value in asked.items() if name != "epochs"}})
-    if "epochs" in asked:
-        config = trained_for(config, asked["epochs"])
+    config = trained_for(config, asked.get("epochs", config.epochs))
     return config, {name: "as asked" if name in asked else why[name] for name in why}
 
 
@@ -207,7 +206,7 @@ def _photographs(facts: Facts, asked: Mapping[str, Any]):
     held_out = asked.get("validation_size", config.validation_size)
     left = facts.num_images - (held_out if held_out >= 1 else held_out * facts.num_images)
     updates = max(1.0, left / asked.get("batch_size", config.batch_size))
-    config = trained_for(config, int(np.clip(math.ceil(UPDATES / updates), 10, 100)))
+    config = with_epochs(config, int(np.clip(math.ceil(UPDATES / updates), 10, 100)))
     own = " x ".join(map(str, facts.stored_size))
     return dataclasses.replace(config, image_size=tuple(size)), {
         "image_size": f"files have {own} pixels, the median; at most {side} for the shorter side",

@@ -33,9 +33,8 @@ NOISE_SEED = 0
 
 def make_test_split(dataset: Dataset, test_size: int | None) -> Split:
     """Returns all test images, or ``test_size`` of them, drawn at random by class with seed 0."""
-    if test_size is None or test_size == len(dataset.test.labels):
-        return dataset.test
-    _validate.in_range("test_size", test_size, 1, len(dataset.test.labels))
+    if test_size is not None:
+        _validate.in_range("test_size", test_size, 1, len(dataset.test.labels), open_high=False)
     return subset_of(dataset.test, test_size)
 
 

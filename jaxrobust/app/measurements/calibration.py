@@ -128,13 +128,13 @@ def _measure(run: TrainedRun | ForeignModel, settings: CalibrationSettings, work
 def _doubts(run, images, logits, folder) -> tuple[str, np.ndarray]:
     """The name and the values [N] of the score of doubt: of a run the one that ``predict`` prints.
     """
-    if isinstance(run, ForeignModel):
-        score = UNMEASURED
-    else:
+    score = UNMEASURED
+    if not isinstance(run, ForeignModel):
         measure_doubt(run, folder)
         score = load_doubt(folder)
-    features = (np.zeros((len(logits), 0)) if run.features_fn is None else
-                outputs_of(run.features_fn, images, run.layout))
+    features = np.zeros((len(logits), 0))  # Scores of logits need none.
+    if score.statistics is not None:
+        features = outputs_of(run.features_fn, images, run.layout)
     return SCORES[score.score], np.asarray(
         doubt_of(score.score, logits, features, score.statistics))
 
