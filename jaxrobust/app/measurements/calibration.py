@@ -217,7 +217,7 @@ def _coverage(study: Study) -> Picture:
         "coverage", figure, "Accuracy against coverage.",
         f"Accuracy of the accepted predictions against their share, {len(results)} lines.",
         "How to read: at the right all predictions are accepted. The better a score tells doubtful "
-        "predictions, the higher the line. The score is the one that `predict` prints, for models "
+        "predictions, the higher the line. The score is that of the command predict, for models "
         "that are no runs the probability. The first run of each row.")
 
 
