@@ -17,8 +17,9 @@ was tuned here, but for the paper's loss:
   its source (DiGN), which has the same form;
 - `center`: weight 0.003, rate 0.5; `noisy_consistency`: weight 10, entropy 0.5, two draws;
   `jacobian_penalty`: weight 0.01, one projection;
-- `pgd` and `trades`: a small radius, 2/255 in L-inf, with three steps, since noise and corruptions
-  are what is tested; TRADES with weight 6. Both sources have 8/255;
+- `pgd` and `trades`: small radii with three steps, since noise and corruptions are what is tested:
+  2/255 in L-inf, where both sources have 8/255, and the 0.1 in L2 with which Kireev et al. train
+  for corruptions of CIFAR-10; TRADES with weight 6;
 - `augmix`: severity 3, three chains of up to three operations, weight 12;
 - `cure`: the exact Hessian with weight 1, for which its source's finite difference over 1.5 has no
   counterpart; `gradient_penalty`: weight 0.1; `large_margin`: weight 1, margin 1;
@@ -61,10 +62,14 @@ def method_rows(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
         return with_settings(dataclasses.replace(run, method=method), {
             name.replace("__", "."): value for name, value in settings.items()})
 
+    def attacked(method: str, norm: str, epsilon: float) -> RunConfig:
+        attack = {"norm": norm, "epsilon": epsilon, "num_steps": 3}
+        return with_settings(of(method), {
+            f"options.{method}.{name}": value for name, value in attack.items()})
+
     std = run.noise_std
     alpha, beta, lam = (min(10 * weight, 1.0) for weight in (
         run.robust.alpha, run.robust.beta, run.robust.lam))
-    attack = {"epsilon": 2 / 255, "num_steps": 3}
     rows = {
         **{method: (label, of(method)) for method, label in METHOD_LABELS.items()},
         "half_low": (f"Noise of {std:g} on a half", of(
@@ -91,10 +96,10 @@ def method_rows(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
         "jacobian_penalty": ("Jacobian penalty", of("jacobian_penalty")),
         "cure": ("Curvature penalty (CURE)", of("cure")),
         "large_margin": ("Large margin at the input", of("large_margin")),
-        "pgd": ("PGD, 2/255", with_settings(of("pgd"), {
-            f"options.pgd.{name}": value for name, value in attack.items()})),
-        "trades": ("TRADES, 2/255", with_settings(of("trades"), {
-            f"options.trades.{name}": value for name, value in attack.items()})),
+        "pgd": ("PGD, 2/255", attacked("pgd", "linf", 2 / 255)),
+        "pgd_l2": ("PGD, 0.1 in L2", attacked("pgd", "l2", 0.1)),
+        "trades": ("TRADES, 2/255", attacked("trades", "linf", 2 / 255)),
+        "trades_l2": ("TRADES, 0.1 in L2", attacked("trades", "l2", 0.1)),
         "augmix": ("AugMix", of("augmix")),
         "smoothed": ("Both, labels smoothed", of("both", label_smoothing=0.1)),
         "averaged": ("Both, parameters averaged", of(
