@@ -1,18 +1,22 @@
 """What beats training on both views: accuracies, their differences from it, and what they cost.
 
-    evaluation.json, corruptions.json of each run ─ numbers ─▶ tables by method, the Pareto front
+    evaluation.json, corruptions.json, attacks.json of each run
+    ─ numbers ─▶ tables by method, the Pareto front
 """
 
 from collections.abc import Iterator
 
 from experiments import carry_over
 from experiments.recipes.methods import REFERENCE
+from jaxrobust.app.measurements import attacks
+from jaxrobust.app.measurements.estimates import subsets_text
 from jaxrobust.app.program import work_of
 from jaxrobust.app.report import pictures, report, tables
 from jaxrobust.app.report.frame import (
     Accuracies,
     Number,
     accuracies,
+    accuracies_of,
     frame,
     noise_level,
     over_seeds,
@@ -21,6 +25,7 @@ from jaxrobust.app.report.page import Section, Table, TableRow, text_row
 from jaxrobust.app.study.read import Run, Study
 
 UPDATE, TRAINING = "work of an update", "work of the training"
+ATTACKED = "images under attacks"
 
 
 def numbers(run: Run) -> Iterator[Number]:
@@ -30,17 +35,33 @@ def numbers(run: Run) -> Iterator[Number]:
         yield Number(UPDATE, "", work_of(run.config), "updates of normal")
         yield Number(TRAINING, "", work_of(run.config) * run.config.epochs, "epochs of normal")
     yield from carry_over.numbers(run)
+    yield from attacked_numbers(run)
+
+
+def attacked_numbers(run: Run) -> Iterator[Number]:
+    """Yields the numbers of the attacks, and of how many images."""
+    if (facts := run.facts("attacks")) is None:
+        return
+    yield Number(ATTACKED, "", facts["num_images"], "images")
+    for kind in attacks.ATTACKS.numbers:
+        yield from kind(run)
 
 
 def section(study: Study) -> Section:
     """Makes the section."""
     by_row, corrupted = accuracies(study), carry_over.accuracies(study)
     groups = [test for test in carry_over.tests_of(corrupted) if "mean of" in test]
+    attacked = accuracies_of(
+        frame(study, attacked_numbers), study.labels, attacks.ROBUST, ATTACKED)
     found = [
         _cost_table(study), tables.accuracy_table(study),
         tables.difference_table(study, REFERENCE),
         *_by_method(study, by_row, tables.perturbations_of(by_row), "Accuracy under other noise"),
-        *_by_method(study, corrupted, groups, "Accuracy under common corruptions")]
+        *_by_method(study, corrupted, groups, "Accuracy under common corruptions",
+                    f"Images: {subsets_text(study, 'corruptions')}"),
+        *_by_method(study, attacked, tables.perturbations_of(attacked),
+                    "Robust accuracy under AutoAttack’s ensemble", attacks.setting_text(study)),
+        attacks.warnings_table(study)]
     return Section(
         "methods", study.title, " ".join(report.best_rows(study)), tuple(filter(None, found)),
         (pictures.pareto_picture(study, level_of(study, by_row)),))
@@ -66,7 +87,7 @@ def _cost_table(study: Study) -> Table:
         "through the network; the work of the training in epochs of normal training.")
 
 
-def _by_method(study: Study, by_row: Accuracies, tests: list[str], what: str
+def _by_method(study: Study, by_row: Accuracies, tests: list[str], what: str, details: str = "",
                ) -> tuple[Table | None, ...]:
     """Tabulates accuracies with methods in rows and tests in columns, and their differences."""
     if not tests:
@@ -77,7 +98,8 @@ def _by_method(study: Study, by_row: Accuracies, tests: list[str], what: str
     return (
         Table(f"{what}, in %.", columns, tuple(
             TableRow(study.labels[row], cells[row]) for row, values in by_row.items() if values),
-            note="How to read: higher is better; bold: the best of the column."),
+            details,
+            "How to read: higher is better; bold: the best of the column."),
         tables.difference_table_of(study, REFERENCE, found, what, columns, [
             TableRow(study.labels[row], tables.difference_cells(ones, tests))
             for row, ones in found.items()]))

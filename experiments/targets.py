@@ -165,7 +165,7 @@ QUESTIONS: dict[str, Target] = {
     "flatness": Target("Is the flatter network the more robust one?", ("ablations",), _networks,
                        numbers=(*Target.numbers, curvature.numbers)),
     "methods": Target("What beats training on both views?", ("methods", "methods_digits"),
-                      strongest.section, suites=("corruptions",),
+                      strongest.section, suites=("corruptions", "attacks"),
                       numbers=(*Target.numbers, strongest.numbers)),
     "corruptions": Target(
         "Does training on noise carry over to common corruptions?", ("cifar10", "digits"),

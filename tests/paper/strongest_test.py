@@ -17,6 +17,8 @@ SEEDS = 3
 # Mean accuracy clean and at 16/255: `sam` has both below those of `both`.
 MEANS = {"normal": (80.0, 40.0), "both": (76.0, 70.0), "half": (77.0, 72.0), "sam": (75.0, 60.0),
          "pgd_work": (60.0, 74.0)}
+SURVIVE = {"normal": 10, "both": 40, "half": 50, "pgd_work": 120}
+"""Of 200 images, under attack in L-inf; `sam` is not attacked."""
 
 
 def accuracies_of(row, seed):
@@ -39,6 +41,16 @@ def _study(tmp_path):
                 "counts": [{"name": "clean", "severity": 0, "right": 150, "number": 200}],
                 "mean_by_corruption": means,
                 "mean": [float(np.mean([mean[0] for mean in means.values()])), 0.0, 1.0]})
+            if row in SURVIVE:
+                run_folder.write_facts(place, "attacks", {
+                    "num_images": 200, "subset": "the first 200 of 400 test images",
+                    "norms": [
+                        {"norm": norm, "epsilon": epsilon, "warnings": {}, "robust": {
+                            "clean": 150, "apgd-ce": left + 1, "square": left}}
+                        for norm, epsilon, left in (
+                            ("linf", 2 / 255, SURVIVE[row] + 2 * seed), ("l2", 0.5, 4))],
+                    "nearest": [],
+                    "settings": {"num_steps": 100, "num_targets": 9, "num_queries": 5000}})
             clean, noisy = accuracies_of(row, seed)
             levels = [{"std_255": 0, "accuracies": clean}, {"std_255": 16, "accuracies": noisy}]
             other = [{"perturb": "laplace(0.06)", "accuracies": noisy}]
@@ -66,7 +78,7 @@ def test_methods_are_compared_under_noise_corruptions_and_by_work(study):
     assert [row.head for row in difference.rows] == [
         RECIPE.labels[row] for row in MEANS if row != "both"]
     assert difference.rows[0].cells[1].text.startswith("−30.00 ± ")
-    noise, noise_difference, corrupted, corrupted_difference = others
+    noise, noise_difference, corrupted, corrupted_difference, *_ = others
     assert noise.columns == noise_difference.columns == ("Method", "laplace(0.06)")
     assert corrupted.columns == corrupted_difference.columns
     assert len(corrupted.columns) == 1 + 1 + 5 and all(
@@ -81,6 +93,23 @@ def test_methods_are_compared_under_noise_corruptions_and_by_work(study):
     points = np.mean(own) - np.mean(peer)
     assert corrupted_difference.rows[1].cells[column].text == (
         f"{points:+.2f} ± {(ends.high - ends.low) / 2:.2f}".replace("-", "−"))
+
+
+def test_methods_are_compared_under_attack(study):
+    table, difference = strongest.section(study).tables[-2:]
+    assert table.columns == difference.columns == ("Method", "L∞ 2/255", "L2 0.5")
+    assert table.details == ("Images: the first 200 of 400 test images. "
+                             "Budget: 100 steps, 9 targets, 5,000 queries.")
+    assert [row.head for row in table.rows] == [RECIPE.labels[row] for row in SURVIVE]
+    # What all attacks leave of 200 images: 120, 122 and 124.
+    assert [(cell.text, cell.bold) for cell in table.rows[-1].cells] == [
+        ("61.00 ± 1.00", True), ("2.00 ± 0.00", True)]
+    assert difference.rows[0].head == RECIPE.labels["normal"]
+    assert difference.rows[0].cells[0].text.startswith("−15.00 ± ")
+    found = {(one.measurement, one.condition): one.value
+             for one in strongest.numbers(study.runs["half"][1])}
+    assert found[strongest.ATTACKED, ""] == 200
+    assert found["robust accuracy", "L∞ 2/255"] == 26
 
 
 def test_the_picture_has_a_point_a_method_and_the_front_of_those_that_none_beats(study):

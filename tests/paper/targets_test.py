@@ -80,7 +80,7 @@ def test_every_target_is_made_with_its_tables_and_figures(name, place):
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
     assert len(tables) + len(pictures) >= len(target.studies)
     expected = {"table": (1, 0), "figure": (0, 1), "transfer": (1, 1), "flatness": (1, 1),
-                "corruptions": (1, 1), "survival": (3, 2), "methods": (7, 1)}.get(
+                "corruptions": (1, 1), "survival": (3, 2), "methods": (9, 1)}.get(
                     name.rstrip("0123456789"), (4, 2))
     assert len(tables) >= expected[0] and len(pictures) >= expected[1]
     for study in content["studies"]:
@@ -412,7 +412,7 @@ def test_rows_at_equal_work_cost_what_both_does():
         alike = {f"{row}_work": run for row, run in recipe.rows.items()
                  if not row.endswith("_work") and work_of(run) != 2}
         assert list(alike) == [row for row in recipe.rows if row.endswith("_work")]
-        assert len(alike) == 12
+        assert len(alike) == 14
         for row, alone in alike.items():
             equal = recipe.rows[row]
             assert alone.epochs == both.epochs

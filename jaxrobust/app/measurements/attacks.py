@@ -254,16 +254,21 @@ def warnings_table(study: Study) -> Table | None:
                  ("Model", "Seed", "Ball", "Warning"), tuple(rows), numeric=False) if rows else None
 
 
-def _section(study: Study) -> Section | None:
-    if not found_of(study, estimates):
-        return None
+def setting_text(study: Study) -> str:
+    """Names the images that were attacked, and the budget."""
     budgets = "; ".join(sorted({
         f"{asked['num_steps']} steps, " + (
             f"{asked['eot']} draws in each expectation" if "eot" in asked else
             f"{asked['num_targets']} targets, {asked['num_queries']:,} queries")
         for runs in study.runs.values() for run in runs
         if (facts := run.facts("attacks")) and (asked := facts["settings"])}))
-    shown = f"Images: {subsets_text(study, 'attacks')} Budget: {budgets}. Intervals:"
+    return f"Images: {subsets_text(study, 'attacks')} Budget: {budgets}."
+
+
+def _section(study: Study) -> Section | None:
+    if not found_of(study, estimates):
+        return None
+    shown = f"{setting_text(study)} Intervals:"
     table = table_of(
         study, _accuracies, "Accuracy under adversarial attacks.",
         f"{shown} Wilson's, over images.", "AutoAttack's ensemble, each attack on what the ones "

@@ -7,6 +7,7 @@ A table has the columns of :data:`COLUMNS`. Accuracies are per cent.
 
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -122,8 +123,8 @@ def published_numbers(study: Study) -> pd.DataFrame:
 
 def noise_level(condition: str) -> float | None:
     """Returns the noise level in units of 1/255; None for another perturbation."""
-    number, is_level, rest = condition.partition("/255")
-    return 0.0 if condition == "clean" else float(number) if is_level and not rest else None
+    found = re.fullmatch(r"([\d.e+-]+)/255", condition)
+    return 0.0 if condition == "clean" else float(found[1]) if found else None
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
