@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from experiments import carry_over
 from experiments.recipes.methods import REFERENCE
 from jaxrobust.app.measurements import attacks
-from jaxrobust.app.measurements.estimates import subsets_text
+from jaxrobust.app.measurements.estimates import Estimate, numbers_of, subsets_text
 from jaxrobust.app.program import work_of
 from jaxrobust.app.report import pictures, report, tables
 from jaxrobust.app.report.frame import (
@@ -39,12 +39,15 @@ def numbers(run: Run) -> Iterator[Number]:
 
 
 def attacked_numbers(run: Run) -> Iterator[Number]:
-    """Yields the numbers of the attacks, and of how many images."""
+    """Yields what all attacks together leave, and of how many images."""
     if (facts := run.facts("attacks")) is None:
         return
     yield Number(ATTACKED, "", facts["num_images"], "images")
-    for kind in attacks.ATTACKS.numbers:
-        yield from kind(run)
+    yield from numbers_of(_survived)(run)
+
+
+def _survived(run: Run) -> Iterator[Estimate]:
+    return (one for one in attacks.estimates(run) if one.measurement == attacks.ROBUST)
 
 
 def section(study: Study) -> Section:

@@ -9,7 +9,7 @@ which take much longer, on the first 500 of these, whose curvature a study measu
 Certificates draw noise of the standard deviation that the networks were trained with. No network
 withstands the usual 8/255 that was not trained with attacks: hence 2/255 beside it. The many
 runs of `methods` get less at the small scale: one severity of each corruption, on 1,000 images, and
-attacks on 100 images in one ball, which take two minutes a run; on digits 200 images in two balls.
+attacks on 100 images in one ball, on digits on 200 in two.
 """
 
 import dataclasses
@@ -21,6 +21,11 @@ from jaxrobust.app.measurements.certificates import CertificateSettings
 from jaxrobust.app.measurements.corruptions import CorruptionSettings
 from jaxrobust.app.recipe import Recipe
 
+ATTACKS_ON_MANY = {
+    name_at("methods", "small"): AttackSettings(linf=(2 / 255,), l2=(), limit=100),
+    "methods_digits": AttackSettings(linf=(2 / 255,), l2=(0.5,), limit=200)}
+"""By name of a recipe of many runs."""
+
 
 def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
     """Returns the settings of a study's recipe at a scale, by kind of measurement."""
@@ -31,12 +36,9 @@ def settings_of(recipe: Recipe, scale: str) -> dict[str, Any]:
             linf=(2 / 255, 8 / 255), l2=(0.5,), nearest=("l2",), limit=500),
         "certificates": CertificateSettings(
             sigma=noise_std, n=100_000 if scale == "full" else 10_000, limit=500)}
-    if recipe.name in (name_at("methods", "small"), "methods_digits"):
-        attacks = (AttackSettings(linf=(2 / 255,), l2=(0.5,), limit=200)
-                   if recipe.name == "methods_digits" else
-                   AttackSettings(linf=(2 / 255,), l2=(), limit=100))
+    if recipe.name in ATTACKS_ON_MANY:
         return every | {"corruptions": CorruptionSettings(severities=(3,), limit=1000),
-                        "attacks": attacks}
+                        "attacks": ATTACKS_ON_MANY[recipe.name]}
     if scale != "tiny":
         return every
     smaller: dict[str, dict[str, Any]] = {

@@ -110,6 +110,7 @@ def test_methods_are_compared_under_attack(study):
              for one in strongest.numbers(study.runs["half"][1])}
     assert found[strongest.ATTACKED, ""] == 200
     assert found["robust accuracy", "L∞ 2/255"] == 26
+    assert not any("after" in measurement for measurement, _ in found)
 
 
 def test_the_picture_has_a_point_a_method_and_the_front_of_those_that_none_beats(study):
