@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxrobust import corruptions as common
-from jaxrobust.app.measurements.corruptions import ACCURACY, CLEAN, CORRUPTIONS
+from jaxrobust.app.measurements.corruptions import ACCURACY, BY_SEVERITY, CLEAN, CORRUPTIONS
 from jaxrobust.app.measurements.estimates import subsets_text
 from jaxrobust.app.measurements.runner import sections
 from jaxrobust.app.report import tables
@@ -23,13 +23,18 @@ IMAGES = "images under corruptions"
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """Yields the numbers of the suite, and the accuracy by group of corruptions."""
+    """Yields the numbers of the suite, and the accuracy by group of corruptions.
+
+    The intervals of single severities are in the measurements of the runs alone: for several runs,
+    what counts is the variation over these, and the intervals would be half of the table.
+    """
     facts = run.facts("corruptions")
     if facts is None:
         return
     yield Number(IMAGES, "", facts["num_images"], "images")
     for kind in CORRUPTIONS.numbers:
-        yield from kind(run)
+        yield from (one for one in kind(run)
+                    if not one.measurement.startswith(f"{BY_SEVERITY}, "))
     by_name = facts["mean_by_corruption"]
     for group, names in groups_of(by_name).items():
         mean = float(np.mean([by_name[name][0] for name in names]))
