@@ -8,8 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxrobust import corruptions as common
-from jaxrobust.app.measurements.corruptions import ACCURACY, BY_SEVERITY, CLEAN, CORRUPTIONS
-from jaxrobust.app.measurements.estimates import subsets_text
+from jaxrobust.app.measurements.corruptions import (
+    ACCURACY,
+    BY_SEVERITY,
+    CLEAN,
+    CORRUPTIONS,
+    estimates,
+)
+from jaxrobust.app.measurements.estimates import Estimate, numbers_of, subsets_text
 from jaxrobust.app.measurements.runner import sections
 from jaxrobust.app.report import tables
 from jaxrobust.app.report.frame import Accuracies, Number, accuracies_of, frame
@@ -23,22 +29,23 @@ IMAGES = "images under corruptions"
 
 
 def numbers(run: Run) -> Iterator[Number]:
-    """Yields the numbers of the suite, and the accuracy by group of corruptions.
-
-    The intervals of single severities are in the measurements of the runs alone: for several runs,
-    what counts is the variation over these, and the intervals would be half of the table.
-    """
+    """Yields the numbers of the suite, and the accuracy by group of corruptions."""
     facts = run.facts("corruptions")
     if facts is None:
         return
     yield Number(IMAGES, "", facts["num_images"], "images")
-    for kind in CORRUPTIONS.numbers:
-        yield from (one for one in kind(run)
-                    if not one.measurement.startswith(f"{BY_SEVERITY}, "))
+    yield from numbers_of(_estimates)(run)
     by_name = facts["mean_by_corruption"]
     for group, names in groups_of(by_name).items():
         mean = float(np.mean([by_name[name][0] for name in names]))
         yield Number(ACCURACY, f"{group}, mean of {len(names)}, {facts['origin']}", 100 * mean, "%")
+
+
+def _estimates(run: Run) -> Iterator[Estimate]:
+    """The suite's, of single severities without intervals, which would be half of the table: of
+    several runs it is the variation over these that counts."""
+    return (one._replace(low=None, high=None) if one.measurement == BY_SEVERITY else one
+            for one in estimates(run))
 
 
 def groups_of(names: Iterator[str]) -> dict[str, list[str]]:

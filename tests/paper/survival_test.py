@@ -11,6 +11,7 @@ from jaxrobust import corruptions
 from jaxrobust.app import run_folder
 from jaxrobust.app.config import InputError
 from jaxrobust.app.measurements import attacks, certificates, networks
+from jaxrobust.app.measurements.corruptions import BY_SEVERITY
 from jaxrobust.app.measurements.curvature import CURVATURES
 from jaxrobust.app.report import frame
 from jaxrobust.app.study.read import Run, Study
@@ -265,7 +266,8 @@ def _corrupted(tmp_path):
             means = {name: [float(random.random()), 0.0, 1.0] for name in corruptions.BENCHMARK}
             run_folder.write_facts(place, "corruptions", {
                 "origin": "generated", "num_images": 200, "subset": "200 of 400 test images",
-                "counts": [{"name": "clean", "severity": 0, "right": 150 + seed, "number": 200}],
+                "counts": [{"name": "clean", "severity": 0, "right": 150 + seed, "number": 200},
+                           {"name": "fog", "severity": 3, "right": 90 + seed, "number": 200}],
                 "mean_by_corruption": means,
                 "mean": [float(np.mean([mean[0] for mean in means.values()])), 0.0, 1.0]})
             runs[row] += (Run(folder=place, seed=seed, config=None, provenance={}, epochs=(),
@@ -317,6 +319,9 @@ def test_the_numbers_of_corruptions_are_in_one_table(corrupted):
     values = frame.values_of(frame.frame(corrupted, carry_over.numbers))
     assert values["both", carry_over.IMAGES, ""] == (200, 200, 200)
     assert values["both", carry_over.ACCURACY, "clean"] == (75, 75.5, 76)
+    by_severity = {key: value for key, value in values.items()
+                   if key[0] == "both" and key[1].startswith(BY_SEVERITY)}
+    assert by_severity == {("both", BY_SEVERITY, "fog 3, generated"): (45, 45.5, 46)}
     expected = tuple(100 * np.mean([run.facts("corruptions")["mean_by_corruption"][name][0]
                                     for name in corruptions.BENCHMARK[3:7]])
                      for run in corrupted.runs["both"])
